@@ -1,0 +1,204 @@
+"""The functional interface: one SMILE layer, its router, and its scores, as functions of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import library, reference
+
+__all__ = ["route", "router_scores", "select_experts", "smile_linear"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def smile_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None = None,
+    router: Tensor | None = None,
+    *,
+    num_experts_per_tok: int,
+    rank_of_router: int,
+    routing: tuple[Tensor, Tensor] | None = None,
+    routing_weights: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer plus a sparse mixture of low-rank experts, routed token by token.
+
+        y = W x + b + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
+
+    where the m selected experts have the largest score_i = ||V_i[:, :g]^T x||_2 and w is the softmax of their scores.
+
+    Equivalent to (T tokens, one dtype)::
+
+        score = torch.einsum("td,ngd->tng", x, vh[:, :rank_of_router]).norm(dim=-1)
+        p, ids = score.softmax(-1).topk(num_experts_per_tok)
+        w = p / p.sum(-1, keepdim=True)
+        y = F.linear(x, weight, bias)
+        for j in range(num_experts_per_tok):
+            i = ids[:, j]
+            z = s[i] * torch.einsum("td,trd->tr", x, vh[i, :r])
+            y = y + w[:, j, None] * (torch.einsum("tr,tor->to", z, u[i]) + expert_bias[i])
+
+    Args:
+        x: [..., D] input; any leading shape, (D,) and no tokens included; any strides.
+        weight: [O, D] shared weight W.
+        bias: [O] shared bias, or None.
+        vh: [N, max(r, g), D] right singular vectors as rows.
+        s: [N, r] singular values, float32 (float64 where x is float64); applied in float32.
+        u: [N, O, r] left singular vectors as columns.
+        expert_bias: [N, O] difference of each expert's bias to the shared one, or None.
+        router: [N, g, D] router rows, where they are not the first g rows of `vh`.
+        num_experts_per_tok: m, 1 <= m <= N.
+        rank_of_router: g.
+        routing: (weights [..., m], ids [..., m]) to use instead of the router's choice; ids are integers in [0, N).
+        routing_weights: [..., N] non-negative weights from elsewhere: the m largest are used, divided by their sum.
+        backend: "triton", "cuda", "cpu" or "torch"; by default the environment variable SMILE_KERNELS_BACKEND, then
+            the best that runs on x's device (see `smile_kernels.backends`).
+
+    Returns:
+        y: [..., O] in x's dtype. Under autocast the inputs are cast as for F.linear.
+
+    Routing is computed in float32 whatever x's dtype (float64 for float64); ties go to the lower index; a NaN score
+    ranks last. x, weight, bias, vh, u, expert_bias and router share one dtype: float32, bfloat16, float16 or float64.
+    Differentiable once in every floating-point argument; with m = 1 the weight is exactly 1 and the router gets no
+    gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or num_experts_per_tok do not fit; the message names the argument.
+        RuntimeError: the requested backend cannot run here; the message says why.
+
+    Source: SMILE, arXiv 2408.10174.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias, vh, u, expert_bias, router = (
+            t.to(dtype) if t is not None and t.dtype != torch.float64 else t
+            for t in (x, weight, bias, vh, u, expert_bias, router)
+        )
+    _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router)
+    leading = x.shape[:-1]
+    tokens = x.reshape(-1, x.shape[-1])
+    if routing_weights is not None:
+        if routing is not None:
+            raise ValueError("routing_weights: given together with routing; expected one of the two")
+        if routing_weights.shape != (*leading, s.shape[0]):
+            raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[0]))
+        # The softmax over log-weights divides the selected weights by their sum.
+        routing = select_experts(routing_weights.to(s.dtype).log(), num_experts_per_tok)
+    if routing is None:
+        y = library.linear(
+            tokens, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend
+        )
+    else:
+        weights, ids = routing
+        if ids.shape[:-1] != leading:
+            raise _shape_error("routing[1]", ids, (*leading, "m"))
+        if weights.shape != ids.shape:
+            raise _shape_error("routing[0]", weights, ids.shape)
+        m = ids.shape[-1]
+        weights, ids = weights.reshape(-1, m).to(s.dtype), ids.reshape(-1, m).int()
+        y = library.apply(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, backend)
+    return y.view(*leading, weight.shape[0])
+
+
+def route(
+    x: Tensor, vh: Tensor, *, num_experts_per_tok: int, rank_of_router: int, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The m experts with the largest score_i = ||vh[i, :g] x||_2, and the softmax of their scores.
+
+    Args:
+        x: [..., D] input.
+        vh: [N, >= g, D]; its first g rows are the router's.
+        num_experts_per_tok: m, 1 <= m <= N.
+        rank_of_router: g.
+        backend: as in `smile_linear`.
+
+    Returns:
+        weights [..., m] float32 (float64 where x is float64), largest first, and ids [..., m] int32.
+
+    Raises:
+        ValueError: shapes, dtypes or num_experts_per_tok do not fit.
+    """
+    _check_router(x, vh, rank_of_router)
+    _check_range("num_experts_per_tok", num_experts_per_tok, vh.shape[0], "the number of experts")
+    weights, ids = library.route(x.reshape(-1, x.shape[-1]), vh[:, :rank_of_router], num_experts_per_tok, backend)
+    shape = (*x.shape[:-1], num_experts_per_tok)
+    return weights.view(shape), ids.view(shape)
+
+
+def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
+    """score_i(x) = ||vh[i, :g] x||_2 for every expert: x [..., D], vh [N, >= g, D] -> [..., N] float32.
+
+    The one seam for every routing policy: feed what a policy makes of it to `select_experts`, and that to
+    `smile_linear(routing=...)`. float64 where x is float64. Differentiable.
+    """
+    _check_router(x, vh, rank_of_router)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.scores(x, vh[:, :rank_of_router])
+
+
+def select_experts(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """The m largest of scores [..., N], ties to the lower index -> their softmax [..., m] and ids [..., m] int32."""
+    _check_range("num_experts_per_tok", num_experts_per_tok, scores.shape[-1], "the number of experts")
+    return reference.select(scores, num_experts_per_tok)
+
+
+def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> ValueError:
+    return ValueError(f"{name}: has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
+
+
+def _check_range(name: str, value: int, most: int, meaning: str) -> None:
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: is {value}; expected 1 to {most}, {meaning}")
+
+
+def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
+    if vh.dim() != 3:
+        raise _shape_error("vh", vh, ("N", "max(r, g)", "D"))
+    if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
+        raise _shape_error("x", x, ("...", vh.shape[2]))
+    if x.dtype not in _DTYPES or x.dtype != vh.dtype:
+        raise ValueError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
+    _check_range("rank_of_router", rank_of_router, vh.shape[1], "the rows of vh an expert has")
+
+
+def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router) -> None:
+    if weight.dim() != 2:
+        raise _shape_error("weight", weight, ("O", "D"))
+    (o, d), (n, r) = weight.shape, s.shape if s.dim() == 2 else (0, 0)
+    if n == 0 or r == 0:
+        raise _shape_error("s", s, ("N", "r"))
+    rows = rank_of_router if router is None else 1
+    expected = (
+        ("bias", bias, (o,)),
+        ("vh", vh, (n, max(r, rows), d)),
+        ("u", u, (n, o, r)),
+        ("expert_bias", expert_bias, (n, o)),
+        ("router", router, (n, rank_of_router, d)),
+    )
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape and not (name == "vh" and _longer(tensor.shape, shape)):
+            raise _shape_error(name, tensor, shape)
+        if tensor.dtype != weight.dtype:
+            raise ValueError(f"{name}: is {tensor.dtype}; expected weight's dtype, {weight.dtype}")
+    if x.dim() < 1 or x.shape[-1] != d:
+        raise _shape_error("x", x, ("...", d))
+    if x.dtype != weight.dtype or x.dtype not in _DTYPES:
+        raise ValueError(f"x: is {x.dtype} and weight {weight.dtype}; expected one floating-point dtype of {_DTYPES}")
+    if s.dtype != reference.accumulate_dtype(x):
+        raise ValueError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
+    _check_range("rank_of_router", rank_of_router, d, "in_features")
+    _check_range("num_experts_per_tok", num_experts_per_tok, n, "the number of experts")
+
+
+def _longer(shape: Sequence[int], least: Sequence[int]) -> bool:
+    """vh may carry more rows than are used, as when a router of its own has fewer than it."""
+    return len(shape) == 3 and shape[0] == least[0] and shape[1] >= least[1] and shape[2] == least[2]

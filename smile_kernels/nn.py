@@ -1,0 +1,185 @@
+"""`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .functional import smile_linear
+
+
+class SmileLinear(nn.Module):
+    """One pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
+
+        y = W x + b + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
+
+    The m experts with the largest ||V_i[:, :g]^T x||_2 are selected for each token; w is the softmax of those scores.
+
+    Parameters (D in_features, O out_features, N experts, r rank of an expert, g rank of the router):
+        weight [O, D], bias [O] | None: the shared layer, under nn.Linear's own names.
+        vh [N, max(r, g), D], s [N, r], u [N, O, r]: the experts. `s` stays float32 when the module is cast down.
+        expert_bias [N, O] | None: each expert's bias less the shared one.
+        router [N, g, D] | None: the router's rows, where they are not the first g rows of `vh`.
+
+    Args:
+        in_features, out_features: D and O.
+        num_local_experts: N.
+        rank_of_expert: r, 1 to min(D, O).
+        rank_of_router: g, 1 to D.
+        num_experts_per_tok: m, 1 to N.
+        bias, expert_bias, router: whether the layer has these parameters.
+        device, dtype: as for nn.Linear.
+
+    Raises:
+        ValueError: an argument out of range; the message names it.
+
+    Source: SMILE, arXiv 2408.10174.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_local_experts: int,
+        rank_of_expert: int,
+        rank_of_router: int,
+        num_experts_per_tok: int = 1,
+        *,
+        bias: bool = True,
+        expert_bias: bool = True,
+        router: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        limits = (
+            ("num_local_experts", num_local_experts, None),
+            ("rank_of_expert", rank_of_expert, min(in_features, out_features)),
+            ("rank_of_router", rank_of_router, in_features),
+            ("num_experts_per_tok", num_experts_per_tok, num_local_experts),
+        )
+        for name, value, most in limits:
+            if value < 1 or (most is not None and value > most):
+                raise ValueError(f"{name}: is {value}; expected 1 {'or more' if most is None else f'to {most}'}")
+        n, d, o, r, g = num_local_experts, in_features, out_features, rank_of_expert, rank_of_router
+        self.in_features, self.out_features = d, o
+        self.num_local_experts, self.num_experts_per_tok = n, num_experts_per_tok
+        self.rank_of_expert, self.rank_of_router = r, g
+
+        def parameter(present: bool, *shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if present else None
+
+        s_dtype = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
+        self.weight = parameter(True, o, d)
+        self.register_parameter("bias", parameter(bias, o))
+        self.vh = parameter(True, n, r if router else max(r, g), d)
+        self.s = parameter(True, n, r, dtype=s_dtype)
+        self.u = parameter(True, n, o, r)
+        self.register_parameter("expert_bias", parameter(expert_bias, n, o))
+        self.register_parameter("router", parameter(router, n, g, d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random weights of nn.Linear's scale, for benchmarks and tests; real layers come from `from_linears`."""
+        bound = self.in_features**-0.5
+        for name, p in self.named_parameters(recurse=False):
+            nn.init.uniform_(p, 0.0 if name == "s" else -bound, 1.0 if name == "s" else bound)
+
+    @classmethod
+    def from_linears(
+        cls,
+        base: nn.Linear,
+        finetuned: Sequence[nn.Linear],
+        *,
+        rank_of_expert: int | float,
+        rank_of_router: int,
+        num_experts_per_tok: int = 1,
+    ) -> "SmileLinear":
+        """The zero-shot construction: each expert is the truncated SVD of a fine-tuned layer's difference to the base.
+
+        Args:
+            base: the pre-trained layer; its weight and bias are copied, never changed.
+            finetuned: N layers of the same shape and dtype. A bias that only some layers have counts as 0 elsewhere.
+            rank_of_expert: r; -1 for full rank (exact); or a fraction in (0, 1), the share of the energy to hold.
+            rank_of_router: g.
+            num_experts_per_tok: m.
+
+        Raises:
+            ValueError: no experts, shapes or dtypes that differ, NaN or inf, or a rank out of range.
+        """
+        from .svd import decompose_linear
+
+        factors, _ = decompose_linear(
+            base.weight,
+            base.bias,
+            [layer.weight for layer in finetuned],
+            [layer.bias for layer in finetuned],
+            rank_of_expert=rank_of_expert,
+            rank_of_router=rank_of_router,
+        )
+        return cls.from_factors(
+            base.weight, base.bias, factors, rank_of_router=rank_of_router, num_experts_per_tok=num_experts_per_tok
+        )
+
+    @classmethod
+    def from_factors(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: dict[str, Tensor | None],
+        *,
+        rank_of_router: int,
+        num_experts_per_tok: int = 1,
+    ) -> "SmileLinear":
+        """A layer from tensors: weight [O, D], bias [O] | None, and `factors` by parameter name (shapes above)."""
+        n, o, r = factors["u"].shape
+        layer = cls(
+            weight.shape[1],
+            o,
+            n,
+            r,
+            rank_of_router,
+            num_experts_per_tok,
+            bias=bias is not None,
+            expert_bias=factors.get("expert_bias") is not None,
+            router=factors.get("router") is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        tensors = {"weight": weight, "bias": bias, **factors}
+        layer.load_state_dict({name: t.detach() for name, t in tensors.items() if t is not None})
+        return layer
+
+    def forward(
+        self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
+    ) -> Tensor:
+        """x [..., D] -> y [..., O]; `routing` and `routing_weights` as in `functional.smile_linear`."""
+        return smile_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.vh,
+            self.s,
+            self.u,
+            self.expert_bias,
+            self.router,
+            num_experts_per_tok=self.num_experts_per_tok,
+            rank_of_router=self.rank_of_router,
+            routing=routing,
+            routing_weights=routing_weights,
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        # Module.to(bfloat16) and half() would round the singular values: they follow devices, not low precision.
+        s = self.s.data
+        super()._apply(fn, recurse)
+        if self.s.dtype not in (torch.float32, torch.float64):
+            self.s.data = s.to(self.s.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"num_local_experts={self.num_local_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
+            f"rank_of_expert={self.rank_of_expert}, rank_of_router={self.rank_of_router}"
+        )

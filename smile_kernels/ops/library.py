@@ -1,0 +1,288 @@
+"""The operators `smile_kernels::*`: schemas, fake kernels, vmap rules, autograd, and the choice of a backend.
+
+Five operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
+
+    route           x, router -> weights, ids                           the routing half
+    apply           x, parameters, weights, ids -> y, h                 the expert half
+    linear          both in one pass -> y, weights, ids, h
+    route_backward, apply_backward                                      their closed-form gradients
+
+A backend is a module with these five as functions over 2-D x. `h` [T, m, r] is what the backward needs of the forward
+(V^T x of the selected experts); it has no elements unless `save` is set, nor has a gradient that is not needed.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import accumulate_dtype
+
+# Backend name -> module of this package that implements it, best first.
+_MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
+
+
+def _implementation(backend: str):
+    return importlib.import_module(_MODULES[backend], __package__)
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`; None if it can."""
+    if backend == "torch":
+        return None
+    if backend in ("cuda", "cpu") and backend != device_type:
+        return f"it serves {backend} tensors, not {device_type} tensors"
+    try:
+        return _implementation(backend).why_not(device_type)
+    except ImportError as error:
+        return str(error)
+
+
+def backends(device_type: str | None = None) -> dict[str, str | None]:
+    """Every backend, best first, with the reason it cannot run on `device_type`, or None where it can.
+
+    device_type: "cuda", "cpu", ...; by default "cuda" where torch sees a GPU, else "cpu".
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {backend: why_not(backend, device_type) for backend in _MODULES}
+
+
+@functools.lru_cache(maxsize=64)
+def _choose(backend: str | None, device_type: str, training: bool) -> str:
+    if backend is not None:
+        if backend not in _MODULES:
+            raise ValueError(f"backend: {backend!r} is unknown; expected one of {', '.join(_MODULES)}")
+        if reason := why_not(backend, device_type):
+            raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
+        return backend
+    # The compiled CPU operator has no backward: it serves inference, the composition trains.
+    candidates = [name for name in _MODULES if not (name == "cpu" and training)]
+    return next(name for name in candidates if why_not(name, device_type) is None)
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(backend: str | None, device_type: str, training: bool) -> str:
+    """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the best backend for the device.
+
+    A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another.
+    """
+    return _choose(backend or os.environ.get("SMILE_KERNELS_BACKEND"), device_type, training)
+
+
+_LIBRARY = torch.library.Library("smile_kernels", "DEF")
+_PARAMETERS = "Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias"
+
+
+def _define(name: str, arguments: str, returns: int, kernel: Callable, fake: Callable) -> Callable:
+    """Register smile_kernels::name with its kernel, fake and vmap rule; return its overload, the cheapest to call."""
+    schema = f"({arguments}, str backend) -> ({', '.join(['Tensor'] * returns)})"
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"smile_kernels::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.smile_kernels, name).default
+    torch.library.register_vmap(op, functools.partial(_vmap, op), lib=_LIBRARY)
+    for device_type in ("cpu", "cuda"):
+        kernel = functools.partial(_without_autocast, op, device_type)
+        _LIBRARY.impl(name, kernel, f"Autocast{device_type.upper()}")
+    return op
+
+
+def _without_autocast(op: Callable, device_type: str, *args):
+    """Autocast chooses the dtype of an operator's inputs, not of the arithmetic inside (routing stays in float32)."""
+    with torch.autocast(device_type, enabled=False):
+        return op(*args)
+
+
+def _vmap(op: Callable, info, in_dims: Sequence[int | None], *args) -> tuple:
+    """One call per batch entry: right for any mix of batched arguments."""
+    calls = [
+        op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(column) for column in zip(*calls)), (0,) * len(calls[0])
+
+
+def _defined(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors: a gradient that is not needed is one without elements."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _fake_route(x, router, num_experts_per_tok, backend):
+    shape = (x.shape[0], num_experts_per_tok)
+    return x.new_empty(shape, dtype=accumulate_dtype(x)), x.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, backend):
+    h = (*ids.shape, s.shape[1]) if save else (0,)
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
+
+
+def _fake_linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save, backend):
+    weights, ids = _fake_route(x, vh, num_experts_per_tok, backend)
+    y, h = _fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, backend)
+    return y, weights, ids, h
+
+
+def _fake_gradients(inputs, needs):
+    return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs))
+
+
+def _fake_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, backend):
+    like = (x, weight, x.new_empty(weight.shape[0]), vh, s, u, expert_bias, weights)
+    return _fake_gradients([x if t is None else t for t in like], needs)
+
+
+_route = _define(
+    "route",
+    "Tensor x, Tensor router, int num_experts_per_tok",
+    2,
+    lambda x, router, m, backend: _implementation(backend).route(x, router, m),
+    _fake_route,
+)
+_route_backward = _define(
+    "route_backward",
+    "Tensor dweights, Tensor x, Tensor router, Tensor weights, Tensor ids, bool[] needs",
+    2,
+    lambda *args: _defined(_implementation(args[-1]).route_backward(*args[:-1]), args[0]),
+    lambda dweights, x, router, weights, ids, needs, backend: _fake_gradients((x, router), needs),
+)
+_apply = _define(
+    "apply",
+    f"Tensor x, {_PARAMETERS}, Tensor weights, Tensor ids, bool save",
+    2,
+    lambda *args: _implementation(args[-1]).apply(*args[:-1]),
+    _fake_apply,
+)
+_apply_backward = _define(
+    "apply_backward",
+    "Tensor dy, Tensor x, Tensor weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor weights, "
+    "Tensor ids, Tensor h, bool[] needs",
+    8,
+    lambda *args: _defined(_implementation(args[-1]).apply_backward(*args[:-1]), args[0]),
+    _fake_apply_backward,
+)
+_linear = _define(
+    "linear",
+    f"Tensor x, {_PARAMETERS}, Tensor? router, int num_experts_per_tok, int rank_of_router, bool save",
+    4,
+    lambda *args: _implementation(args[-1]).linear(*args[:-1]),
+    _fake_linear,
+)
+
+
+class _Route(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, router, num_experts_per_tok, backend):
+        return _route(x, router, num_experts_per_tok, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, router, _, ctx.backend = inputs
+        ctx.save_for_backward(x, router, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dweights, _):
+        needs = list(ctx.needs_input_grad[:2])
+        gradients = _route_backward(dweights, *ctx.saved_tensors, needs, ctx.backend)
+        return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
+
+
+class _Apply(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend):
+        return _apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, True, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, vh, s, u, expert_bias, weights, ids, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, vh, s, u, expert_bias, weights, ids, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        needs = list(ctx.needs_input_grad[:8])
+        gradients = _apply_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
+        return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend):
+        return _linear(
+            x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, True, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, vh, s, u, expert_bias, router, _, ctx.rank_of_router, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, vh, s, u, expert_bias, router, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, vh, s, u, expert_bias, router, weights, ids, h = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:8])
+        tied = router is None
+        # One selected expert has weight 1 whatever its score: the router gets no gradient.
+        routed = ids.shape[1] > 1 and (needs[0] or needs[3] if tied else needs[0] or needs[7])
+        wanted = [*needs[:7], routed]
+        out = list(_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, wanted, ctx.backend))
+        dweights, out[7] = out[7], None
+        if routed:
+            rows = vh[:, : ctx.rank_of_router] if tied else router
+            needs_rows = needs[3] if tied else needs[7]
+            dx, drouter = _route_backward(dweights, x, rows, weights, ids, [needs[0], needs_rows], ctx.backend)
+            if needs[0]:
+                out[0] = out[0] + dx
+            if needs_rows and tied:
+                out[3][:, : ctx.rank_of_router] += drouter
+            elif needs_rows:
+                out[7] = drouter
+        elif needs[7]:
+            out[7] = torch.zeros_like(router)
+        return (*(g if needed else None for g, needed in zip(out, needs)), None, None, None)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | None) -> tuple[Tensor, Tensor]:
+    """x [T, D], router [N, g, D] -> weights [T, m], ids [T, m], differentiable."""
+    training = _needs_gradient(x, router)
+    backend = choose_backend(backend, x.device.type, training)
+    return (_Route.apply if training else _route)(x, router, num_experts_per_tok, backend)
+
+
+def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tensor:
+    """The expert half under a given routing -> y [T, O], differentiable."""
+    arguments = (x, weight, bias, vh, s, u, expert_bias, weights)
+    training = _needs_gradient(*arguments)
+    backend = choose_backend(backend, x.device.type, training)
+    if training:
+        return _Apply.apply(*arguments, ids, backend)[0]
+    return _apply(*arguments, ids, False, backend)[0]
+
+
+def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend) -> Tensor:
+    """Route and apply in one pass -> y [T, O], differentiable."""
+    arguments = (x, weight, bias, vh, s, u, expert_bias, router)
+    training = _needs_gradient(*arguments)
+    backend = choose_backend(backend, x.device.type, training)
+    if training:
+        return _Linear.apply(*arguments, num_experts_per_tok, rank_of_router, backend)[0]
+    return _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[0]

@@ -1,0 +1,82 @@
+"""The oracle: a SMILE layer written to be read, differentiable by autograd, float32 (float64 for float64) inside.
+
+Shapes: T tokens, D in_features, O out_features, N experts, m experts per token, r rank of an expert, g of the router.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype routing and low-rank sums are carried in: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def scores(x: Tensor, router: Tensor) -> Tensor:
+    """score_i(x) = ||router_i x||_2: x [..., D], router [N, g, D] -> [..., N] float32."""
+    acc = accumulate_dtype(x)
+    q = torch.einsum("...d,ngd->...ng", x.to(acc), router.to(acc))
+    return torch.linalg.vector_norm(q, dim=-1)
+
+
+def select(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """The m largest scores, ties to the lower index, and their softmax: scores [..., N] -> weights [..., m], ids int32.
+
+    Softmax over the selected scores equals softmax over all, top-m, renormalise. NaN ranks last; an infinite score
+    counts as the largest finite one, so one bad value cannot spoil the other experts' weights.
+    """
+    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
+    if num_experts_per_tok == 1:
+        ids = scores.argmax(-1, keepdim=True)
+        return torch.ones_like(ids, dtype=scores.dtype), ids.int()
+    values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return values[..., :num_experts_per_tok].softmax(-1), ids[..., :num_experts_per_tok].int()
+
+
+def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32."""
+    return select(scores(x, router), num_experts_per_tok)
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    """y = W x + b + sum over the selected i of w_i (U_i (s_i * V_i^T x) + expert_bias_i); one rounding, at the end."""
+    acc = accumulate_dtype(x)
+    xa = x.to(acc)
+    y = F.linear(xa, weight.to(acc), None if bias is None else bias.to(acc))
+    r = s.shape[1]
+    for i in range(s.shape[0]):
+        chosen = ids == i
+        w = torch.where(chosen, weights.to(acc), 0).sum(-1, keepdim=True)
+        delta = (xa @ vh[i, :r].to(acc).T * s[i].to(acc)) @ u[i].to(acc).T
+        if expert_bias is not None:
+            delta = delta + expert_bias[i].to(acc)
+        y = y + torch.where(chosen.any(-1, keepdim=True), w * delta, 0)
+    return y.to(x.dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    router: Tensor | None,
+    num_experts_per_tok: int,
+    rank_of_router: int,
+) -> Tensor:
+    """Route, then apply: x [T, D] -> y [T, O]."""
+    weights, ids = route(x, vh[:, :rank_of_router] if router is None else router, num_experts_per_tok)
+    return apply(x, weight, bias, vh, s, u, expert_bias, weights, ids)

@@ -1,0 +1,143 @@
+"""Random SMILE problems and the comparison with the float64 oracle, shared by tests and benchmarks."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .ops import reference
+
+
+@dataclass
+class Problem:
+    """The tensors of one SMILE layer and an input, with its two integers; shapes as in `functional.smile_linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    vh: Tensor
+    s: Tensor
+    u: Tensor
+    expert_bias: Tensor | None
+    router: Tensor | None
+    num_experts_per_tok: int
+    rank_of_router: int
+
+    @classmethod
+    def random(
+        cls,
+        tokens: int,
+        in_features: int,
+        out_features: int,
+        num_local_experts: int,
+        rank_of_expert: int,
+        rank_of_router: int,
+        num_experts_per_tok: int = 1,
+        *,
+        bias: bool = True,
+        expert_bias: bool = True,
+        router: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> "Problem":
+        """Weights of a trained layer's scale; scores of order 1; deltas a tenth of the base product."""
+        generator = torch.Generator().manual_seed(seed)
+        n, d, o, r, g = num_local_experts, in_features, out_features, rank_of_expert, rank_of_router
+
+        def normal(*shape: int, scale: float, dtype: torch.dtype = dtype) -> Tensor:
+            t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+            return t.to(dtype=dtype, device=device)
+
+        k = r if router else max(r, g)
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            x=normal(tokens, d, scale=1.0),
+            weight=normal(o, d, scale=d**-0.5),
+            bias=normal(o, scale=0.1) if bias else None,
+            vh=normal(n, k, d, scale=d**-0.5),
+            s=normal(n, r, scale=0.1 * (o / max(r, 1)) ** 0.5, dtype=acc).abs(),
+            u=normal(n, o, r, scale=o**-0.5),
+            expert_bias=normal(n, o, scale=0.1) if expert_bias else None,
+            router=normal(n, g, d, scale=d**-0.5) if router else None,
+            num_experts_per_tok=num_experts_per_tok,
+            rank_of_router=g,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by name."""
+        return {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """The same problem in another dtype; `s` in float32 or float64."""
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        return replace(self, **{name: t.to(acc if name == "s" else dtype) for name, t in self.tensors().items()})
+
+    def arguments(self) -> tuple:
+        """Positional arguments of `functional.smile_linear` and of the operators."""
+        return self.x, self.weight, self.bias, self.vh, self.s, self.u, self.expert_bias, self.router
+
+    def rows(self) -> Tensor:
+        """The router's rows [N, g, D]."""
+        return self.vh[:, : self.rank_of_router] if self.router is None else self.router
+
+
+def expectations(
+    problem: Problem, ids: Tensor, *, weights: Tensor | None = None, dy: Tensor | None = None
+) -> dict[str, tuple[Tensor, float]]:
+    """What a SMILE layer must give for the experts `ids`: name -> (float64 value, largest error of plain PyTorch).
+
+    "y", and with dy [T, O] the gradient of each tensor of the problem by its name. `weights` [T, m] fixes the weights
+    (and adds their gradient, "weights"); without it they are the softmax of the selected scores, which gradients flow
+    through. Plain PyTorch is the layer as its users write it: every operator in the problem's dtype, float32 routing.
+    """
+    values = []
+    for p, layer in ((problem.to(torch.float64), reference.apply), (problem, _plain)):
+        leaves = {name: t.detach().clone().requires_grad_(dy is not None) for name, t in p.tensors().items()}
+        if weights is not None:
+            leaves["weights"] = weights.detach().to(p.s.dtype).requires_grad_(dy is not None)
+        p = replace(p, **{name: t for name, t in leaves.items() if name != "weights"})
+        w = leaves.get("weights")
+        if w is None:
+            w = reference.scores(p.x, p.rows()).gather(1, ids.long()).softmax(-1)
+        out = {"y": layer(*p.arguments()[:7], w, ids)}
+        if dy is not None:
+            gradients = torch.autograd.grad(out["y"], leaves.values(), dy.to(out["y"].dtype), allow_unused=True)
+            out |= {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), gradients)}
+        values.append({name: t.detach() for name, t in out.items()})
+    exact, plain = values
+    return {
+        name: (want, (plain[name].double() - want).abs().max().item() if want.numel() else 0.0)
+        for name, want in exact.items()
+    }
+
+
+def _plain(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    for j in range(ids.shape[1]):
+        i = ids[:, j].long()
+        z = s.to(x.dtype)[i] * torch.einsum("td,trd->tr", x, vh[i, : s.shape[1]])
+        delta = torch.einsum("tr,tor->to", z, u[i])
+        if expert_bias is not None:
+            delta = delta + expert_bias[i]
+        y = y + weights[:, j, None].to(x.dtype) * delta
+    return y
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, plain_error: float, slack: float = 2.0) -> None:
+    """`got` is at most `slack` times as far from `want` as plain PyTorch is, plus one rounding of the largest value."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if not want.numel():
+        return
+    # Plain PyTorch may be exact by luck on small cases: one rounding of the largest value is always allowed. In float64
+    # the oracle itself rounds, and its own error is not seen.
+    floor = torch.finfo(got.dtype).eps * want.abs().max().item() * (32 if got.dtype == torch.float64 else 1)
+    error = (got.double() - want.double()).abs()
+    bound = slack * plain_error + floor
+    worst = error.nan_to_num(nan=float("inf")).argmax()
+    where = torch.unravel_index(worst, error.shape) if error.dim() else ()
+    at = tuple(int(i) for i in where)
+    assert error.flatten()[worst] <= bound, (
+        f"{name}: off by {error.flatten()[worst]:.3g} at {at}: got {got.flatten()[worst]:.6g}, expected "
+        f"{want.flatten()[worst]:.6g}; plain PyTorch is off by {plain_error:.3g}, allowed {bound:.3g}"
+    )
