@@ -8,7 +8,6 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
 from .nn import SmileLinear
 
@@ -127,20 +126,19 @@ class SmileConfig:
         return config
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> "SmileConfig":
-        """The config of a model that holds SmileLinear layers.
+    def from_layers(cls, layers: Mapping[str, SmileLinear]) -> "SmileConfig":
+        """The config of the layers by their names.
 
         Raises:
-            ValueError: no such layer, or layers that differ in num_local_experts or num_experts_per_tok.
+            ValueError: no layer, or layers that differ in num_local_experts or num_experts_per_tok.
         """
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
         if not layers:
-            raise ValueError(f"model: {type(model).__name__} holds no SmileLinear; expected a model from upscale()")
+            raise ValueError("model: holds no SmileLinear; expected a model made by upscale()")
         shared = {}
         for key in ("num_local_experts", "num_experts_per_tok"):
             values = {getattr(layer, key) for layer in layers.values()}
             if len(values) > 1:
-                raise ValueError(f"{key}: differs between layers ({sorted(values)}); expected one value in a checkpoint")
+                raise ValueError(f"{key}: differs between layers, {sorted(values)}; expected one value in a checkpoint")
             shared[key] = values.pop()
         modules = {
             name: SmileModuleConfig(

@@ -1,0 +1,154 @@
+"""Layers and checkpoints of fusion_bench (tanganke/fusion_bench), the published implementation, as ours.
+
+fusion_bench has two modules with two key layouts; N experts, k their rank, g the router's:
+
+    linear_from_hf_config.SmileLinear      linear_from_module.SmileMoELinear
+    gate.weight [N*g, D]                   gate.weights [N*g, D]
+    shared_linear.{weight, bias}           pretrained_model.{weight, bias}
+    experts.{i}.u [O, k], experts.{i}.svh [k, D], experts.{i}.bias [O]; dense experts: experts.{i}.weight [O, D]
+
+Nothing here imports fusion_bench: its modules are known by their class, its checkpoints by their keys.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import SmileConfig
+from ..nn import SmileLinear
+
+__all__ = ["convert_state_dict", "from_fusion_bench", "holds_fusion_bench_layers"]
+
+_MODULES = {"SmileLinear": "num_experts_per_tok", "SmileMoELinear": "top_k"}
+_GATE = re.compile(r"(?:(?P<layer>.+)\.)?gate\.weights?")
+_SHARED = re.compile(r"(?:(?P<layer>.+)\.)?(?:shared_linear|pretrained_model)\.weight")
+
+
+def from_fusion_bench(model: nn.Module) -> nn.Module:
+    """Swaps every SMILE layer of fusion_bench for a `SmileLinear` with the same outputs, in place.
+
+    The factors are taken as they are: u as stored, `svh` split into unit rows and their lengths, the gate as `vh`'s
+    first rows where it is equal to them and as `router` elsewhere. Dense experts (no rank) become their exact
+    full-rank SVD. Routing is computed in float32, so tokens whose scores tie in the model's dtype may differ.
+
+    Args:
+        model: any module that holds such layers, or one such layer.
+
+    Returns:
+        The same model; where `model` is itself such a layer, the new layer.
+
+    Raises:
+        ValueError: no such layer was found.
+    """
+    layers = {name: module for name, module in model.named_modules() if _is_smile(module)}
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} holds no SMILE layer of fusion_bench; expected at least one")
+    for name, module in layers.items():
+        layer = _convert_layer(
+            module.state_dict(), num_experts_per_tok=getattr(module, _MODULES[type(module).__name__])
+        ).train(module.training)
+        if not name:
+            return layer
+        model.set_submodule(name, layer)
+    return model
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor], *, num_experts_per_tok: int = 1
+) -> tuple[dict[str, Tensor], SmileConfig]:
+    """A state dict of fusion_bench, either layout, in our names, and the config that describes its layers.
+
+    Args:
+        state_dict: name -> tensor; what belongs to no SMILE layer is passed through.
+        num_experts_per_tok: m, which fusion_bench keeps in the model's config, not among the tensors.
+
+    Raises:
+        ValueError: no SMILE layer of fusion_bench among the keys, or one with a tensor missing.
+    """
+    names = _layer_names(state_dict)
+    if not names:
+        raise ValueError("state_dict: holds no SMILE layer of fusion_bench; expected keys such as <layer>.gate.weight")
+    layers, converted = {}, dict(state_dict)
+    for name in names:
+        prefix = f"{name}." if name else ""
+        keys = [key for key in converted if key.startswith(prefix)]
+        tensors = {key.removeprefix(prefix): converted.pop(key) for key in keys}
+        layers[name] = _convert_layer(tensors, num_experts_per_tok=num_experts_per_tok)
+        converted |= {prefix + key: tensor for key, tensor in layers[name].state_dict().items()}
+    return converted, SmileConfig.from_layers(layers)
+
+
+def holds_fusion_bench_layers(names: Iterable[str]) -> bool:
+    """Whether tensor names are those of a fusion_bench checkpoint."""
+    return bool(_layer_names(names))
+
+
+def _is_smile(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("fusion_bench.") and type(module).__name__ in _MODULES
+
+
+def _layer_names(names: Iterable[str]) -> list[str]:
+    """Names of the layers: those with a gate and a shared linear beside it."""
+    shared = {match["layer"] for name in names if (match := _SHARED.fullmatch(name))}
+    return [match["layer"] or "" for name in names if (match := _GATE.fullmatch(name)) and match["layer"] in shared]
+
+
+@torch.no_grad()
+def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -> SmileLinear:
+    """A layer from its tensors by fusion_bench's names, relative to the layer."""
+
+    def get(*names: str) -> Tensor:
+        for name in names:
+            if name in tensors:
+                return tensors[name]
+        raise ValueError(f"state_dict: {' or '.join(names)} is missing; a SMILE layer of fusion_bench has it")
+
+    weight = get("shared_linear.weight", "pretrained_model.weight")
+    bias = tensors.get("shared_linear.bias", tensors.get("pretrained_model.bias"))
+    n = len({key.split(".")[1] for key in tensors if key.startswith("experts.")})
+    if n == 0:
+        raise ValueError("state_dict: experts.0.u is missing; a SMILE layer of fusion_bench has it")
+    gate = get("gate.weight", "gate.weights")
+    gate = gate.view(n, gate.shape[0] // n, gate.shape[1])
+    experts = (
+        _factors(get(f"experts.{i}.svh", f"experts.{i}.weight"), tensors.get(f"experts.{i}.u"), gate[i])
+        for i in range(n)
+    )
+    u, s, vh = (torch.stack(factor) for factor in zip(*experts))
+    # Tied where each gate row points where the expert's does; float32 SVD makes rows of length 1 to about 10 eps only.
+    rows, eps = min(vh.shape[1], gate.shape[1]), torch.finfo(weight.dtype).eps
+    ours, gates, used = vh[:, :rows].double(), gate[:, :rows].double(), s[:, :rows] > 0
+    length = (ours * gates).sum(-1) / gates.square().sum(-1).clamp_min(eps)
+    apart = (ours - length[..., None] * gates).norm(dim=-1)
+    tied = bool(((apart <= 2 * eps) & ((length - 1).abs() <= 32 * eps))[used].all())
+    if tied:
+        s[:, :rows] *= length.where(used, torch.zeros_like(length))
+        vh = torch.cat([gate, vh[:, rows:]], dim=1)
+    biases = [tensors.get(f"experts.{i}.bias") for i in range(n)]
+    if all(b is None for b in biases):
+        expert_bias = None
+    else:
+        expert_bias = torch.stack([torch.zeros_like(weight[:, 0]) if b is None else b for b in biases])
+    factors = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias, "router": None if tied else gate}
+    return SmileLinear.from_factors(
+        weight, bias, factors, rank_of_router=gate.shape[1], num_experts_per_tok=num_experts_per_tok
+    )
+
+
+def _factors(matrix: Tensor, u: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u [O, r], s [r], vh [r, D] of one expert: from svh [r, D] and u, or from the dense difference [O, D]."""
+    dtype = matrix.dtype
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    matrix = matrix.double()
+    if u is None:
+        left, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        # The gate's rows are right singular vectors of the same matrix, each up to its sign.
+        rows = min(len(s), len(gate))
+        sign = torch.ones_like(s)
+        sign[:rows] = torch.where((vh[:rows] * gate[:rows]).sum(-1) < 0, -1.0, 1.0)
+        return (left * sign).to(dtype), s.to(accumulate), (vh * sign[:, None]).to(dtype)
+    s = matrix.norm(dim=-1)
+    vh = matrix / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    return u, s.to(accumulate), vh.to(dtype)

@@ -1,0 +1,134 @@
+"""fusion_bench's own modules against what they become here: same outputs, both key layouts, no fusion_bench needed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fusion_bench.models.smile_moe import linear_from_hf_config as headed
+from fusion_bench.models.smile_moe import linear_from_module as generic
+from torch import nn
+
+from smile_kernels import SmileLinear
+from smile_kernels.integrations.fusion_bench import convert_state_dict, from_fusion_bench, holds_fusion_bench_layers
+
+D, O, N = 20, 28, 3
+
+
+def linears(bias: bool) -> tuple[nn.Linear, list[nn.Linear]]:
+    base = nn.Linear(D, O, bias=bias)
+    finetuned = [nn.Linear(D, O, bias=bias) for _ in range(N)]
+    for layer in finetuned:
+        for name, p in layer.named_parameters():
+            p.data = base.get_parameter(name).data + 0.1 * p.data
+    return base, finetuned
+
+
+def theirs(layout: str, rank: int, gate: int, m: int, bias: bool = True) -> nn.Module:
+    base, finetuned = linears(bias)
+    if layout == "generic":
+        return generic.SmileMoELinear(base, finetuned, gate_k=gate, k=rank, top_k=m)
+    config = headed.SmileMoEConfig()
+    config.num_local_experts, config.num_experts_per_tok = N, m
+    config.rank_of_expert, config.rank_of_router = rank, gate
+    target = headed.SmileLinear(config, D, O, bias=bias)
+    return headed.upscale_to_smile_linear(base, finetuned, target)
+
+
+def clear_tokens(module: nn.Module, m: int, dtype: torch.dtype) -> torch.Tensor:
+    """Inputs whose m-th and next score are apart by more than the dtype rounds, so that no choice is an accident."""
+    x = torch.randn(400, D).to(dtype)
+    gate = module.gate.weight if hasattr(module.gate, "weight") else module.gate.weights
+    scores = (x.double() @ gate.double().T).view(len(x), N, -1).norm(dim=-1).sort(dim=-1, descending=True).values
+    gap = scores[:, m - 1] - scores[:, m] if m < N else torch.ones(len(x))
+    x = x[gap > 8 * torch.finfo(dtype).eps * scores[:, 0]]
+    assert len(x) > 100
+    return x
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("m", [1, 2, 3], ids=lambda m: f"m{m}")
+@pytest.mark.parametrize(("rank", "gate"), [(8, 4), (4, 8), (20, 1), (-1, 4)], ids=lambda r: f"{r}")
+@pytest.mark.parametrize("layout", ["generic", "headed"])
+def test_same_outputs(layout, rank, gate, m, bias):
+    module = theirs(layout, rank, gate, m, bias=bias)
+    x = clear_tokens(module, m, torch.float32)
+    want = module.double()(x.double())
+    layer = from_fusion_bench(module.float())
+    assert isinstance(layer, SmileLinear)
+    assert layer.rank_of_expert == (min(D, O) if rank < 0 else rank)
+    torch.testing.assert_close(layer(x).double(), want, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["generic", "headed"])
+def test_low_precision_is_no_further_from_exact_than_theirs(layout, dtype):
+    module = theirs(layout, 8, 4, 1).to(dtype)
+    x = clear_tokens(module, 1, dtype)
+    low = module(x)
+    want = module.double()(x.double())
+    ours = from_fusion_bench(module.to(dtype))(x)
+    assert ours.dtype == dtype
+    assert (ours.double() - want).norm() <= 1.2 * (low.double() - want).norm()
+
+
+def test_tied_gate_needs_no_router_and_a_foreign_gate_keeps_one():
+    assert from_fusion_bench(theirs("generic", 8, 4, 1)).router is None
+    module = theirs("generic", 8, 4, 1)
+    module.gate.weights.data = torch.randn_like(module.gate.weights)
+    x = clear_tokens(module, 1, torch.float32)
+    want = module(x)
+    layer = from_fusion_bench(module)
+    assert layer.router is not None
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_equal_to_the_base():
+    base, finetuned = linears(True)
+    finetuned[1].load_state_dict(base.state_dict())
+    module = generic.SmileMoELinear(base, finetuned, gate_k=4, k=8)
+    x = clear_tokens(module, 1, torch.float32)
+    want = module(x)
+    torch.testing.assert_close(from_fusion_bench(module)(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_swaps_in_place_throughout_a_model():
+    model = nn.Sequential(theirs("generic", 8, 4, 1), nn.ReLU(), nn.ModuleDict({"deep": nn.Linear(2, 2)})).eval()
+    deep = model[2]["deep"]
+    assert from_fusion_bench(model) is model
+    assert isinstance(model[0], SmileLinear)
+    assert not model[0].training
+    assert model[2]["deep"] is deep
+    with pytest.raises(ValueError, match="model: Sequential holds no SMILE layer of fusion_bench"):
+        from_fusion_bench(model)
+
+
+@pytest.mark.parametrize("rank", [8, -1], ids=["lowrank", "dense"])
+@pytest.mark.parametrize("layout", ["generic", "headed"])
+def test_state_dict_of_either_layout(layout, rank):
+    module = theirs(layout, rank, 4, 2)
+    x = clear_tokens(module, 2, torch.float32)
+    want = module(x)
+    checkpoint = {f"block.proj.{key}": tensor for key, tensor in module.state_dict().items()}
+    checkpoint["norm.weight"] = torch.ones(D)
+    assert holds_fusion_bench_layers(checkpoint)
+    converted, config = convert_state_dict(checkpoint, num_experts_per_tok=2)
+    assert set(converted) >= {"norm.weight", "block.proj.weight", "block.proj.vh", "block.proj.s", "block.proj.u"}
+    module_config = config.modules["block.proj"]
+    layer = module_config.build(D, O, config.num_local_experts, config.num_experts_per_tok, bias=True)
+    layer.load_state_dict({k.removeprefix("block.proj."): t for k, t in converted.items() if k.startswith("block.")})
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_missing_tensors_are_named():
+    state = theirs("generic", 8, 4, 1).state_dict()
+    del state["experts.1.svh"]
+    with pytest.raises(ValueError, match=r"experts\.1\.svh or experts\.1\.weight is missing"):
+        convert_state_dict(state)
+    with pytest.raises(ValueError, match="holds no SMILE layer of fusion_bench"):
+        convert_state_dict({"weight": torch.ones(2, 2)})
+
+
+def test_fusion_bench_is_not_imported():
+    code = "import smile_kernels.integrations.fusion_bench, sys; assert 'fusion_bench' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
