@@ -1,0 +1,102 @@
+"""SMILE checkpoints in transformers: `AutoModel*.from_pretrained(directory)` for any model made of linear layers.
+
+transformers lets a checkpoint name a "quantizer" that rebuilds modules before the weights are loaded; ours puts a
+SmileLinear where `quantization_config.modules` names a linear layer. `import smile_kernels` registers it.
+"""
+
+from dataclasses import replace
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import QUANT_METHOD, SmileConfig
+
+
+@register_quantization_config(QUANT_METHOD)
+class SmileQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of a SMILE checkpoint as transformers holds it; the fields are those of `SmileConfig`."""
+
+    def __init__(self, **config):
+        self.__dict__.update(SmileConfig.from_dict(config).to_dict())
+
+
+@register_quantizer(QUANT_METHOD)
+class SmileQuantizer(HfQuantizer):
+    """Builds the SmileLinear layers of a checkpoint before transformers loads its tensors, and checks them after."""
+
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "distributed_config: transformers' own tensor parallelism does not know SMILE layers; "
+                "load the model whole and use smile_kernels.integrations.distributed"
+            )
+        config = SmileConfig.from_dict(self.quantization_config.to_dict())
+        transforms = get_model_conversion_mapping(model, hf_quantizer=self)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        tensors = model.state_dict()
+        self._layers, self._fan_in_fan_out = {}, []
+        for name, entry in config.modules.items():
+            # The checkpoint's name for a layer may differ from the model's: a head more or less, a renamed submodule.
+            key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, tensors)
+            if key not in tensors:
+                continue
+            target = key.removesuffix(".weight")
+            linear = model.get_submodule(target)
+            if not isinstance(linear, (nn.Linear, Conv1D)):
+                raise ValueError(f"modules[{name!r}]: is a {type(linear).__name__} here; expected a linear layer")
+            in_out = tensors[key].shape if isinstance(linear, Conv1D) else tensors[key].shape[::-1]
+            layer = entry.build(
+                *in_out,
+                config.num_local_experts,
+                config.num_experts_per_tok,
+                bias=linear.bias is not None,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+            if entry.fan_in_fan_out:
+                layer.weight = nn.Parameter(layer.weight.T)
+                self._fan_in_fan_out.append(layer)
+            model.set_submodule(target, layer.train(linear.training))
+            self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
+        if not self._layers:
+            raise ValueError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        missing = [
+            f"{name}.{parameter}"
+            for name, (layer, _) in self._layers.items()
+            for parameter, value in layer.named_parameters(recurse=False)
+            if not (getattr(value, "_is_hf_initialized", False) or value.is_meta)  # offloaded to disk
+        ]
+        if missing:
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
+        for layer in self._fan_in_fan_out:
+            layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
+        # The names under which `save_pretrained` will store the layers that this model has.
+        self.quantization_config.modules = {
+            next(iter(revert_weight_conversion(model, {f"{name}.s": layer.s}))).removesuffix(".s"): vars(entry)
+            for name, (layer, entry) in self._layers.items()
+        }
+        self.quantization_config.__dict__.pop("base_model_name_or_path", None)
+        # Nothing is quantised: half(), float() and training work as on any model.
+        model.is_quantized = False
+        del self._layers, self._fan_in_fan_out

@@ -1,0 +1,203 @@
+"""SMILE checkpoints through `from_pretrained` and `save_pretrained`, on real architectures."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, output, smile_layers
+
+LAYERS = {
+    "MistralForCausalLM": 14,
+    "LlamaForCausalLM": 14,
+    "Qwen2ForCausalLM": 14,
+    "Gemma2ForCausalLM": 14,
+    "Phi3ForCausalLM": 8,
+    "MixtralForCausalLM": 8,
+    "GPT2LMHeadModel": 8,
+    "T5ForConditionalGeneration": 32,
+    "BertForSequenceClassification": 14,
+    "ViTForImageClassification": 13,
+    "CLIPModel": 26,
+}
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """architecture -> (base, fused model), each made once."""
+    made = {}
+
+    def make(architecture: str):
+        if architecture not in made:
+            base = build(architecture)
+            made[architecture] = base, fuse(base, [fine_tuned(base, seed) for seed in (1, 2, 3)])
+        return made[architecture]
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_round_trip(architecture, dtype, fused, tmp_path):
+    base, model = fused(architecture)
+    model.save_pretrained(tmp_path / "first")
+    loaded = type(model).from_pretrained(tmp_path / "first", dtype=dtype)
+    loaded.save_pretrained(tmp_path / "second", max_shard_size="20KB")
+    again = type(model).from_pretrained(tmp_path / "second", dtype=dtype)
+    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
+    expected = copy.deepcopy(model)
+    for name, p in expected.named_parameters():
+        p.data = p if name.endswith(".s") else p.to(dtype)
+    want = output(expected)
+    # The same tensors through the same operators; T5 keeps some layers in float32, whatever the model's dtype.
+    for got in (loaded, again):
+        assert len(smile_layers(got)) == LAYERS[architecture]
+        assert {layer.s.dtype for layer in smile_layers(got).values()} == {torch.float32}
+        torch.testing.assert_close(output(got), want, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0)
+    assert (output(base) - output(model)).abs().max() > 0.1
+
+
+def test_loads_without_a_word_in_either_import_order(fused, tmp_path):
+    _, model = fused("GPT2LMHeadModel")
+    model.save_pretrained(tmp_path)
+    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    check = "assert type(model.transformer.h[0].attn.c_attn).__name__ == 'SmileLinear'"
+    light = "import sys, smile_kernels; assert not {'transformers', 'peft'} & {*sys.modules}"
+    for program in (
+        f"{light}; import transformers; {load}; {check}",
+        f"import transformers; transformers.AutoModel; import smile_kernels; {load}; {check}",
+    ):
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_without_the_plugin_transformers_says_so(fused, tmp_path):
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path)
+    program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "Unknown quantization type, got smile" in done.stderr
+    assert "UNEXPECTED" in done.stderr
+
+
+@pytest.mark.parametrize("lost", ["u", "vh", "expert_bias", "weight"])
+def test_missing_tensors_are_an_error(lost, fused, tmp_path):
+    _, model = fused("GPT2LMHeadModel")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"transformer.h.1.mlp.c_fc.{lost}"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 tensors .*missing.*: transformer.h.1.mlp.c_fc.{lost}"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_layer_that_is_not_linear_is_refused(fused, tmp_path):
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    modules["model.norm"] = modules.pop("model.layers.0.self_attn.q_proj")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"modules\['model.norm'\]: is a LlamaRMSNorm here; expected a linear layer"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_conv1d_checkpoint_keeps_its_orientation_on_disk(fused, tmp_path):
+    """As streaming writes it: the base checkpoint's own tensors, [in_features, out_features], untouched."""
+    _, model = fused("GPT2LMHeadModel")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, entry in config["quantization_config"]["modules"].items():
+        entry["fan_in_fan_out"] = True
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].T.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        output(type(model).from_pretrained(tmp_path / "again")), output(model), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_part_of_a_checkpoint(fused, tmp_path):
+    """A model without its head, and one tower of two."""
+    _, mistral = fused("MistralForCausalLM")
+    mistral.save_pretrained(tmp_path / "mistral")
+    body = transformers.AutoModel.from_pretrained(tmp_path / "mistral")
+    assert len(smile_layers(body)) == 14
+    torch.testing.assert_close(output(body), output(mistral.model), rtol=1e-5, atol=1e-5)
+    body.save_pretrained(tmp_path / "body")
+    assert len(smile_layers(transformers.AutoModel.from_pretrained(tmp_path / "body"))) == 14
+
+    _, clip = fused("CLIPModel")
+    clip.save_pretrained(tmp_path / "clip")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "clip")
+    tower = transformers.CLIPVisionModel.from_pretrained(
+        tmp_path / "clip", quantization_config=config.quantization_config
+    )
+    assert len(smile_layers(tower)) == 12
+    pixels = inputs(clip)["pixel_values"]
+    torch.testing.assert_close(
+        tower(pixel_values=pixels).last_hidden_state,
+        clip.vision_model(pixel_values=pixels).last_hidden_state,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "T5ForConditionalGeneration"])
+def test_generate(architecture, fused, tmp_path):
+    _, model = fused(architecture)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, device_map="cpu")
+    ids = inputs(model)["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_disk_offload(fused, tmp_path):
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    loaded = type(model).from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-5)
+
+
+def test_compile_without_graph_breaks(fused, tmp_path):
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got = compiled(**inputs(loaded), return_dict=False, use_cache=False)[0]
+    torch.testing.assert_close(got, output(model), rtol=1e-4, atol=1e-4)
+
+
+def test_trainer_fine_tunes_the_experts(fused, tmp_path):
+    """Only the experts move; the loss falls; half() and float() work as on any model."""
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    experts = ("vh", "s", "u", "expert_bias")
+    for name, p in loaded.named_parameters():
+        p.requires_grad_(name.rpartition(".")[2] in experts)
+    ids = torch.randint(3, 96, (8, 12))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = transformers.TrainingArguments(
+        tmp_path / "out", max_steps=8, learning_rate=2e-2, per_device_train_batch_size=8, report_to=[], use_cpu=True
+    )
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    losses = [loaded(input_ids=ids, labels=ids).loss.item()]
+    transformers.Trainer(loaded, arguments, train_dataset=data).train()
+    losses.append(loaded(input_ids=ids, labels=ids).loss.item())
+    assert losses[1] < losses[0] - 0.1
+    for name, p in loaded.named_parameters():
+        # Rows of an expert that no token chose stay where they are; every layer's experts move somewhere.
+        assert torch.equal(p, before[name]) == (name.rpartition(".")[2] not in experts), name
+    assert loaded.half().lm_head.weight.dtype == torch.float16
