@@ -16,6 +16,11 @@ from .reference import accumulate_dtype, select
 
 # Entries per block of the padded layout.
 BLOCK = 64
+# On a CPU, up to here each entry is a matrix-vector product of its own ...
+FEW_ENTRIES = 2
+# ... and up to here (tokens x rows of all experts) every expert is computed and those not selected weigh 0: in small
+# problems calls cost more than arithmetic, the more so where the CPU multiplies bfloat16.
+FEW_ROWS = {torch.float64: 2**12, torch.float32: 2**12, torch.bfloat16: 2**16, torch.float16: 2**16}
 
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +31,7 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, 
 def _project(x: Tensor, router: Tensor) -> Tensor:
     """q = router x in float32: x [T, D], router [N, g, D] -> [T, N, g]."""
     rows = router.reshape(-1, router.shape[-1])
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[0] >= 256:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[0] >= 32:
         # A bfloat16 product sums in float32 and rounds once; a second one recovers what that rounding took (relative
         # error 2^-17). The two take 0.45 of the time of one float32 product where the CPU multiplies bfloat16.
         q = x @ rows.T
@@ -54,38 +59,67 @@ def route_backward(dweights, x, router, weights, ids, needs):
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
     """Route, then apply."""
     weights, ids = route(x, vh[:, :rank_of_router] if router is None else router, num_experts_per_tok)
-    y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
+    y = F.linear(x, weight, bias)
+    h = _add_experts(y, x, vh, s, u, expert_bias, weights if num_experts_per_tok > 1 else None, ids, save)
     return y, weights, ids, h
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     """y = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x of each slot if `save`."""
-    (tokens, m), r = ids.shape, s.shape[1]
     y = F.linear(x, weight, bias)
+    return y, _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save)
+
+
+def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save):
+    """Add the selected experts to y in place and return h; weights None means all of them are 1."""
+    (tokens, m), r = ids.shape, s.shape[1]
     h = s.new_empty((tokens, m, r) if save else 0)
     if tokens == 0:
-        return y, h
-    if _host_reads_are_free(x):
-        for i, entries, rows in _present(ids):
-            w = weights.view(-1).index_select(0, entries)[:, None]
-            hi = F.linear(x.index_select(0, rows), vh[i, :r]).to(s.dtype)
-            delta = F.linear((hi * (w * s[i])).to(x.dtype), u[i])
-            if expert_bias is not None:
-                delta.addcmul_(w.to(x.dtype), expert_bias[i])
-            y.index_add_(0, rows, delta)
-            if save:
-                h.view(-1, r).index_copy_(0, entries, hi)
-    else:
+        return h
+    if not _host_reads_are_free(x):
         blocks = _Blocks(ids, s.shape[0])
-        i, w = blocks.experts, blocks.gather(weights.reshape(-1, 1))
+        i = blocks.experts
+        w = blocks.gather(s.new_ones(tokens * m, 1) if weights is None else weights.reshape(-1, 1))
         hi = torch.bmm(blocks.gather(x, m), vh[i, :r].mT).to(s.dtype)
         delta = torch.bmm((hi * (w * s[i, None])).to(x.dtype), u[i].mT)
         if expert_bias is not None:
             delta.addcmul_(w.to(x.dtype), expert_bias[i, None])
         y += blocks.scatter(delta).view(tokens, m, -1).sum(1)
+        return blocks.scatter(hi).view(tokens, m, r) if save else h
+    if tokens * m <= FEW_ENTRIES:
+        for t, chosen in enumerate(ids.tolist()):
+            for j, i in enumerate(chosen):
+                w = 1.0 if weights is None else weights[t, j].item()
+                hi = torch.mv(vh[i, :r], x[t])
+                y[t].addmv_(u[i], (hi * (w * s[i])).to(x.dtype))
+                if expert_bias is not None:
+                    y[t].add_(expert_bias[i], alpha=w)
+                if save:
+                    h[t, j] = hi
+        return h
+    if tokens * s.numel() <= FEW_ROWS[x.dtype]:
+        hi = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
+        slots = ids.long()
+        ones = s.new_ones(()).expand(slots.shape)
+        w = s.new_zeros(tokens, s.shape[0]).scatter_add_(1, slots, ones if weights is None else weights)
+        y.addmm_((hi * (w[:, :, None] * s)).to(x.dtype).flatten(1), u.transpose(0, 1).flatten(1).T)
+        if expert_bias is not None:
+            y.addmm_(w.to(x.dtype), expert_bias)
+        return hi.gather(1, slots[..., None].expand(-1, -1, r)).to(s.dtype) if save else h
+    for i, entries, rows in _present(ids):
+        hi = F.linear(x.index_select(0, rows), vh[i, :r])
+        bias = None if expert_bias is None else expert_bias[i]
+        if weights is None:
+            delta = F.linear((hi * s[i]).to(x.dtype), u[i], bias)
+        else:
+            w = weights.view(-1).index_select(0, entries)[:, None]
+            delta = F.linear((hi * (w * s[i])).to(x.dtype), u[i])
+            if bias is not None:
+                delta.addcmul_(w.to(x.dtype), bias)
+        y.index_add_(0, rows, delta)
         if save:
-            h = blocks.scatter(hi).view(tokens, m, r)
-    return y, h
+            h.view(-1, r).index_copy_(0, entries, hi.to(s.dtype))
+    return h
 
 
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
@@ -161,10 +195,6 @@ def _present(ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(expert, its entries, their rows of x) for each expert that any token chose."""
     m = ids.shape[1]
     flat = ids.reshape(-1)
-    if flat.numel() == 1:
-        zero = torch.zeros(1, dtype=torch.int64)
-        yield int(flat), zero, zero
-        return
     entries = flat.argsort(stable=True)
     counts = flat.bincount().tolist()
     rows = entries if m == 1 else entries // m
