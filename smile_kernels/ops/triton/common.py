@@ -1,0 +1,46 @@
+"""What every kernel shares: products and casts that the interpreter also gets right, and the overlap of dependent launches."""
+
+import triton
+import triton.language as tl
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton before 3.5
+    gdc_launch_dependents = gdc_wait = None
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32; PRECISION says how float32 operands are multiplied: "ieee", "tf32" or "tf32x3"."""
+    if INTERPRETED:
+        # The interpreter multiplies the raw bits of bfloat16 values.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 x rounded to the nearest value of dtype, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter truncates: round in the bits first.
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def start_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel of the stream begin, as far as its own `wait_for_previous_kernel`."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Wait until all that the previous kernel of the stream wrote can be read."""
+    if PDL:
+        gdc_wait()
+
+
+INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))

@@ -1,0 +1,120 @@
+"""y = x W^T + b + S U^T + G B: the base product and the tail over the experts present, in one accumulator."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .common import cast, dot, wait_for_previous_kernel
+from .route import Tail
+
+
+@triton.jit(do_not_specialize=["T"])
+def _expand(
+    x,  # [T, D]
+    weight,  # [O, D]
+    bias,  # [O]
+    scaled,  # [T, N, R]
+    gates,  # [T, N]
+    present,  # [T / SEEN_T, N] int8
+    u,  # [N, O, R]
+    expert_bias,  # [N, O]
+    y,  # [T, O]
+    # dimensions
+    T,
+    D,
+    O,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    SEEN_T: tl.constexpr,
+    # strides
+    x_stride_t,
+    # meta-parameters
+    BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_EXPERT_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # GROUP token blocks share each column block of the weight while it is in the cache.
+    token_blocks = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tl.cdiv(O, BLOCK_O))
+    group_size = tl.minimum(token_blocks - group * GROUP, GROUP)
+    within = pid % (GROUP * tl.cdiv(O, BLOCK_O))
+    block_t = (group * GROUP + within % group_size).to(tl.int64)
+    t = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = (within // group_size).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    t_inside = t[:, None] < T
+    o_inside = o[None, :] < O
+
+    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    if BASE:
+        d = tl.arange(0, BLOCK_D)
+        x_ptrs = x + t[:, None] * x_stride_t + d[None, :]
+        weight_ptrs = weight + o[None, :] * D + d[:, None]
+        for start in range(0, D, BLOCK_D):
+            a = tl.load(x_ptrs, mask=t_inside & (d[None, :] < D - start), other=0.0)
+            b = tl.load(weight_ptrs, mask=o_inside & (d[:, None] < D - start), other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+            x_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D
+
+    wait_for_previous_kernel(PDL)
+    n = tl.arange(0, BLOCK_N)
+    seen = block_t * (BLOCK_T // SEEN_T) + tl.arange(0, BLOCK_T // SEEN_T)
+    seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
+    here = tl.max(tl.load(present + seen[:, None] * N + n[None, :], mask=seen_inside, other=0).to(tl.int32), 0)
+    k = tl.arange(0, BLOCK_R)
+    expert = -1
+    chunks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    for i in range(tl.sum(here) * chunks):
+        if i % chunks == 0:
+            expert = tl.min(tl.where((here > 0) & (n > expert), n, BLOCK_N))
+        rank = (i % chunks) * BLOCK_R + k
+        a = tl.load(
+            scaled + t[:, None] * (N * R) + expert * R + rank[None, :], mask=t_inside & (rank[None, :] < R), other=0.0
+        )
+        u_ptrs = u + expert.to(tl.int64) * O * R + o[None, :] * R + rank[:, None]
+        b = tl.load(u_ptrs, mask=o_inside & (rank[:, None] < R), other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    if HAS_EXPERT_BIAS:
+        BLOCK_E: tl.constexpr = max(16, min(64, BLOCK_N))
+        for first in range(0, N, BLOCK_E):
+            e = first + tl.arange(0, BLOCK_E)
+            a = tl.load(gates + t[:, None] * N + e[None, :], mask=t_inside & (e[None, :] < N), other=0.0)
+            b = tl.load(expert_bias + e[:, None] * O + o[None, :], mask=(e[:, None] < N) & o_inside, other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + t[:, None] * O + o[None, :], cast(acc, y.dtype.element_ty), mask=t_inside & o_inside)
+
+
+def expand(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail, u: Tensor, expert_bias: Tensor | None, fused: bool
+) -> Tensor:
+    """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
+
+    x [T, D], weight [O, D], bias [O], u [N, O, r], expert_bias [N, O]. The base product is formed in the same accumulator if `fused`,
+    else by cuBLAS on top of the rest.
+    """
+    (tokens, d), (n, o, r) = x.shape, u.shape
+    device = configs.device(x.device)
+    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
+    config = configs.tile("expand", device, x.dtype, tokens, o, d if fused else n * r)
+    _expand[(triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(o, config["BLOCK_O"]),)](
+        x, weight, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y,
+        tokens, d, o, n, r, tail.tokens_per_block,
+        x.stride(0),
+        BASE=fused, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
+        PRECISION=configs.precision(x.dtype, device), GROUP=8, BLOCK_N=triton.next_power_of_2(n), BLOCK_R=configs.rank_block(r),
+        **config, **device.dependent_launch(),
+    )  # fmt: skip
+    return y if fused else y.addmm_(x, weight.T)
