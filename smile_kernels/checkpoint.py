@@ -1,19 +1,36 @@
 """SMILE checkpoints: the base checkpoint plus `vh`, `s`, `u`, `expert_bias` and `router` beside each converted weight.
 
-What was converted stands in `config.json` under `quantization_config`, where transformers and vLLM look for it.
+What was converted stands in `config.json` under `quantization_config`, where transformers and vLLM look for it. A
+checkpoint is whole, or holds the experts only, beside the path of its base.
 """
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from .files import (
+    StoredTensor,
+    check_output,
+    parse_size,
+    publish,
+    read_json,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
 from .nn import SmileLinear
 
-__all__ = ["SmileConfig", "SmileModuleConfig"]
+__all__ = ["SmileConfig", "SmileModuleConfig", "load_pretrained", "save_pretrained"]
 
 QUANT_METHOD = "smile"
+FACTORS = ("vh", "s", "u", "expert_bias", "router")
 
 
 @dataclass(frozen=True)
@@ -183,3 +200,252 @@ def _from_mapping(cls: type, values: Any, where: str) -> Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> None:
+    """Saves a model that holds SmileLinear layers: safetensors, config.json and a model card.
+
+    A transformers model is saved by its own save_pretrained, with what is SMILE about it added to its config.
+
+    Args:
+        model: any module with SmileLinear layers, as `upscale` makes it.
+        folder: new or empty; it appears when it is whole.
+        base: folder of the base checkpoint: only the experts are stored, beside this path.
+        max_shard_size: of one file.
+        force: replace a folder that is not empty.
+
+    Raises:
+        ValueError: no SmileLinear in the model.
+        FileExistsError: the folder is not empty.
+        OSError: the disk is full.
+    """
+    config = SmileConfig.from_layers({n: m for n, m in model.named_modules() if isinstance(m, SmileLinear)})
+    if base is not None:
+        config = replace(config, base_model_name_or_path=os.path.abspath(base))
+    folder = check_output(folder, force=force)
+    parse_size(max_shard_size)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        if base is None and hasattr(model, "save_pretrained"):
+            _save_transformers(model, work, config, max_shard_size)
+        else:
+            names = _untied(model) if base is None else _factor_names(config)
+            state = model.state_dict()
+            tensors = [
+                StoredTensor(name, state[name].dtype, tuple(state[name].shape), state[name].detach, "the model")
+                for name in names
+                if name in state
+            ]
+            write_tensors(work, tensors, stem="model" if base is None else "experts", max_shard_size=max_shard_size)
+            model_config = model.config.to_dict() if hasattr(model, "save_pretrained") else {}
+            write_config(work, model_config, config)
+        write_text(work / "README.md", model_card(config))
+        publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_pretrained: Any) -> nn.Module:
+    """Loads a SMILE checkpoint: what `save_pretrained`, `smile-kernels upscale` or fusion_bench wrote.
+
+    Args:
+        folder: the checkpoint.
+        model: the base model's architecture as a module; its linear layers are swapped in place and its parameters
+            overwritten, keeping their dtype. Where the checkpoint holds the experts only, the base's parameters are
+            taken from it. By default the transformers architecture that config.json names.
+        **from_pretrained: for transformers' from_pretrained, where `model` is not given: dtype, device_map, ...
+
+    Returns:
+        The model, in evaluation mode where transformers made it.
+
+    Raises:
+        ValueError: not a SMILE checkpoint, tensors missing, unexpected or misshapen, or NaN in them.
+        FileNotFoundError: no such folder, no weights in it, or the base of an experts-only checkpoint is not there.
+    """
+    stored, config = read_tensors(folder), read_config(folder)
+    if "quantization_config" in config:
+        smile = SmileConfig.from_dict(config["quantization_config"])
+        if model is None and smile.base_model_name_or_path is None:
+            return _transformers_class(config).from_pretrained(folder, **from_pretrained)
+        tensors = {name: tensor.load() for name, tensor in stored.items()}
+    else:
+        from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
+
+        if not holds_fusion_bench_layers(stored):
+            raise ValueError(f"{folder}: is no SMILE checkpoint; expected quantization_config in its config.json")
+        tensors, smile = convert_state_dict(
+            {name: tensor.load() for name, tensor in stored.items()},
+            num_experts_per_tok=config.get("num_experts_per_tok", 1),
+        )
+    if model is None:
+        model = _base_model(config, smile, from_pretrained)
+    _attach(model, smile, tensors)
+    return model
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder; {} where there is none."""
+    file = Path(folder) / "config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def write_config(folder: Path, config: Mapping[str, Any], smile: SmileConfig) -> None:
+    """config.json: the base's, and what is SMILE about the checkpoint."""
+    write_text(folder / "config.json", json.dumps({**config, "quantization_config": smile.to_dict()}, indent=2) + "\n")
+
+
+def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[str] = ()) -> str:
+    """README.md of a checkpoint: what it is, and what loads it."""
+    whole = config.base_model_name_or_path is None
+    load = (
+        'model = AutoModel.from_pretrained("this folder")  # or AutoModelForCausalLM, ...'
+        if whole
+        else 'model = smile_kernels.load_pretrained("this folder")'
+    )
+    lines = [
+        "---",
+        "library_name: smile-kernels",
+        "tags: [smile, merge]",
+        "---",
+        "# A SMILE model",
+        "",
+        f"One base model and {config.num_local_experts} fine-tuned versions of it, fused without data or training into "
+        f"a sparse mixture of low-rank experts (SMILE, arXiv 2408.10174): {len(config.modules)} linear layers, "
+        f"{config.num_experts_per_tok} of {config.num_local_experts} experts per token, experts of rank "
+        f"{config.rank_of_expert}, routers of rank {config.rank_of_router}.",
+        "",
+        *([f"- base: `{base}`"] if base else []),
+        *(f"- expert {i}: `{expert}`" for i, expert in enumerate(experts)),
+        "",
+        "## Loading it",
+        "",
+        "```python",
+        *(["from transformers import AutoModel", ""] if whole else []),
+        "import smile_kernels  # pip install smile-kernels",
+        "",
+        load,
+        "```",
+        "",
+    ]
+    if whole:
+        lines += [
+            "**Without `import smile_kernels`, transformers loads the base model alone, with no more than a warning.**",
+        ]
+    else:
+        lines += [f"This folder holds the experts only; the base is read from `{config.base_model_name_or_path}`."]
+    return "\n".join(lines) + "\n"
+
+
+def _factor_names(config: SmileConfig) -> list[str]:
+    return [f"{name}.{factor}" for name in config.modules for factor in FACTORS]
+
+
+def _untied(model: nn.Module) -> list[str]:
+    """Names of the state dict, each piece of memory once: tied weights are stored under their first name."""
+    seen, names = set(), []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            names.append(name)
+    return names
+
+
+def _save_transformers(model: nn.Module, work: Path, config: SmileConfig, max_shard_size: int | str) -> None:
+    quantization_config = getattr(model.config, "quantization_config", None)
+    try:
+        model.config.quantization_config = config.to_dict()
+        model.save_pretrained(work, max_shard_size=max_shard_size)
+    finally:
+        if quantization_config is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = quantization_config
+
+
+def _transformers_class(config: Mapping[str, Any]) -> type:
+    architectures = config.get("architectures")
+    if not architectures:
+        raise ValueError("model: config.json names no architecture; expected the base model's module as `model`")
+    import transformers
+
+    name = architectures[0]
+    cls = getattr(transformers, name, None) or getattr(transformers, name.removeprefix("Smile"), None)
+    if cls is None:
+        raise ValueError(f"model: transformers has no architecture {name}; expected the base model's module as `model`")
+    return cls
+
+
+def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
+    """The transformers model whose layers are about to be swapped."""
+    cls = _transformers_class(config)
+    if smile.base_model_name_or_path is not None:
+        if not os.path.isdir(smile.base_model_name_or_path):
+            raise FileNotFoundError(
+                f"base_model_name_or_path: is {smile.base_model_name_or_path!r}, no folder here; "
+                "expected the base checkpoint there, or the base model as `model`"
+            )
+        return cls.from_pretrained(smile.base_model_name_or_path, **from_pretrained)
+    # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
+    plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "torch_dtype")}
+    plain = cls.config_class(**plain)
+    return cls._from_config(plain, **from_pretrained).eval()
+
+
+@torch.no_grad()
+def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Swaps the config's layers into the model and loads the tensors into it."""
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model: has parameters on the meta device; expected one that can hold weights")
+    experts_only = config.base_model_name_or_path is not None
+    layers = {}
+    for name, entry in config.modules.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"model: {type(model).__name__} has no layer {name!r}, which the checkpoint names"
+            ) from None
+        if not isinstance(getattr(linear, "weight", None), Tensor) or linear.weight.dim() != 2:
+            raise ValueError(f"model: {name!r} is a {type(linear).__name__}; expected a linear layer")
+        weight = linear.weight.T if type(linear).__name__ == "Conv1D" else linear.weight
+        bias = getattr(linear, "bias", None)
+        layer = entry.build(
+            weight.shape[1],
+            weight.shape[0],
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            bias=bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+        ).to_empty(device=weight.device)
+        if experts_only:
+            layer.weight.copy_(weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+        layers[name] = layer.train(linear.training)
+        key = f"{name}.weight"
+        if entry.fan_in_fan_out and key in tensors:
+            tensors = {**tensors, key: tensors[key].T}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: does not fit {type(model).__name__}: {error}") from None
+    state = model.state_dict(keep_vars=True)
+    loaded = {id(state[name]) for name in tensors if name in state}
+    missing = [name for name in missing if id(state[name]) not in loaded]
+    if experts_only:
+        missing = [name for name in missing if name in _factor_names(config)]
+    if missing or unexpected:
+        problem, name = ("missing", missing[0]) if missing else ("unexpected", unexpected[0])
+        raise ValueError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
