@@ -1,0 +1,152 @@
+"""LoRA adapters as PEFT writes them, against what PEFT itself merges."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from tiny_models import build
+from transformers.pytorch_utils import Conv1D
+
+from smile_kernels.integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from smile_kernels.svd import lora_svd
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def adapter(architecture: str, directory, seed: int = 0, **options):
+    """Saves a LoRA adapter with random weights; returns the base and PEFT's own merged model."""
+    base = build(architecture)
+    torch.manual_seed(seed + 1)
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **options})
+    model = peft.get_peft_model(build(architecture), config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_A" not in name and "lora_B.default.weight" not in name:
+                p.add_(torch.rand_like(p) * 0.3)
+    model.save_pretrained(directory)
+    return base, model.merge_and_unload()
+
+
+def change(base, merged, module: str, name: str) -> torch.Tensor:
+    layer, after = base.get_submodule(module), merged.get_submodule(module)
+    before = getattr(layer, name)
+    delta = getattr(after, name).detach() - (0 if before is None else before.detach())
+    return delta.T if name == "weight" and isinstance(layer, Conv1D) else delta
+
+
+OPTIONS = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": "all-linear", "use_rslora": True},
+    {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"down_proj": 11, "q_proj": 2},
+    },
+    {"target_modules": ["q_proj", "up_proj"], "bias": "all"},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        *(("MistralForCausalLM", options) for options in OPTIONS),
+        *(("Qwen2ForCausalLM", options) for options in OPTIONS),
+        ("Qwen2ForCausalLM", {"target_modules": ["q_proj"], "lora_bias": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_changes_are_those_peft_merges(architecture, options, tmp_path):
+    base, merged = adapter(architecture, tmp_path, **options)
+    deltas = adapter_deltas(tmp_path, base.state_dict())
+    changed = 0
+    for module, layer in base.named_modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        delta = deltas.pop(module, None)
+        for name in ("weight", "bias"):
+            if getattr(merged.get_submodule(module), name) is None:
+                continue
+            want = change(base, merged, module, name)
+            got = None if delta is None else getattr(delta, name)
+            if isinstance(got, LowRankDelta):
+                r = got.a.shape[0]
+                svd = lora_svd(got.b, got.a, got.scale, r)
+                product = (svd.u * svd.s) @ svd.vh
+                torch.testing.assert_close(product, got.scale * got.b @ got.a, rtol=1e-5, atol=1e-6)
+                got = product
+            changed += got is not None
+            torch.testing.assert_close(torch.zeros_like(want) if got is None else got, want, rtol=1e-4, atol=1e-5)
+    assert changed > 1
+    assert not deltas
+
+
+def test_conv1d(tmp_path):
+    base, merged = adapter("GPT2LMHeadModel", tmp_path, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    for module, delta in adapter_deltas(tmp_path, base.state_dict()).items():
+        got = delta.weight.scale * delta.weight.b @ delta.weight.a
+        torch.testing.assert_close(got, change(base, merged, module, "weight"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "GPT2LMHeadModel"])
+def test_dora_is_dense_and_says_so(architecture, tmp_path):
+    conv1d = architecture.startswith("GPT2")
+    target = ["c_fc"] if conv1d else ["q_proj", "down_proj"]
+    base, merged = adapter(architecture, tmp_path, target_modules=target, fan_in_fan_out=conv1d, use_dora=True)
+    with pytest.warns(UserWarning, match=r"DoRA rescales rows, so the changes of \d layers"):
+        deltas = adapter_deltas(tmp_path, base.state_dict())
+    for module, delta in deltas.items():
+        want = change(base, merged, module, "weight")
+        torch.testing.assert_close(delta.weight, want.T if conv1d else want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_an_expert_is_listed(tmp_path):
+    base, _ = adapter(
+        "MistralForCausalLM", tmp_path, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"]
+    )
+    with pytest.warns(UserWarning, match=r"left out: .*model\.norm") as caught:
+        deltas = adapter_deltas(tmp_path, base.state_dict())
+    assert "model.embed_tokens" in str(caught[0].message)
+    assert set(deltas) == {Q_PROJ, Q_PROJ.replace("0", "1")}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type: .* is LOHA; expected LORA"),
+        ({"peft_type": "ADALORA"}, "peft_type: .* is ADALORA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: .*'pissa_niter_4', which changes the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights: .*'olora'"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: is set"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication: is set"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_other_kinds_are_refused_by_name(config, message, tmp_path):
+    base, _ = adapter("MistralForCausalLM", tmp_path, target_modules=["q_proj"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ValueError, match=message):
+        adapter_deltas(tmp_path, base.state_dict())
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    adapter("MistralForCausalLM", tmp_path, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=f"changes '{Q_PROJ}', which the base lacks"):
+        adapter_deltas(tmp_path, build("GPT2LMHeadModel").state_dict())
+
+
+def test_no_adapter(tmp_path):
+    assert not is_adapter(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        adapter_deltas(tmp_path, {})
+
+
+def test_quiet_without_reason(tmp_path):
+    base, _ = adapter("MistralForCausalLM", tmp_path, target_modules=["q_proj"])
+    assert is_adapter(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(adapter_deltas(tmp_path, base.state_dict())) == 2
