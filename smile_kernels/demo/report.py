@@ -1,0 +1,219 @@
+"""What the demo shows: its results (the JSON of `run.demo`) as tables, as Markdown, and as a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+
+
+def averages(row: dict) -> list[float]:
+    """Average accuracy over the tasks, in percent, of each seed of a row."""
+    return [statistics.fmean(run["accuracy"]) for run in row["runs"]]
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean over seeds, with the standard deviation where there is more than one seed."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def tables(results: dict) -> list[TableRows]:
+    """Every table of the demo: tasks, accuracy, routing by layer, time per batch, fidelity to a published fine-tune."""
+    rows = results["rows"]
+    individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
+    smile = [row for row in rows if row["runs"][0]["own_expert"] and "oracle" not in row["name"]]
+
+    def mean(row: dict, key: str) -> float:
+        return statistics.fmean(run[key] for run in row["runs"])
+
+    def share(row: dict, layers: Sequence[str]) -> str:
+        return f"{statistics.fmean(run['own_expert'][name] for run in row['runs'] for name in layers):.0f}"
+
+    tasks = [
+        [
+            t["name"],
+            f"“{t['prompt'].strip()}”",
+            *(str(t[k]) for k in ("classes", "train", "validation", "test")),
+            t["package"],
+            t["licence"],
+        ]
+        for t in results["tasks"]
+    ]
+    accuracy = []
+    for row in rows:
+        by_task = [f"{statistics.fmean(scores):.1f}" for scores in zip(*(run["accuracy"] for run in row["runs"]))]
+        kept = f"{100 * statistics.fmean(averages(row)) / individual:.1f}"
+        own = share(row, list(row["runs"][0]["own_expert"])) if row["runs"][0]["own_expert"] else "–"
+        captured = f"{mean(row, 'energy_mean'):.0f}" if "energy_mean" in row["runs"][0] else "–"
+        accuracy.append(
+            [row["name"], *by_task, _spread(averages(row)), kept, f"{row['parameters']:.2f}×", own, captured]
+        )
+    chosen = [
+        [
+            row["name"],
+            str(seed),
+            *(f"{run[key]:g}" if key in run else "–" for key in ("scale", "density")),
+            f"{run['validation']:.1f}",
+        ]
+        for row in rows
+        for seed, run in enumerate(row["runs"])
+        if "validation" in run
+    ]
+    layers = list(smile[0]["runs"][0]["own_expert"])
+    routing = [[name, *(share(row, [name]) for row in smile)] for name in layers]
+    timing = [
+        [t["name"], f"{t['milliseconds']:.1f}", f"{t['ratio']:.2f}×"]
+        if t["milliseconds"]
+        else [t["name"], t["missing"], "–"]
+        for t in results["time"]
+    ]
+    fidelity = [
+        [
+            {0: "base", -1: "full"}.get(f["rank"], str(f["rank"])),
+            f"{f['cosine']:.4f}",
+            f"{f['parameters']:.2f}×",
+            f"{f['energy_mean']:.0f}" if "energy_mean" in f else "–",
+        ]
+        for f in results["fidelity"]
+    ]
+    return [
+        ("Tasks", ["task", "prompt", "classes", "train", "validation", "test", "package", "licence"], tasks),
+        (
+            "Accuracy on held-out texts, %",
+            [
+                "",
+                *(t["name"] for t in results["tasks"]),
+                "average",
+                "% of individual",
+                "parameters",
+                "own expert, %",
+                "energy, %",
+            ],
+            accuracy,
+        ),
+        ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
+        ("Tokens at their own expert, %, by layer", ["layer", *(row["name"] for row in smile)], routing),
+        ("Time to encode one batch of 32 texts", ["", "ms", "over the plain encoder"], timing),
+        (
+            "Embeddings of a published fine-tune (sre-embedding-model)",
+            ["rank", "mean cosine", "parameters", "energy, %"],
+            fidelity,
+        ),
+    ]
+
+
+def show(results: dict, console: Console) -> None:
+    """Print the tables; the prompts and licences are left to the documentation."""
+    for title, columns, rows in tables(results)[1:]:
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"{results['seconds']:.0f} s in all")
+
+
+def markdown(results: dict) -> str:
+    """The same tables as Markdown."""
+    machine = results["machine"]
+    parts = [
+        f"{results['seeds']} seed{'s' * (results['seeds'] > 1)}; {machine['processor']}, {machine['threads']} threads, "
+        f"PyTorch {machine['torch']}, transformers {machine['transformers']}; {results['seconds']:.0f} s in all."
+    ]
+    for title, columns, rows in tables(results):
+        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+        parts.append(f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def update_page(page: Path, sources: dict[str, Path]) -> str:
+    """The text of a Markdown page with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew from JSON."""
+    text = page.read_text(encoding="utf-8")
+    for name, source in sources.items():
+        before, opened, rest = text.partition(f"<!-- {name} -->\n")
+        _, closed, after = rest.partition(f"<!-- /{name} -->")
+        if not opened or not closed:
+            raise ValueError(f"{page}: has no section between <!-- {name} --> and <!-- /{name} -->")
+        text = before + opened + markdown(json.loads(source.read_text(encoding="utf-8"))) + closed + after
+    return text
+
+
+def draw(results: dict, path: Path) -> None:
+    """A picture in three panels: accuracy by method, what it costs in parameters, and where the tokens are routed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = results["rows"]
+    smile = [row for row in rows if row["name"].startswith("SMILE")]
+    colours = {
+        "base + probe": "#9aa0a6",
+        "individual": "#202124",
+        "simple averaging": "#e8a33d",
+        "task arithmetic": "#d9713c",
+    }
+    colours["TIES"] = "#b5473c"
+    blues = ["#9ecae1", "#4f9bcb", "#2171b5", "#08306b", "#4a2c8f"]
+    colours |= {row["name"]: blue for row, blue in zip(smile, blues)}
+
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(16, 5.6), width_ratios=(1.5, 1, 1.1), layout="constrained"
+    )
+    order = rows[::-1]
+    for y, row in enumerate(order):
+        by_task = [statistics.fmean(scores) for scores in zip(*(run["accuracy"] for run in row["runs"]))]
+        mean = statistics.fmean(averages(row))
+        left.barh(y, mean, color=colours[row["name"]], height=0.72, zorder=1)
+        left.scatter(by_task, [y] * len(by_task), s=16, color="white", edgecolor="#202124", linewidth=0.7, zorder=2)
+        left.text(1, y, f"{mean:.1f}", va="center", ha="left", color="white", weight="bold", zorder=3)
+    left.set_yticks(range(len(order)), [row["name"] for row in order])
+    left.set_xlim(0, 100)
+    left.set_xlabel("accuracy on held-out texts, % (bar: average; dots: tasks)")
+    left.set_title(f"One encoder, {len(results['tasks'])} tasks")
+
+    for row in rows:
+        if row["name"] != "base + probe" and "oracle" not in row["name"]:
+            mean = statistics.fmean(averages(row))
+            middle.scatter(row["parameters"], mean, s=90, color=colours[row["name"]], zorder=2, label=row["name"])
+    individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
+    middle.axhline(individual, color="#202124", linewidth=0.8, linestyle=":")
+    middle.set_xscale("log", base=2)
+    middle.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    middle.set_xlabel("parameters, relative to one encoder")
+    middle.set_ylabel("average accuracy, %")
+    middle.set_title("What accuracy costs")
+    middle.legend(frameon=False, fontsize=8, loc="lower right")
+
+    for row in smile:
+        if "oracle" not in row["name"]:
+            names = list(row["runs"][0]["own_expert"])
+            shares = [statistics.fmean(run["own_expert"][name] for run in row["runs"]) for name in names]
+            right.plot(
+                range(len(names)), shares, marker="o", markersize=4, color=colours[row["name"]], label=row["name"]
+            )
+    chance = 100 / len(results["tasks"])
+    right.axhline(chance, color="#9aa0a6", linewidth=0.8, linestyle=":")
+    right.text(0, chance + 1, "chance", color="#9aa0a6", fontsize=8)
+    short = [
+        name.removeprefix("layers.").replace("attention.", "").replace(".dense", "").replace("self.", "")
+        for name in names
+    ]
+    right.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
+    right.set_ylim(0, 100)
+    right.set_ylabel("tokens at their own expert, %")
+    right.set_title("Routing, layer by layer")
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

