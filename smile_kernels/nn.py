@@ -1,11 +1,15 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .functional import smile_linear
+
+if TYPE_CHECKING:
+    from .routing import AttachedRouting
 
 
 class SmileLinear(nn.Module):
@@ -35,6 +39,9 @@ class SmileLinear(nn.Module):
 
     Source: SMILE, arXiv 2408.10174.
     """
+
+    # (policy at work on the whole model, this layer's number in it), where `routing.set_routing` has set one.
+    attached_routing: "tuple[AttachedRouting, int] | None" = None
 
     def __init__(
         self,
@@ -154,6 +161,9 @@ class SmileLinear(nn.Module):
         self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
     ) -> Tensor:
         """x [..., D] -> y [..., O]; `routing` and `routing_weights` as in `functional.smile_linear`."""
+        if self.attached_routing is not None and routing is None and routing_weights is None:
+            attached, index = self.attached_routing
+            routing = attached.choose(index, self, x)
         return smile_linear(
             x,
             self.weight,

@@ -1,0 +1,620 @@
+"""Routing policies against a plain nested loop over their definition, on tiny models of the transformers library."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import threading
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from smile_kernels import SmileLinear, functional
+from smile_kernels.routing import RoutingPolicy, get_routing, set_routing
+
+N, R, G = 4, 3, 2
+POLICIES = {
+    "layers": RoutingPolicy("token", accumulate=True),
+    "sequence": RoutingPolicy("sequence"),
+    "sequence+layers": RoutingPolicy("sequence", accumulate=True),
+    "sequence+layers, lock 3": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "sequence+layers, m 2": RoutingPolicy("sequence", accumulate=True, num_experts_per_tok=2),
+    "causal": RoutingPolicy("causal"),
+    "causal+layers": RoutingPolicy("causal", accumulate=True),
+    "causal+layers, lock 3, m 2": RoutingPolicy("causal", accumulate=True, lock_after=3, num_experts_per_tok=2),
+}
+SEQUENCE = {name: policy for name, policy in POLICIES.items() if policy.scope == "sequence"}
+CAUSAL = {name: policy for name, policy in POLICIES.items() if policy.scope == "causal"}
+
+
+def by_name(policies):
+    return pytest.mark.parametrize("policy", policies.values(), ids=policies.keys())
+
+
+def smile(model: nn.Module, skip: tuple[str, ...] = ("lm_head", "classifier", "pooler")) -> nn.Module:
+    """Every linear layer as a SMILE layer with random experts, large enough to matter."""
+    for name, module in list(model.named_modules()):
+        for child, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear) and not f"{name}.{child}".endswith(skip):
+                o, d = linear.weight.shape
+                factors = {
+                    "vh": torch.randn(N, max(R, G), d) * d**-0.5,
+                    "s": torch.rand(N, R) + 0.5,
+                    "u": torch.randn(N, o, R) * o**-0.5,
+                    "expert_bias": torch.randn(N, o) * 0.1,
+                }
+                layer = SmileLinear.from_factors(linear.weight, linear.bias, factors, rank_of_router=G)
+                setattr(module, child, layer)
+    return model.eval()
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+
+
+def bert(**changes) -> nn.Module:
+    config = tf.BertConfig(**SIZES | changes, intermediate_size=24, max_position_embeddings=64)
+    return smile(tf.BertModel(config, add_pooling_layer=False))
+
+
+def llama(**changes) -> nn.Module:
+    config = tf.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, eos_token_id=None, bos_token_id=1)
+    config.update(changes)
+    return smile(tf.LlamaForCausalLM(config))
+
+
+def mistral(**changes) -> nn.Module:
+    config = tf.MistralConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, eos_token_id=None, bos_token_id=1)
+    config.update(changes)
+    return smile(tf.MistralForCausalLM(config))
+
+
+def t5() -> nn.Module:
+    config = tf.T5Config(
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        eos_token_id=None,
+    )
+    return smile(tf.T5ForConditionalGeneration(config))
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(1, 50, (batch, length))
+
+
+def logits(model: nn.Module, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**inputs)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+class Calls:
+    """Records (layer, input, output) of every SMILE layer call inside a `with`."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.calls = model, []
+
+    def __enter__(self) -> list:
+        def record(layer, args, output):
+            self.calls.append((layer, args[0].detach(), output.detach()))
+
+        layers = [m for m in self.model.modules() if isinstance(m, SmileLinear)]
+        self.handles = [layer.register_forward_hook(record) for layer in layers]
+        return self.calls
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def definition(calls, real, policy, groups=None):
+    """The equations, loop by loop: for each call the weights and ids [B, S, m], over tokens real [B][S] (bool).
+
+    groups [B][S] numbers the sequences packed in a row. Padding gets whatever its sequence gets.
+    """
+    out, evidence, choice = [], {}, {}
+    for number, (layer, x, _) in enumerate(calls):
+        batch, length = x.shape[:2]
+        m = policy.num_experts_per_tok or layer.num_experts_per_tok
+        if policy.lock_after is None or number < policy.lock_after:
+            share = {}
+            for b, t in itertools.product(range(batch), range(length)):
+                if not real[b][t]:
+                    continue
+                energy = []
+                for i in range(N):
+                    q = layer.vh[i, :G].detach().double() @ x[b, t].double()
+                    energy.append(float(q @ q))
+                share[b, t] = [e / sum(energy) for e in energy]
+            for b, t in itertools.product(range(batch), range(length)):
+                scope = []
+                for s in range(length):
+                    near = {"token": s == t, "sequence": True, "causal": s <= t}[policy.scope]
+                    if near and real[b][s] and (groups is None or groups[b][s] == groups[b][t]):
+                        scope.append(s)
+                if not scope:
+                    continue
+                pooled = [sum(share[b, s][i] for s in scope) / len(scope) for i in range(N)]
+                before = evidence.get((b, t), [0.0] * N) if policy.accumulate else [0.0] * N
+                evidence[b, t] = [before[i] + math.log(pooled[i]) for i in range(N)]
+                order = sorted(range(N), key=lambda i: -evidence[b, t][i])[:m]
+                top = [math.exp(evidence[b, t][i] - evidence[b, t][order[0]]) for i in order]
+                choice[b, t] = [w / sum(top) for w in top], order
+        nothing = [1 / m] * m, list(range(m))
+        rows = [[choice.get((b, t), nothing) for t in range(length)] for b in range(batch)]
+        out.append(
+            (torch.tensor([[w for w, _ in row] for row in rows]), torch.tensor([[i for _, i in r] for r in rows]))
+        )
+    return out
+
+
+def assert_follows(calls, real, policy, groups=None):
+    """Each recorded output is the layer's under the routing of the definition, where tokens are real."""
+    assert calls
+    chosen = set()
+    for (layer, x, y), routing in zip(calls, definition(calls, real, policy, groups)):
+        want = layer(x, routing=routing)
+        torch.testing.assert_close(y[torch.tensor(real)], want[torch.tensor(real)], rtol=1e-4, atol=1e-5)
+        chosen |= set(routing[1].unique().tolist())
+    assert len(chosen) > 1, "one expert alone shows nothing"
+
+
+@by_name(POLICIES)
+@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_follows_the_definition(build, policy, side):
+    model = build()
+    set_routing(model, policy)
+    ids, mask = tokens(3, 7), torch.ones(3, 7, dtype=torch.int64)
+    for row, padding in enumerate((0, 2, 4)):
+        mask[row, slice(0, padding) if side == "left" else slice(7 - padding, 7)] = 0
+    with Calls(model) as calls:
+        logits(model, input_ids=ids, attention_mask=mask)
+    assert_follows(calls, mask.bool().tolist(), policy)
+
+
+@by_name(POLICIES)
+def test_batch_of_one_equals_padded_batch(policy):
+    model = bert()
+    set_routing(model, policy)
+    ids, lengths = tokens(3, 9), (9, 5, 2)
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    batch = logits(model, input_ids=ids, attention_mask=mask)
+    for b, length in enumerate(lengths):
+        alone = logits(model, input_ids=ids[b : b + 1, :length])
+        torch.testing.assert_close(batch[b : b + 1, :length], alone, rtol=1e-4, atol=1e-5)
+
+
+@by_name(POLICIES)
+def test_permuting_a_batch_permutes_results_and_nothing_is_left_behind(policy):
+    model = bert()
+    set_routing(model, policy)
+    ids, order = tokens(5, 6), torch.tensor([3, 0, 4, 2, 1])
+    first = logits(model, input_ids=ids)
+    torch.testing.assert_close(logits(model, input_ids=ids[order]), first[order], rtol=1e-4, atol=1e-5)
+    logits(model, input_ids=tokens(2, 11))
+    with pytest.raises(IndexError):
+        logits(model, input_ids=torch.full((5, 6), 99))  # a failed pass leaves no state
+    assert torch.equal(logits(model, input_ids=ids), first)
+
+
+@by_name(CAUSAL | {"layers": POLICIES["layers"]})
+@pytest.mark.parametrize("cache", ["dynamic", "static", "windowed"])
+def test_prefill_and_decode_equal_one_causal_pass(policy, cache):
+    model = mistral(sliding_window=5 if cache == "windowed" else None)
+    set_routing(model, policy)
+    ids = tokens(2, 12)
+    whole = logits(model, input_ids=ids, use_cache=False)
+    kv = tf.StaticCache(model.config, max_cache_len=16) if cache != "dynamic" else tf.DynamicCache(config=model.config)
+    parts = [ids[:, :5], ids[:, 5:6], ids[:, 6:9], *ids[:, 9:].split(1, 1)]  # a prompt, a continuation, single tokens
+    got = torch.cat([logits(model, input_ids=part, past_key_values=kv) for part in parts], dim=1)
+    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-5)
+
+
+@by_name(CAUSAL)
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_generation_equals_recomputation(policy, cache_implementation):
+    """Greedy tokens from the cache, with left padding, equal those of whole passes without a cache."""
+    model = mistral()
+    set_routing(model, policy)
+    ids, mask = tokens(2, 5), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options |= {"cache_implementation": cache_implementation, "disable_compile": True}
+    got = model.generate(ids, attention_mask=mask, **options)
+    for step in range(6):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        out = logits(model, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        torch.testing.assert_close(got.logits[step], out[:, -1], rtol=1e-4, atol=1e-5)
+        ids = torch.cat([ids, out[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    assert torch.equal(got.sequences, ids)
+
+
+@by_name(SEQUENCE)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_prompts_choice_holds_in_generation(policy, cache):
+    model = llama()
+    set_routing(model, policy)
+    ids = tokens(2, 6)
+    kv = tf.StaticCache(model.config, max_cache_len=8) if cache == "static" else tf.DynamicCache(config=model.config)
+    for _ in range(2):
+        with Calls(model) as calls:
+            logits(model, input_ids=ids, past_key_values=kv)
+        assert_follows(calls, [[True] * 6] * 2, policy)
+        choices = [(w[:, :1], i[:, :1]) for w, i in definition(calls, [[True] * 6] * 2, policy)]
+        for _ in range(2):
+            with Calls(model) as calls:
+                logits(model, input_ids=tokens(2, 1), past_key_values=kv)
+            for (layer, x, y), routing in zip(calls, choices, strict=True):
+                torch.testing.assert_close(y, layer(x, routing=routing), rtol=1e-4, atol=1e-5)
+        kv.reset()  # an emptied cache votes anew
+        ids = tokens(2, 6)
+
+
+@by_name({"sequence": POLICIES["sequence+layers"], "causal": POLICIES["causal+layers"]})
+def test_beams_follow_their_cache(policy):
+    """Rows of a cache that are repeated, chosen and reordered go on as if each had been alone from the start."""
+    model = llama()
+    set_routing(model, policy)
+    prompts, following, order = tokens(2, 5), tokens(4, 2), torch.tensor([3, 0, 0, 2])
+    kv = tf.DynamicCache(config=model.config)
+    logits(model, input_ids=prompts, past_key_values=kv)
+    kv.batch_repeat_interleave(2)
+    logits(model, input_ids=following[:, :1], past_key_values=kv)
+    kv.reorder_cache(order)
+    kv = copy.deepcopy(kv)
+    kv.batch_select_indices(torch.tensor([0, 1, 3]))
+    got = logits(model, input_ids=following[:3, 1:], past_key_values=kv)
+    for row, source in enumerate((3, 0, 2)):
+        alone = tf.DynamicCache(config=model.config)
+        for part in (prompts[source // 2], following[source, :1], following[row, 1:]):
+            want = logits(model, input_ids=part[None], past_key_values=alone)
+        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_beam_search_and_assisted_generation():
+    model, draft = llama(), llama()
+    set_routing(model, POLICIES["causal+layers"])
+    ids = tokens(1, 4)
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assisted = model.generate(ids, max_new_tokens=8, do_sample=False, assistant_model=draft)  # crops the cache
+    assert torch.equal(assisted, greedy)
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_a_cropped_cache_goes_on_from_what_is_left():
+    model = llama()
+    set_routing(model, POLICIES["causal+layers"])
+    ids = tokens(2, 8)
+    kv = tf.DynamicCache(config=model.config)
+    logits(model, input_ids=ids, past_key_values=kv)
+    kv.crop(-3)
+    other = tokens(2, 2)
+    got = logits(model, input_ids=other, past_key_values=kv)
+    want = logits(model, input_ids=torch.cat([ids[:, :5], other], dim=1), use_cache=False)
+    torch.testing.assert_close(got, want[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_the_policy_has_not_seen_is_refused():
+    model = llama()
+    for policy in (POLICIES["causal"], POLICIES["sequence"]):
+        for cache in (tf.DynamicCache(config=model.config), tf.StaticCache(model.config, max_cache_len=8)):
+            set_routing(model, RoutingPolicy())
+            logits(model, input_ids=tokens(1, 3), past_key_values=cache)
+            set_routing(model, policy)
+            with pytest.raises(RuntimeError, match=r"past_key_values: holds 3 tokens"):
+                logits(model, input_ids=tokens(1, 1), past_key_values=cache)
+
+
+@by_name(SEQUENCE | CAUSAL)
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
+def test_packed_sequences_are_told_apart(policy, how):
+    model = llama(attn_implementation="eager")
+    set_routing(model, policy)
+    lengths = (4, 1, 6)
+    ids = tokens(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if how == "cu_seq_lens":
+        inputs |= {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 4, 5, 11], dtype=torch.int32)}
+    with Calls(model) as calls:
+        packed = logits(model, **inputs)
+    groups = [[g for g, n in enumerate(lengths) for _ in range(n)]]
+    assert_follows(calls, [[True] * sum(lengths)], policy, groups)
+    alone = [logits(model, input_ids=part, use_cache=False) for part in ids.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_encoder_decoder():
+    """T5: its stacks route their own tokens, the decoder's first pass chooses for the generation."""
+    model = t5()
+    set_routing(model, POLICIES["causal"])
+    with pytest.raises(NotImplementedError, match="cross-attention"):
+        logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
+    policy = POLICIES["sequence+layers"]
+    set_routing(model, policy)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    with Calls(model.encoder) as calls:
+        logits(model, input_ids=ids, attention_mask=mask, decoder_input_ids=tokens(2, 1))
+    assert_follows(calls, mask.bool().tolist(), policy)
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    for b, length in enumerate((6, 4)):
+        alone = model.generate(ids[b : b + 1, :length], max_new_tokens=5, do_sample=False)
+        assert torch.equal(batch[b : b + 1], alone)
+
+
+def test_towers_route_their_own_tokens():
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {k: v for k, v in text.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4}
+    model = smile(tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision)), skip=("projection",))
+    set_routing(model, POLICIES["sequence+layers"])
+    ids, images = tokens(2, 5), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        together = model(input_ids=ids, pixel_values=images)
+        features = model.get_image_features(pixel_values=images[1:])
+    want = features.pooler_output if hasattr(features, "pooler_output") else features
+    want = want / want.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(together.image_embeds[1:], want, rtol=1e-4, atol=1e-5)
+    assert len({layer.attached_routing[0] for layer in model.modules() if isinstance(layer, SmileLinear)}) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+@by_name({name: POLICIES[name] for name in ("sequence+layers, m 2", "causal+layers, lock 3, m 2")})
+def test_gradient_checkpointing_sees_the_same_routing(policy, reentrant):
+    model = llama()
+    set_routing(model, policy)
+    ids, masks = (tokens(2, 6), tokens(2, 6)), (torch.ones(2, 6), torch.ones(2, 6).tril(4))
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        else:
+            model.gradient_checkpointing_disable()
+        losses = [model(input_ids=i, attention_mask=m, labels=i, use_cache=False).loss for i, m in zip(ids, masks)]
+        sum(losses).backward()  # two passes are under way
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients(False)
+    for got, want in zip(gradients(True), plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_training_reaches_the_experts():
+    model = bert()
+    set_routing(model, POLICIES["sequence+layers, m 2"])
+    model(input_ids=tokens(2, 5)).last_hidden_state.square().sum().backward()
+    layer = next(m for m in model.modules() if isinstance(m, SmileLinear))
+    assert layer.u.grad.abs().sum() > 0
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@by_name({name: POLICIES[name] for name in ("sequence+layers, lock 3", "causal+layers")})
+def test_compiles_without_graph_breaks(policy):
+    model = bert(num_hidden_layers=1)
+    set_routing(model, policy)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length in ((2, 5), (3, 7)):
+        ids, mask = tokens(batch, length), torch.ones(batch, length).tril(2)
+        got = logits(compiled, input_ids=ids, attention_mask=mask)
+        torch.testing.assert_close(got, logits(model, input_ids=ids, attention_mask=mask), rtol=1e-4, atol=1e-5)
+
+
+@by_name({name: POLICIES[name] for name in ("sequence+layers, lock 3", "causal+layers")})
+def test_decoding_from_a_static_cache_compiles(policy):
+    model = llama(num_hidden_layers=1)
+    set_routing(model, policy)
+    ids = tokens(2, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for decode in (model, compiled):
+        kv = tf.StaticCache(model.config, max_cache_len=8)
+        logits(model, input_ids=ids[:, :5], past_key_values=kv)
+        outputs.append([logits(decode, input_ids=ids[:, t : t + 1], past_key_values=kv) for t in range(5, 8)])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_threads_do_not_meet():
+    model = bert()
+    set_routing(model, POLICIES["sequence+layers"])
+    inputs = [tokens(2, 4 + k) for k in range(4)]
+    want = [logits(model, input_ids=ids) for ids in inputs]
+    got, barrier = [None] * 4, threading.Barrier(4)
+
+    def work(k):
+        barrier.wait()
+        got[k] = [logits(model, input_ids=inputs[k]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, w in zip(got, want):
+        assert all(torch.equal(r, w) for r in results)
+
+
+def test_nested_models_and_resetting():
+    """The latest call on a part wins there; layers given back to the token's own choice have no state and no hooks."""
+    inner, ids = bert(), tokens(2, 5)
+    published = logits(inner, input_ids=ids)
+    set_routing(inner, POLICIES["sequence"])
+    pooled = logits(inner, input_ids=ids)
+    assert not torch.equal(pooled, published)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    outer = Outer()
+    assert torch.equal(logits(outer, input_ids=ids), pooled)
+    set_routing(outer, RoutingPolicy())
+    assert torch.equal(logits(outer, input_ids=ids), published)
+    assert not inner._forward_hooks
+    assert not inner._forward_pre_hooks
+    set_routing(inner.encoder.layer[0], POLICIES["sequence"])
+    with pytest.raises(ValueError, match="follow 2 routing policies"):
+        get_routing(outer)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_route_for_themselves(how):
+    model, ids = bert(), tokens(2, 5)
+    set_routing(model, POLICIES["sequence+layers"])
+    want = logits(model, input_ids=ids)
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.load(io.BytesIO(pickle.dumps(model)))
+    assert torch.equal(logits(other, input_ids=ids), want)
+    set_routing(model, RoutingPolicy())
+    assert torch.equal(logits(other, input_ids=ids), want)
+    set_routing(other, RoutingPolicy())
+    assert not other._forward_hooks
+
+
+def test_an_expert_that_left_a_layer_alone_keeps_its_standing():
+    """Expert 2 wins at the first layer; at the second its update is 0, and it must still win there and at the third."""
+    layers = [SmileLinear(8, 8, 3, 2, 2) for _ in range(3)]
+    x = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        for layer in layers:
+            layer.vh.normal_()
+        layers[0].vh[2] *= 9
+        layers[1].vh[2] = 0
+    model = nn.Sequential(*layers)
+    set_routing(model, POLICIES["sequence+layers"])
+    with Calls(model) as calls, torch.no_grad():
+        model(x)
+    for layer, inputs, y in calls:
+        routing = torch.ones(1, 4, 1), torch.full((1, 4, 1), 2)
+        torch.testing.assert_close(y, layer(inputs, routing=routing))
+    set_routing(model, RoutingPolicy("sequence"))
+    with Calls(model) as calls, torch.no_grad():
+        model(x)
+    layer, inputs, y = calls[1]
+    assert not torch.allclose(y, layer(inputs, routing=routing)), "alone, an expert without evidence must not be chosen"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_extreme_values_choose_as_moderate_ones(dtype):
+    """Scores near the ends of the range, zero tokens and NaN do not spoil the sums."""
+    layer = SmileLinear(8, 8, N, R, G, dtype=dtype)
+    set_routing(layer_root := nn.Sequential(layer), RoutingPolicy("sequence"))
+    x = torch.randn(2, 5, 8).to(dtype)
+    want = layer_root(x)
+    attached = layer.attached_routing[0]
+    assert not hasattr(attached.current, "state") or attached.current.state is None
+    for scale in (2.0**-12, 2.0**10):
+        with Calls(layer_root) as calls:
+            layer_root(x * scale)
+        ids = definition(calls, [[True] * 5] * 2, RoutingPolicy("sequence"))[0][1]
+        torch.testing.assert_close(calls[0][2], layer(x * scale, routing=(torch.ones(2, 5, 1), ids)))
+    x[0, 3] = 0
+    spoilt = x.clone()
+    spoilt[0, 3, 0] = torch.nan
+    assert torch.equal(layer_root(spoilt)[0, :3], layer_root(x)[0, :3])
+    assert want.isfinite().all()
+
+
+def test_inputs_of_other_tokens_are_refused():
+    class Strange(nn.Module):
+        def __init__(self, cut):
+            super().__init__()
+            self.first, self.second, self.cut = SmileLinear(8, 8, N, R, G), SmileLinear(8, 8, N, R, G), cut
+
+        def forward(self, inputs_embeds, attention_mask=None):
+            return self.second(self.cut(self.first(inputs_embeds)))
+
+    x = torch.randn(2, 6, 8)
+    for cut in (lambda h: h[:, :4], lambda h: h[:1], lambda h: h.reshape(4, 3, 8)):
+        model = Strange(cut)
+        set_routing(model, POLICIES["sequence+layers"])
+        with pytest.raises(RuntimeError, match=r"SMILE layer of Strange has input"):
+            model(x)
+    flat = Strange(lambda h: h.reshape(-1, 8))
+    pooled = Strange(lambda h: h[:, 0])
+    for model in (flat, pooled):
+        set_routing(model, POLICIES["sequence+layers"])
+        with Calls(model) as calls:
+            model(x)
+        wanted = definition([(c[0], c[1].view(2, -1, 8), None) for c in calls], [[True] * 6] * 2, get_routing(model))
+        for (layer, inputs, y), (weights, ids) in zip(calls, wanted):
+            leading = inputs.shape[:-1]
+            routing = weights.float().view(*leading, 1), ids.view(*leading, 1)
+            torch.testing.assert_close(y, layer(inputs, routing=routing), rtol=1e-4, atol=1e-5)
+    set_routing(pooled, POLICIES["causal"])
+    with pytest.raises(RuntimeError, match="SMILE layer of Strange has input"):
+        pooled(x)
+    with pytest.raises(RuntimeError, match="outside of a forward pass of Strange"):
+        pooled.first(x)
+    with pytest.raises(ValueError, match=r"^attention_mask: has 5 columns"):
+        pooled(x, attention_mask=torch.ones(2, 5))
+
+
+def test_locked_layers_compute_no_scores(monkeypatch):
+    model = bert()
+    calls = []
+    scores = functional.router_scores
+    monkeypatch.setattr("smile_kernels.routing.router_scores", lambda *a, **k: calls.append(1) or scores(*a, **k))
+    set_routing(model, POLICIES["sequence+layers, lock 3"])
+    logits(model, input_ids=tokens(2, 5))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("scope", {"scope": "layer"}),
+        ("accumulate", {"accumulate": 1}),
+        ("lock_after", {"scope": "sequence", "lock_after": 0}),
+        ("lock_after", {"scope": "sequence", "lock_after": 2.0}),
+        ("lock_after", {"lock_after": 2}),
+        ("num_experts_per_tok", {"num_experts_per_tok": 0}),
+        ("routing", {"scop": "token"}),
+    ],
+)
+def test_bad_policies_are_named(name, values):
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        RoutingPolicy.from_dict(values)
+
+
+@by_name(POLICIES | {"token": RoutingPolicy()})
+def test_policies_survive_their_dict(policy):
+    assert RoutingPolicy.from_dict(policy.to_dict()) == policy
+    model = bert()
+    set_routing(model, policy)
+    assert get_routing(model) == RoutingPolicy(
+        policy.scope, policy.accumulate, policy.lock_after, policy.num_experts_per_tok
+    )
+
+
+def test_models_that_cannot_follow_are_refused_unchanged():
+    with pytest.raises(ValueError, match=r"^model: Linear has no SmileLinear"):
+        set_routing(nn.Linear(2, 2), RoutingPolicy())
+    model = nn.Sequential(SmileLinear(8, 8, 2, 2, 2), SmileLinear(8, 8, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"^num_experts_per_tok: is 3; expected at most 2"):
+        set_routing(model, RoutingPolicy(num_experts_per_tok=3))
+    with pytest.raises(ValueError, match=r"^model: .* \[2, 3\] experts"):
+        set_routing(model, POLICIES["sequence"])
+    assert get_routing(model) == RoutingPolicy()
+    assert [layer.num_experts_per_tok for layer in model] == [1, 1]
+    set_routing(model, RoutingPolicy(num_experts_per_tok=2))
+    assert [layer.num_experts_per_tok for layer in model] == [2, 2]
