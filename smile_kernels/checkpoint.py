@@ -273,7 +273,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     """
     stored, config = read_tensors(folder), read_config(folder)
     if "quantization_config" in config:
-        smile = SmileConfig.from_dict(config["quantization_config"])
+        smile = _smile_config(folder)
         if model is None and smile.base_model_name_or_path is None:
             return _transformers_class(config).from_pretrained(folder, **from_pretrained)
         tensors = {name: tensor.load() for name, tensor in stored.items()}
@@ -292,10 +292,61 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     return model
 
 
+def describe(folder: str | Path) -> dict[str, Any]:
+    """What is in a SMILE checkpoint, as `smile-kernels inspect` shows it; fits JSON.
+
+    Returns:
+        folder; config, as in `SmileConfig`; bytes of the upscaled layers' base, of their experts and of other tensors;
+        layers: name, in_features, out_features, ranks and bytes of the experts; norm, the size ||s_i|| of each expert's
+        change; energy, the share it captures, empty without smile_report.json; s, the mean over experts.
+
+    Raises:
+        ValueError, FileNotFoundError: no SMILE checkpoint, or a tensor missing from it.
+    """
+    stored, config = read_tensors(folder), _smile_config(folder)
+    report = Path(folder) / "smile_report.json"
+    records = read_json(report).get("layers", []) if report.is_file() else []
+    energies = {record.get("name"): record.get("energy", []) for record in records}
+    layers, sizes = [], {"base": 0, "experts": 0, "other": 0}
+    for name, entry in config.modules.items():
+        for factor in ("vh", "s", "u"):
+            if f"{name}.{factor}" not in stored:
+                raise ValueError(f"{folder}: tensor {name}.{factor} is missing; config.json says it is there")
+        s = stored[f"{name}.s"].load().double()
+        experts = sum(stored[key].nbytes for factor in FACTORS if (key := f"{name}.{factor}") in stored)
+        sizes["experts"] += experts
+        sizes["base"] += sum(stored[key].nbytes for p in ("weight", "bias") if (key := f"{name}.{p}") in stored)
+        layers.append(
+            {
+                "name": name,
+                "in_features": stored[f"{name}.vh"].shape[2],
+                "out_features": stored[f"{name}.u"].shape[1],
+                "rank_of_expert": entry.rank_of_expert,
+                "rank_of_router": entry.rank_of_router,
+                "bytes": experts,
+                "norm": s.norm(dim=1).tolist(),
+                "energy": energies.get(name, []),
+                "s": s.mean(dim=0).tolist(),
+            }
+        )
+    sizes["other"] = sum(tensor.nbytes for tensor in stored.values()) - sizes["base"] - sizes["experts"]
+    return {"folder": str(folder), "config": config.to_dict(), "bytes": sizes, "layers": layers}
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder; {} where there is none."""
     file = Path(folder) / "config.json"
     return read_json(file) if file.exists() else {}
+
+
+def _smile_config(folder: str | Path) -> SmileConfig:
+    config = read_config(folder).get("quantization_config")
+    if config is None:
+        raise ValueError(f"{folder}: is no SMILE checkpoint; expected quantization_config in its config.json")
+    try:
+        return SmileConfig.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from None
 
 
 def write_config(folder: Path, config: Mapping[str, Any], smile: SmileConfig) -> None:

@@ -1,0 +1,5 @@
+"""`python -m smile_kernels ...`, as torchrun starts it."""
+
+from .cli import app
+
+app(prog_name="smile-kernels")

@@ -1,0 +1,346 @@
+"""The command line: `smile-kernels upscale | inspect | bench | demo | doctor | tune`, or `python -m smile_kernels`."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="SMILE layers: fuse fine-tuned models into a sparse mixture of low-rank experts, and run it fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PARAMETERS = ("rank_of_expert", "rank_of_router", "num_experts_per_tok", "include", "exclude", "remaining")
+
+
+@app.command()
+def upscale(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file, in place of the options that it sets.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write, new or empty.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder of the pre-trained checkpoint.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; give one or more.")
+    ] = None,
+    rank_of_expert: Annotated[
+        str | None, typer.Option(help="r; -1 for full rank (exact); a fraction such as 0.9 for the energy to hold.")
+    ] = None,
+    rank_of_router: Annotated[int | None, typer.Option(help="g.")] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option(help="m, experts per token.  [default: 1]")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to upscale.  [default: all]")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone.")] = None,
+    remaining: Annotated[
+        str | None, typer.Option(help="Where other tensors come from: base or average.  [default: base]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
+    experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
+    out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where layers are decomposed.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Layers at a time.  [default: one a core, at most 4]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Fuse a checkpoint and fine-tuned versions of it into one SMILE checkpoint.
+
+    A few layers are in memory at a time, however large the model. Interrupted and started again, it goes on where it
+    stopped. Several processes share the work under torchrun: torchrun --nproc-per-node 4 -m smile_kernels upscale ...
+
+    \b
+    Examples:
+      smile-kernels upscale --base mistral --expert math --expert code \\
+          --rank-of-expert 32 --rank-of-router 16 --out fused
+      smile-kernels upscale fused.yml --out fused
+
+    \b
+    fused.yml:
+      base_model: mistral
+      models:
+        - model: math
+        - model: code
+      dtype: bfloat16
+      parameters:
+        rank_of_expert: 32
+        rank_of_router: 16
+        exclude: ["*lm_head"]
+    """
+    with _errors():
+        given = {
+            "base": base,
+            "experts": expert,
+            "rank_of_expert": None if rank_of_expert is None else _number("rank_of_expert", rank_of_expert),
+            "rank_of_router": rank_of_router,
+            "num_experts_per_tok": num_experts_per_tok,
+            "include": include,
+            "exclude": exclude,
+            "remaining": remaining,
+            "dtype": dtype,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = _from_yaml(config) if config else {}
+        for name in given:
+            if name in settings:
+                raise ValueError(f"{name}: is given as an option and in {config}; expected one of the two")
+        settings |= given
+        for name in ("base", "experts", "rank_of_expert", "rank_of_router"):
+            if name not in settings:
+                option = {"experts": "expert"}.get(name, name).replace("_", "-")
+                raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
+        if out is None:
+            raise ValueError("out: is not given; expected --out FOLDER")
+        # SciPy's BLAS would otherwise give other bits for another number of cores; it reads this when it is loaded.
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        import torch
+
+        from .streaming import upscale_checkpoints
+
+        if "dtype" in settings:
+            settings["dtype"] = _dtype(torch, settings["dtype"])
+        first = int(os.environ.get("RANK", 0)) == 0
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not first) as progress:
+            bars = {}
+
+            def advance(stage: str, done: int, total: int) -> None:
+                bar = bars[stage] if stage in bars else bars.setdefault(stage, progress.add_task(stage, total=total))
+                progress.update(bar, completed=done)
+
+            report = upscale_checkpoints(
+                **settings,
+                out=out,
+                experts_only=experts_only,
+                max_shard_size=out_shard_size,
+                device=device,
+                workers=workers,
+                force=force,
+                progress=advance,
+            )
+        if first:
+            print(report)
+            print(f"\n{out}: written. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw energies and singular values there (.png, .svg, .pdf).")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write what is shown there.")] = None,
+) -> None:
+    """Show what is in a SMILE checkpoint: its layers, their ranks, sizes and energies.
+
+    \b
+    Example:
+      smile-kernels inspect fused --plot energy.png --json fused.json
+    """
+    with _errors():
+        from .checkpoint import describe
+
+        description = describe(folder)
+        _show(description, Console())
+        if json_path:
+            from .files import write_text
+
+            write_text(json_path, json.dumps(description, indent=1) + "\n")
+        if plot:
+            _plot(description, plot)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Four tasks, under three minutes on two cores.")] = False,
+    seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
+    tasks: Annotated[int, typer.Option(help="6, or 8 for the hard case.")] = 6,
+    cache: Annotated[Path | None, typer.Option(help="Folder for packages and fine-tuned models.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Fine-tune a small encoder on real tasks, merge the results in each way, and compare what is left of them.
+
+    \b
+    Example:
+      smile-kernels demo --quick --plot demo.png
+    """
+    with _errors():
+        from .demo.run import demo as run
+
+        run(quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, which backend would run on each, and why the others would not."""
+    import torch
+
+    from . import __version__
+    from .ops.library import backends, choose_backend
+
+    console = Console()
+    versions = Table("package", "version", title="versions", title_justify="left")
+    versions.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    versions.add_row("smile-kernels", __version__)
+    for package in ("torch", "triton", "transformers", "peft", "vllm", "safetensors", "fusion-bench"):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        versions.add_row(package, version)
+    console.print(versions)
+
+    devices = Table("device", "what it is", title="devices", title_justify="left")
+    devices.add_row("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        memory = f"{p.total_memory / 2**30:.0f} GiB"
+        devices.add_row(f"cuda:{i}", f"{p.name}, {memory}, {p.multi_processor_count} SMs, sm_{p.major}{p.minor}")
+    if not torch.cuda.is_available():
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        devices.add_row("cuda", f"not available: torch {torch.__version__} is built with {build}")
+    console.print(devices)
+
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        table = Table("backend", "on " + device_type, title=f"backends on {device_type}", title_justify="left")
+        try:
+            chosen = choose_backend(None, device_type, False)
+        except (RuntimeError, ValueError) as error:
+            chosen = None
+            console.print(f"SMILE_KERNELS_BACKEND={os.environ.get('SMILE_KERNELS_BACKEND')}: {error}", markup=False)
+        for backend, reason in backends(device_type).items():
+            table.add_row(backend, reason or ("would run" if backend == chosen else "can run"))
+        console.print(table)
+
+
+def _from_yaml(file: Path) -> dict[str, Any]:
+    """Settings of `upscale_checkpoints` from a YAML file in mergekit's manner."""
+    import yaml
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected a YAML file")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: is not YAML: {error}") from None
+    keys = ("base_model", "models", "dtype", "parameters")
+    _check_keys(str(file), content, keys)
+    settings = {}
+    if "base_model" in content:
+        settings["base"] = content["base_model"]
+    if "models" in content:
+        if not isinstance(content["models"], list):
+            raise ValueError(f"{file}: models is {content['models']!r}; expected a list of - model: FOLDER")
+        for i, entry in enumerate(content["models"]):
+            _check_keys(f"{file}: models[{i}]", entry, ("model",))
+            if "model" not in entry:
+                raise ValueError(f"{file}: models[{i}]: model is missing; expected - model: FOLDER")
+        settings["experts"] = [entry["model"] for entry in content["models"]]
+    if "dtype" in content:
+        settings["dtype"] = content["dtype"]
+    parameters = content.get("parameters", {})
+    _check_keys(f"{file}: parameters", parameters, _PARAMETERS)
+    for name, value in parameters.items():
+        patterns = name in ("include", "exclude") and isinstance(value, str)
+        settings[name] = [value] if patterns else value
+    return settings
+
+
+def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: is {values!r}; expected the keys {', '.join(known)}")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
+
+
+def _number(name: str, text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise ValueError(f"{name}: is {text!r}; expected a number")
+
+
+def _dtype(torch: Any, name: Any) -> Any:
+    dtype = getattr(torch, str(name), None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"dtype: is {name!r}; expected bfloat16, float16, float32 or float64")
+    return dtype
+
+
+def _show(description: dict[str, Any], console: Console) -> None:
+    smile = description["config"]
+    console.print(
+        f"{description['folder']}: {len(description['layers'])} SMILE layers, {smile['num_local_experts']} experts, "
+        f"{smile['num_experts_per_tok']} per token",
+        markup=False,
+        highlight=False,
+    )
+    for name in ("base", "experts", "other"):
+        console.print(f"  {name:8}{_bytes(description['bytes'][name]):>10}", highlight=False)
+    if base := smile.get("base_model_name_or_path"):
+        console.print(f"  experts only; the base is {base}", markup=False, highlight=False)
+    table = Table("layer", "shape", "r", "g", "experts", "size of change", "captured energy", box=None)
+    for layer in description["layers"]:
+        table.add_row(
+            layer["name"],
+            f"{layer['out_features']} x {layer['in_features']}" if layer["out_features"] else "?",
+            str(layer["rank_of_expert"]),
+            str(layer["rank_of_router"]),
+            _bytes(layer["bytes"]),
+            _span(layer["norm"], "{:.3g}"),
+            _span(layer["energy"], "{:.1%}") if layer["energy"] else "unknown",
+        )
+    console.print(table)
+
+
+def _span(values: list[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _plot(description: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    layers = description["layers"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    shades = plt.cm.viridis([i / max(1, len(layers) - 1) for i in range(len(layers))])
+    for layer, shade in zip(layers, shades):
+        left.plot(range(1, len(layer["s"]) + 1), layer["s"], color=shade, linewidth=0.8)
+    left.set(xlabel="singular value", ylabel="size, mean over experts", yscale="log", title="Singular values, by layer")
+    known = [(i, energy) for i, layer in enumerate(layers) for energy in layer["energy"]]
+    if known:
+        right.plot(*zip(*known), ".", markersize=4)
+    right.set(xlabel="layer", ylabel="captured energy", title="Captured energy, by layer and expert")
+    figure.savefig(file)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What the caller can put right ends in a line on stderr and status 1; all else is a bug, and shows where."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
