@@ -1,0 +1,258 @@
+"""The implementations a benchmark sets side by side, each built on the same tensors."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import smile_linear
+from ..ops import library
+from ..testing import Problem
+
+BASELINE = "F.linear"
+
+# x [T, D] -> y [T, O], and the parameters a training step would need the gradients of.
+Built = tuple[Callable[[Tensor], Tensor], list[Tensor]]
+
+
+class CannotRunError(Exception):
+    """Why a peer cannot run a case here."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation.
+
+    Attributes:
+        build: (problem, weights [T, m], ids [T, m]) -> callable and parameters; raises CannotRunError with the reason.
+            The routing is given for free to peers that have no router of their own.
+        waits_for_host: it reads device values on the host, so a CUDA graph cannot capture it.
+    """
+
+    build: Callable[[Problem, Tensor, Tensor], Built]
+    waits_for_host: bool = False
+
+
+def _parameters(problem: Problem) -> list[Tensor]:
+    return [t for name, t in problem.tensors().items() if name != "x"]
+
+
+def _linear(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    weight, bias = problem.weight, problem.bias
+    return lambda x: F.linear(x, weight, bias), [weight] if bias is None else [weight, bias]
+
+
+def _smile(backend: str, problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    if reason := library.why_not(backend, problem.x.device.type):
+        raise CannotRunError(reason)
+    layer = functools.partial(
+        smile_linear,
+        num_experts_per_tok=problem.num_experts_per_tok,
+        rank_of_router=problem.rank_of_router,
+        backend=backend,
+    )
+    return lambda x: layer(x, *problem.arguments()[1:]), _parameters(problem)
+
+
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u_rows: Tensor,
+    expert_bias: Tensor | None,
+    num_experts_per_tok: int,
+    rank_of_router: int,
+) -> Tensor:
+    """A SMILE layer in the fewest torch operators: every expert in one product, those not selected weigh 0.
+
+    x [T, D] -> y [T, O]; u_rows [N * r, O] is u with its ranks as rows, the rest as in `functional.smile_linear`.
+    """
+    n, r = s.shape
+    h = F.linear(x, vh.flatten(0, 1)).unflatten(1, (n, -1))
+    scores = torch.linalg.vector_norm(h[..., :rank_of_router].float(), dim=-1)
+    p, ids = scores.softmax(-1).topk(num_experts_per_tok)
+    w = torch.zeros_like(scores).scatter(1, ids, p / p.sum(-1, keepdim=True))
+    z = (h[..., :r] * (w[..., None] * s)).to(x.dtype).flatten(1)
+    y = torch.addmm(F.linear(x, weight, bias), z, u_rows)
+    return y if expert_bias is None else torch.addmm(y, w.to(x.dtype), expert_bias)
+
+
+def _plain(compiled: bool, problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    u_rows = problem.u.mT.flatten(0, 1).contiguous()
+    arguments = (problem.weight, problem.bias, problem.vh, problem.s, u_rows, problem.expert_bias)
+    layer = plain
+    if compiled:
+        torch.compiler.reset()
+        layer = torch.compile(plain, fullgraph=True, dynamic=False)
+    m, g = problem.num_experts_per_tok, problem.rank_of_router
+    return lambda x: layer(x, *arguments, m, g), [t for t in arguments if t is not None]
+
+
+def _fusion_bench(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    try:
+        from fusion_bench.models.smile_moe.linear_from_hf_config import SmileLinear
+    except ImportError as error:
+        raise CannotRunError(f"fusion_bench is not installed ({error})") from error
+    n, r = problem.s.shape
+    out_features, in_features = problem.weight.shape
+    config = SimpleNamespace(
+        num_local_experts=n,
+        rank_of_expert=r,
+        rank_of_router=problem.rank_of_router,
+        num_experts_per_tok=problem.num_experts_per_tok,
+    )
+    layer = SmileLinear(config, in_features, out_features, bias=problem.bias is not None, device="meta")
+    tensors = {"gate.weight": problem.rows().flatten(0, 1), "shared_linear.weight": problem.weight}
+    if problem.bias is not None:
+        tensors["shared_linear.bias"] = problem.bias
+    for i in range(n):
+        tensors[f"experts.{i}.u"] = problem.u[i]
+        tensors[f"experts.{i}.svh"] = _svh(problem, i)
+        if problem.expert_bias is not None:
+            tensors[f"experts.{i}.bias"] = problem.expert_bias[i]
+    layer.load_state_dict(tensors, assign=True)
+    return layer, list(layer.parameters())
+
+
+def _svh(problem: Problem, i: int) -> Tensor:
+    """diag(s) vh of one expert, as implementations without singular values hold it."""
+    return (problem.s[i, :, None] * problem.vh[i, : problem.s.shape[1]]).to(problem.x.dtype)
+
+
+def _peft(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise CannotRunError(f"peft is not installed ({error})") from error
+    if problem.num_experts_per_tok > 1:
+        raise CannotRunError("one adapter a sample; this case has several experts a token")
+    n, r = problem.s.shape
+    out_features, in_features = problem.weight.shape
+    with_bias = problem.expert_bias is not None
+    model = nn.Sequential(nn.Linear(in_features, out_features, bias=problem.bias is not None, device="meta"))
+    config = LoraConfig(r=r, lora_alpha=r, lora_bias=with_bias, target_modules=["0"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for i in range(n):
+            inject_adapter_in_model(config, model, adapter_name=str(i))
+    tensors = {"base_layer.weight": problem.weight}
+    if problem.bias is not None:
+        tensors["base_layer.bias"] = problem.bias
+    for i in range(n):
+        tensors[f"lora_A.{i}.weight"] = _svh(problem, i)
+        tensors[f"lora_B.{i}.weight"] = problem.u[i]
+        if with_bias:
+            tensors[f"lora_B.{i}.bias"] = problem.expert_bias[i]
+    layer = model[0]
+    layer.load_state_dict(tensors, assign=True)
+    layer.requires_grad_(True)
+    names = [str(i) for i in ids[:, 0].tolist()]
+    return lambda x: layer(x, adapter_names=names), list(layer.parameters())
+
+
+def _check_vllm(problem: Problem) -> None:
+    """vLLM's kernels are Triton for 16-bit inference, without an expert bias."""
+    if problem.x.device.type != "cuda":
+        raise CannotRunError("vLLM's LoRA kernels need a CUDA GPU")
+    if problem.x.dtype == torch.float32:
+        raise CannotRunError("vLLM's LoRA kernels take bfloat16 and float16 only")
+    if problem.expert_bias is not None:
+        raise CannotRunError("vLLM's LoRA kernels have no expert bias")
+
+
+def _vllm_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    _check_vllm(problem)
+    try:
+        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+    except ImportError as error:
+        raise CannotRunError(f"vllm is not installed ({error})") from error
+    if problem.num_experts_per_tok > 1:
+        raise CannotRunError("one adapter a token; this case has several experts a token")
+    n, r = problem.s.shape
+    tokens = problem.x.shape[0]
+    a, b = torch.stack([_svh(problem, i) for i in range(n)]), problem.u
+    meta = LoRAKernelMeta.make(n, tokens, problem.x.device)
+    meta.prepare_tensors(ids[:, 0].int())
+    arguments = meta.meta_args(tokens, False)
+    h = torch.empty(1, tokens, r, dtype=torch.float32, device=problem.x.device)
+
+    def layer(x: Tensor) -> Tensor:
+        y = F.linear(x, problem.weight, problem.bias)
+        lora_shrink(x, [a], h, *arguments, 1.0)
+        lora_expand(h, [b], y, *arguments, offset_start=0, add_inputs=True)
+        return y
+
+    return layer, []
+
+
+def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    _check_vllm(problem)
+    try:
+        from vllm.lora.ops.triton_ops.fused_moe_lora_op import fused_moe_lora
+    except ImportError as error:
+        raise CannotRunError(f"vllm is not installed ({error})") from error
+    n, r = problem.s.shape
+    tokens, m = ids.shape
+    if tokens * m > 64:
+        raise CannotRunError("called as vLLM decodes, without sorted tokens: up to 64 (token, expert) pairs")
+    device = problem.x.device
+    a = torch.stack([_svh(problem, i) for i in range(n)])[None]
+    b = problem.u[None].contiguous()
+    of_token = torch.zeros(tokens, dtype=torch.int32, device=device)
+    blocks = {f"{half}_{name}": value for half in ("shrink", "expand") for name, value in _MOE_BLOCKS.items()}
+
+    def layer(x: Tensor) -> Tensor:
+        y = F.linear(x, problem.weight, problem.bias)
+        delta = y[:, None] if m == 1 else y.new_zeros(tokens, m, y.shape[1])
+        fused_moe_lora(
+            output=delta,
+            qcurr_hidden_states=x,
+            lora_a_stacked=[a],
+            lora_b_stacked=[b],
+            topk_weights=weights,
+            sorted_token_ids=None,
+            expert_ids=ids.reshape(-1),
+            num_tokens_post_padded=None,
+            token_lora_mapping=of_token,
+            max_lora_rank=r,
+            top_k_num=m,
+            lora_ids=torch.zeros(1, dtype=torch.int32, device=device),
+            num_active_loras=_ONE,
+            adapter_enabled=torch.ones(2, dtype=torch.int32, device=device),
+            mul_routed_weight=True,
+            **blocks,
+        )
+        return y if m == 1 else y + delta.sum(1)
+
+    return layer, []
+
+
+_ONE = torch.ones(1, dtype=torch.int32)
+_MOE_BLOCKS = {
+    "block_size_m": 16,
+    "block_size_n": 64,
+    "block_size_k": 64,
+    "group_size_m": 8,
+    "num_warps": 4,
+    "num_stages": 3,
+    "split_k": 1,
+}
+
+# The baseline, our backends, then everyone else.
+PEERS: dict[str, Peer] = {
+    BASELINE: Peer(_linear),
+    **{f"smile:{backend}": Peer(functools.partial(_smile, backend)) for backend in ("triton", "cuda", "cpu", "torch")},
+    "fusion_bench": Peer(_fusion_bench, waits_for_host=True),
+    "plain": Peer(functools.partial(_plain, False)),
+    "torch.compile": Peer(functools.partial(_plain, True)),
+    "peft": Peer(_peft, waits_for_host=True),
+    "vllm.lora": Peer(_vllm_lora),
+    "vllm.moe_lora": Peer(_vllm_moe_lora),
+}
