@@ -22,16 +22,18 @@ import itertools
 import threading
 import types
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import router_scores, select_experts
+from .functional import route, router_scores, select_experts
 from .nn import SmileLinear
 
-__all__ = ["RoutingPolicy", "get_routing", "set_routing"]
+__all__ = ["RoutingPolicy", "get_routing", "set_routing", "watch_routing"]
 
 Routing = tuple[Tensor, Tensor]  # (weights [..., m], ids [..., m] int32)
 
@@ -115,6 +117,14 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
         if m is not None and m > layer.num_local_experts:
             raise ValueError(f"num_experts_per_tok: is {m}; expected at most {layer.num_local_experts}, as {name} has")
     parts = [(root, list(_smile_layers(root).values())) for root in _roots(model)] if policy.remembers else []
+    held = {layer for _, members in parts for layer in members}
+    outside = [name for name, layer in layers.items() if layer not in held]
+    if parts and outside:
+        names = ", ".join(type(root).__name__ for root, _ in parts)
+        raise ValueError(
+            f"model: {outside[0]} belongs to none of its parts ({names}), each of which routes its own tokens; "
+            "expected SMILE layers inside the parts alone, or set_routing on one part"
+        )
     for root, members in parts:
         counts = {layer.num_local_experts for layer in members}
         if len(counts) > 1:
@@ -149,26 +159,66 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     return found.pop() if found else RoutingPolicy()
 
 
+@contextmanager
+def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Counts the tokens that each expert gets while it is open: {SMILE layer's name: [N] int64 on the CPU}.
+
+    A token counts for its first choice, padding not at all. Any policy, and routing given as the layer's argument; the
+    outputs do not change. For inference: recomputed layers count twice.
+
+        with watch_routing(model) as counts:
+            model(**batch)
+        share = {name: count / count.sum() for name, count in counts.items()}
+    """
+    layers = _smile_layers(model)
+    counts = {name: torch.zeros(layer.num_local_experts, dtype=torch.int64) for name, layer in layers.items()}
+    tokens: _Tokens | None = None
+
+    def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal tokens
+        names = inspect.signature(root.forward).parameters
+        tokens = _Tokens(dict(zip(names, args)) | kwargs, "token", type(root).__name__)
+
+    def count(name: str, layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        routing = kwargs.get("routing")
+        if routing is None and layer.attached_routing is not None:
+            attached, index = layer.attached_routing
+            routing = attached.choose(index, layer, args[0])
+        elif routing is None:
+            rows = layer.vh if layer.router is None else layer.router
+            m, g = layer.num_experts_per_tok, layer.rank_of_router
+            routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
+        first = routing[1][..., 0]
+        if tokens is not None and tokens.real is not None and tokens.real.shape == first.shape:
+            first = first[tokens.real.to(first.device)]
+        counts[name] += first.flatten().bincount(minlength=layer.num_local_experts).cpu()
+        return args, {**kwargs, "routing": routing}
+
+    handles = [root.register_forward_pre_hook(enter, with_kwargs=True) for root in _roots(model)]
+    for name, layer in layers.items():
+        hook = functools.partial(count, name)
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules whose forward pass runs over one set of tokens; together they hold all SMILE layers."""
-    layers = _smile_layers(model)
+    """The innermost modules whose forward pass runs over one set of tokens and through SMILE layers."""
     parts: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside = name and not any(name.startswith(part + ".") for part in parts)
-        if inside and _is_transformers_model(module) and _smile_layers(module):
+        inside = any(name.startswith(part + ".") for part in parts)
+        if name and not inside and _is_transformers_model(module) and _smile_layers(module):
             parts[name] = module
-    outside = [name for name in layers if not any(name.startswith(part + ".") for part in parts)]
+    outside = any(not name.startswith(tuple(part + "." for part in parts)) for name in _smile_layers(model))
     if not parts or (outside and len(parts) == 1):
         return [model]
-    if outside:
-        raise ValueError(
-            f"model: {outside[0]} belongs to none of its parts ({', '.join(parts)}), each of which routes its own "
-            "tokens; expected SMILE layers inside the parts alone, or call set_routing on one part"
-        )
     return [root for part in parts.values() for root in _roots(part)]
 
 

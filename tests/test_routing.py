@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from smile_kernels import SmileLinear, functional
-from smile_kernels.routing import RoutingPolicy, get_routing, set_routing
+from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
 
 N, R, G = 4, 3, 2
 POLICIES = {
@@ -579,6 +579,26 @@ def test_locked_layers_compute_no_scores(monkeypatch):
     assert len(calls) == 3
 
 
+@by_name(POLICIES | {"token": RoutingPolicy()})
+def test_watching_counts_the_choices_and_changes_nothing(policy):
+    model = bert()
+    set_routing(model, policy)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    want = logits(model, input_ids=ids, attention_mask=mask)
+    with Calls(model) as calls, watch_routing(model) as counts:
+        torch.testing.assert_close(logits(model, input_ids=ids, attention_mask=mask), want)
+    real = mask.bool()
+    if policy.remembers:
+        choices = [ids for _, ids in definition(calls, real.tolist(), policy)]
+    else:
+        choices = [functional.route(x, c.vh, num_experts_per_tok=1, rank_of_router=G)[1] for c, x, _ in calls]
+    names = {layer: name for name, layer in model.named_modules()}
+    for (layer, _, _), chosen in zip(calls, choices, strict=True):
+        assert torch.equal(counts[names[layer]], chosen[..., 0][real].bincount(minlength=N))
+    model(input_ids=ids)
+    assert sum(int(count.sum()) for count in counts.values()) == 9 * len(calls), "it counts only while it is open"
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -614,6 +634,10 @@ def test_models_that_cannot_follow_are_refused_unchanged():
         set_routing(model, RoutingPolicy(num_experts_per_tok=3))
     with pytest.raises(ValueError, match=r"^model: .* \[2, 3\] experts"):
         set_routing(model, POLICIES["sequence"])
+    stray = t5()
+    stray.lm_head = SmileLinear(16, 50, N, R, G)
+    with pytest.raises(ValueError, match=r"^model: lm_head belongs to none of its parts \(T5Stack, T5Stack\)"):
+        set_routing(stray, POLICIES["sequence"])
     assert get_routing(model) == RoutingPolicy()
     assert [layer.num_experts_per_tok for layer in model] == [1, 1]
     set_routing(model, RoutingPolicy(num_experts_per_tok=2))
