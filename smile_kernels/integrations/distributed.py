@@ -1,0 +1,210 @@
+"""Models with SMILE layers on several devices: tensor-parallel styles for `parallelize_module`.
+
+    parallelize_module(model, mesh, tensor_parallel_plan(model))
+
+Column: `weight`, `bias`, `u` and `expert_bias` are split along out_features; every rank routes the same tokens alike.
+Row: `weight`, `vh`, `router` and x are split along in_features. A projection is then a sum over ranks, which the router
+needs before it takes the norm: V_i^T x is all-reduced in float32, T x N x g numbers, and each rank adds its part of the
+chosen experts to its part of W x, so that the output is all-reduced once, as a dense layer's is.
+
+FSDP2 shards a model of one dtype as it is; for a low-precision model see `replicate_singular_values`.
+"""
+
+import fnmatch
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from ..functional import select_experts, smile_linear
+from ..nn import SmileLinear
+from ..ops.reference import accumulate_dtype
+
+__all__ = ["ColwiseSmile", "RowwiseSmile", "replicate_singular_values", "tensor_parallel_plan"]
+
+
+class ColwiseSmile(ParallelStyle):
+    """Splits a SmileLinear along out_features; the arguments are those of torch's ColwiseParallel.
+
+    Args:
+        input_layouts: how x arrives; replicated by default.
+        output_layouts: how y leaves; split along its last dimension by default.
+        use_local_output: y as this rank's plain tensor rather than a DTensor.
+
+    Gradients are those of one process; each replicated parameter's is summed over ranks in the backward.
+    """
+
+    shards = {"weight": 0, "bias": 0, "u": 1, "expert_bias": 1}  # noqa: RUF012 (read only)
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ):
+        super().__init__()
+        self.input_layouts = input_layouts or Replicate()
+        self.output_layouts = output_layouts or Shard(-1)
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, SmileLinear):
+            raise ValueError(f"module: is a {type(module).__name__}; {type(self).__name__} expects a SmileLinear")
+        if device_mesh.ndim != 1:
+            raise ValueError(f"device_mesh: has {device_mesh.ndim} dimensions; expected one, such as mesh['tp']")
+        for name, p in module.named_parameters(recurse=False):
+            placement = Shard(self.shards[name]) if name in self.shards else Replicate()
+            sharded = nn.Parameter(distribute_tensor(p, device_mesh, [placement]), requires_grad=p.requires_grad)
+            module.register_parameter(name, sharded)
+        module.forward = functools.partial(self.forward, module, device_mesh)
+        return module
+
+    def forward(self, layer: SmileLinear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        x = _summed_gradient(_dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Replicate()]))
+        y = smile_linear(
+            x,
+            layer.weight.to_local(),
+            _local(layer.bias),
+            _summed_gradient(layer.vh),
+            _summed_gradient(layer.s),
+            layer.u.to_local(),
+            _local(layer.expert_bias),
+            _summed_gradient(layer.router),
+            num_experts_per_tok=layer.num_experts_per_tok,
+            rank_of_router=layer.rank_of_router,
+        )
+        return self._output(_dtensor(y, mesh, Shard(-1), layer.out_features), mesh)
+
+    def _output(self, y: DTensor, mesh: DeviceMesh) -> Tensor:
+        y = y.redistribute(mesh, [self.output_layouts])
+        return y.to_local() if self.use_local_output else y
+
+
+class RowwiseSmile(ColwiseSmile):
+    """Splits a SmileLinear along in_features; the arguments are those of torch's RowwiseParallel.
+
+    Args:
+        input_layouts: how x arrives; split along its last dimension by default.
+        output_layouts: how y leaves; replicated by default.
+        use_local_output: y as this rank's plain tensor rather than a DTensor.
+    """
+
+    shards = {"weight": 1, "vh": 2, "router": 2}  # noqa: RUF012 (read only)
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ):
+        super().__init__(
+            input_layouts=input_layouts or Shard(-1),
+            output_layouts=output_layouts or Replicate(),
+            use_local_output=use_local_output,
+        )
+
+    def forward(self, layer: SmileLinear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        x = _dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Shard(x.dim() - 1)]).to_local()
+        vh = layer.vh.to_local()
+        rows = vh[:, : layer.rank_of_router] if layer.router is None else layer.router.to_local()
+        acc = accumulate_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            projections = F.linear(x.to(acc), rows.flatten(0, 1).to(acc)).unflatten(-1, rows.shape[:2])
+        whole = DTensor.from_local(projections, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()])
+        scores = torch.linalg.vector_norm(whole.to_local(grad_placements=[Partial()]), dim=-1)
+        # Biases enter the sum over ranks once; the product keeps every rank in the backward's all-reduce.
+        first = float(mesh.get_local_rank() == 0)
+        bias, expert_bias = (
+            b if b is None else b * first for b in (_summed_gradient(layer.bias), _summed_gradient(layer.expert_bias))
+        )
+        y = smile_linear(
+            x,
+            layer.weight.to_local(),
+            bias,
+            vh,
+            _summed_gradient(layer.s),
+            _summed_gradient(layer.u),
+            expert_bias,
+            num_experts_per_tok=layer.num_experts_per_tok,
+            rank_of_router=1,  # not used: the routing is given
+            routing=select_experts(scores, layer.num_experts_per_tok),
+        )
+        return self._output(DTensor.from_local(y, mesh, [Partial()], run_check=False), mesh)
+
+
+def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The plan that `parallelize_module` takes for a transformers model, from the model's own `tp_plan`.
+
+    SMILE layers get ColwiseSmile and RowwiseSmile where the model asks for a column or row split, linear layers that
+    stayed dense get torch's styles, and everything else is left whole on every rank.
+
+    Raises:
+        ValueError: the model has no plan, or its plan splits a linear layer in a way that has no counterpart here.
+    """
+    plan = getattr(model, "tp_plan", None)
+    if not plan:
+        raise ValueError(f"model: {type(model).__name__} has no tp_plan; expected one of transformers")
+    styles = {}
+    for name, module in model.named_modules():
+        smile = isinstance(module, SmileLinear)
+        style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if style is None or not (smile or isinstance(module, nn.Linear)):
+            continue
+        column, row = (ColwiseSmile, RowwiseSmile) if smile else (ColwiseParallel, RowwiseParallel)
+        if style == "colwise":
+            styles[name] = column()
+        elif style == "rowwise":
+            styles[name] = row()
+        elif style in ("colwise_gather_output", "colwise_rep"):
+            styles[name] = column(output_layouts=Replicate())
+        elif style in ("rowwise_split_input", "rowwise_rep"):
+            styles[name] = row(input_layouts=Replicate())
+        else:
+            raise ValueError(f"tp_plan: {name} is {style!r}; expected a column or row split")
+    return styles
+
+
+def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """The `s` of every SMILE layer, to be whole on each rank beside FSDP2's shards of everything else.
+
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicate_singular_values(model, mesh))
+
+    FSDP2 shards parameters of one dtype together and casts them to one dtype for the forward, while `s` [N, r] stays
+    float32 in a low-precision model. Its gradient is averaged over `mesh`, as FSDP2 averages the others.
+    """
+
+    def average(p: nn.Parameter) -> None:
+        gradient = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        torch.distributed.all_reduce(gradient, group=mesh.get_group())
+        gradient.div_(mesh.size())
+
+    values = {module.s for module in model.modules() if isinstance(module, SmileLinear)}
+    for s in values:
+        s.register_post_accumulate_grad_hook(average)
+    return values
+
+
+def _dtensor(x: Tensor, mesh: DeviceMesh, layout: Placement, features: int) -> DTensor:
+    """x as a DTensor of `features` columns, which need not divide evenly over the ranks."""
+    if isinstance(x, DTensor):
+        return x
+    if not (layout.is_shard() and layout.dim in (-1, x.dim() - 1)):
+        return DTensor.from_local(x, mesh, [layout], run_check=False)
+    shape = torch.Size((*x.shape[:-1], features))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(x, mesh, [Shard(x.dim() - 1)], run_check=False, shape=shape, stride=stride)
+
+
+def _local(p: DTensor | None) -> Tensor | None:
+    return None if p is None else p.to_local()
+
+
+def _summed_gradient(p: DTensor | None) -> Tensor | None:
+    """A replicated tensor as this rank's; each rank's gradient is a part of the sum."""
+    return None if p is None else p.redistribute(placements=p.placements).to_local(grad_placements=[Partial()])

@@ -1,0 +1,42 @@
+"""Tensor parallelism and FSDP2 over gloo, in processes started by torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from smile_kernels.integrations.distributed import ColwiseSmile, tensor_parallel_plan
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_same_as_in_one_process(processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, str(HERE / "distributed_worker.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def test_a_dense_layer_is_refused():
+    with pytest.raises(ValueError, match="module: is a Linear; ColwiseSmile expects a SmileLinear"):
+        ColwiseSmile()._apply(nn.Linear(4, 4), None)
+
+
+def test_a_model_without_a_plan_is_refused():
+    with pytest.raises(ValueError, match="model: Sequential has no tp_plan"):
+        tensor_parallel_plan(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_split_without_counterpart_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.tp_plan = {"0": "moe_tp_experts"}
+    with pytest.raises(ValueError, match="tp_plan: 0 is 'moe_tp_experts'"):
+        tensor_parallel_plan(model)
