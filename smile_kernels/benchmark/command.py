@@ -162,9 +162,9 @@ def footnote(result: Record) -> str:
     return (
         f"{m['device']}, torch {m['versions']['torch']}, commit {m['commit']}; measured limits: {rates}, "
         f"{largest[1] / 1e9:.0f} GB/s from memory ({smallest[1] / 1e9:.0f} GB/s for {smallest[0] / 2**20:.0f} MiB).\n"
-        f"µs: median of interleaved rounds; spread: half the interquartile range; /linear: over {BASELINE}, median of the "
-        "ratios within a round; /floor: over what the layer's least bytes and FLOPs take at the measured limits; MiB: "
-        f"allocated by the call, output included.{busy}"
+        f"µs: median of interleaved rounds; spread: half the interquartile range; /linear: over {BASELINE}, median of\n"
+        "the ratios within a round; /floor: over what the layer's least bytes and FLOPs take at the measured limits;\n"
+        f"MiB: allocated by the call, output included.{busy}"
     )
 
 

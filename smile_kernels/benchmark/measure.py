@@ -32,6 +32,9 @@ CHECKED_TOKENS = 48
 
 Record = dict[str, Any]
 
+# Read once, on the first profile: otherwise each of them prints its start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 
 def interleave(
     calls: Mapping[str, Callable[[], Any]], device: str, seconds: float, seed: int = 0
@@ -96,8 +99,6 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Otherwise every profile prints its start and stop on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
