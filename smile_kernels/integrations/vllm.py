@@ -1,0 +1,200 @@
+"""SMILE checkpoints in vLLM: `vllm serve directory`, for any architecture built of vLLM's linear layers.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins`. It merges the projections that read one x
+(q, k and v; gate and up) into one layer of P parts. Each part keeps its own router: the merged layer is a SMILE layer
+of P x N experts, of which each part selects m, and whose `u` and `expert_bias` are zero outside their part's rows.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from ..checkpoint import QUANT_METHOD, SmileConfig, SmileModuleConfig
+from ..functional import select_experts, smile_linear
+
+
+class SmileQuantizationConfig(QuantizationConfig):
+    """`quantization_config` of a SMILE checkpoint as vLLM holds it."""
+
+    def __init__(self, config: SmileConfig):
+        super().__init__()
+        self.config = config
+        self.modules = config.modules
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SmileQuantizationConfig":
+        return cls(SmileConfig.from_dict(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        parent, _, leaf = prefix.rpartition(".")
+        names = [prefix]
+        if prefix not in self.modules:
+            names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping.get(leaf, ())]
+        parts = [self.modules.get(name) for name in names]
+        if not any(parts):
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            raise ValueError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
+        return SmileLinearMethod(parts, self.config.num_local_experts, self.config.num_experts_per_tok)
+
+
+class SmileLinearMethod(UnquantizedLinearMethod):
+    """Creates, loads and applies one layer's experts; `parts` has one entry for each router, None for a dense part."""
+
+    def __init__(self, parts: Sequence[SmileModuleConfig | None], num_local_experts: int, num_experts_per_tok: int):
+        super().__init__()
+        self.parts, self.n, self.m = parts, num_local_experts, num_experts_per_tok
+        present = [part for part in parts if part]
+        self.r = max(part.rank_of_expert for part in present)
+        self.g = max(part.rank_of_router for part in present)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        load = extra_weight_attrs["weight_loader"]
+        d, o, p = input_size_per_partition, sum(output_partition_sizes), len(self.parts)
+        self.rows = [o] if p == 1 else output_partition_sizes
+        present = [part for part in self.parts if part]
+        k = max(self.r, *(part.rank_of_router for part in present if not part.router), 0)
+
+        def register(name: str, shape: tuple[int, ...], loader: Callable, dtype=params_dtype, **attributes) -> None:
+            # NaN marks what the checkpoint did not give: vLLM itself does not notice a tensor that is missing.
+            parameter = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": loader, **attributes})
+            layer.register_parameter(name, parameter)
+
+        layer.weight.data.fill_(torch.nan)
+        register("vh", (p, self.n, k, d), functools.partial(_load_part, layer))
+        register("s", (p, self.n, self.r), functools.partial(_load_part, layer), dtype=torch.float32)
+        register("u", (self.n, o, self.r), functools.partial(_load_rows, load), output_dim=1)
+        if any(part.expert_bias for part in present):
+            register("expert_bias", (self.n, o), load, output_dim=1)
+        if any(part.router for part in present):
+            register("router", (p, self.n, self.g, d), functools.partial(_load_part, layer))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        p, n = len(self.parts), self.n
+        expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
+        ends = torch.tensor(self.rows).cumsum(0).tolist()
+        for i, part in enumerate(self.parts):
+            rows = slice(ends[i] - self.rows[i], ends[i])
+            for name, t in expected.items():
+                if name == "weight":
+                    piece, stored = t[rows], True
+                elif name in ("u", "expert_bias"):
+                    piece, stored = t[:, rows], part and (name == "u" or part.expert_bias)
+                else:
+                    piece, stored = t[i], part and (name != "router" or part.router)
+                if not stored:
+                    piece.zero_()
+                elif piece.isnan().any():
+                    raise ValueError(f"{layer.prefix}: {name} of part {i} is missing from the checkpoint, or holds NaN")
+        tensors = {"vh": layer.vh.flatten(0, 1), "s": layer.s.flatten(0, 1)}
+        uniform = all(part and not part.router and part.rank_of_router == self.g for part in self.parts)
+        rows = None if uniform else layer.vh.new_zeros(p, n, self.g, layer.vh.shape[-1])
+        if rows is not None:
+            for i, part in enumerate(self.parts):
+                if part:
+                    own = layer.router[i] if part.router else layer.vh[i]
+                    rows[i, :, : part.rank_of_router] = own[:, : part.rank_of_router]
+            tensors["router"] = rows.flatten(0, 1)
+        for name in ("u", "expert_bias"):
+            if name in expected:
+                t = expected[name]
+                spread = t.new_zeros(p, *t.shape)
+                for i, end in enumerate(ends):
+                    spread[i, :, end - self.rows[i] : end] = t[:, end - self.rows[i] : end]
+                tensors[name] = spread.flatten(0, 1)
+        for name in ("vh", "s", "u", "expert_bias", "router"):
+            t = tensors.get(name)
+            layer.register_parameter(name, None if t is None else nn.Parameter(t.contiguous(), requires_grad=False))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+        expert_bias = layer.expert_bias if not split or layer.tp_rank == 0 else None
+        routing = None
+        if split or len(self.parts) > 1:
+            rows = layer.vh[:, : self.g] if layer.router is None else layer.router
+            projections = F.linear(x.float(), rows.flatten(0, 1).float())
+            if split:
+                # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
+                projections = tensor_model_parallel_all_reduce(projections)
+            scores = torch.linalg.vector_norm(projections.unflatten(-1, (len(self.parts), self.n, self.g)), dim=-1)
+            weights, ids = select_experts(scores, self.m)
+            first = torch.arange(0, len(self.parts) * self.n, self.n, device=x.device, dtype=ids.dtype)
+            routing = weights.flatten(-2), (ids + first[:, None]).flatten(-2)
+        return smile_linear(
+            x,
+            layer.weight,
+            bias,
+            layer.vh,
+            layer.s,
+            layer.u,
+            expert_bias,
+            layer.router if routing is None else None,
+            num_experts_per_tok=self.m,
+            rank_of_router=self.g if routing is None else 1,
+            routing=routing,
+        )
+
+
+def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
+    """One part of vh, s or router [P, N, ranks, D]; a shorter rank ends in zeros, D is cut for tensor parallelism."""
+    index = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard, shard)
+    target = parameter.data[index]
+    if target.dim() == 3 and loaded.shape[-1] != target.shape[-1]:
+        loaded = loaded.narrow(-1, layer.tp_rank * target.shape[-1], target.shape[-1])
+    target.zero_()
+    target[:, : loaded.shape[1]] = loaded
+
+
+def _load_rows(load: Callable, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
+    """One part of u [N, O, r], placed by vLLM's own loader; a shorter rank ends in zeros."""
+    load(parameter, F.pad(loaded, (0, parameter.shape[-1] - loaded.shape[-1])), *shard)
+
+
+def register() -> None:
+    """Make vLLM know SMILE checkpoints; called by vLLM in each of its processes."""
+    register_quantization_config(QUANT_METHOD)(SmileQuantizationConfig)
