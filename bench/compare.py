@@ -1,0 +1,68 @@
+"""What changed between two results beyond noise: python -m bench.compare old.json new.json.
+
+Compares times over F.linear, each round's own, so that a faster or slower machine is not taken for faster or slower code.
+Ends with status 1 where a peer of the new results is slower, refused, or cannot run where it could before.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+from scipy.stats import mannwhitneyu
+
+from smile_kernels.benchmark.command import describe
+from smile_kernels.benchmark.measure import Record
+from smile_kernels.benchmark.peers import BASELINE
+
+# A change counts if it is at least this large and as improbable as this under the same distribution.
+LEAST, PROBABILITY = 0.03, 0.001
+
+
+def compare(old: Record, new: Record) -> tuple[list[str], list[str]]:
+    """(what became worse, what became better), a line for each case and peer that both results hold."""
+    worse, better = [], []
+    before = {_key(record): record["peers"] for record in old["records"]}
+    for record in new["records"]:
+        for name, peer in record["peers"].items():
+            then = before.get(_key(record), {}).get(name)
+            if name == BASELINE or then is None or "wall_us" not in then:
+                continue
+            if "wall_us" not in peer:
+                reason = peer.get("refused") or peer["cannot_run"]
+                worse.append(f"{name}, {describe(record)}: no longer runs: {reason}")
+                continue
+            ratios = [_over_linear(peers, name) for peers in (before[_key(record)], record["peers"])]
+            change = median(ratios[1]) / median(ratios[0]) - 1
+            if abs(change) >= LEAST and mannwhitneyu(*ratios).pvalue <= PROBABILITY:
+                line = f"{change:+.0%} {name}, {describe(record)}: {median(ratios[0]):.2f} to {median(ratios[1]):.2f}"
+                (worse if change > 0 else better).append(line)
+    return worse, better
+
+
+def _key(record: Record) -> str:
+    return describe(record) + record["device"]
+
+
+def _over_linear(peers: Record, name: str) -> list[float]:
+    return [a / b for a, b in zip(peers[name]["wall_us"], peers[BASELINE]["wall_us"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    options = parser.parse_args()
+    old, new = (json.loads(file.read_text()) for file in (options.old, options.new))
+    for key in ("device", "commit", "versions"):
+        if old["machine"][key] != new["machine"][key]:
+            print(f"{key}: {old['machine'][key]} then, {new['machine'][key]} now")
+    worse, better = compare(old, new)
+    for title, lines in (("slower", worse), ("faster", better)):
+        print(f"{title}: {len(lines)}", *lines, sep="\n  ")
+    sys.exit(bool(worse))
+
+
+if __name__ == "__main__":
+    main()

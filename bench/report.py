@@ -1,0 +1,309 @@
+"""Tables and plots from bench/results: python -m bench.report writes them into README.md and bench/README.md.
+
+A block is what lies between <!-- bench:NAME --> and <!-- /bench -->. Nothing in it is typed.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+from smile_kernels.benchmark.command import describe
+from smile_kernels.benchmark.measure import Record, geometric_mean, summary
+from smile_kernels.benchmark.peers import BASELINE
+
+from .models import tokens_per_second
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+NOT_MEASURED = "Not measured yet."
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def load(results: Path = RESULTS) -> dict[str, dict[str, Record]]:
+    """Device folder -> part -> what `bench.run` wrote."""
+    found: dict[str, dict[str, Record]] = {}
+    for file in sorted(results.glob("*/*.json")):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and {"machine", "limits", "records"} <= content.keys():
+            found.setdefault(file.parent.name, {})[file.stem] = content
+    return found
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, its first column to the left."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summaries(part: Record) -> list[tuple[Record, dict[str, dict[str, float]]]]:
+    """Every record of layers with its summary, by the limits of its number of threads."""
+    limits = {rates["threads"]: rates for rates in part["limits"]}
+    return [(record, summary(record, limits[record["threads"]])) for record in part["records"]]
+
+
+def over_linear(part: Record, passes: str) -> str:
+    """Time over F.linear of every peer, a row a layer, number of tokens and threads, a column a peer and dtype.
+
+    Geometric means over the settings; a cell in which a setting was refused or could not run is empty.
+    """
+    cells: dict[tuple[str, int, int], dict[tuple[str, str], list[float]]] = {}
+    settings: dict[tuple[str, int, int], set[str]] = {}
+    names: dict[str, None] = {}
+    for record, peers in summaries(part):
+        if record["pass"] != passes or record["mode"] != "eager" or record["name"].endswith("all peers"):
+            continue
+        key = (record["layer"], record["tokens"], record["threads"])
+        settings.setdefault(key, set()).add(_setting(record))
+        cell = cells.setdefault(key, {})
+        for name, row in peers.items():
+            if name != BASELINE:
+                names[name] = None
+                cell.setdefault((name, record["dtype"]), []).append(row["over_linear"])
+        if passes == "forward":
+            cell.setdefault(("floor", record["dtype"]), []).append(1 / peers[BASELINE]["over_floor"])
+    if not cells:
+        return NOT_MEASURED
+    columns = [*names, *(["floor"] if passes == "forward" else [])]
+    dtypes = list(dict.fromkeys(dtype for cell in cells.values() for _, dtype in cell))
+
+    def shown(key: tuple[str, int, int], name: str) -> str:
+        values = [cells[key].get((name, dtype), []) for dtype in dtypes]
+        whole = [f"{geometric_mean(v):.2f}" if len(v) == len(settings[key]) else "–" for v in values]
+        return " / ".join(whole)
+
+    header = ["layer", "tokens", "threads", *(f"{n} {' / '.join(SHORT[d] for d in dtypes)}" for n in columns)]
+    return markdown(header, [[key[0], str(key[1]), str(key[2]), *(shown(key, n) for n in columns)] for key in cells])
+
+
+def peers_table(part: Record) -> str:
+    """Every column of every peer, on the cases that all of them were asked to run."""
+    blocks = []
+    for record, peers in summaries(part):
+        if not record["name"].endswith("all peers"):
+            continue
+        rows = [
+            [
+                name,
+                f"{row['us']:.1f}",
+                f"±{row['spread']:.0%}",
+                f"{row['over_linear']:.2f}",
+                f"{row['over_floor']:.2f}",
+                f"{row['tflops']:.3f}",
+                f"{row['gbps']:.1f}",
+                f"{row['memory'] / 2**20:.2f}",
+            ]
+            for name, row in peers.items()
+        ]
+        header = ["peer", "µs", "spread", "/ F.linear", "/ floor", "TFLOP/s", "GB/s", "MiB allocated"]
+        blocks.append(f"{describe(record)}:\n\n{markdown(header, rows)}")
+        reasons = _reasons(record["peers"])
+        if reasons:
+            blocks.append("\n".join(f"- {reason}" for reason in reasons))
+    return "\n\n".join(blocks) or NOT_MEASURED
+
+
+def slower(part: Record) -> str:
+    """Where another SMILE implementation beats the best of ours by more than both spreads."""
+    lines = []
+    for record, peers in summaries(part):
+        ours = {name: row for name, row in peers.items() if name.startswith("smile:")}
+        others = {name: row for name, row in peers.items() if name not in ours and name != BASELINE}
+        if not ours or not others:
+            continue
+        name, row = min(ours.items(), key=lambda item: item[1]["us"])
+        for other, beside in others.items():
+            if row["us"] > beside["us"] * (1 + row["spread"] + beside["spread"]):
+                lines.append([describe(record), name, f"{row['us']:.1f}", other, f"{beside['us']:.1f}"])
+    if not lines:
+        return "Nowhere in these results."
+    return markdown(["case", "our best", "µs", "faster", "µs"], lines)
+
+
+def refused(part: Record) -> str:
+    """What was refused or could not run, with the reason and how many records it concerns."""
+    counts: dict[str, int] = {}
+    for record in part["records"]:
+        for reason in _reasons(record.get("peers") or record["variants"]):
+            counts[reason] = counts.get(reason, 0) + 1
+    return "\n".join(f"- {reason} ({n} of {len(part['records'])} cases)" for reason, n in counts.items()) or "Nothing."
+
+
+def models_table(part: Record) -> str:
+    """Whole models: tokens (images) per second and memory, a row a variant."""
+    rows, notes = [], []
+    for record in part["records"]:
+        task = f"{record['requests']} requests"
+        task += f" of {record['prompt']} + {record['decoded']} tokens" if record["decoded"] else ", one image each"
+        for name, variant in record["variants"].items():
+            if "prefill" not in variant:
+                continue
+            speeds = [
+                f"{tokens_per_second(record, variant, phase):.1f}" if phase in variant else ""
+                for phase in ("prefill", "decode")
+            ]
+            memory = [f"{variant[kind] / 2**20:.0f}" for kind in ("parameters", "memory")]
+            rows.append([f"{record['model']}, {record['setting']}, {record['dtype']}, {task}", name, *speeds, *memory])
+        notes += [f"- {record['model']}: {reason}" for reason in _reasons(record["variants"])]
+    header = [
+        "model",
+        "variant",
+        "prefill tokens (images) / s",
+        "decode tokens / s",
+        "parameters MiB",
+        "peak beyond MiB",
+    ]
+    return "\n\n".join([markdown(header, rows), *(["\n".join(notes)] if notes else [])])
+
+
+def construction_table(part: Record) -> str:
+    """Seconds from weights to SMILE layers."""
+    rows, notes = [], []
+    for record in part["records"]:
+        seconds = {name: median(p["wall_us"]) / 1e6 for name, p in record["peers"].items() if "wall_us" in p}
+        ratio = f"{seconds['fusion_bench'] / seconds['smile']:.1f}" if "smile" in seconds else ""
+        times = [f"{seconds[name]:.2f}" if name in seconds else "" for name in ("smile", "fusion_bench")]
+        rows.append([f"{record['name']}, {record['setting']}", *times, ratio])
+        notes += [f"- {record['name']}: {reason}" for reason in _reasons(record["peers"])]
+    table = markdown(["from weights to SMILE layers", "smile_kernels s", "fusion_bench s", "times faster"], rows)
+    return "\n\n".join([table, *(["\n".join(notes)] if notes else [])])
+
+
+def machine_line(part: Record) -> str:
+    """The machine, versions, commit and limits of a part."""
+    machine = part["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    lines = [
+        f"{machine['device']}, {machine['cores']} cores, {machine['clock_mhz']} MHz seen, load {machine['load']} at the "
+        f"start; {versions}; commit {machine['commit']}; {machine['measured']}."
+    ]
+    for rates in part["limits"]:
+        matmul = ", ".join(f"{SHORT[dtype]} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in rates["matmul"].items())
+        read = ", ".join(f"{rate / 1e9:.0f} GB/s for {size / 2**20:.0f} MiB" for size, rate in rates["bandwidth"])
+        lines.append(f"- {rates['threads']} threads: {matmul}; reading {read}")
+    waiting = [row["waiting"] for record, peers in summaries(part) for row in peers.values() if record["threads"] == 1]
+    if waiting:
+        lines.append(
+            f"- one thread waited for a processor {median(waiting):.1%} of the time in the median row, {max(waiting):.0%} in "
+            "the worst"
+        )
+    return "\n".join(lines)
+
+
+def plot(part: Record, file: Path) -> None:
+    """Time over F.linear in the forward, against tokens: a panel a layer and dtype, a line a peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "bench"
+    from matplotlib import pyplot
+
+    threads = max(record["threads"] for record in part["records"])
+    lines: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
+    for record, peers in summaries(part):
+        if record["pass"] == "forward" and record["threads"] == threads and not record["name"].endswith("all peers"):
+            panel = lines.setdefault((record["layer"], record["dtype"]), {})
+            for name, row in peers.items():
+                if name != BASELINE:
+                    label = f"{name}, CUDA graph" if record["mode"] == "graph" else name
+                    panel.setdefault(label, {}).setdefault(record["tokens"], []).append(row["over_linear"])
+    panels = {key: panel for key, panel in lines.items() if len({t for line in panel.values() for t in line}) > 1}
+    columns = min(len(panels), 4)
+    count = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        count, columns, figsize=(4 * columns, 3.5 * count), squeeze=False, layout="constrained"
+    )
+    for axis, ((layer, dtype), panel) in zip(axes.flat, panels.items()):
+        for name, line in panel.items():
+            points = sorted((t, geometric_mean(values)) for t, values in line.items())
+            axis.plot(*zip(*points), marker="o", label=name)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(
+            xscale="log", yscale="log", title=f"{layer}, {SHORT[dtype]}", xlabel="tokens", ylabel="time / F.linear"
+        )
+        ticks = (1, 1.5, 2, 3, 5, 10, 20)
+        axis.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axis.minorticks_off()
+        axis.legend(fontsize="x-small")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    temporary = file.with_name(f".{file.name}.part")
+    figure.savefig(temporary, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    os.replace(temporary, file)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "forward": ("layers", lambda part: over_linear(part, "forward")),
+    "backward": ("layers", lambda part: over_linear(part, "forward+backward")),
+    "peers": ("layers", peers_table),
+    "slower": ("layers", slower),
+    "refused": ("layers", refused),
+    "models": ("models", models_table),
+    "construction": ("construction", construction_table),
+    "machine": ("layers", machine_line),
+}
+
+
+def block(name: str, results: dict[str, dict[str, Record]]) -> str:
+    """The text of a block "<device>-<what>", where device is "cpu" or "gpu" (every folder that is not the CPU's).
+
+    Raises:
+        ValueError: no such block.
+    """
+    device, _, what = name.partition("-")
+    if device not in ("cpu", "gpu") or what not in (*BLOCKS, "plot"):
+        raise ValueError(f"bench:{name}: is unknown; expected cpu- or gpu- and one of plot, {', '.join(BLOCKS)}")
+    part_name, render = BLOCKS.get(what, ("layers", None))
+    texts = []
+    for folder, parts in results.items():
+        if (folder == "cpu") != (device == "cpu") or part_name not in parts:
+            continue
+        if render is None:
+            texts.append(f"![Time over F.linear against tokens](/bench/results/{folder}/forward.svg)")
+        else:
+            texts.append((f"{folder}:\n\n" if device == "gpu" else "") + render(parts[part_name]))
+    return "\n\n".join(texts) or NOT_MEASURED
+
+
+def fill(text: str, results: dict[str, dict[str, Record]]) -> str:
+    """A document with its blocks written anew."""
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{block(match[2], results)}\n{match[3]}"
+
+    return re.sub(r"(<!-- bench:([\w-]+) -->).*?(<!-- /bench -->)", filled, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    results = load()
+    for folder, parts in results.items():
+        if "layers" in parts:
+            plot(parts["layers"], RESULTS / folder / "forward.svg")
+    for document in DOCUMENTS:
+        text = document.read_text()
+        temporary = document.with_name(f".{document.name}.part")
+        temporary.write_text(fill(text, results))
+        os.replace(temporary, document)
+        print(f"{document.relative_to(ROOT)}: {len(re.findall('<!-- bench:', text))} blocks")
+
+
+def _setting(record: Record) -> str:
+    names = ("num_local_experts", "rank_of_expert", "rank_of_router", "num_experts_per_tok")
+    return " ".join(str(record[name]) for name in names)
+
+
+def _reasons(peers: Record) -> list[str]:
+    return [
+        f"{name} {kind.replace('_', ' ')}: {peer[kind]}"
+        for name, peer in peers.items()
+        for kind in ("refused", "cannot_run")
+        if kind in peer
+    ]
+
+
+if __name__ == "__main__":
+    main()

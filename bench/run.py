@@ -1,0 +1,90 @@
+"""Measure everything the tables are made of: python -m bench.run [layers models construction] [--device cpu|cuda].
+
+Every record is written to bench/results/<device>/<part>.json as soon as it is measured. Interrupted and started again,
+it goes on where it stopped, unless the commit or the machine has changed: then everything is measured anew.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from smile_kernels.benchmark.command import write_json
+from smile_kernels.benchmark.measure import Record, limits, machine
+
+from . import construction, models, problems
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {"layers": problems.plan, "models": models.plan, "construction": construction.plan}
+
+
+def folder_of(device: str) -> Path:
+    """bench/results/cpu, or a folder named after the GPU."""
+    if device == "cpu":
+        return RESULTS / "cpu"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def measure_all(
+    plan: dict[str, Callable[[], Record]], file: Path, device: str, rates: Callable[[], list[Record]]
+) -> None:
+    """Measure what `file` does not hold yet, writing after each record.
+
+    Args:
+        plan: name -> what measures it.
+        file: the results.
+        device: "cpu" or "cuda".
+        rates: measures the machine's limits, once a file.
+    """
+    result = {"machine": machine(device), "limits": [], "records": []}
+    if file.exists():
+        found = json.loads(file.read_text())
+        if all(found["machine"][key] == result["machine"][key] for key in ("device", "commit", "versions")):
+            result = found
+        else:
+            print(f"{file}: from another commit or machine, measured anew")
+    start, threads = time.monotonic(), torch.get_num_threads()
+    result["limits"] = result["limits"] or rates()
+    held = {record["name"] for record in result["records"]}
+    for i, (name, run) in enumerate(plan.items(), 1):
+        if name in held:
+            continue
+        begun = time.monotonic()
+        torch.set_num_threads(threads)
+        result["records"].append({"name": name, **run()})
+        write_json(file, result)
+        now = time.monotonic()
+        print(f"{file.stem} {i}/{len(plan)} {name}: {now - begun:.1f} s, {now - start:.0f} s so far", flush=True)
+    write_json(file, result)
+
+
+def measure_limits(device: str) -> list[Record]:
+    """The machine's limits, on a CPU with one thread and with two."""
+    measured = []
+    for threads in (1, 2) if device == "cpu" else (torch.get_num_threads(),):
+        torch.set_num_threads(threads)
+        measured.append(limits(device, (torch.float32, torch.bfloat16)))
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; by default all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    for part in options.parts or PARTS:
+        if part not in PARTS:
+            parser.error(f"parts: {part!r} is unknown; expected some of {', '.join(PARTS)}")
+    folder = folder_of(options.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in options.parts or PARTS:
+        file = folder / f"{part}.json"
+        measure_all(PARTS[part](options.device), file, options.device, lambda: measure_limits(options.device))
+
+
+if __name__ == "__main__":
+    main()
