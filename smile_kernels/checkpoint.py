@@ -240,11 +240,7 @@ def save_pretrained(
         else:
             names = _untied(model) if base is None else _factor_names(config)
             state = model.state_dict()
-            tensors = [
-                StoredTensor(name, state[name].dtype, tuple(state[name].shape), state[name].detach, "the model")
-                for name in names
-                if name in state
-            ]
+            tensors = [StoredTensor.of(name, state[name]) for name in names if name in state]
             write_tensors(work, tensors, stem="model" if base is None else "experts", max_shard_size=max_shard_size)
             model_config = model.config.to_dict() if hasattr(model, "save_pretrained") else {}
             write_config(work, model_config, config)

@@ -52,6 +52,11 @@ class StoredTensor:
     read: Callable[[], Tensor]
     file: str | Path
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "StoredTensor":
+        """A tensor in memory, to be written."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor.detach(), "memory")
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -92,7 +97,7 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; {index} names it")
-        for tensor in _safetensors(file) if file.suffix == ".safetensors" else _pickled_tensors(file):
+        for tensor in read_safetensors(file) if file.suffix == ".safetensors" else _pickled_tensors(file):
             if weight_map is None or weight_map.get(tensor.name) == file.name:
                 tensors[tensor.name] = tensor
     for name in weight_map or ():
@@ -117,7 +122,9 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     )
 
 
-def _safetensors(file: Path) -> list[StoredTensor]:
+def read_safetensors(file: Path) -> list[StoredTensor]:
+    """The tensors of one file; raises ValueError if it is corrupt or truncated."""
+
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             with safe_open(file, "pt") as f:

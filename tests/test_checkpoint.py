@@ -26,7 +26,7 @@ CONFIG = SmileConfig(3, 1, 32, 16, {"a.b": SmileModuleConfig(32, 16, expert_bias
 
 
 def stored(tensors: dict[str, torch.Tensor]) -> list[StoredTensor]:
-    return [StoredTensor(k, t.dtype, tuple(t.shape), lambda t=t: t, "memory") for k, t in tensors.items()]
+    return [StoredTensor.of(name, tensor) for name, tensor in tensors.items()]
 
 
 class Block(nn.Module):
@@ -204,7 +204,7 @@ class FullDisk:
 def full_disk(monkeypatch):
     monkeypatch.setattr(
         "smile_kernels.files.open",
-        lambda *a: FullDisk(open(*a), 900),
+        lambda *a: FullDisk(open(*a), 900),  # noqa: SIM115
         raising=False,
     )
 
@@ -247,6 +247,35 @@ def test_experts_only_round_trip(tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_transformers_models_round_trip(tmp_path, tied):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.set_submodule("model.layers.0.mlp.up_proj", SmileLinear(32, 48, 3, 4, 5, 2, bias=False, expert_bias=False))
+    model.set_submodule("model.layers.0.mlp.down_proj", SmileLinear(48, 32, 3, 5, 2, 2, bias=False, router=True))
+    save_pretrained(model, tmp_path / "a")
+    assert getattr(model.config, "quantization_config", None) is None
+    assert "smile_kernels" in (tmp_path / "a" / "README.md").read_text()
+    loaded = load_pretrained(tmp_path / "a", dtype="auto")
+    save_pretrained(loaded, tmp_path / "b", max_shard_size=5000)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    ids = torch.randint(64, (2, 6))
+    for other in (loaded, again):
+        assert all(torch.equal(other.state_dict()[name], t) for name, t in model.state_dict().items())
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+
+
 def test_save_refuses_to_overwrite(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty"):
@@ -284,6 +313,45 @@ def test_load_errors_name_what_is_wrong(tmp_path):
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
         load_pretrained(tmp_path / "a", Block(smile=False))
+
+
+def test_fusion_bench_checkpoints_load(tmp_path):
+    from fusion_bench.models.smile_moe.linear_from_module import SmileMoELinear
+
+    base = nn.Linear(8, 12)
+    model = nn.Sequential(SmileMoELinear(base, [nn.Linear(8, 12) for _ in range(3)], gate_k=2, k=4), nn.LayerNorm(12))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = load_pretrained(tmp_path, nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12)))
+    x = torch.randn(20, 8)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_fusion_bench_language_models_load(tmp_path):
+    from fusion_bench.models.smile_moe.linear_from_hf_config import SmileLinear as TheirLinear
+    from fusion_bench.models.smile_moe.linear_from_hf_config import SmileMoEConfig
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    plain = MistralConfig(**shape, vocab_size=64, num_hidden_layers=2)
+    model, smile = MistralForCausalLM(plain), SmileMoEConfig()
+    ranks = {"num_experts_per_tok": 1, "rank_of_router": 2, "rank_of_expert": 4, "num_local_experts": 3}
+    vars(smile).update(ranks)
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.model.layers.set_submodule(name, TheirLinear(smile, module.in_features, module.out_features, False))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    theirs = {"model_type": "smile_mistral", "architectures": ["SmileMistralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(plain.to_dict() | ranks | theirs))
+    loaded = load_pretrained(tmp_path)
+    assert type(loaded).__name__ == "MistralForCausalLM"
+    layer, theirs = loaded.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.up_proj
+    x = torch.randn(40, 32)
+    torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
+    save_pretrained(loaded, tmp_path / "ours")
+    ids = torch.randint(64, (2, 5))
+    assert torch.equal(load_pretrained(tmp_path / "ours")(ids).logits, loaded(ids).logits)
 
 
 def test_describe(tmp_path):
