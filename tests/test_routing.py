@@ -14,6 +14,7 @@ from torch import nn
 
 from smile_kernels import SmileLinear, functional
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from smile_kernels.testing import Problem, assert_close, expectations
 
 N, R, G = 4, 3, 2
 POLICIES = {
@@ -567,6 +568,24 @@ def test_inputs_of_other_tokens_are_refused():
         pooled.first(x)
     with pytest.raises(ValueError, match=r"^attention_mask: has 5 columns"):
         pooled(x, attention_mask=torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_expert_for_all_tokens(dtype):
+    """The case that needs no grouping of tokens, forward and backward, for weights other than 1 too."""
+    p = Problem.random(9, 23, 29, 5, 3, 4, dtype=dtype)
+    ids, weights = torch.full((9, 1), 3, dtype=torch.int32), torch.rand(9, 1) + 0.5
+    dy = torch.randn(9, 29).to(dtype)
+    leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}
+    leaves["weights"] = weights.to(p.s.dtype).requires_grad_()
+    options = {"num_experts_per_tok": 1, "rank_of_router": 4}
+    y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], ids), backend="torch")
+    got = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy, allow_unused=True)))}
+    for name, (want, plain_error) in expectations(p, ids, weights=weights, dy=dy).items():
+        assert_close(name, got[name], want, plain_error)
+    with torch.no_grad():
+        y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], ids), backend="torch")
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
 
 
 def test_locked_layers_compute_no_scores(monkeypatch):
