@@ -1,0 +1,59 @@
+"""SMILE experts beside a quantised shared weight."""
+
+import pytest
+import torch
+from tiny_models import build, fine_tuned, fuse, output, smile_layers
+from torch import nn
+
+from smile_kernels import SmileLinear
+from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
+
+
+@pytest.mark.parametrize("num_experts_per_tok", [1, 2, 5])
+@pytest.mark.parametrize("router", [False, True], ids=["tied", "separate"])
+def test_the_same_layer_in_two_parts(router, num_experts_per_tok):
+    layer = SmileLinear(23, 17, 5, 4, 6, num_experts_per_tok, router=router, dtype=torch.float64)
+    split = split_base(layer)
+    x = torch.randn(2, 7, 23, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (layer, split):
+        y = module(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.u, layer.s, layer.vh, layer.weight))))
+    for got, want in zip(results[1], results[0]):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_bfloat16_keeps_the_singular_values():
+    base = build("LlamaForCausalLM")
+    model = fuse(base, [fine_tuned(base, seed) for seed in (1, 2)]).to(torch.bfloat16)
+    want = output(model)
+    layers = len(smile_layers(model))
+    split = split_base(model)
+    assert sum(isinstance(m, SmileBesideLinear) for m in split.modules()) == layers
+    assert {m.s.dtype for m in split.modules() if isinstance(m, SmileBesideLinear)} == {torch.float32}
+    assert (output(split) - want).abs().mean() < 0.02 * want.abs().mean()
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(ValueError, match="model: Linear holds no SmileLinear"):
+        split_base(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_torchao(bits):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = quantization.Int8WeightOnlyConfig() if bits == 8 else quantization.IntxWeightOnlyConfig(torch.int4)
+    layer = SmileLinear(64, 48, 4, 4, 2, dtype=torch.bfloat16)
+    dense = nn.Linear(64, 48, dtype=torch.bfloat16)
+    dense.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    x = torch.randn(9, 64, dtype=torch.bfloat16)
+    delta = layer(x).double() - dense(x).double()
+    split = nn.Sequential(split_base(layer))
+    for model, ending in ((split, ".base"), (nn.Sequential(dense), "0")):
+        quantization.quantize_(model, config, filter_fn=lambda module, name, ending=ending: name.endswith(ending))
+        linear = model[0].base if model is split else model[0]
+        assert type(linear.weight.data) is not torch.Tensor
+    assert (split[0].vh.dtype, split[0].u.dtype, split[0].s.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    got, want = split(x).double(), nn.Sequential(dense)(x).double() + delta
+    # Two roundings to bfloat16 on either side.
+    torch.testing.assert_close(got, want, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * want.abs().max().item())
