@@ -25,7 +25,7 @@ from .files import (
     write_tensors,
     write_text,
 )
-from .nn import SmileLinear
+from .nn import SmileLinear, replace_linear
 
 __all__ = ["SmileConfig", "SmileModuleConfig", "load_pretrained", "save_pretrained"]
 
@@ -463,8 +463,8 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             ) from None
         if not isinstance(getattr(linear, "weight", None), Tensor) or linear.weight.dim() != 2:
             raise ValueError(f"model: {name!r} is a {type(linear).__name__}; expected a linear layer")
-        weight = linear.weight.T if type(linear).__name__ == "Conv1D" else linear.weight
-        bias = getattr(linear, "bias", None)
+        transposed = type(linear).__name__ == "Conv1D"
+        weight, bias = linear.weight.T if transposed else linear.weight, getattr(linear, "bias", None)
         layer = entry.build(
             weight.shape[1],
             weight.shape[0],
@@ -474,16 +474,15 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             device="meta",
             dtype=weight.dtype,
         ).to_empty(device=weight.device)
-        if experts_only:
-            layer.weight.copy_(weight)
-            if bias is not None:
-                layer.bias.copy_(bias)
+        # The very parameters of the linear layer: what was tied to them stays tied.
+        layer.weight = nn.Parameter(weight.contiguous()) if transposed else linear.weight
+        layer.bias = bias
         layers[name] = layer.train(linear.training)
         key = f"{name}.weight"
         if entry.fan_in_fan_out and key in tensors:
             tensors = {**tensors, key: tensors[key].T}
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        replace_linear(model, name, layer)
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -1,0 +1,536 @@
+"""Fuses checkpoints on disk into a SMILE checkpoint, a few layers in memory at a time.
+
+The work stands in `<out>.partial` until it is done: the settings, one file for each finished layer, and the output. A
+run that was interrupted goes on from there; the output folder appears when it is whole. Under torchrun the processes
+share the layers. One thread computes a layer, so the result has the same bits however many work on it.
+"""
+
+import errno
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .checkpoint import SmileConfig, SmileModuleConfig, model_card, read_config, write_config
+from .files import (
+    StoredTensor,
+    check_output,
+    parse_size,
+    plan_shards,
+    publish,
+    read_json,
+    read_safetensors,
+    read_tensors,
+    write_index,
+    write_shard,
+    write_text,
+)
+from .integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from .svd import check_ranks, decompose_linear
+from .upscale import LayerReport, UpscaleReport, _is_conv1d, average_tensors, linear_layers, select_layers
+
+__all__ = ["upscale_checkpoints"]
+
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizers, generation settings, pooling, ...
+
+# Where transformers cannot say what a matrix is, these words in its name mean that it is looked up, not multiplied by.
+_LOOKED_UP = ("embed", "wte", "wpe", "relative_attention_bias", "shared")
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Stored tensors as a mapping that reads, and checks, each one when it is asked for."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]):
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+class _Finetuned:
+    """A fine-tuned checkpoint: its layers' weights, in full."""
+
+    def __init__(self, name: str, folder: str | Path):
+        self.name, self.folder, self.stored = name, folder, read_tensors(folder)
+        self.tensors = _Tensors(self.stored)
+
+    def check(
+        self, base: Mapping[str, StoredTensor], names: Sequence[str], optional: Sequence[str], cast: bool
+    ) -> None:
+        """Raises ValueError unless the tensors `names`, and those of `optional` that it has, are like the base's."""
+        for name in (*names, *(name for name in optional if name in base and name in self.stored)):
+            if name not in self.stored:
+                raise ValueError(
+                    f"{self.name}: {self.folder} has no tensor {name!r}; expected the base's, {list(base[name].shape)}"
+                )
+            mine, bases = self.stored[name], base[name]
+            if mine.shape != bases.shape:
+                raise ValueError(
+                    f"{self.name}: {mine.file}: tensor {name!r} has shape {list(mine.shape)}; expected the base's, "
+                    f"{list(bases.shape)}"
+                )
+            if mine.dtype != bases.dtype and not cast:
+                raise ValueError(
+                    f"{self.name}: {mine.file}: tensor {name!r} is {mine.dtype}; expected the base's {bases.dtype}, or "
+                    "dtype to convert to"
+                )
+
+    def weight(self, layer: "_Layer") -> Tensor:
+        own = f"{layer.name}.weight"  # which may be tied in the base and not here
+        return self.tensors[own if own in self.stored else layer.weight]
+
+    def bias(self, layer: "_Layer") -> Tensor | None:
+        return self.tensors.get(f"{layer.name}.bias")
+
+
+class _Adapter:
+    """A PEFT adapter of the base: low-rank changes of some layers."""
+
+    def __init__(self, name: str, folder: str | Path, base: Mapping[str, Tensor]):
+        self.name, self.folder, self.tensors = name, folder, base
+        self.deltas = adapter_deltas(folder, base)
+
+    def weight(self, layer: "_Layer") -> Tensor | tuple[Tensor, Tensor, float]:
+        delta = self.deltas.get(layer.name)
+        if delta is not None and isinstance(delta.weight, LowRankDelta):
+            return delta.weight.b, delta.weight.a, delta.weight.scale
+        weight = self.tensors[layer.weight]
+        return weight if delta is None or delta.weight is None else (weight + delta.weight).to(weight.dtype)
+
+    def bias(self, layer: "_Layer") -> Tensor | None:
+        bias, delta = self.tensors.get(f"{layer.name}.bias"), self.deltas.get(layer.name)
+        if delta is None or delta.bias is None:
+            return bias
+        return delta.bias if bias is None else (bias + delta.bias).to(bias.dtype)
+
+
+class _Weights(Sequence):
+    """The experts' weights of one layer, each read when its turn comes."""
+
+    def __init__(self, read: Sequence[Callable[[], Any]]):
+        self.read = read
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read[index]()
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer of the base.
+
+    Args:
+        name: the layer's.
+        weight: the tensor that holds its weight: another layer's where it is tied.
+        fan_in_fan_out: whether that is stored as [in_features, out_features].
+    """
+
+    name: str
+    weight: str
+    fan_in_fan_out: bool = False
+
+
+class _Job:
+    """What is to be done, opened and checked: constructing it reads headers only, and writes nothing."""
+
+    def __init__(
+        self,
+        base: str | Path,
+        experts: Sequence[str | Path],
+        config: SmileConfig,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        remaining: str,
+        dtype: torch.dtype | None,
+        device: str,
+    ):
+        self.base, self.config, self.remaining, self.dtype, self.device = Path(base), config, remaining, dtype, device
+        self.stored = read_tensors(base)
+        self.tensors = _Tensors(self.stored)
+        self.layers = _linear_layers(self.base, self.stored, include, exclude)
+        self.experts = [
+            _Adapter(f"experts[{i}]", folder, self.tensors)
+            if is_adapter(folder)
+            else _Finetuned(f"experts[{i}]", folder)
+            for i, folder in enumerate(experts)
+        ]
+        weights = {layer.weight for layer in self.layers}
+        biases = {f"{layer.name}.bias" for layer in self.layers}
+        others = {name for name, tensor in self.stored.items() if tensor.dtype.is_floating_point} - weights - biases
+        needed = [name for name in self.stored if name in weights or (remaining == "average" and name in others)]
+        for expert in self.experts:
+            if isinstance(expert, _Finetuned):
+                expert.check(self.stored, needed, sorted(biases), cast=dtype is not None)
+        for layer in self.layers:
+            try:
+                check_ranks(config.rank_of_expert, config.rank_of_router, self.stored[layer.weight].shape)
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from None
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on; a run goes on only where this is the same. Files count by size and time."""
+        folders = [self.base, *(Path(expert.folder) for expert in self.experts)]
+        return {
+            "version": __version__,
+            "base": str(folders[0].resolve()),
+            "experts": [str(folder.resolve()) for folder in folders[1:]],
+            **{key: value for key, value in self.config.to_dict().items() if key != "modules"},
+            "layers": [layer.name for layer in self.layers],
+            "remaining": self.remaining,
+            "dtype": str(self.dtype),
+            "device": self.device,
+            "files": [_listing(folder) for folder in folders],
+        }
+
+    def bytes_to_write(self, experts_only: bool) -> int:
+        """A lower bound of the disk space needed: factors once as work and once as output, and the base."""
+        factors = 0
+        if isinstance(self.config.rank_of_expert, int) and self.config.rank_of_expert > 0:
+            r, k = self.config.rank_of_expert, max(self.config.rank_of_expert, self.config.rank_of_router)
+            for layer in self.layers:
+                weight = self.stored[layer.weight]
+                o, d = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
+                factors += len(self.experts) * (o * r + k * d) * (self.dtype or weight.dtype).itemsize
+        base = sum(math.prod(t.shape) * self._dtype(t.dtype).itemsize for t in self.stored.values())
+        return 2 * factors + (0 if experts_only else base)
+
+    @torch.no_grad()
+    def upscale_layer(self, index: int, folder: Path) -> None:
+        """Writes `<index>.safetensors`, the factors of a layer, unless it is left alone, and then `<index>.json`."""
+        layer, start = self.layers[index], time.perf_counter()
+        dtypes = [source.stored[layer.weight].dtype for source in (self, *self.experts) if hasattr(source, "stored")]
+        common = functools.reduce(torch.promote_types, dtypes)
+
+        def oriented(weight: Any) -> Any:
+            if not isinstance(weight, Tensor):
+                return weight
+            weight = weight.to(self.device, common)
+            return weight.T.contiguous() if layer.fan_in_fan_out else weight
+
+        factors, certificates = decompose_linear(
+            oriented(self.tensors[layer.weight]),
+            self.tensors.get(f"{layer.name}.bias"),
+            _Weights([lambda expert=expert: oriented(expert.weight(layer)) for expert in self.experts]),
+            [expert.bias(layer) for expert in self.experts],
+            rank_of_expert=self.config.rank_of_expert,
+            rank_of_router=self.config.rank_of_router,
+        )
+        report = LayerReport.of(layer.name, factors, certificates, time.perf_counter() - start)
+        if not report.skipped:
+            dtype = self._dtype(common)
+            s_dtype = torch.promote_types(dtype, torch.float32)
+            tensors = [
+                StoredTensor.of(f"{layer.name}.{name}", factor.to("cpu", s_dtype if name == "s" else dtype))
+                for name, factor in factors.items()
+                if factor is not None
+            ]
+            write_shard(folder / f"{index}.safetensors", tensors)
+        write_text(folder / f"{index}.json", json.dumps(asdict(report)) + "\n")
+
+    def output_tensors(self, factors: Mapping[str, list[StoredTensor]], experts_only: bool) -> Iterator[StoredTensor]:
+        """The tensors of the result: the base's in their order, then the factors of each upscaled layer."""
+        upscaled = [layer for layer in self.layers if layer.name in factors]
+        shared = {name for layer in upscaled for name in (layer.weight, f"{layer.name}.bias")}
+        for name, tensor in () if experts_only else self.stored.items():
+            average = self.remaining == "average" and name not in shared and tensor.dtype.is_floating_point
+            read = functools.partial(self._average, name) if average else tensor.load
+            dtype = self._dtype(tensor.dtype)
+            yield replace(tensor, dtype=dtype, read=lambda read=read, dtype=dtype: read().to(dtype))
+        for layer in upscaled:
+            yield from factors[layer.name]
+
+    def _average(self, name: str) -> Tensor:
+        # Adapters, which have the base's own tensors here, come last, as in `upscale`: the order decides the last bit.
+        whole = [expert.tensors[name] for expert in self.experts if isinstance(expert, _Finetuned)]
+        base = self.tensors[name]
+        return average_tensors([*whole, *[base] * (len(self.experts) - len(whole))]) if whole else base
+
+    def _dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor of this dtype becomes in the result."""
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+    def write_sidecars(self, folder: Path, factors: Mapping[str, list[StoredTensor]], report: UpscaleReport) -> None:
+        """config.json, the model card, the report, and what else lies beside the base's weights."""
+        modules = {}
+        for layer in self.layers:
+            shapes = {tensor.name: tensor.shape for tensor in factors.get(layer.name, ())}
+            if shapes:
+                modules[layer.name] = SmileModuleConfig(
+                    rank_of_expert=shapes[f"{layer.name}.s"][1],
+                    rank_of_router=self.config.rank_of_router,
+                    expert_bias=f"{layer.name}.expert_bias" in shapes,
+                    fan_in_fan_out=layer.fan_in_fan_out,
+                )
+        config = replace(self.config, modules=modules)
+        for file in sorted(self.base.iterdir()):
+            known = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
+            if file.is_file() and file.suffix in _COPIED and not known:
+                shutil.copyfile(file, folder / file.name)
+        base_config = read_config(self.base)
+        if self.dtype is not None and base_config:
+            base_config["dtype"] = str(self.dtype).removeprefix("torch.")
+            base_config.pop("torch_dtype", None)
+        write_config(folder, base_config, config)
+        names = [Path(expert.folder).name for expert in self.experts]
+        write_text(folder / "README.md", model_card(config, base=self.base.name, experts=names))
+        report.save(folder / "smile_report.json")
+
+
+def _linear_layers(
+    folder: Path, stored: Mapping[str, StoredTensor], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[_Layer]:
+    """The layers to upscale.
+
+    Where transformers knows the architecture that config.json names, that is built on the meta device, and its layers
+    count as for `upscale`. Elsewhere each two-dimensional floating-point `<layer>.weight` is one, unless its name says
+    that it is looked up.
+    """
+    matrices = [name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point]
+    model, model_type = _architecture(folder), read_config(folder).get("model_type")
+    if model is not None:
+        layers = _layers_of(model, matrices)
+    elif model_type in _CONV1D_MODELS:
+        raise ValueError(
+            f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
+        )
+    else:
+        names = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+        names.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
+        layers = {
+            name: _Layer(name, f"{name}.weight") for name in names if not any(word in name for word in _LOOKED_UP)
+        }
+    chosen = select_layers(layers, include, exclude)
+    if not chosen:
+        raise ValueError(
+            f"include, exclude: {include} without {exclude} leaves none of {len(layers)} linear layers of {folder}; "
+            "expected patterns such as '*.q_proj'"
+        )
+    return [layers[name] for name in chosen]
+
+
+def _architecture(folder: Path) -> nn.Module | None:
+    """The model that config.json names, on the meta device; None where transformers is missing or does not know it."""
+    architectures = read_config(folder).get("architectures")
+    if not architectures:
+        return None
+    try:
+        import transformers
+    except ImportError:
+        return None
+    cls = getattr(transformers, architectures[0], None)
+    if cls is None:
+        return None
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_pretrained(folder))
+    model.tie_weights()
+    return model
+
+
+def _layers_of(model: nn.Module, matrices: Sequence[str]) -> dict[str, _Layer]:
+    """The model's linear layers whose weights are among the checkpoint's matrices, by their names in the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    own, tied = {}, {}
+    for name in matrices:
+        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converter is None and key in state:
+            own[key] = tied[id(state[key])] = name
+    layers = {}
+    for name, linear in linear_layers(model).items():
+        if weight := own.get(f"{name}.weight"):
+            layers[name] = _Layer(weight.removesuffix(".weight"), weight, _is_conv1d(linear))
+        elif weight := tied.get(id(linear.weight)):
+            layers[name] = _Layer(name, weight, _is_conv1d(linear))
+    return layers
+
+
+@torch.no_grad()
+def upscale_checkpoints(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    out: str | Path,
+    *,
+    rank_of_expert: int | float,
+    rank_of_router: int,
+    num_experts_per_tok: int = 1,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    remaining: str = "base",
+    dtype: torch.dtype | None = None,
+    experts_only: bool = False,
+    max_shard_size: int | str = "5GB",
+    device: str = "cpu",
+    workers: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> UpscaleReport:
+    """Upscales a base checkpoint and fine-tuned versions of it, all local folders, into the folder `out`.
+
+    Args:
+        base: checkpoint of the pre-trained model.
+        experts: checkpoints of the fine-tuned models, or PEFT adapters of the base.
+        out: new or empty.
+        rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude: as in `upscale`.
+        remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
+        dtype: of the result; by default the base's, which the experts must share.
+        experts_only: store the experts alone, beside the path of the base.
+        max_shard_size: of one file.
+        device: where the decompositions run.
+        workers: layers that this process computes at a time; by default as many as it has cores, at most 4.
+        force: replace an output folder that is not empty, and work begun there with other inputs or settings.
+        progress: called with the stage, how many of its parts are done, and how many there are.
+
+    Returns:
+        The report; it lies in the folder, too, as smile_report.json.
+
+    Raises:
+        ValueError, FileNotFoundError: an argument or a checkpoint that does not fit; the message names the argument,
+            the file and the tensor.
+        FileExistsError: `out` is not empty.
+        OSError: the disk is full.
+    """
+    if not experts:
+        raise ValueError("experts: is empty; expected at least one checkpoint")
+    if remaining not in ("base", "average"):
+        raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+    # Ranks and counts are checked as the config they will stand in.
+    config = SmileConfig(
+        num_local_experts=len(experts),
+        num_experts_per_tok=num_experts_per_tok,
+        rank_of_expert=rank_of_expert,
+        rank_of_router=rank_of_router,
+        modules={},
+        base_model_name_or_path=os.path.abspath(base) if experts_only else None,
+    )
+    parse_size(max_shard_size)
+    out = check_output(out, force=force)
+    job = _Job(base, experts, config, include, exclude, remaining, dtype, device)
+    work = out.with_name(f"{out.name}.partial")
+    layers, output = work / "layers", work / "output"
+    settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
+    with _processes() as (rank, world, barrier):
+        if rank == 0:
+            _begin(work, settings, job.bytes_to_write(experts_only), force=force)
+        barrier()
+        todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
+        barrier()
+        done = len(job.layers) - len(todo)
+        for _ in _in_threads(job.upscale_layer, [(i, layers) for i in todo[rank::world]], workers):
+            done += world
+            progress("layers", min(done, len(job.layers)), len(job.layers))
+        barrier()
+        reports = [LayerReport(**read_json(layers / f"{i}.json")) for i in range(len(job.layers))]
+        factors = {
+            layer.name: read_safetensors(layers / f"{i}.safetensors")
+            for i, layer in enumerate(job.layers)
+            if not reports[i].skipped
+        }
+        stem = "experts" if experts_only else "model"
+        shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
+        for i, (name, shard) in enumerate(shards.items()):
+            if i % world == rank and not (output / name).exists():
+                write_shard(output / name, shard)
+            progress("files", i + 1, len(shards))
+        barrier()
+        report = UpscaleReport(reports)
+        if rank == 0:
+            write_index(output, shards, stem=stem)
+            job.write_sidecars(output, factors, report)
+            publish(output, out)
+            shutil.rmtree(work)
+        barrier()
+    return report
+
+
+def _begin(work: Path, settings: Mapping[str, Any], needed: int, *, force: bool) -> None:
+    """A work folder for these settings, new or left by a run with the same, on a disk that has room for `needed`."""
+    file, settings = work / "settings.json", json.loads(json.dumps(settings))
+    if work.exists():
+        before = read_json(file) if file.is_file() else {}
+        changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+        if changed and not force:
+            raise FileExistsError(
+                f"{work}: was begun with another {', '.join(changed)}; expected the same, or --force to start anew"
+            )
+        if changed:
+            shutil.rmtree(work)
+    present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(folder for folder in work.parents if folder.exists())).free
+    if free + present < needed:
+        message = f"disk is too full: {needed:,} bytes are needed and {free + present:,} are free"
+        raise OSError(errno.ENOSPC, message, str(work))
+    (work / "layers").mkdir(parents=True, exist_ok=True)
+    (work / "output").mkdir(exist_ok=True)
+    for left_by_a_killed_run in (work / "output").glob(".*"):
+        left_by_a_killed_run.unlink()
+    write_text(file, json.dumps(settings, indent=1) + "\n")
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file."""
+    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _in_threads(function: Callable, arguments: Sequence[tuple], workers: int | None) -> Iterator[None]:
+    """Calls the function with each of the arguments, some at a time, each in one thread; yields after each."""
+    threads = torch.get_num_threads()
+    # torch's own threads would share one layer, and another number of them gives other bits.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers or min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(function, *each) for each in arguments]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    yield
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
+    """rank, number of processes, and a barrier: those of torchrun, or this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1, lambda: None
+        return
+    import torch.distributed as dist
+
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield dist.get_rank(), dist.get_world_size(), dist.barrier
+    finally:
+        if started:
+            dist.destroy_process_group()

@@ -1,0 +1,459 @@
+"""`smile-kernels upscale`, `inspect` and `doctor`: the main job from disk to disk, interrupted, shared and misused."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from torch import nn
+from typer.testing import CliRunner
+
+from smile_kernels import SmileLinear
+from smile_kernels.checkpoint import load_pretrained
+from smile_kernels.cli import app
+from smile_kernels.files import StoredTensor, read_tensors, write_tensors
+from smile_kernels.streaming import upscale_checkpoints
+from smile_kernels.upscale import upscale
+
+RANKS = {"rank_of_expert": 4, "rank_of_router": 2}
+N = 3
+
+
+class Net(nn.Module):
+    """Two linear layers, one without a bias, an embedding, a norm, and a head tied to the embedding."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.embed = nn.Embedding(13, 16)
+        self.up, self.down = nn.Linear(16, width), nn.Linear(width, 16, bias=False)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, ids):
+        return self.norm(self.down(self.up(self.embed(ids)).relu())) @ self.embed.weight.T
+
+
+def save(folder: Path, model: nn.Module, **options) -> Path:
+    folder.mkdir()
+    if not options:
+        safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+        return folder
+    write_tensors(folder, [StoredTensor.of(name, tensor) for name, tensor in model.state_dict().items()], **options)
+    return folder
+
+
+def finetuned(base: nn.Module, scale: float = 0.1) -> nn.Module:
+    model = copy.deepcopy(base)
+    for p in model.parameters():
+        p.data += scale * p.data.std() * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture
+def models() -> list[nn.Module]:
+    base = Net()
+    return [base, *(finetuned(base) for _ in range(N))]
+
+
+@pytest.fixture
+def folders(tmp_path, models) -> list[Path]:
+    return [save(tmp_path / f"m{i}", model) for i, model in enumerate(models)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What every run must give bit for bit: all but the report, which holds times."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "smile_report.json"
+    }
+
+
+def command(folders: list[Path], out: Path, *more: str) -> list[str]:
+    experts = [option for folder in folders[1:] for option in ("--expert", str(folder))]
+    ranks = ["--rank-of-expert", "4", "--rank-of-router", "2"]
+    return ["upscale", "--base", str(folders[0]), *experts, *ranks, "--out", str(out), *more]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def same_as_in_memory(model: nn.Module, loaded: nn.Module) -> None:
+    assert set(model.state_dict()) == set(loaded.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert loaded.state_dict()[name].dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("rank", [4, 0.8, -1], ids=["r4", "energy", "full"])
+@pytest.mark.parametrize("remaining", ["base", "average"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_reproduces_upscale_in_memory(tmp_path, dtype, remaining, rank):
+    base = Net().to(dtype)
+    experts = [finetuned(base) for _ in range(N)]
+    shared = save(tmp_path / "base", base, max_shard_size=700)
+    folders = [save(tmp_path / f"e{i}", expert) for i, expert in enumerate(experts)]
+    options = {"rank_of_expert": rank, "rank_of_router": 2, "num_experts_per_tok": 2, "remaining": remaining}
+    report = upscale_checkpoints(shared, folders, tmp_path / "out", max_shard_size=1000, **options)
+    model, in_memory = upscale(base, experts, **options, progress=False)
+    loaded = load_pretrained(tmp_path / "out", Net().to(dtype))
+    same_as_in_memory(model, loaded)
+    assert isinstance(loaded.up, SmileLinear)
+    energies = ({layer.name: layer.energy for layer in r.layers} for r in (report, in_memory))
+    assert next(energies) == next(energies)
+    ids = torch.randint(13, (2, 7))
+    assert torch.equal(loaded(ids), model(ids))
+
+
+def test_transformers_models(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    llama = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for cls, config in (
+        (LlamaForCausalLM, LlamaConfig(**llama, **shape, num_hidden_layers=2, tie_word_embeddings=True)),
+        (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, **shape)),
+    ):
+        base = cls(config).eval()
+        experts = [finetuned(base).eval() for _ in range(2)]
+        folder = tmp_path / cls.__name__
+        for i, model in enumerate((base, *experts)):
+            model.save_pretrained(folder / f"m{i}", max_shard_size="60KB")
+        (folder / "m0" / "tokenizer.json").write_text("{}")
+        upscale_checkpoints(folder / "m0", [folder / "m1", folder / "m2"], folder / "out", **RANKS)
+        want, _ = upscale(base, experts, **RANKS, progress=False)
+        got = load_pretrained(folder / "out")
+        same_as_in_memory(want, got)
+        assert sum(isinstance(m, SmileLinear) for m in got.modules()) == (15 if cls is LlamaForCausalLM else 9)
+        assert got.get_output_embeddings().weight is got.get_input_embeddings().weight
+        assert (folder / "out" / "tokenizer.json").read_text() == "{}"
+        ids = torch.randint(64, (2, 6))
+        assert torch.equal(got(ids).logits, want(ids).logits)
+
+        # The base's path in place of its tensors.
+        upscale_checkpoints(
+            folder / "m0", [folder / "m1", folder / "m2"], folder / "experts", experts_only=True, **RANKS
+        )
+        assert not any(name.endswith((".weight", ".bias")) for name in read_tensors(folder / "experts"))
+        same_as_in_memory(want, load_pretrained(folder / "experts"))
+
+
+def test_adapters_are_experts(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = Net()
+    folders = [save(tmp_path / "base", base)]
+    for i, targets in enumerate((["up"], ["up", "down"])):
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=3, target_modules=targets))
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = torch.randn_like(p)
+        model.save_pretrained(tmp_path / f"lora{i}")
+        folders.append(tmp_path / f"lora{i}")
+        merged = model.merge_and_unload()
+    folders.append(save(tmp_path / "full", finetuned(base)))
+    run(*command(folders, tmp_path / "out"))
+    loaded = load_pretrained(tmp_path / "out", Net())
+    up = loaded.up
+    delta = (up.u[1] * up.s[1]) @ up.vh[1, :4]
+    torch.testing.assert_close(up.weight + delta, merged.up.weight, rtol=1e-5, atol=1e-6)
+    assert not loaded.down.s[0].any()  # the first adapter leaves this layer alone
+    assert loaded.down.s[1].any()
+
+
+def test_options_and_yaml_give_the_same(tmp_path, folders):
+    run(*command(folders, tmp_path / "a", "--exclude", "down", "--dtype", "bfloat16", "--num-experts-per-tok", "2"))
+    content = {
+        "base_model": str(folders[0]),
+        "models": [{"model": str(folder)} for folder in folders[1:]],
+        "dtype": "bfloat16",
+        "parameters": {**RANKS, "num_experts_per_tok": 2, "exclude": "down"},
+    }
+    (tmp_path / "fused.yml").write_text(yaml.safe_dump(content))
+    run("upscale", str(tmp_path / "fused.yml"), "--out", str(tmp_path / "b"))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    tensors = read_tensors(tmp_path / "a")
+    assert "up.vh" in tensors
+    assert "down.vh" not in tensors
+    assert tensors["norm.weight"].dtype == tensors["up.u"].dtype == torch.bfloat16
+    assert tensors["up.s"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"base": "x"}, "unknown key 'base'; expected base_model, models"),
+        ({"models": [{"path": "x"}]}, r"models\[0\]: unknown key 'path'"),
+        ({"models": "x"}, "models is 'x'; expected a list"),
+        ({"parameters": {"rank": 3}}, "parameters: unknown key 'rank'"),
+        ({"dtype": "int8"}, "base: is not given"),
+        ("a: [", "is not YAML"),
+        ({"base_model": "x", "models": [], "parameters": RANKS}, "experts: is empty"),
+        ({"base_model": "x", "models": [{"model": "y"}], "dtype": "int8", "parameters": RANKS}, "dtype: is 'int8'"),
+    ],
+    ids=lambda v: "",
+)
+def test_yaml_errors(tmp_path, content, message):
+    file = tmp_path / "bad.yml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    result = CliRunner().invoke(app, ["upscale", str(file), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    import re
+
+    assert re.search(message, result.output.replace("\n", " ")), result.output
+    assert [f.name for f in tmp_path.iterdir()] == ["bad.yml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_of_expert": 0}, "rank_of_expert: is 0"),
+        ({"rank_of_expert": 17}, "rank_of_expert|rank: is 17"),
+        ({"rank_of_router": 0}, "rank_of_router: is 0"),
+        ({"rank_of_router": 17}, "rank_of_router: is 17"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok: is 4; expected 1 to 3"),
+        ({"remaining": "mean"}, "remaining: is 'mean'; expected 'base' or 'average'"),
+        ({"max_shard_size": "big"}, "max_shard_size: is 'big'"),
+        ({"include": ["nothing*"]}, "include"),
+        ({"experts": []}, "experts: is empty"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, folders, options, message):
+    before = sorted(tmp_path.iterdir())
+    arguments = {"base": folders[0], "experts": folders[1:], "out": tmp_path / "out", **RANKS} | options
+    with pytest.raises(ValueError, match=message):
+        upscale_checkpoints(**arguments)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, models, folders):
+    before = sorted(tmp_path.iterdir())
+
+    def refused(error: type[Exception], message: str, expert: Path, **options) -> None:
+        with pytest.raises(error, match=message):
+            upscale_checkpoints(folders[0], [folders[1], expert], tmp_path / "out", **RANKS, **options)
+        assert sorted(tmp_path.iterdir()) == before
+
+    refused(FileNotFoundError, "nowhere: no such folder", tmp_path / "nowhere")
+    wide = save(tmp_path / "wide", Net(width=32))
+    half = save(tmp_path / "half", copy.deepcopy(models[1]).half())
+    lacking = save(tmp_path / "lacking", nn.ModuleDict({"up": models[1].up}))
+    before = sorted(tmp_path.iterdir())
+    refused(
+        ValueError, r"experts\[1\]: .*wide.*: tensor 'down\.weight' has shape \[16, 32\]; expected.*\[16, 24\]", wide
+    )
+    refused(
+        ValueError, r"experts\[1\]: .*half.*: tensor 'down\.weight' is torch\.float16; expected.*torch\.float32", half
+    )
+    refused(ValueError, r"experts\[1\]: .*lacking has no tensor 'down\.weight'", lacking)
+    upscale_checkpoints(folders[0], [folders[1], half], tmp_path / "mixed", **RANKS, dtype=torch.float32)
+    upscale_checkpoints(folders[0], [folders[1], lacking], tmp_path / "part", **RANKS, include=["up"])
+
+
+def test_nan_names_the_file_and_the_tensor(tmp_path, models, folders):
+    models[1].down.weight.data[3, 5] = float("nan")
+    bad = save(tmp_path / "bad", models[1])
+    with pytest.raises(ValueError, match=r"bad/model\.safetensors: tensor 'down\.weight' holds 1 NaN.*\[3, 5\]"):
+        upscale_checkpoints(folders[0], [folders[1], bad], tmp_path / "out", **RANKS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_is_checked_too(tmp_path, models, folders):
+    models[0].norm.weight.data[0] = float("inf")
+    bad = save(tmp_path / "bad", models[0])
+    with pytest.raises(ValueError, match=r"bad/model\.safetensors: tensor 'norm\.weight' holds 1 NaN or inf"):
+        upscale_checkpoints(bad, folders[1:], tmp_path / "out", **RANKS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_is_not_empty(tmp_path, folders):
+    (tmp_path / "out").mkdir()
+    run(*command(folders, tmp_path / "out"))  # empty is as good as new
+    first = contents(tmp_path / "out")
+    result = CliRunner().invoke(app, command(folders, tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "is not empty" in result.output
+    assert contents(tmp_path / "out") == first
+    run(*command(folders, tmp_path / "out", "--force", "--exclude", "down"))
+    assert "down.vh" not in read_tensors(tmp_path / "out")
+    assert not [f for f in tmp_path.iterdir() if "out" in f.name and f.name != "out"]
+
+
+def test_one_sided_biases(tmp_path):
+    base, other = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False)}), nn.ModuleDict({"a": nn.Linear(8, 8)})
+    for i, (first, second) in enumerate(((base, other), (other, base))):
+        folders = [save(tmp_path / f"{i}{j}", model) for j, model in enumerate((first, second))]
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / f"out{i}", **RANKS)
+        layer = load_pretrained(tmp_path / f"out{i}", copy.deepcopy(first))["a"]
+        want = other["a"].bias if first is base else -other["a"].bias
+        torch.testing.assert_close(layer.expert_bias[0], want)
+
+
+def test_layers_that_were_not_trained_are_left_alone(tmp_path, models):
+    for model in models[1:]:
+        model.down.load_state_dict(models[0].down.state_dict())
+    folders = [save(tmp_path / f"n{i}", model) for i, model in enumerate(models)]
+    report = upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    assert {layer.name: bool(layer.skipped) for layer in report.layers} == {"up": False, "down": True}
+    loaded = load_pretrained(tmp_path / "out", Net())
+    assert isinstance(loaded.down, nn.Linear)
+    same_as_in_memory(upscale(models[0], models[1:], **RANKS, progress=False)[0], loaded)
+
+
+def test_a_full_disk(tmp_path, folders, monkeypatch):
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "whole", **RANKS)
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match=r"disk is too full: .* bytes are needed and 1,000 are free"):
+            upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+        assert not [f for f in tmp_path.iterdir() if f.name.startswith("out")]
+
+    written = 0
+
+    class Full:
+        """A file on a disk that fills up after 4,000 bytes, in the middle of the output."""
+
+        def __init__(self, *arguments):
+            self.file = open(*arguments)  # noqa: SIM115
+
+        def write(self, data):
+            nonlocal written
+            written += len(data)
+            if written > 9000:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *exception: self.file.close()  # noqa: E731
+        __getattr__ = lambda self, name: getattr(self.file, name)  # noqa: E731
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smile_kernels.files.open", Full, raising=False)
+        with pytest.raises(OSError, match="disk is full"):
+            upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    assert not (tmp_path / "out").exists()
+    assert not [f for f in (tmp_path / "out.partial").rglob(".*")]
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)  # goes on
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_goes_on_only_with_the_same_inputs_and_settings(tmp_path, models, folders):
+    def interrupted(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, workers=1, progress=interrupted)
+    assert list((tmp_path / "out.partial" / "layers").glob("*.json"))
+    with pytest.raises(FileExistsError, match=r"out\.partial: was begun with another rank_of_expert"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", rank_of_expert=5, rank_of_router=2)
+    write_tensors(folders[1], [StoredTensor.of(n, t) for n, t in models[2].state_dict().items()])
+    with pytest.raises(FileExistsError, match="was begun with another files"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, force=True)
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "again", **RANKS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+class Deep(nn.Module):
+    """Layers large enough that more than one thread would work on them, by every route of the decomposition."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*shape) for shape in ((320, 640), (640, 320), (320, 320), (64, 48)))
+
+
+def processes(threads: int, *arguments: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> tuple[list[Path], dict[str, bytes]]:
+    """Folders of larger models, and what one undisturbed process with two threads makes of them."""
+    folder = tmp_path_factory.mktemp("deep")
+    torch.manual_seed(0)
+    base = Deep()
+    folders = [save(folder / f"m{i}", model) for i, model in enumerate((base, finetuned(base), finetuned(base)))]
+    assert processes(2, "-m", "smile_kernels", *command(folders, folder / "whole")).wait() == 0
+    return folders, contents(folder / "whole")
+
+
+# Says which layer it is done with, and does not go on from the one that it is told to stop at.
+WATCHED = """
+import sys, time
+import smile_kernels.streaming as streaming
+from smile_kernels.cli import app
+stop, write = sys.argv.pop(1), streaming.write_text
+def watched(file, text):
+    write(file, text)
+    if file.parent.name == "layers":
+        print(file.stem, flush=True)
+        time.sleep(600 if file.stem == stop else 0)
+streaming.write_text = watched
+app(sys.argv[1:])
+"""
+
+
+def test_killed_and_started_again(tmp_path, deep):
+    folders, whole = deep
+    arguments = command(folders, tmp_path / "out", "--workers", "1")
+    process = processes(1, "-c", WATCHED, "1", *arguments, stdout=subprocess.PIPE, text=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    work = tmp_path / "out.partial"
+    for left in (work / "layers" / ".2.safetensors.7", work / "output" / ".model.safetensors.7"):
+        left.write_bytes(b"half")  # what a write that was cut short leaves
+
+    process = processes(1, "-c", WATCHED, "none", *arguments, stdout=subprocess.PIPE, text=True)
+    assert process.communicate()[0].splitlines()[:2] == ["2", "3"]
+    assert process.returncode == 0
+    assert contents(tmp_path / "out") == whole
+    assert not work.exists()
+
+
+def test_processes_share_the_work_and_give_the_same_bits(tmp_path, deep):
+    folders, whole = deep
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "smile_kernels"]
+    assert processes(1, *launch, *command(folders, tmp_path / "out")).wait() == 0
+    assert contents(tmp_path / "out") == whole
+
+
+def test_inspect(tmp_path, folders):
+    run(*command(folders, tmp_path / "out"))
+    output = run(
+        "inspect", str(tmp_path / "out"), "--json", str(tmp_path / "i.json"), "--plot", str(tmp_path / "i.png")
+    )
+    assert "2 SMILE layers, 3 experts, 1 per token" in output
+    assert "24 x 16" in output
+    description = json.loads((tmp_path / "i.json").read_text())
+    assert [layer["name"] for layer in description["layers"]] == ["down", "up"]
+    assert all(0 < energy < 1 for layer in description["layers"] for energy in layer["energy"])
+    assert (tmp_path / "i.png").read_bytes().startswith(b"\x89PNG")
+    result = CliRunner().invoke(app, ["inspect", str(folders[0])])
+    assert result.exit_code == 1
+    assert "is no SMILE checkpoint" in result.output
+
+
+def test_doctor_says_what_would_run_and_why_not(monkeypatch):
+    monkeypatch.delenv("SMILE_KERNELS_BACKEND", raising=False)
+    output = run("doctor")
+    assert torch.__version__ in output
+    assert "would run" in output
+    assert "it serves cuda tensors, not cpu tensors" in output
+
+
+def test_help_has_examples():
+    assert "smile-kernels upscale fused.yml --out fused" in run("upscale", "--help")
+    assert "doctor" in run("--help")
