@@ -4,10 +4,26 @@
 """
 
 from . import functional, integrations
+from .checkpoint import load_pretrained, save_pretrained
+from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear
 from .ops.library import backends
+from .routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from .upscale import upscale
 
 __version__ = "0.1.0"
-__all__ = ["SmileLinear", "backends", "functional"]
+__all__ = [
+    "RoutingPolicy",
+    "SmileLinear",
+    "backends",
+    "from_fusion_bench",
+    "functional",
+    "get_routing",
+    "load_pretrained",
+    "save_pretrained",
+    "set_routing",
+    "upscale",
+    "watch_routing",
+]
 
 integrations.register_with_transformers()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import smile_linear
+from .svd import decompose_linear
 
 if TYPE_CHECKING:
     from .routing import AttachedRouting
@@ -114,8 +115,6 @@ class SmileLinear(nn.Module):
         Raises:
             ValueError: no experts, shapes or dtypes that differ, NaN or inf, or a rank out of range.
         """
-        from .svd import decompose_linear
-
         factors, _ = decompose_linear(
             base.weight,
             base.bias,
@@ -193,3 +192,25 @@ class SmileLinear(nn.Module):
             f"num_local_experts={self.num_local_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
             f"rank_of_expert={self.rank_of_expert}, rank_of_router={self.rank_of_router}"
         )
+
+
+def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
+    """Put a SMILE layer at the place `name` of a model, where PyTorch must not read its weight past the experts.
+
+    nn.TransformerEncoder(Layer) in eval mode takes a fast path that does: it is switched off.
+
+    Raises:
+        ValueError: the place is inside nn.MultiheadAttention, which never calls its projections. Nothing is changed.
+    """
+    parts = name.split(".")
+    ancestors = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    if isinstance(ancestors[-1], nn.MultiheadAttention):
+        raise ValueError(
+            f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it"
+        )
+    for ancestor in ancestors:
+        if isinstance(ancestor, nn.TransformerEncoderLayer):
+            ancestor.activation_relu_or_gelu = 0
+        elif isinstance(ancestor, nn.TransformerEncoder):
+            ancestor.use_nested_tensor = False
+    model.set_submodule(name, layer)

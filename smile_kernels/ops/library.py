@@ -64,13 +64,16 @@ def _choose(backend: str | None, device_type: str, training: bool) -> str:
     return next(name for name in candidates if why_not(name, device_type) is None)
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(backend: str | None, device_type: str, training: bool) -> str:
     """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the best backend for the device.
 
     A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another.
     """
     return _choose(backend or os.environ.get("SMILE_KERNELS_BACKEND"), device_type, training)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile's machinery, a second.
+choose_backend._dynamo_marked_constant = True
 
 
 _LIBRARY = torch.library.Library("smile_kernels", "DEF")

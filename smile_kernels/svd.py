@@ -1,0 +1,477 @@
+"""Truncated SVD of a difference of weights, with a certificate of what it holds; and from weights to SMILE factors."""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What is promised of a decomposition: error <= (1 + EXCESS) * optimal + FLOOR * ||a||_F, and at most this sine between
+# the found and the true subspace of the router's rows. float32 arithmetic cannot hold FLOOR much below 1e-5.
+EXCESS, FLOOR, SINE = 1e-3, 1e-5, 1e-3
+
+# Above this share of the smaller side, a Krylov basis costs more than the exact route (measured at 1024 to 4096).
+KRYLOV_SHARE = 0.45
+
+# Up to this smaller side LAPACK's float64 SVD is as quick as anything else.
+SMALL = 256
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a truncated SVD holds of its matrix `a`, measured on the factors it comes with.
+
+    Attributes:
+        rank: r, the number of singular values kept.
+        directions: how many rows of vh are directions of `a`; the rest lie at rounding level and are zero.
+        energy: share of ||a||_F^2 that u diag(s) vh[:r] captures.
+        error: ||a - u diag(s) vh[:r]||_F / ||a||_F.
+        router_converged: the sine between the first g rows of vh and the true leading subspace is at most 1e-3, or
+            the g-th and the next singular value are equal to rounding, so that the subspace is not unique.
+        method: "lora" (QR of both factors), "krylov", "gram" (float64 Gram matrix) or "exact" (float64 SVD).
+    """
+
+    rank: int
+    directions: int
+    energy: float
+    error: float
+    router_converged: bool
+    method: str
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """u [O, r], s [r] in descending order, vh [max(r, g), D] with unit rows, and the certificate.
+
+    Null directions are zero in all three. Signs: the entry of largest size in each row of vh is positive.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    certificate: Certificate
+
+
+@torch.no_grad()
+def truncated_svd(
+    a: Tensor, rank: int | float, *, rank_of_router: int = 0, noise_floor: float | None = None
+) -> TruncatedSVD:
+    """a ≈ u diag(s) vh[:r], within 1e-3 of the optimal error plus 1e-5 ||a||_F.
+
+    Slow and fast spectra go through a block Krylov method; where it would not pay, or does not converge, a float64 Gram
+    matrix or a float64 SVD is used. Same input, same bits: no global random state is read or changed.
+
+    Args:
+        a: [O, D], any floating dtype. The factors are float32, or float64 where `a` is.
+        rank: r, from 1 to min(O, D); or -1 for every direction that is not null (exact); or a fraction in (0, 1)
+            for the smallest r that holds this share of ||a||_F^2.
+        rank_of_router: g; the first g rows of vh are converged as a subspace of their own.
+        noise_floor: singular values up to this are null; at the least those that rounding in float32 (float64) makes.
+
+    Raises:
+        ValueError: `a` is no matrix or not finite, or a rank is out of range.
+        TypeError: `a` is not floating point, or a rank is no number.
+    """
+    peak = check_matrix("a", a)
+    rank, g = check_ranks(rank, rank_of_router, a.shape)
+    wide = a.dtype == torch.float64
+    # float32 products on a GPU may run in TF32, where the certificate would be worth nothing.
+    work = torch.float64 if wide or a.is_cuda else torch.float32
+    # A power of two changes no bits, and keeps the squares of tiny or huge entries in range.
+    unit = 1.0 if 1e-6 < peak < 1e6 else 2.0 ** math.frexp(peak)[1]
+    with torch.autocast(a.device.type, enabled=False):
+        x = a.to(work) if unit == 1.0 else a.to(work) / unit
+        total = _norm(x)
+        floor = max((noise_floor or 0.0) / unit, torch.finfo(torch.float64 if wide else torch.float32).eps * total)
+        nothing = x.new_zeros(0, x.shape[1]), "exact", True
+        rows, method, converged = _leading_rows(x, rank, g, floor, total) if total else nothing
+        image = rows @ x.T
+        s, order = torch.linalg.vector_norm(image, dim=1, dtype=torch.float64).sort(descending=True, stable=True)
+        rows, image = rows[order], image[order]
+        u, s, vh, live = _cut((image / s.clamp_min(floor).to(work)[:, None]).T, s, rows, rank, g, floor, total)
+        error = _norm(x, minus=(u * s.to(work), vh[: len(s)])) / total if total else 0.0
+    out = torch.float64 if wide else torch.float32
+    certificate = Certificate(len(s), live, max(0.0, 1 - error**2), error, converged, method)
+    return TruncatedSVD(u.to(out), (s * unit).to(out), vh.to(out), certificate)
+
+
+@torch.no_grad()
+def lora_svd(
+    b_factor: Tensor,
+    a_factor: Tensor,
+    scale: float,
+    rank: int | float,
+    *,
+    rank_of_router: int = 0,
+    noise_floor: float = 0.0,
+) -> TruncatedSVD:
+    """The SVD of scale * b_factor @ a_factor, exact, without forming the product: QR of both, then a q x q SVD.
+
+    Args:
+        b_factor: [O, q], any floating dtype.
+        a_factor: [q, D], any floating dtype. Factors come back in float64 if either is float64, else in float32.
+        scale: alpha / q, or alpha / sqrt(q), or what the adapter says.
+        rank, rank_of_router, noise_floor: as for `truncated_svd`; beyond the product's rank, u, s and vh are zero.
+
+    Raises:
+        ValueError: shapes that do not fit, entries that are not finite, or a rank out of range.
+        TypeError: factors that are not floating point, or a rank that is no number.
+    """
+    check_matrix("b_factor", b_factor)
+    check_matrix("a_factor", a_factor)
+    if b_factor.shape[1] != a_factor.shape[0]:
+        raise ValueError(
+            f"a_factor: shape {tuple(a_factor.shape)} does not follow b_factor's {tuple(b_factor.shape)}; "
+            f"expected ({b_factor.shape[1]}, D)"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: is {scale}; expected a finite number")
+    rank, g = check_ranks(rank, rank_of_router, (b_factor.shape[0], a_factor.shape[1]))
+    with torch.autocast(b_factor.device.type, enabled=False):
+        left, left_r = torch.linalg.qr(b_factor.double())
+        right, right_r = torch.linalg.qr(a_factor.double().T)
+        u, s, vh = torch.linalg.svd(scale * left_r @ right_r.T, full_matrices=False)
+        u, vh = left @ u, vh @ right.T
+    total = s.norm().item()
+    epsilon = torch.finfo(torch.float64).eps
+    converged = _separated(s, g, epsilon)
+    u, s, vh, live = _cut(u, s, vh, rank, g, max(noise_floor, epsilon * total), total)
+    lost = max(0.0, total**2 - s.square().sum().item()) / total**2 if total else 0.0
+    out = torch.promote_types(torch.promote_types(b_factor.dtype, a_factor.dtype), torch.float32)
+    certificate = Certificate(len(s), live, 1 - lost, math.sqrt(lost), converged, "lora")
+    return TruncatedSVD(u.to(out), s.to(out), vh.to(out), certificate)
+
+
+@torch.no_grad()
+def decompose_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_weights: Sequence[Tensor | tuple[Tensor, Tensor, float]],
+    expert_biases: Sequence[Tensor | None],
+    *,
+    rank_of_expert: int | float,
+    rank_of_router: int,
+) -> tuple[dict[str, Tensor | None], list[Certificate]]:
+    """One linear layer and N fine-tuned versions of it -> the parameters of a SMILE layer, and a certificate for each.
+
+    Of each difference W_i - W, directions that lie at the rounding of W_i's entries to their dtype are null, so an expert
+    that was not trained has zero rows, hence score 0 in the router.
+
+    Args:
+        weight: W [O, D].
+        bias: [O] | None.
+        expert_weights: N of W_i [O, D] in W's dtype, or of LoRA factors (b_factor [O, q], a_factor [q, D], scale), of any
+            floating dtype, that stand for W + scale * b_factor @ a_factor.
+        expert_biases: N of [O] | None. A missing bias counts as 0 beside a W_i, and as the shared one beside factors.
+        rank_of_expert: r as in `truncated_svd`; where it is -1 or a fraction, r is the largest that an expert needs.
+        rank_of_router: g, from 1 to min(O, D).
+
+    Returns:
+        vh [N, max(r, g), D], u [N, O, r] and expert_bias [N, O] | None (all biases equal the shared one) in W's dtype;
+        s [N, r] in float32, or float64 where W is. The certificates are of the factors before rounding to W's dtype.
+
+    Raises:
+        ValueError: no experts, a shape or dtype that differs, NaN or inf, or a rank out of range; the message names it.
+        TypeError: a tensor that is not floating point.
+    """
+    check_matrix("weight", weight)
+    shape, n = tuple(weight.shape), len(expert_weights)
+    if n == 0:
+        raise ValueError("expert_weights: is empty; expected one fine-tuned weight or more")
+    if len(expert_biases) != n:
+        raise ValueError(f"expert_biases: has {len(expert_biases)} entries; expected {n}, one per expert weight")
+    check_ranks(rank_of_expert, rank_of_router, shape)
+    if rank_of_router < 1:
+        raise ValueError(f"rank_of_router: is {rank_of_router}; expected 1 to {min(shape)}")
+    for i, expert in enumerate(expert_weights):
+        _check_expert(i, expert, weight)
+    for name, b in (("bias", bias), *((f"expert_biases[{i}]", b) for i, b in enumerate(expert_biases))):
+        if b is not None and (b.shape != shape[:1] or not torch.isfinite(b).all()):
+            raise ValueError(f"{name}: shape {tuple(b.shape)}; expected {shape[:1]} and finite entries")
+
+    parts = []
+    for expert in expert_weights:
+        if isinstance(expert, Tensor):
+            delta = _difference(expert, weight)
+            noise = _rounding_noise(expert, delta)
+            parts.append(truncated_svd(delta, rank_of_expert, rank_of_router=rank_of_router, noise_floor=noise))
+        else:
+            b_factor, a_factor, scale = (t.to(weight.device) if isinstance(t, Tensor) else t for t in expert)
+            parts.append(lora_svd(b_factor, a_factor, scale, rank_of_expert, rank_of_router=rank_of_router))
+    r = max(len(part.s) for part in parts)
+    vh, s, u = (
+        weight.new_zeros(n, max(r, rank_of_router), shape[1]),
+        parts[0].s.new_zeros(n, r),
+        weight.new_zeros(n, shape[0], r),
+    )
+    for i, part in enumerate(parts):
+        vh[i, : len(part.vh)], s[i, : len(part.s)], u[i, :, : len(part.s)] = part.vh, part.s, part.u
+    shared = weight.new_zeros(shape[0]) if bias is None else bias
+    own = [
+        (shared if isinstance(w, tuple) else torch.zeros_like(shared)) if b is None else b
+        for w, b in zip(expert_weights, expert_biases)
+    ]
+    expert_bias = torch.stack([_difference(b, shared) for b in own]).to(weight.dtype)
+    factors = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias if expert_bias.any() else None}
+    return factors, [part.certificate for part in parts]
+
+
+def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight: Tensor) -> None:
+    if isinstance(expert, Tensor):
+        if expert.shape != weight.shape or expert.dtype != weight.dtype:
+            raise ValueError(
+                f"expert_weights[{i}]: {expert.dtype} {tuple(expert.shape)}; expected {weight.dtype} {tuple(weight.shape)}"
+                " as the shared weight"
+            )
+        check_matrix(f"expert_weights[{i}]", expert)
+        return
+    b_factor, a_factor, _ = expert
+    check_matrix(f"expert_weights[{i}][0]", b_factor)
+    check_matrix(f"expert_weights[{i}][1]", a_factor)
+    if (b_factor.shape[0], a_factor.shape[1]) != tuple(weight.shape):
+        raise ValueError(
+            f"expert_weights[{i}]: factors {tuple(b_factor.shape)} and {tuple(a_factor.shape)}; expected a product of shape"
+            f" {tuple(weight.shape)}"
+        )
+
+
+def _difference(expert: Tensor, shared: Tensor) -> Tensor:
+    wide = torch.promote_types(shared.dtype, torch.float32)
+    return expert.to(shared.device, wide) - shared.to(wide)
+
+
+def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
+    """Upper estimate of the spectral norm of the noise that rounding `expert` to its dtype leaves in `delta` [O, D].
+
+    An entry w is off by at most eps |w| / 2, evenly spread: eps |w| / sqrt(12) in the mean. A matrix of independent
+    entries has a norm of at most its largest row norm plus its largest column norm (of standard deviations). Entries that
+    did not change carry no noise.
+    """
+    rows, columns = 0.0, delta.new_zeros(delta.shape[1])
+    for start in range(0, len(delta), 512):
+        part = slice(start, start + 512)
+        variance = expert[part].to(delta.device, delta.dtype).square().masked_fill_(delta[part] == 0, 0)
+        rows = max(rows, variance.sum(dim=1).max().item())
+        columns += variance.sum(dim=0)
+    return torch.finfo(expert.dtype).eps / math.sqrt(12) * (math.sqrt(rows) + math.sqrt(columns.max().item()))
+
+
+def check_matrix(name: str, a: Tensor) -> float:
+    """The largest absolute entry of `a`; raises unless it is a floating-point matrix, not empty, of finite entries."""
+    if not a.is_floating_point():
+        raise TypeError(f"{name}: dtype is {a.dtype}; expected a floating-point matrix")
+    if a.dim() != 2 or a.numel() == 0:
+        raise ValueError(f"{name}: shape is {tuple(a.shape)}; expected a matrix [out_features, in_features], not empty")
+    low, high = (extreme.item() for extreme in torch.aminmax(a.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = (~torch.isfinite(a)).nonzero()
+        raise ValueError(f"{name}: {len(bad)} entries are NaN or inf, the first at {tuple(bad[0].tolist())}")
+    return max(-low, high)
+
+
+def check_ranks(rank: int | float, rank_of_router: int, shape: Sequence[int]) -> tuple[int | float, int]:
+    """(r, g) for a layer of `shape` [O, D]; raises, naming the argument, unless both are in range."""
+    most = min(shape)
+    try:
+        rank = rank if isinstance(rank, float) else operator.index(rank)
+        rank_of_router = operator.index(rank_of_router)
+    except TypeError as e:
+        raise TypeError(f"rank {rank!r}, rank_of_router {rank_of_router!r}: expected integers (or a fraction)") from e
+    fits = 0 < rank < 1 if isinstance(rank, float) else rank == -1 or 1 <= rank <= most
+    if not fits:
+        raise ValueError(
+            f"rank: is {rank}; expected 1 to {most} for a layer of shape {tuple(shape)}, -1 for full rank, or a "
+            "fraction in (0, 1)"
+        )
+    if not 0 <= rank_of_router <= most:
+        raise ValueError(f"rank_of_router: is {rank_of_router}; expected 0 to {most} for a layer of {tuple(shape)}")
+    return rank, rank_of_router
+
+
+def _leading_rows(x: Tensor, rank: int | float, g: int, floor: float, total: float) -> tuple[Tensor, str, bool]:
+    """Orthonormal rows [w, D] of leading right singular vectors, the method, and whether the router's converged."""
+    o, d = x.shape
+    small = min(o, d)
+    side = x if d <= o else x.T  # [longer, smaller]: bases live on the smaller side
+    if rank != -1 and small > SMALL:
+        basis = _krylov(side, rank, g, floor, total)
+        if basis is not None:
+            return _right_rows(x, basis), "krylov", True
+    if x.dtype == torch.float64 or small <= SMALL:
+        s, vh = torch.linalg.svd(x.double(), full_matrices=False)[1:]
+        resolution, method = torch.finfo(torch.float64).eps, "exact"
+    else:
+        s, basis = _gram(side)
+        vh = _right_rows(x, basis.to(x.dtype))
+        # A Gram matrix squares the condition: near s_i, float64 resolves eps * s_1 / s_i of s_1.
+        last = s[: max(g, 1)][s[: max(g, 1)] > floor][-1]
+        resolution, method = (torch.finfo(torch.float64).eps * s[0] / last).item(), "gram"
+    live = int((s > floor).sum())
+    keep = max(_rank(rank, s.square(), total**2) or live, g, 1)
+    return vh[:keep].to(x.dtype), method, _separated(s, min(g, live), resolution)
+
+
+def _krylov(x: Tensor, rank: int | float, g: int, floor: float, total: float) -> Tensor | None:
+    """Leading right singular vectors of x [m, n], m >= n, as rows; None where they did not converge or it cannot pay.
+
+    The rows q, q x^T x, q (x^T x)^2, ... of one random block, orthonormalised, hold the leading singular vectors to a
+    precision that grows exponentially with their number (Musco & Musco, arXiv 1504.05477). The projected problem is
+    solved in float64; the last block's coefficients give each vector's residual, hence its error, at no cost.
+    """
+    m, n = x.shape
+    block = max(16, g)  # 16 beats 24 and 32 on flat spectra (1.4 s against 1.5 and 1.9 at 4096), and ties elsewhere
+    limit = int(KRYLOV_SHARE * n) // block * block
+    if limit < 3 * max(rank, g, block):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    basis = x.new_empty(limit, n)
+    image = x.new_empty(limit, m, dtype=torch.float64)  # basis @ x^T
+    gram = x.new_empty(limit, limit, dtype=torch.float64)  # image @ image^T
+    q = torch.linalg.qr(_random(block, x, generator).T)[0].T
+    size = checked = 0
+    lean = 0.0
+    while size < limit:
+        end = size + block
+        basis[size:end] = q
+        y = q @ x.T
+        image[size:end] = y
+        gram[:end, size:end] = image[:end] @ image[size:end].T
+        gram[size:end, :size] = gram[:size, size:end].T
+        size = end
+        q, coefficients = _orthonormal(y @ x, basis[:size])
+        if size < 1.15 * checked:
+            continue
+
+        energy, vectors = torch.linalg.eigh(gram[:size, :size])
+        energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
+        # AᵀA v - λ v of each Ritz vector, from the coefficients of the block that would come next.
+        residual = (vectors[size - block :].T @ coefficients.double()).norm(dim=1)
+        live, maybe = int((energy > floor**2).sum()), int((energy + residual > floor**2).sum())
+        k, router = _rank(rank, energy, total**2), min(g, live)
+        if k is None and maybe == size:
+            # The share is not reached, and each direction still to come holds no more than the last converged one.
+            known = size // 3
+            least = known + (rank * total**2 - energy[:known].sum().item()) / energy[known].item()
+            if size >= 3 * block and 3 * least > limit:
+                return None
+            continue
+        k = k or max(live, 1)
+        if size < min(max(k, g) + 8, limit):
+            continue
+        # How far the router's subspace leans on the newest block, hence on the later ones if this decays geometrically.
+        before, lean = lean, vectors[size - block :, :router].norm().item()
+        rate = (lean / before) ** (block / (size - checked)) if before else 1.0
+        ahead = lean * rate / (1 - rate) if rate < 1 else math.inf
+        checked = size
+
+        outside = energy[k] if k < size else energy.new_zeros(())
+        missed = torch.minimum(residual[:k], residual[:k] ** 2 / (energy[:k] - outside)).nan_to_num(0).sum().item()
+        allowed = EXCESS * max(total**2 - energy[:k].sum().item(), 0) + 0.5 * (FLOOR * total) ** 2
+        if missed > allowed or maybe > router < g:
+            continue
+        if router and router < size:
+            s, rounding = energy.sqrt(), torch.finfo(x.dtype).eps
+            if s[router - 1] - s[router] <= 4 * rounding * s[0]:
+                converged = residual[:router].norm() <= 8 * rounding * s[0] * s[router - 1]
+            else:
+                gap = energy[router - 1] - energy[router]
+                converged = residual[:router].norm() <= 0.5 * SINE * gap or ahead <= 0.2 * SINE
+            if not converged:
+                continue
+            if not _separated(s, router, 0.1 * rounding):
+                return None  # rounding of the products blurs these vectors: float64 is needed
+        found = vectors[:, : min(max(k + 1, g), size)].T.to(x.dtype) @ basis[:size]
+        if k > block and _outside(x, found[:k], energy[k - 1].item(), generator) > allowed:
+            return None  # one block cannot see more than `block` equal singular values
+        return found
+    return None
+
+
+def _orthonormal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """q, c with w = c q + (rows of basis): q orthonormal rows, orthogonal to those of basis."""
+    q, c = w, torch.eye(len(w), dtype=w.dtype, device=w.device)
+    for attempt in range(4):
+        q = q - (q @ basis.T) @ basis
+        q, r = torch.linalg.qr(q.T)
+        q, c = q.T, c @ r.T
+        # A unit row that shrinks lost its digits: what is left of it is not orthogonal yet.
+        if attempt and r.diagonal().abs().min() > 0.7:
+            break
+    return q, c
+
+
+def _outside(x: Tensor, rows: Tensor, energy: float, generator: torch.Generator) -> float:
+    """The energy above `energy` that a random block finds outside the rows: 0 unless they miss leading directions."""
+    z = _random(16, x, generator)
+    for _ in range(2):
+        z, _ = _orthonormal(z, rows)
+        y = z @ x.T
+        z = y @ x
+    found = torch.linalg.eigvalsh((y @ y.T).double()) - energy
+    return found.clamp_min(0).sum().item() * max(1.0, len(rows) / len(y))
+
+
+def _random(rows: int, x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, x.shape[1], generator=generator, dtype=x.dtype).to(x.device)
+
+
+def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The singular values of x [m, n], m >= n, and its right singular vectors as rows, in float64."""
+    n = x.shape[1]
+    gram = x.new_zeros((n, n), dtype=torch.float64)
+    for chunk in x.split(1024):
+        chunk = chunk.double()
+        gram.addmm_(chunk.T, chunk)
+    energy, vectors = torch.linalg.eigh(gram)
+    return energy.clamp_min(0).sqrt().flip(0), vectors.flip(1).T
+
+
+def _right_rows(x: Tensor, basis: Tensor) -> Tensor:
+    """Right singular vectors of x [O, D] from its singular vectors on the smaller side, [w, min(O, D)]."""
+    return basis if x.shape[1] <= x.shape[0] else torch.linalg.qr((basis @ x).T)[0].T
+
+
+def _rank(rank: int | float, energy: Tensor, total: float) -> int | None:
+    """r from `rank` and the squared singular values; None for full rank, or where a fraction is not reached."""
+    if isinstance(rank, int):
+        return rank if rank > 0 else None
+    reached = energy.cumsum(0) >= rank * total
+    return int(reached.to(torch.int8).argmax()) + 1 if reached.any() else None
+
+
+def _separated(s: Tensor, g: int, resolution: float) -> bool:
+    """Whether the g leading vectors are determined where entries are known to resolution * s_1; ties count as so."""
+    if g == 0 or g >= len(s):
+        return True
+    gap, tie = s[g - 1] - s[g], 4 * torch.finfo(torch.float32).eps * s[0]
+    return bool(gap >= resolution / SINE * s[0] or gap <= tie)
+
+
+def _cut(
+    u: Tensor, s: Tensor, vh: Tensor, rank: int | float, g: int, floor: float, total: float
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """u [O, r], s [r], vh [max(r, g), D], cut or padded with zeros, signed, and how many of the rows are not null."""
+    live = int((s > floor).sum())
+    r = _rank(rank, s.square(), total**2) or max(live, 1)
+    if isinstance(rank, float):
+        r = min(r, max(live, 1))
+    live = min(live, max(r, g))
+    sign = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).sign()
+    rows, values, columns = vh.new_zeros(max(r, g), vh.shape[1]), s.new_zeros(r), u.new_zeros(u.shape[0], r)
+    rows[:live] = (vh * sign)[:live]
+    values[:live] = s[: min(live, r)]
+    columns[:, :live] = (u * sign.T)[:, : min(live, r)]
+    return columns, values, rows, live
+
+
+def _norm(x: Tensor, minus: tuple[Tensor, Tensor] | None = None) -> float:
+    """||x||_F, or ||x - left @ right||_F, summed in float64 a few rows at a time."""
+    norm = 0.0
+    for start in range(0, len(x), 512):
+        chunk = x[start : start + 512]
+        if minus is not None:
+            chunk = torch.addmm(chunk, minus[0][start : start + 512], minus[1], alpha=-1)
+        norm = math.hypot(norm, torch.linalg.vector_norm(chunk.double()).item())
+    return norm

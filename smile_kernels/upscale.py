@@ -1,0 +1,284 @@
+"""A model and its fine-tuned versions -> the model with SMILE layers in place of its linear layers, and a report."""
+
+import copy
+import fnmatch
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import write_text
+from .nn import SmileLinear, replace_linear
+from .svd import Certificate, decompose_linear
+
+__all__ = ["LayerReport", "UpscaleReport", "upscale"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        rank: r, the rank of its experts; 0 where it was left alone.
+        energy: per expert, the share of ||W_i - W||_F^2 that its factors hold.
+        error: per expert, ||W_i - W - U_i diag(s_i) V_i^T||_F / ||W_i - W||_F.
+        seconds: the time its decomposition took.
+        skipped: why it was left alone, or None.
+        untrained: the experts whose weight equals the shared one: their score is 0, so they take no tokens.
+    """
+
+    name: str
+    rank: int
+    energy: list[float]
+    error: list[float]
+    seconds: float
+    skipped: str | None = None
+    untrained: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls, name: str, factors: Mapping[str, Tensor | None], certificates: Sequence[Certificate], seconds: float
+    ) -> "LayerReport":
+        """The report of what `svd.decompose_linear` returned; `skipped` where every expert equals the base."""
+        untrained = [i for i, c in enumerate(certificates) if c.directions == 0]
+        same = len(untrained) == len(certificates) and factors["expert_bias"] is None
+        return cls(
+            name,
+            0 if same else factors["s"].shape[1],
+            [c.energy for c in certificates],
+            [c.error for c in certificates],
+            seconds,
+            "every expert equals the base" if same else None,
+            untrained,
+        )
+
+
+@dataclass(frozen=True)
+class UpscaleReport:
+    """The report of every layer; printed as a table, saved as JSON."""
+
+    layers: list[LayerReport]
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON; the file appears whole or not at all."""
+        write_text(Path(path), json.dumps({"layers": [asdict(layer) for layer in self.layers]}, indent=1) + "\n")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        done = [layer for layer in self.layers if not layer.skipped]
+        table = Table("layer", "rank", "energy held", "largest error", "seconds", "note")
+        for layer in self.layers:
+            note = layer.skipped or ", ".join(f"expert {i} untrained" for i in layer.untrained)
+            held = "" if layer.skipped else f"{min(layer.energy):.4f} to {max(layer.energy):.4f}"
+            error = "" if layer.skipped else f"{max(layer.error):.4f}"
+            table.add_row(layer.name, str(layer.rank or ""), held, error, f"{layer.seconds:.2f}", note)
+        table.caption = f"{len(done)} of {len(self.layers)} layers upscaled"
+        console = Console(width=120)
+        with console.capture() as text:
+            console.print(table)
+        return text.get().rstrip("\n")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every nn.Linear, and transformers' Conv1D, with a floating-point weight, by its first name in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and module.weight.is_floating_point()
+    }
+
+
+def select_layers(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
+    """The names that match a pattern of `include` (all, where there is none) and none of `exclude`, in their order.
+
+    A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
+    """
+    return [
+        name
+        for name in names
+        if (not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ())
+    ]
+
+
+def average_tensors(tensors: Iterable[Tensor]) -> Tensor:
+    """The mean of tensors of one shape and dtype, summed in float32 (float64 for float64)."""
+    total, count = None, 0
+    for tensor in tensors:
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        total, count = wide.clone() if total is None else total.add_(wide), count + 1
+    return (total / count).to(tensor.dtype)
+
+
+@torch.no_grad()
+def upscale(
+    model: nn.Module,
+    finetuned: Sequence[nn.Module | Mapping[str, Any]],
+    *,
+    rank_of_expert: int | float,
+    rank_of_router: int,
+    num_experts_per_tok: int = 1,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    remaining: str = "base",
+    inplace: bool = False,
+    progress: bool = True,
+) -> tuple[nn.Module, UpscaleReport]:
+    """One pre-trained model and N fine-tuned versions of it, as one model of SMILE layers; no data, no training.
+
+    Each nn.Linear (and transformers' Conv1D) becomes a `SmileLinear` whose experts are the truncated SVDs of the
+    differences. Layers whose experts all equal the base are left alone. Tied weights stay tied.
+
+    Args:
+        model: the pre-trained model.
+        finetuned: N models of the same architecture, or LoRA adapters as `integrations.peft.adapter_deltas` reads them.
+        rank_of_expert: r; -1 for full rank (exact); or a fraction in (0, 1): per layer, the smallest rank that holds
+            this share of the energy.
+        rank_of_router: g.
+        num_experts_per_tok: m.
+        include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
+        remaining: "base" keeps every other parameter as the base has it; "average" takes the mean of the fine-tuned.
+        inplace: change `model` itself, rather than a copy.
+        progress: show a progress bar.
+
+    Returns:
+        The upscaled model and the report.
+
+    Raises:
+        ValueError: no experts, another architecture, a shape or dtype that differs, NaN or inf, a rank out of range,
+            num_experts_per_tok > N, patterns that leave no layer, or a layer whose weight PyTorch reads past its
+            forward. Nothing is changed then.
+    """
+    if not finetuned:
+        raise ValueError("finetuned: is empty; expected one fine-tuned model or more")
+    if not 1 <= num_experts_per_tok <= len(finetuned):
+        raise ValueError(f"num_experts_per_tok: is {num_experts_per_tok}; expected 1 to {len(finetuned)}")
+    if remaining not in ("base", "average"):
+        raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+    for i, expert in enumerate(finetuned):
+        _check_same(model, expert, f"finetuned[{i}]")
+    linears = linear_layers(model)
+    names = select_layers(linears, include, exclude)
+    if not names:
+        raise ValueError(
+            f"include, exclude: {include} without {exclude} leaves none of the {len(linears)} linear layers; "
+            "expected patterns such as '*.q_proj'"
+        )
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention) and any(
+            not torch.equal(expert.get_submodule(name).weight, linears[name].weight)
+            for expert in finetuned
+            if isinstance(expert, nn.Module)
+        ):
+            raise ValueError(
+                f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it; "
+                f"expected it in exclude (exclude=[{name!r}] keeps the base's)"
+            )
+
+    layers, reports = {}, []
+    for name in _track(names, progress):
+        start = time.perf_counter()
+        conv1d = _is_conv1d(linears[name])
+        weight, bias = linears[name].weight, linears[name].bias
+        experts = [_expert(expert, name, linears[name]) for expert in finetuned]
+        try:
+            factors, certificates = decompose_linear(
+                weight.T.contiguous() if conv1d else weight,
+                bias,
+                [w.T.contiguous() if conv1d and isinstance(w, Tensor) else w for w, _ in experts],
+                [b for _, b in experts],
+                rank_of_expert=rank_of_expert,
+                rank_of_router=rank_of_router,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        reports.append(LayerReport.of(name, factors, certificates, time.perf_counter() - start))
+        if not reports[-1].skipped:
+            layers[name] = factors
+
+    model = model if inplace else copy.deepcopy(model)
+    linears = linear_layers(model)
+    places = dict(model.named_modules(remove_duplicate=False))
+    shared = {id(p) for name in layers for p in linears[name].parameters()}
+    if remaining == "average":
+        whole = [dict(expert.named_parameters()) for expert in finetuned if isinstance(expert, nn.Module)]
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in shared and whole and parameter.is_floating_point():
+                # An adapter has the base's own parameters.
+                same = [parameter.clone()] * (len(finetuned) - len(whole))
+                parameter.copy_(average_tensors([*(p[name].to(parameter.device) for p in whole), *same]))
+    for name, factors in layers.items():
+        linear = linears[name]
+        weight = linear.weight.T.contiguous() if _is_conv1d(linear) else linear.weight
+        options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
+        layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
+        # The very parameters of the linear layer: what was tied to them stays tied.
+        layer.bias = linear.bias
+        if not _is_conv1d(linear):
+            layer.weight = linear.weight
+        for place in [place for place, module in places.items() if module is linear]:
+            replace_linear(model, place, layer)
+    return model, UpscaleReport(reports)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _expert(expert: nn.Module | Mapping[str, Any], name: str, linear: nn.Module) -> tuple[Any, Tensor | None]:
+    """One expert's version of a layer: its weight, or LoRA factors (b, a, scale), and its bias."""
+    if isinstance(expert, nn.Module):
+        module = expert.get_submodule(name)
+        return module.weight, module.bias
+    delta = expert.get(name)
+    if delta is None:
+        return linear.weight, linear.bias
+    if delta.weight is None or isinstance(delta.weight, Tensor):
+        weight = linear.weight if delta.weight is None else (linear.weight + delta.weight).to(linear.weight.dtype)
+    else:
+        weight = delta.weight.b, delta.weight.a, delta.weight.scale
+    if delta.bias is None:
+        return weight, linear.bias
+    return weight, delta.bias if linear.bias is None else (linear.bias + delta.bias).to(linear.bias.dtype)
+
+
+def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], where: str) -> None:
+    """Same parameters, but for biases of linear layers, which either side may lack."""
+    if not isinstance(expert, nn.Module):
+        unknown = [name for name in expert if name not in linear_layers(model)]
+        if unknown:
+            raise ValueError(f"{where}: changes {unknown[0]}, which is no linear layer of the model")
+        return
+    own, theirs = dict(model.named_parameters()), dict(expert.named_parameters())
+    optional = {f"{name}.bias" for name in (*linear_layers(model), *linear_layers(expert))}
+    missing = [name for name in own if name not in theirs and name not in optional]
+    extra = [name for name in theirs if name not in own and name not in optional]
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} more"
+        raise ValueError(f"{where}: is another architecture: it {what}; expected the parameters of the base model")
+    for name, parameter in own.items():
+        other = theirs.get(name)
+        if other is not None and (other.shape != parameter.shape or other.dtype != parameter.dtype):
+            raise ValueError(
+                f"{where}: {name} is {other.dtype} {list(other.shape)}; expected {parameter.dtype} "
+                f"{list(parameter.shape)} as in the base model"
+            )
+
+
+def _track(names: Sequence[str], progress: bool) -> Iterable[str]:
+    if not progress:
+        return names
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(names, "upscaling", console=Console(stderr=True))
