@@ -6,10 +6,14 @@ import warnings
 import peft
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, fine_tuned, output, smile_layers
 from transformers.pytorch_utils import Conv1D
+from typer.testing import CliRunner
 
+import smile_kernels as sk
+from smile_kernels import cli
 from smile_kernels.integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from smile_kernels.streaming import upscale_checkpoints
 from smile_kernels.svd import lora_svd
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -150,3 +154,53 @@ def test_quiet_without_reason(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(adapter_deltas(tmp_path, base.state_dict())) == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("MistralForCausalLM", {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 5}}),
+        ("Qwen2ForCausalLM", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only", "use_rslora": True}),
+        ("GPT2LMHeadModel", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ],
+    ids=["Mistral", "Qwen2", "GPT2"],
+)
+def test_one_adapter_is_exactly_the_merged_model(architecture, options, tmp_path):
+    """In memory and from disk: with one expert the weight is 1, so nothing but rounding may differ."""
+    base, merged = adapter(architecture, tmp_path / "adapter", **options)
+    base.save_pretrained(tmp_path / "base")
+    ranks = {"rank_of_expert": 6, "rank_of_router": 2}
+    in_memory, _ = sk.upscale(base, [adapter_deltas(tmp_path / "adapter", base.state_dict())], **ranks, progress=False)
+    upscale_checkpoints(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "fused", **ranks)
+    from_disk = type(base).from_pretrained(tmp_path / "fused")
+    for model in (in_memory, from_disk):
+        assert smile_layers(model)
+        torch.testing.assert_close(output(model), output(merged), rtol=1e-3, atol=1e-4)
+    assert (output(base) - output(merged)).abs().max() > 0.05
+
+
+def test_a_mixed_pool(tmp_path):
+    """A full fine-tune and two adapters of other ranks and targets: the command line's model is the one in memory."""
+    base, _ = adapter("MistralForCausalLM", tmp_path / "a", target_modules=["q_proj", "v_proj"])
+    adapter("MistralForCausalLM", tmp_path / "b", seed=5, target_modules=["q_proj", "up_proj"], r=2, lora_alpha=9)
+    full = fine_tuned(base, 7)
+    base.save_pretrained(tmp_path / "base")
+    full.save_pretrained(tmp_path / "full")
+    command = ["upscale", "--base", tmp_path / "base", "--out", tmp_path / "fused", "--exclude", "lm_head"]
+    command += [word for name in ("full", "a", "b") for word in ("--expert", tmp_path / name)]
+    command += ["--rank-of-expert", "4", "--rank-of-router", "2", "--num-experts-per-tok", "2"]
+    result = CliRunner().invoke(cli.app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    deltas = [adapter_deltas(tmp_path / name, base.state_dict()) for name in ("a", "b")]
+    in_memory, _ = sk.upscale(
+        base,
+        [full, *deltas],
+        rank_of_expert=4,
+        rank_of_router=2,
+        num_experts_per_tok=2,
+        exclude=["lm_head"],
+        progress=False,
+    )
+    from_disk = type(base).from_pretrained(tmp_path / "fused")
+    assert set(smile_layers(from_disk)) == set(smile_layers(in_memory))
+    torch.testing.assert_close(output(from_disk), output(in_memory), rtol=1e-4, atol=1e-4)
