@@ -63,8 +63,8 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         weights, ids = empty_routing(x, m)
         options = {"rank_of_router": g, "gates": expert_bias is not None, "save": save}
         tail, h = scale(shrink(x, vh), s, weights, ids, x.dtype, **options)
-        fused = configs.apply_path(configs.device(x.device), x.dtype, tokens, d, o, n, r, m) == "fused"
-        return expand(x, weight, bias, tail, u, expert_bias, fused), weights, ids, h
+        path = configs.apply_path(configs.device(x.device), x.dtype, tokens, d, o, n, r, m)
+        return expand(x, weight, bias, tail, u, expert_bias, path), weights, ids, h
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
@@ -79,7 +79,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
             return grouped.apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
         partial = shrink(x, vh[:, :r], ids if tokens <= 64 else None)
         tail, h = scale(partial, s, weights, ids, x.dtype, gates=expert_bias is not None, save=save)
-        return expand(x, weight, bias, tail, u, expert_bias, path == "fused"), h
+        return expand(x, weight, bias, tail, u, expert_bias, path), h
 
 
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):

@@ -95,11 +95,10 @@ def _outer(
         for begin in range(first, last, BLOCK_T):
             entry = begin + tl.arange(0, BLOCK_T)
             t = tl.load(order + j * T.to(tl.int64) + entry, mask=entry < last, other=0).to(tl.int64)
-            a_mask = (k < R)[:, None] & (entry < last)[None, :]
-            a = tl.load(left + (t[None, :] * M + j) * R + k[:, None], mask=a_mask, other=0.0)
-            b_mask = (entry < last)[:, None] & (d < D)[None, :]
-            b = tl.load(right + t[:, None] * right_stride_t + d[None, :], mask=b_mask, other=0.0)
-            acc = dot(a, b, acc, PRECISION)
+            real = (entry < last)[:, None]
+            a = tl.load(left + (t[:, None] * M + j) * R + k[None, :], mask=real & (k < R)[None, :], other=0.0)
+            b = tl.load(right + t[:, None] * right_stride_t + d[None, :], mask=real & (d < D)[None, :], other=0.0)
+            acc = dot(tl.trans(a), b, acc, PRECISION)
     out_ptrs = (
         out + expert.to(tl.int64) * out_stride_n + k[:, None].to(tl.int64) * out_stride_r + d[None, :] * out_stride_d
     )

@@ -35,8 +35,8 @@ class Device:
         return {"PDL": True, "launch_pdl": True} if self.pdl else {"PDL": False}
 
 
-# Compute capability -> family. All others have 100 KB of shared memory a block and no warp-group products, as 8.6 has.
-_FAMILIES = {(8, 0): "sm80", (8, 7): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
+# Compute capability -> family. All others (8.x, 12.x) multiply by warps; the tiles of sm80 fit the 99 KB a block that they have.
+_FAMILIES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
 
 @functools.lru_cache
@@ -49,7 +49,7 @@ def device(device: torch.device) -> Device:
         return Device(properties.name, "gfx942", properties.multi_processor_count, False)
     capability = properties.major, properties.minor
     pdl = capability >= (9, 0) and gdc_wait is not None
-    return Device(properties.name, _FAMILIES.get(capability, "sm86"), properties.multi_processor_count, pdl)
+    return Device(properties.name, _FAMILIES.get(capability, "sm80"), properties.multi_processor_count, pdl)
 
 
 def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> str:
@@ -81,9 +81,67 @@ _GROUPED = {"gather", "scatter"}
 
 # Family -> operand class -> kernel -> tiles, largest first: the three block sizes, num_warps, num_stages.
 # "half": bfloat16 and float16; "tf32": float32 on tensor cores; "ieee": float32 on scalar units.
+_IEEE = {
+    "shrink": [(64, 64, 32, 8, 2), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
+    "expand": [(64, 64, 32, 8, 2), (32, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
+    "decode": [(16, 16, 64, 4, 3)],
+    "gather": [(64, 32, 32, 4, 2), (16, 32, 32, 4, 2)],
+    "scatter": [(64, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
+    "outer": [(32, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
+}
+_TF32 = {
+    "shrink": [(64, 64, 32, 4, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3)],
+    "expand": [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 32, 64, 4, 3), (16, 16, 128, 4, 3)],
+    "decode": [(16, 16, 64, 4, 3)],
+    "gather": [(64, 64, 32, 8, 3), (16, 32, 64, 4, 3)],
+    "scatter": [(64, 64, 32, 4, 2), (16, 64, 32, 4, 2)],
+    "outer": [(64, 64, 32, 4, 3), (16, 64, 32, 4, 3)],
+}
+_SM80_HALF = {
+    "shrink": [(128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (32, 32, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 128, 4, 4)],
+    "expand": [(128, 128, 32, 8, 4), (64, 64, 64, 4, 4), (32, 32, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 256, 4, 4)],
+    "decode": [(16, 32, 128, 4, 4), (16, 16, 128, 4, 4)],
+    "gather": [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (16, 32, 128, 4, 4)],
+    "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
+    "outer": [(64, 128, 64, 4, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 3)],
+}
+_SM90_HALF = {
+    "shrink": [
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 8, 3),
+        (64, 64, 128, 4, 3),
+        (32, 32, 128, 4, 4),
+        (16, 32, 128, 4, 4),
+    ],
+    "expand": [
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+        (64, 32, 128, 4, 4),
+        (32, 32, 128, 4, 4),
+        (16, 32, 256, 4, 4),
+        (16, 16, 256, 4, 4),
+    ],
+    "decode": [(16, 32, 256, 4, 4), (16, 16, 256, 4, 4)],
+    "gather": [(128, 64, 64, 4, 3), (64, 64, 64, 8, 4), (16, 32, 128, 4, 4)],
+    "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
+    "outer": [(64, 128, 64, 8, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 3)],
+}
+_GFX942_HALF = {
+    "shrink": [(128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 128, 4, 2), (16, 32, 128, 4, 2)],
+    "expand": [(128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 128, 4, 2), (16, 32, 128, 4, 2), (16, 16, 256, 4, 2)],
+    "decode": [(16, 16, 128, 4, 2)],
+    "gather": [(64, 64, 64, 4, 2), (16, 32, 128, 4, 2)],
+    "scatter": [(64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
+    "outer": [(64, 64, 64, 4, 2), (16, 64, 64, 4, 2)],
+}
 _INTERPRETER = {kernel: [(32, 32, 32, 4, 1), (16, 16, 32, 4, 1)] for kernel in _BLOCKS}
 _INTERPRETER |= {kernel: [(16, 16, 32, 4, 1)] for kernel in _GROUPED}
 TILES = {
+    "sm80": {"half": _SM80_HALF, "tf32": _TF32, "ieee": _IEEE},
+    "sm90": {"half": _SM90_HALF, "tf32": _TF32, "ieee": _IEEE},
+    "sm100": {"half": _SM90_HALF, "tf32": _TF32, "ieee": _IEEE},
+    "gfx942": {"half": _GFX942_HALF, "ieee": _IEEE},
     "interpreter": {"half": _INTERPRETER, "ieee": _INTERPRETER},
 }
 
@@ -138,10 +196,11 @@ def entries(r: int) -> dict[str, int]:
     return {"BLOCK_E": 2048 // block_k, "BLOCK_K": block_k}
 
 
-def split(depth: int, block: int, programs: int, device: Device) -> int:
-    """How much of `depth` each split of a sum takes so that `programs` times the splits fill the device: a multiple of `block`."""
-    splits = max(1, device.multiprocessors // programs)
-    return math.ceil(math.ceil(depth / splits) / block) * block
+def split(depth: int, block: int, programs: int, device: Device) -> tuple[int, int]:
+    """Into how many splits to cut a sum over `depth` so that `programs` times the splits fill the device; blocks of each."""
+    blocks = math.ceil(depth / block)
+    chunks = math.ceil(blocks / max(1, device.multiprocessors // programs))
+    return math.ceil(blocks / chunks), chunks
 
 
 def route(n: int, m: int, width: int) -> dict[str, int]:

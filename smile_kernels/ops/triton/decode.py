@@ -14,7 +14,7 @@ from .common import cast, dot, start_next_kernel, wait_for_previous_kernel
 from .route import add_squares, by_expert, empty_routing, finite_norm, of_slot, select, sum_splits
 
 
-@triton.jit(do_not_specialize=["T", "SPLITS", "D_PER_SPLIT"])
+@triton.jit(do_not_specialize=["T", "SPLITS", "CHUNKS"])
 def _decode(
     x,  # [T, D]
     weight,  # [O, D]
@@ -33,7 +33,7 @@ def _decode(
     D,
     O,
     SPLITS,
-    D_PER_SPLIT,
+    CHUNKS,
     N: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -65,13 +65,13 @@ def _decode(
         start_next_kernel(PDL)
         for piece in range(pid, slices, programs):
             row = piece % row_blocks * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
-            first = piece // row_blocks * D_PER_SPLIT
-            last = tl.minimum(first + D_PER_SPLIT, D)
+            first = piece // row_blocks * CHUNKS * BLOCK_D
+            d = first + tl.arange(0, BLOCK_D)
             h = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-            for start in range(first, last, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                a = tl.load(x + t * x_stride_t + d[None, :], mask=(t < T) & (d < last)[None, :], other=0.0)
-                b = tl.load(vh + row * D + d[:, None], mask=(row < N * K) & (d < last)[:, None], other=0.0)
+            for i in range(tl.minimum(CHUNKS, tl.cdiv(D - first, BLOCK_D))):
+                inside = d < D - i * BLOCK_D
+                a = tl.load(x + t * x_stride_t + d[None, :] + i * BLOCK_D, mask=(t < T) & inside[None, :], other=0.0)
+                b = tl.load(vh + row * D + d[:, None] + i * BLOCK_D, mask=(row < N * K) & inside[:, None], other=0.0)
                 h = dot(a, b, h, ROUTE_PRECISION)
             at = partial + ((piece // row_blocks) * T + t) * (N * K) + row
             tl.store(at, h, mask=(t < T) & (row < N * K))
@@ -84,14 +84,27 @@ def _decode(
         n = tl.arange(0, BLOCK_N)[None, :]
         k = tl.arange(0, BLOCK_K)
         slot = tl.arange(0, BLOCK_M)[None, :]
+        nk = tl.arange(0, BLOCK_N * BLOCK_K)[:, None]
+        sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
         for tile in range(pid, tl.cdiv(O, BLOCK_O), programs):
             o = tile * BLOCK_O + tl.arange(0, BLOCK_O)[None, :].to(tl.int64)
+            # All experts' factors are read before the choice is known: that is less than to wait for them afterwards.
+            u_mask = (nk // BLOCK_K < N) & (nk % BLOCK_K < R) & (o < O)
+            factors = tl.load(u + (nk // BLOCK_K).to(tl.int64) * O * R + o * R + nk % BLOCK_K, mask=u_mask, other=0.0)
+            constant = tl.zeros((1, BLOCK_O), tl.float32)
+            if HAS_BIAS:
+                constant += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
+            if HAS_EXPERT_BIAS:
+                expert = tl.arange(0, BLOCK_N)[:, None]
+                delta = tl.load(expert_bias + expert * O + o, mask=(expert < N) & (o < O), other=0.0).to(tl.float32)
+
             acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+            d = tl.arange(0, BLOCK_D)
             for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                a = tl.load(x + t * x_stride_t + d[None, :], mask=(t < T) & (d < D)[None, :], other=0.0)
-                b_mask = (o < O) & (d < D)[:, None]
-                b = tl.load(weight + o * D + d[:, None], mask=b_mask, other=0.0, eviction_policy="evict_first")
+                inside = d < D - start
+                a = tl.load(x + t * x_stride_t + d[None, :] + start, mask=(t < T) & inside[None, :], other=0.0)
+                b_mask = (o < O) & inside[:, None]
+                b = tl.load(weight + o * D + d[:, None] + start, mask=b_mask, other=0.0, eviction_policy="evict_first")
                 acc = dot(a, b, acc, PRECISION)
 
             if SHRINK:
@@ -106,21 +119,12 @@ def _decode(
             peak, squares = add_squares(zero, zero, tl.where(k < G, h, 0.0))
             w, e = select(finite_norm(peak, squares), n, slot, N, M)
             chosen, gate = by_expert(w, e, n, slot, M)
-            z = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
-            z = tl.where(chosen[:, :, None] & (k < R), gate[:, :, None] * z * h, 0.0)
-            # The factors of experts that no token chose are not read.
-            here = (tl.max((chosen & (t < T)).to(tl.int32), 0)[:, None] > 0) & (k < R)
-            u_offsets = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * O * R + k
-            b_mask = tl.reshape(here, (BLOCK_N * BLOCK_K,))[:, None] & (o < O)
-            b = tl.load(u + tl.reshape(u_offsets, (BLOCK_N * BLOCK_K,))[:, None] + o * R, mask=b_mask, other=0.0)
-            acc = dot(cast(tl.reshape(z, (BLOCK_T, BLOCK_N * BLOCK_K)), b.dtype), b, acc, PRECISION)
+            z = tl.where(chosen[:, :, None], gate[:, :, None] * sv * h, 0.0)
+            z = cast(tl.reshape(z, (BLOCK_T, BLOCK_N * BLOCK_K)), factors.dtype)
+            acc = dot(z, factors, acc, PRECISION) + constant
             if HAS_EXPERT_BIAS:
-                for j in range(M):
-                    offset = of_slot(e, slot, j).to(tl.int64) * O + o
-                    delta = tl.load(expert_bias + offset, mask=(t < T) & (o < O), other=0.0)
-                    acc += of_slot(w, slot, j) * delta.to(tl.float32)
-            if HAS_BIAS:
-                acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
+                # Without the `where` Triton would make this sum of products a TF32 one.
+                acc += tl.sum(tl.where(chosen[:, :, None], gate[:, :, None] * delta[None, :, :], 0.0), 1)
             tl.store(y + t.to(tl.int64) * O + o, cast(acc, y.dtype.element_ty), mask=(t < T) & (o < O))
             if tile == 0:
                 tl.store(weights + t * M + slot, w, mask=(t < T) & (slot < M))
@@ -141,8 +145,7 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
     device = configs.device(x.device)
     config = configs.tile("decode", device, x.dtype, tokens, o, d)
     row_blocks, tiles = triton.cdiv(n * k, config["BLOCK_O"]), triton.cdiv(o, config["BLOCK_O"])
-    d_per_split = configs.split(d, config["BLOCK_D"], row_blocks, device)
-    splits = triton.cdiv(d, d_per_split)
+    splits, chunks = configs.split(d, config["BLOCK_D"], row_blocks, device)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     weights, ids = empty_routing(x, m)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
@@ -150,7 +153,7 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
     def launch(programs, arrivals, shrink, expand, **options):
         _decode[(programs,)](
             x, weight, bias, vh, s, u, expert_bias, partial, arrivals, y, weights, ids,
-            tokens, d, o, splits, d_per_split, n, k, rank_of_router, r, m,
+            tokens, d, o, splits, chunks, n, k, rank_of_router, r, m,
             x.stride(0),
             SHRINK=shrink, EXPAND=expand, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
             PRECISION=configs.precision(x.dtype, device), ROUTE_PRECISION=configs.precision(x.dtype, device, routes=True),

@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, dot, wait_for_previous_kernel
+from .common import TensorDescriptor, cast, dot, wait_for_previous_kernel
 from .route import Tail
 
 
 @triton.jit(do_not_specialize=["T"])
 def _expand(
-    x,  # [T, D]
-    weight,  # [O, D]
+    x,  # [T, D], a descriptor if TMA
+    weight,  # [O, D], likewise
     bias,  # [O]
     scaled,  # [T, N, R]
     gates,  # [T, N]
@@ -32,6 +32,7 @@ def _expand(
     x_stride_t,
     # meta-parameters
     BASE: tl.constexpr,
+    TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -49,27 +50,34 @@ def _expand(
     group = pid // (GROUP * tl.cdiv(O, BLOCK_O))
     group_size = tl.minimum(token_blocks - group * GROUP, GROUP)
     within = pid % (GROUP * tl.cdiv(O, BLOCK_O))
-    block_t = (group * GROUP + within % group_size).to(tl.int64)
-    t = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = (within // group_size).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    block_t = group * GROUP + within % group_size
+    block_o = within // group_size
+    t = block_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = block_o.to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     t_inside = t[:, None] < T
     o_inside = o[None, :] < O
 
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-    if BASE:
+    if TMA:
+        for start in range(0, D, BLOCK_D):
+            a = x.load([block_t * BLOCK_T, start])
+            b = weight.load([block_o * BLOCK_O, start])
+            acc = dot(a, b.T, acc, PRECISION)
+    elif BASE:
         d = tl.arange(0, BLOCK_D)
         x_ptrs = x + t[:, None] * x_stride_t + d[None, :]
         weight_ptrs = weight + o[None, :] * D + d[:, None]
         for start in range(0, D, BLOCK_D):
-            a = tl.load(x_ptrs, mask=t_inside & (d[None, :] < D - start), other=0.0)
-            b = tl.load(weight_ptrs, mask=o_inside & (d[:, None] < D - start), other=0.0)
+            inside = d < D - start
+            a = tl.load(x_ptrs, mask=t_inside & inside[None, :], other=0.0)
+            b = tl.load(weight_ptrs, mask=o_inside & inside[:, None], other=0.0)
             acc = dot(a, b, acc, PRECISION)
             x_ptrs += BLOCK_D
             weight_ptrs += BLOCK_D
 
     wait_for_previous_kernel(PDL)
     n = tl.arange(0, BLOCK_N)
-    seen = block_t * (BLOCK_T // SEEN_T) + tl.arange(0, BLOCK_T // SEEN_T)
+    seen = block_t.to(tl.int64) * (BLOCK_T // SEEN_T) + tl.arange(0, BLOCK_T // SEEN_T)
     seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
     here = tl.max(tl.load(present + seen[:, None] * N + n[None, :], mask=seen_inside, other=0).to(tl.int32), 0)
     k = tl.arange(0, BLOCK_R)
@@ -97,24 +105,36 @@ def _expand(
     tl.store(y + t[:, None] * O + o[None, :], cast(acc, y.dtype.element_ty), mask=t_inside & o_inside)
 
 
+def _describable(t: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read the rows of t."""
+    return TensorDescriptor is not None and t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0
+
+
 def expand(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail, u: Tensor, expert_bias: Tensor | None, fused: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail, u: Tensor, expert_bias: Tensor | None, path: str
 ) -> Tensor:
     """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
 
-    x [T, D], weight [O, D], bias [O], u [N, O, r], expert_bias [N, O]. The base product is formed in the same accumulator if `fused`,
-    else by cuBLAS on top of the rest.
+    x [T, D], weight [O, D], bias [O], u [N, O, r], expert_bias [N, O]. `path` says how the base product is formed: "fused" in the same
+    accumulator, "tma" likewise with x and weight read by the tensor memory accelerator, "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
     device = configs.device(x.device)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
-    config = configs.tile("expand", device, x.dtype, tokens, o, d if fused else n * r)
+    config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
+    tma = path == "tma" and _describable(x) and _describable(weight)
+    base = x, weight
+    if tma:
+        base = (
+            TensorDescriptor.from_tensor(x, [config["BLOCK_T"], config["BLOCK_D"]]),
+            TensorDescriptor.from_tensor(weight, [config["BLOCK_O"], config["BLOCK_D"]]),
+        )
     _expand[(triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(o, config["BLOCK_O"]),)](
-        x, weight, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y,
+        *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y,
         tokens, d, o, n, r, tail.tokens_per_block,
         x.stride(0),
-        BASE=fused, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
-        PRECISION=configs.precision(x.dtype, device), GROUP=8, BLOCK_N=triton.next_power_of_2(n), BLOCK_R=configs.rank_block(r),
-        **config, **device.dependent_launch(),
+        BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
+        PRECISION=configs.precision(x.dtype, device), GROUP=8,
+        BLOCK_N=configs.next_power_of_2(n), BLOCK_R=configs.rank_block(r), **config, **device.dependent_launch(),
     )  # fmt: skip
-    return y if fused else y.addmm_(x, weight.T)
+    return y.addmm_(x, weight.T) if path == "delta" else y

@@ -140,7 +140,7 @@ def _block_of_entries(order, start, experts, firsts, j, block, T, SCHEDULE, N: t
     return expert, tl.load(order + j.to(tl.int64) * T + entry, mask=real, other=0).to(tl.int64), real
 
 
-@triton.jit(do_not_specialize=["T", "SCHEDULE", "D_PER_SPLIT"])
+@triton.jit(do_not_specialize=["T", "SCHEDULE", "CHUNKS"])
 def _shrink(
     x,  # [T, D]
     factors,  # [N, R, D] by its strides
@@ -153,7 +153,7 @@ def _shrink(
     T,
     D,
     SCHEDULE,
-    D_PER_SPLIT,
+    CHUNKS,
     N: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
@@ -173,15 +173,14 @@ def _shrink(
     expert, t, real = _block_of_entries(order, start, experts, firsts, j, block, T, SCHEDULE, N, BLOCK_T)
     if expert < N:
         k = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-        first = split * D_PER_SPLIT
-        last = tl.minimum(first + D_PER_SPLIT, D)
-        d = first + tl.arange(0, BLOCK_D)
+        first_d = split * CHUNKS * BLOCK_D
+        d = first_d + tl.arange(0, BLOCK_D)
         x_ptrs = x + t[:, None] * x_stride_t + d[None, :]
         factor_ptrs = factors + expert * factors_stride_n
         factor_ptrs += k[None, :] * factors_stride_r + d[:, None].to(tl.int64) * factors_stride_d
         acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for start_d in range(first, last, BLOCK_D):
-            inside = start_d + tl.arange(0, BLOCK_D) < last
+        for i in range(tl.minimum(CHUNKS, tl.cdiv(D - first_d, BLOCK_D))):
+            inside = d < D - i * BLOCK_D
             a = tl.load(x_ptrs, mask=real[:, None] & inside[None, :], other=0.0)
             b = tl.load(factor_ptrs, mask=(k < R)[None, :] & inside[:, None], other=0.0)
             acc = dot(a, b, acc, PRECISION)
@@ -198,12 +197,11 @@ def shrink(x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) 
     device = configs.device(x.device)
     config = configs.tile("gather", device, x.dtype, groups.block, r, d)
     programs = schedule * triton.cdiv(r, config["BLOCK_R"])
-    d_per_split = configs.split(d, config["BLOCK_D"], programs * m, device)
-    splits = triton.cdiv(d, d_per_split)
+    splits, chunks = configs.split(d, config["BLOCK_D"], programs * m, device)
     partial = torch.empty(splits, tokens, m, r, dtype=torch.float32, device=x.device)
     _shrink[programs, m, splits](
         x, factors, *groups[:4], partial,
-        tokens, d, schedule, d_per_split, n, r, m,
+        tokens, d, schedule, chunks, n, r, m,
         x.stride(0), *factors.stride(),
         PRECISION=configs.precision(x.dtype, device, routes=routes), **config,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from . import configs
 from .common import dot, start_next_kernel
 
 
-@triton.jit(do_not_specialize=["T", "D_PER_SPLIT"])
+@triton.jit(do_not_specialize=["T", "CHUNKS"])
 def _shrink(
     x,  # [T, D]
     rows,  # [N, K, D]
@@ -18,7 +18,7 @@ def _shrink(
     # dimensions
     T,
     D,
-    D_PER_SPLIT,
+    CHUNKS,
     N: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -41,29 +41,30 @@ def _shrink(
     t = first_t + tl.arange(0, BLOCK_T)
     row = first_row + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    first_d = split * D_PER_SPLIT
-    last_d = tl.minimum(first_d + D_PER_SPLIT, D)
+    # A split takes CHUNKS blocks of the sum.
+    first_d = split * CHUNKS * BLOCK_D
+    chunks = tl.minimum(CHUNKS, tl.cdiv(D - first_d, BLOCK_D))
     if SELECTED:
         # Rows of experts that no token of the block chose are neither read nor written.
         slot = tl.arange(0, BLOCK_M)
         chosen = tl.load(ids + t[:, None] * M + slot, mask=(t[:, None] < T) & (slot < M), other=-1)
         here = (chosen >= first_row // K) & (chosen <= (first_row + BLOCK_R - 1) // K)
-        last_d = tl.where(tl.max(tl.max(here.to(tl.int32), 1), 0) > 0, last_d, first_d)
+        chunks = tl.where(tl.max(tl.max(here.to(tl.int32), 1), 0) > 0, chunks, 0)
 
     d = first_d + tl.arange(0, BLOCK_D)
-    x_ptrs = x + t[:, None] * x_stride_t + d
+    x_ptrs = x + t[:, None] * x_stride_t + d[None, :]
     row_ptrs = rows + (row // K).to(tl.int64) * rows_stride_n + (row % K).to(tl.int64) * D
     row_ptrs = row_ptrs[None, :] + d[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(first_d, last_d, BLOCK_D):
-        inside = start + tl.arange(0, BLOCK_D) < last_d
-        a = tl.load(x_ptrs, mask=(t[:, None] < T) & inside, other=0.0)
-        b = tl.load(row_ptrs, mask=(row < N * K) & inside[:, None], other=0.0)
+    for i in range(chunks):
+        inside = d < D - i * BLOCK_D
+        a = tl.load(x_ptrs, mask=(t < T)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(row_ptrs, mask=(row < N * K)[None, :] & inside[:, None], other=0.0)
         acc = dot(a, b, acc, PRECISION)
         x_ptrs += BLOCK_D
         row_ptrs += BLOCK_D
-    out = partial + (split.to(tl.int64) * T + t[:, None]) * (N * K) + row
-    tl.store(out, acc, mask=(t[:, None] < T) & (row < N * K) & (last_d > first_d))
+    out = partial + (split.to(tl.int64) * T + t[:, None]) * (N * K) + row[None, :]
+    tl.store(out, acc, mask=(t < T)[:, None] & (row < N * K)[None, :] & (chunks > 0))
 
 
 def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -76,13 +77,12 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     device = configs.device(x.device)
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
     programs = triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(n * k, config["BLOCK_R"])
-    d_per_split = configs.split(d, config["BLOCK_D"], programs, device)
-    splits = triton.cdiv(d, d_per_split)
+    splits, chunks = configs.split(d, config["BLOCK_D"], programs, device)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     m = 1 if ids is None else ids.shape[1]
     _shrink[programs, splits](
         x, rows, ids, partial,
-        tokens, d, d_per_split, n, k, m,
+        tokens, d, chunks, n, k, m,
         x.stride(0), rows.stride(0),
         SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True), PDL=device.pdl,
         BLOCK_M=triton.next_power_of_2(m), **config,
