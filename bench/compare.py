@@ -1,7 +1,7 @@
-"""What changed between two results beyond noise: python -m bench.compare old.json new.json.
+"""What changed between two results beyond noise: python bench/compare.py old.json new.json.
 
-Compares times over F.linear, each round's own, so that a faster or slower machine is not taken for faster or slower code.
-Ends with status 1 where a peer of the new results is slower, refused, or cannot run where it could before.
+Compares times over F.linear, each round's own: a faster or slower machine is not taken for faster or slower code. Ends
+with status 1 where a peer of the new results is slower, refused, or cannot run where it could before.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from smile_kernels.benchmark.measure import Record
 from smile_kernels.benchmark.peers import BASELINE
 
 # A change counts if it is at least this large and as improbable as this under the same distribution.
-LEAST, PROBABILITY = 0.03, 0.001
+LEAST, PROBABILITY = 0.05, 0.01
 
 
 def compare(old: Record, new: Record) -> tuple[list[str], list[str]]:

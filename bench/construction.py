@@ -23,7 +23,7 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
 
 
 @torch.no_grad()
-def measure_layer(in_features: int, out_features: int, device: str) -> Record:
+def measure_layer(in_features: int, out_features: int, device: str, seconds: float = 3.0) -> Record:
     """One layer and its experts. Ours is refused where its error is over 0.1% above that of fusion_bench's full SVD."""
     base = nn.Linear(in_features, out_features, device=device)
     finetuned = [_finetuned(base, seed) for seed in range(SETTING.num_local_experts)]
@@ -41,7 +41,7 @@ def measure_layer(in_features: int, out_features: int, device: str) -> Record:
             record["peers"]["smile"] = {"refused": f"expert {i}: error {error:.4g}, fusion_bench's {best:.4g}"}
             del calls["smile"]
             break
-    record["peers"] |= interleave(calls, device, seconds=3)
+    record["peers"] |= interleave(calls, device, seconds)
     return record
 
 

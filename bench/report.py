@@ -177,8 +177,8 @@ def machine_line(part: Record) -> str:
     machine = part["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
-        f"{machine['device']}, {machine['cores']} cores, {machine['clock_mhz']} MHz seen, load {machine['load']} at the "
-        f"start; {versions}; commit {machine['commit']}; {machine['measured']}."
+        f"{machine['device']}, {machine['cores']} cores, {machine['clock_mhz']} MHz seen, load {machine['load']} at "
+        f"the start; {versions}; commit {machine['commit']}; {machine['measured']}."
     ]
     for rates in part["limits"]:
         matmul = ", ".join(f"{SHORT[dtype]} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in rates["matmul"].items())
@@ -186,10 +186,8 @@ def machine_line(part: Record) -> str:
         lines.append(f"- {rates['threads']} threads: {matmul}; reading {read}")
     waiting = [row["waiting"] for record, peers in summaries(part) for row in peers.values() if record["threads"] == 1]
     if waiting:
-        lines.append(
-            f"- one thread waited for a processor {median(waiting):.1%} of the time in the median row, {max(waiting):.0%} in "
-            "the worst"
-        )
+        usual, worst = median(waiting), max(waiting)
+        lines.append(f"- one thread waited for a core {usual:.1%} of the time in the median row, at worst {worst:.0%}")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from .problems import Case
 
 # Calls are repeated until a sample is this long, so that reading the clocks costs nothing beside it.
 SAMPLE_SECONDS = 1e-3
-MIN_ROUNDS, MAX_ROUNDS = 4, 30
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
 # Tokens of a batch compared with the float64 oracle, spread over the whole of it.
 CHECKED_TOKENS = 48
 
