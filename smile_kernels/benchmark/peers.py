@@ -50,6 +50,8 @@ def _linear(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
 def _smile(backend: str, problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     if reason := library.why_not(backend, problem.x.device.type):
         raise CannotRunError(reason)
+    if backend == "cpu" and problem.x.requires_grad:
+        raise CannotRunError("the compiled CPU operator has no backward")
     layer = functools.partial(
         smile_linear,
         num_experts_per_tok=problem.num_experts_per_tok,
@@ -206,6 +208,7 @@ def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     a = torch.stack([_svh(problem, i) for i in range(n)])[None]
     b = problem.u[None].contiguous()
     of_token = torch.zeros(tokens, dtype=torch.int32, device=device)
+    enabled, one = torch.ones(2, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32)
     blocks = {f"{half}_{name}": value for half in ("shrink", "expand") for name, value in _MOE_BLOCKS.items()}
 
     def layer(x: Tensor) -> Tensor:
@@ -223,9 +226,9 @@ def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
             token_lora_mapping=of_token,
             max_lora_rank=r,
             top_k_num=m,
-            lora_ids=torch.zeros(1, dtype=torch.int32, device=device),
-            num_active_loras=_ONE,
-            adapter_enabled=torch.ones(2, dtype=torch.int32, device=device),
+            lora_ids=of_token[:1],
+            num_active_loras=one,
+            adapter_enabled=enabled,
             mul_routed_weight=True,
             **blocks,
         )
@@ -234,7 +237,7 @@ def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     return layer, []
 
 
-_ONE = torch.ones(1, dtype=torch.int32)
+# Tiles for few tokens.
 _MOE_BLOCKS = {
     "block_size_m": 16,
     "block_size_n": 64,
