@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .files import (
     write_text,
 )
 from .nn import SmileLinear, replace_linear
+from .routing import RoutingPolicy, get_routing, set_routing
 
 __all__ = ["SmileConfig", "SmileModuleConfig", "load_pretrained", "save_pretrained"]
 
@@ -97,6 +98,7 @@ class SmileConfig:
         rank_of_router: g as asked for.
         modules: every converted layer by its name, with its own ranks.
         base_model_name_or_path: where the other tensors are, when the checkpoint holds the experts only.
+        routing: the policy that the loaded model follows; num_experts_per_tok is the one above.
 
     Raises:
         ValueError: a key that is missing or unknown, or a value out of range; the message names it.
@@ -108,6 +110,7 @@ class SmileConfig:
     rank_of_router: int
     modules: dict[str, SmileModuleConfig]
     base_model_name_or_path: str | None = None
+    routing: RoutingPolicy = field(default=RoutingPolicy())
 
     def __post_init__(self):
         _check_integer("num_local_experts", self.num_local_experts, 1)
@@ -133,11 +136,15 @@ class SmileConfig:
         config["modules"] = {
             name: _from_mapping(SmileModuleConfig, module, f"modules[{name!r}]") for name, module in modules.items()
         }
+        if "routing" in config:
+            config["routing"] = RoutingPolicy.from_dict(config["routing"])
         return _from_mapping(cls, config, "quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads; fits JSON."""
         config = {"quant_method": QUANT_METHOD, **asdict(self)}
+        if not self.routing.remembers:
+            del config["routing"]
         if self.base_model_name_or_path is None:
             del config["base_model_name_or_path"]
         return config
@@ -171,6 +178,11 @@ class SmileConfig:
         )
 
 
+def stored_routing(model: nn.Module) -> RoutingPolicy:
+    """The model's policy as its config stores it: the number of experts per token is the layers' own."""
+    return replace(get_routing(model), num_experts_per_tok=None)
+
+
 def check_rank_of_expert(rank: int | float) -> None:
     """Raises ValueError unless `rank` is an integer of 1 or more, -1, or a fraction in (0, 1)."""
     integer = isinstance(rank, int) and not isinstance(rank, bool)
@@ -189,12 +201,12 @@ def _from_mapping(cls: type, values: Any, where: str) -> Any:
     """A dataclass from a mapping whose keys are all fields of it."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: is {values!r}; expected a mapping")
-    known = {field.name: field for field in fields(cls)}
+    known = {entry.name: entry for entry in fields(cls)}
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
-    for name, field in known.items():
-        if field.default is MISSING and name not in values:
+    for name, entry in known.items():
+        if entry.default is MISSING and name not in values:
             raise ValueError(f"{where}: {name} is missing")
     try:
         return cls(**values)
@@ -227,6 +239,7 @@ def save_pretrained(
         OSError: the disk is full.
     """
     config = SmileConfig.from_layers({n: m for n, m in model.named_modules() if isinstance(m, SmileLinear)})
+    config = replace(config, routing=stored_routing(model))
     if base is not None:
         config = replace(config, base_model_name_or_path=os.path.abspath(base))
     folder = check_output(folder, force=force)
@@ -495,3 +508,4 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
     if missing or unexpected:
         problem, name = ("missing", missing[0]) if missing else ("unexpected", unexpected[0])
         raise ValueError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
+    set_routing(model, config.routing)

@@ -23,7 +23,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_PARAMETERS = ("rank_of_expert", "rank_of_router", "num_experts_per_tok", "include", "exclude", "remaining")
+_PARAMETERS = (
+    "rank_of_expert",
+    "rank_of_router",
+    "num_experts_per_tok",
+    "include",
+    "exclude",
+    "remaining",
+    "routing",
+)
 
 
 @app.command()
@@ -44,6 +52,11 @@ def upscale(
     remaining: Annotated[
         str | None, typer.Option(help="Where other tensors come from: base or average.  [default: base]")
     ] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="Whose scores count: token, sequence or causal.  [default: token]")
+    ] = None,
+    accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
+    lock_after: Annotated[int | None, typer.Option(help="Keep the choice of the n-th SMILE layer from there.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
     out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
@@ -86,6 +99,8 @@ def upscale(
             "remaining": remaining,
             "dtype": dtype,
         }
+        policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after}
+        given["routing"] = {name: value for name, value in policy.items() if value is not None} or None
         given = {name: value for name, value in given.items() if value is not None}
         settings = _from_yaml(config) if config else {}
         for name in given:
@@ -102,8 +117,11 @@ def upscale(
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
         import torch
 
+        from .routing import RoutingPolicy
         from .streaming import upscale_checkpoints
 
+        if "routing" in settings:
+            settings["routing"] = RoutingPolicy.from_dict(settings["routing"])
         if "dtype" in settings:
             settings["dtype"] = _dtype(torch, settings["dtype"])
         first = int(os.environ.get("RANK", 0)) == 0
@@ -158,6 +176,55 @@ def inspect(
 
 
 @app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; give one or more.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a call; give one or more.")] = None,
+    num_local_experts: Annotated[int, typer.Option(help="N.")] = 8,
+    rank_of_expert: Annotated[int, typer.Option(help="r.")] = 32,
+    rank_of_router: Annotated[int, typer.Option(help="g.")] = 16,
+    num_experts_per_tok: Annotated[int, typer.Option(help="m, experts per token.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: bfloat16 on a GPU, else float32]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: the GPU where there is one]")] = None,
+    peers: Annotated[list[str] | None, typer.Option(help="What to compare; give one or more.  [default: all]")] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="Forward + backward.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Replay CUDA graphs instead of launching eagerly.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long to measure each table.")] = 1.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every sample there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time over F.linear there: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Show what a SMILE layer costs here, beside its peers, F.linear and the machine's own limits.
+
+    Every peer runs on the same tensors, interleaved, after its result was checked against a float64 oracle.
+
+    \b
+    Example:
+      smile-kernels bench --shape 768x3072 --shape mistral-7b.q --tokens 1 --tokens 512 --json bench.json
+    """
+    with _errors():
+        from .benchmark.command import bench as run
+        from .benchmark.peers import PEERS
+        from .benchmark.problems import Setting
+
+        run(
+            shape or ["clip-b32.attn"],
+            tokens or [1, 64, 1024],
+            Setting(num_local_experts, rank_of_expert, rank_of_router, num_experts_per_tok),
+            dtype=dtype,
+            device=device,
+            peers=peers or tuple(PEERS),
+            backward=backward,
+            graph=graph,
+            seconds=seconds,
+            json_file=json_path,
+            plot_file=plot,
+        )
+
+
+@app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Four tasks, under three minutes on two cores.")] = False,
     seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
@@ -172,7 +239,7 @@ def demo(
     Example:
       smile-kernels demo --quick --plot demo.png
     """
-    with _errors():
+    with _errors(RuntimeError):
         from .demo.run import demo as run
 
         run(quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot)
@@ -337,10 +404,10 @@ def _plot(description: dict[str, Any], file: Path) -> None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(*expected: type[Exception]) -> Iterator[None]:
     """What the caller can put right ends in a line on stderr and status 1; all else is a bug, and shows where."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, *expected) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from .files import (
     write_text,
 )
 from .integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from .routing import RoutingPolicy
 from .svd import check_ranks, decompose_linear
 from .upscale import LayerReport, UpscaleReport, _is_conv1d, average_tensors, linear_layers, select_layers
 
@@ -46,8 +48,8 @@ __all__ = ["upscale_checkpoints"]
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizers, generation settings, pooling, ...
 
-# Where transformers cannot say what a matrix is, these words in its name mean that it is looked up, not multiplied by.
-_LOOKED_UP = ("embed", "wte", "wpe", "relative_attention_bias", "shared")
+# Where transformers cannot say what a matrix is, such a name means that it is looked up, not multiplied by.
+_LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?(wte|wpe|shared|relative_attention_bias)")
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
@@ -169,6 +171,14 @@ class _Job:
         self.base, self.config, self.remaining, self.dtype, self.device = Path(base), config, remaining, dtype, device
         self.stored = read_tensors(base)
         self.tensors = _Tensors(self.stored)
+        base_config = read_config(base)
+        if quantized := base_config.get("quantization_config"):
+            method = quantized.get("quant_method")
+            raise ValueError(f"base: {base} is stored as {method!r} already; expected a checkpoint of plain weights")
+        for i, folder in enumerate(experts):
+            theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
+            if theirs and ours and theirs != ours:
+                raise ValueError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
         self.layers = _linear_layers(self.base, self.stored, include, exclude)
         self.experts = [
             _Adapter(f"experts[{i}]", folder, self.tensors)
@@ -263,9 +273,10 @@ class _Job:
 
     def _average(self, name: str) -> Tensor:
         # Adapters, which have the base's own tensors here, come last, as in `upscale`: the order decides the last bit.
-        whole = [expert.tensors[name] for expert in self.experts if isinstance(expert, _Finetuned)]
-        base = self.tensors[name]
-        return average_tensors([*whole, *[base] * (len(self.experts) - len(whole))]) if whole else base
+        whole = [expert for expert in self.experts if isinstance(expert, _Finetuned)]
+        adapters = len(self.experts) - len(whole)
+        sources = [*whole, *[self] * adapters] if whole else [self]
+        return average_tensors(source.tensors[name] for source in sources)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of this dtype becomes in the result."""
@@ -307,7 +318,9 @@ def _linear_layers(
     count as for `upscale`. Elsewhere each two-dimensional floating-point `<layer>.weight` is one, unless its name says
     that it is looked up.
     """
-    matrices = [name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point]
+    matrices = [
+        name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
+    ]
     model, model_type = _architecture(folder), read_config(folder).get("model_type")
     if model is not None:
         layers = _layers_of(model, matrices)
@@ -318,9 +331,7 @@ def _linear_layers(
     else:
         names = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
         names.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
-        layers = {
-            name: _Layer(name, f"{name}.weight") for name in names if not any(word in name for word in _LOOKED_UP)
-        }
+        layers = {name: _Layer(name, f"{name}.weight") for name in names if not _LOOKED_UP.fullmatch(name)}
     chosen = select_layers(layers, include, exclude)
     if not chosen:
         raise ValueError(
@@ -383,6 +394,7 @@ def upscale_checkpoints(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
+    routing: RoutingPolicy | None = None,
     dtype: torch.dtype | None = None,
     experts_only: bool = False,
     max_shard_size: int | str = "5GB",
@@ -399,6 +411,7 @@ def upscale_checkpoints(
         out: new or empty.
         rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude: as in `upscale`.
         remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
+        routing: the policy that the loaded model follows; by default each token chooses for itself.
         dtype: of the result; by default the base's, which the experts must share.
         experts_only: store the experts alone, beside the path of the base.
         max_shard_size: of one file.
@@ -428,6 +441,7 @@ def upscale_checkpoints(
         rank_of_router=rank_of_router,
         modules={},
         base_model_name_or_path=os.path.abspath(base) if experts_only else None,
+        routing=routing or RoutingPolicy(),
     )
     parse_size(max_shard_size)
     out = check_output(out, force=force)
@@ -473,7 +487,10 @@ def _begin(work: Path, settings: Mapping[str, Any], needed: int, *, force: bool)
     """A work folder for these settings, new or left by a run with the same, on a disk that has room for `needed`."""
     file, settings = work / "settings.json", json.loads(json.dumps(settings))
     if work.exists():
-        before = read_json(file) if file.is_file() else {}
+        parts = ("layers", "output", file.name)
+        if foreign := [f for f in work.iterdir() if f.name not in parts and not f.name.startswith(".")]:
+            raise FileExistsError(f"{work}: holds {foreign[0].name}, which no upscaling left there; expected no folder")
+        before = read_json(file) if file.is_file() else settings
         changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
         if changed and not force:
             raise FileExistsError(
@@ -486,11 +503,12 @@ def _begin(work: Path, settings: Mapping[str, Any], needed: int, *, force: bool)
     if free + present < needed:
         message = f"disk is too full: {needed:,} bytes are needed and {free + present:,} are free"
         raise OSError(errno.ENOSPC, message, str(work))
-    (work / "layers").mkdir(parents=True, exist_ok=True)
-    (work / "output").mkdir(exist_ok=True)
-    for left_by_a_killed_run in (work / "output").glob(".*"):
-        left_by_a_killed_run.unlink()
+    work.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings, indent=1) + "\n")
+    for folder in ("layers", "output"):
+        (work / folder).mkdir(exist_ok=True)
+        for left_by_a_killed_run in (work / folder).glob(".*"):
+            left_by_a_killed_run.unlink()
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

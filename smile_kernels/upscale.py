@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .files import write_text
 from .nn import SmileLinear, replace_linear
+from .routing import RoutingPolicy, set_routing
 from .svd import Certificate, decompose_linear
 
 __all__ = ["LayerReport", "UpscaleReport", "upscale"]
@@ -129,6 +130,7 @@ def upscale(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
+    routing: RoutingPolicy | None = None,
     inplace: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, UpscaleReport]:
@@ -146,6 +148,7 @@ def upscale(
         num_experts_per_tok: m.
         include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
         remaining: "base" keeps every other parameter as the base has it; "average" takes the mean of the fine-tuned.
+        routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself.
         inplace: change `model` itself, rather than a copy.
         progress: show a progress bar.
 
@@ -227,6 +230,8 @@ def upscale(
             layer.weight = linear.weight
         for place in [place for place, module in places.items() if module is linear]:
             replace_linear(model, place, layer)
+    if routing is not None:
+        set_routing(model, routing)
     return model, UpscaleReport(reports)
 
 

@@ -55,7 +55,8 @@ def test_config_round_trip():
     ("change", "message"),
     [
         ({"quant_method": "awq"}, "quant_method: is 'awq'; expected 'smile'"),
-        ({"routing": {}}, "unknown key 'routing'"),
+        ({"route": {}}, "unknown key 'route'"),
+        ({"routing": {"scope": "all"}}, "scope: is 'all'; expected one of 'token', 'sequence', 'causal'"),
         ({"num_experts_per_tok": 4}, "num_experts_per_tok: is 4; expected 1 to 3"),
         ({"num_local_experts": 0}, "num_local_experts: is 0"),
         ({"rank_of_expert": 1.0}, "rank_of_expert: is 1.0; expected an integer of 1 or more, -1 for full rank"),

@@ -3,16 +3,23 @@
 import copy
 import io
 import itertools
+import json
 import math
 import pickle
+import runpy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from torch import nn
+from typer.testing import CliRunner
 
+import smile_kernels as sk
 from smile_kernels import SmileLinear, functional
+from smile_kernels.cli import app
+from smile_kernels.integrations import distributed
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
 from smile_kernels.testing import Problem, assert_close, expectations
 
@@ -643,6 +650,71 @@ def test_policies_survive_their_dict(policy):
     assert get_routing(model) == RoutingPolicy(
         policy.scope, policy.accumulate, policy.lock_after, policy.num_experts_per_tok
     )
+
+
+@by_name({"sequence+layers, lock 3": POLICIES["sequence+layers, lock 3"], "token": RoutingPolicy()})
+def test_checkpoints_carry_the_policy(policy, tmp_path):
+    config = tf.BertConfig(**SIZES, intermediate_size=24)
+    base, finetuned = tf.BertModel(config), [tf.BertModel(config) for _ in range(3)]
+    model, _ = sk.upscale(
+        base, finetuned, rank_of_expert=4, rank_of_router=2, num_experts_per_tok=2, routing=policy, progress=False
+    )
+    model.eval()
+    ids = tokens(2, 6)
+    want = logits(model, input_ids=ids)
+    assert get_routing(model) == policy
+    sk.save_pretrained(model, tmp_path / "whole")
+    stored = json.loads((tmp_path / "whole" / "config.json").read_text())["quantization_config"]
+    assert ("routing" in stored) == policy.remembers
+    loaded = [sk.load_pretrained(tmp_path / "whole"), tf.AutoModel.from_pretrained(tmp_path / "whole")]
+    loaded.append(sk.load_pretrained(tmp_path / "whole", tf.BertModel(config).eval()))
+    other = RoutingPolicy("causal")
+    for copied in loaded:
+        assert get_routing(copied) == policy
+        torch.testing.assert_close(logits(copied, input_ids=ids), want, rtol=1e-4, atol=1e-5)
+    for how, copied in zip(("own", "transformers"), loaded):
+        set_routing(copied, other)
+        (sk.save_pretrained if how == "own" else tf.BertModel.save_pretrained)(copied, tmp_path / how)
+        assert get_routing(tf.AutoModel.from_pretrained(tmp_path / how)) == other
+
+
+def test_command_line_sets_the_policy(tmp_path):
+    config = tf.BertConfig(**SIZES, intermediate_size=24)
+    for name in ("base", "one", "two"):
+        tf.BertModel(config).save_pretrained(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in ("base", "one", "two", "out", "yaml.yml", "again")}
+    arguments = ["upscale", "--base", paths["base"], "--expert", paths["one"], "--expert", paths["two"]]
+    arguments += ["--rank-of-expert", "2", "--rank-of-router", "2"]
+    policy = ["--routing", "sequence", "--accumulate", "--lock-after", "3"]
+    result = CliRunner().invoke(app, [*arguments, *policy, "--out", paths["out"]], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert get_routing(sk.load_pretrained(paths["out"])) == RoutingPolicy("sequence", True, 3)
+    (tmp_path / "yaml.yml").write_text("parameters: {routing: {scope: causal, accumulate: true}}")
+    result = CliRunner().invoke(app, ["upscale", paths["yaml.yml"], *arguments[1:], "--out", paths["again"]])
+    assert result.exit_code == 0, result.output
+    assert get_routing(sk.load_pretrained(paths["again"])) == RoutingPolicy("causal", True)
+    result = CliRunner().invoke(app, [*arguments, "--lock-after", "3", "--out", str(tmp_path / "no")])
+    assert result.exit_code != 0
+    assert "lock_after: is 3" in result.output
+    assert not (tmp_path / "no").exists()
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[1] / "examples" / "routing.py"
+    monkeypatch.setattr("sys.argv", ["routing.py", "--plot", str(tmp_path / "routing.png")])
+    runpy.run_path(str(example), run_name="__main__")
+    shares = [float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(shares) == 5
+    assert shares[0] < min(shares[1:]), "remembering must help"
+    assert (tmp_path / "routing.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("style", ["ColwiseSmile", "RowwiseSmile"])
+def test_layers_split_over_ranks_refuse_a_policy(style):
+    model = nn.Sequential(SmileLinear(8, 8, 2, 2, 2))
+    set_routing(model, RoutingPolicy("sequence"))
+    with pytest.raises(NotImplementedError, match=r"^routing: a layer split over ranks"):
+        getattr(distributed, style)().forward(model[0], None, torch.randn(3, 8))
 
 
 def test_models_that_cannot_follow_are_refused_unchanged():

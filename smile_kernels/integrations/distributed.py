@@ -65,6 +65,7 @@ class ColwiseSmile(ParallelStyle):
         return module
 
     def forward(self, layer: SmileLinear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        _refuse_policy(layer)
         x = _summed_gradient(_dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Replicate()]))
         y = smile_linear(
             x,
@@ -110,6 +111,7 @@ class RowwiseSmile(ColwiseSmile):
         )
 
     def forward(self, layer: SmileLinear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        _refuse_policy(layer)
         x = _dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Shard(x.dim() - 1)]).to_local()
         vh = layer.vh.to_local()
         rows = vh[:, : layer.rank_of_router] if layer.router is None else layer.router.to_local()
@@ -136,6 +138,14 @@ class RowwiseSmile(ColwiseSmile):
             routing=select_experts(scores, layer.num_experts_per_tok),
         )
         return self._output(DTensor.from_local(y, mesh, [Partial()], run_check=False), mesh)
+
+
+def _refuse_policy(layer: SmileLinear) -> None:
+    if layer.attached_routing is not None:
+        raise NotImplementedError(
+            f"routing: a layer split over ranks is asked to follow {layer.attached_routing[0].policy}; expected the "
+            "default, where each token chooses for itself"
+        )
 
 
 def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:

@@ -19,7 +19,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import QUANT_METHOD, SmileConfig
+from ..checkpoint import QUANT_METHOD, SmileConfig, stored_routing
+from ..routing import set_routing
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -40,6 +41,14 @@ class SmileQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module):
+        # Called by save_pretrained: the policy may have been changed since the model was loaded.
+        policy = stored_routing(model)
+        self.quantization_config.__dict__.pop("routing", None)
+        if policy.remembers:
+            self.quantization_config.routing = policy.to_dict()
+        return super().get_state_dict_and_metadata(model)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
@@ -91,6 +100,7 @@ class SmileQuantizer(HfQuantizer):
             raise ValueError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
+        set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)
         # The names under which `save_pretrained` will store the layers that this model has.
         self.quantization_config.modules = {
             next(iter(revert_weight_conversion(model, {f"{name}.s": layer.s}))).removesuffix(".s"): vars(entry)

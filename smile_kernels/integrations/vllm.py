@@ -46,7 +46,13 @@ class SmileQuantizationConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SmileQuantizationConfig":
-        return cls(SmileConfig.from_dict(config))
+        smile = SmileConfig.from_dict(config)
+        if smile.routing.remembers:
+            raise NotImplementedError(
+                f"routing: the checkpoint asks for {smile.routing}, which needs state for each request; expected scope "
+                "'token' in vLLM, so remove routing from its quantization_config to serve it with the published routing"
+            )
+        return cls(smile)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
