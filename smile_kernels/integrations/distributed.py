@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from ..functional import select_experts, smile_linear
@@ -218,3 +219,74 @@ def _local(p: DTensor | None) -> Tensor | None:
 def _summed_gradient(p: DTensor | None) -> Tensor | None:
     """A replicated tensor as this rank's; each rank's gradient is a part of the sum."""
     return None if p is None else p.redistribute(placements=p.placements).to_local(grad_placements=[Partial()])
+
+
+def _parameters(weight, bias, vh, s, u, expert_bias, *, column: bool = False) -> list[Placement | None]:
+    """Placements of the layer's tensors: whole, or split along out_features; None where a tensor is not there."""
+    split = [Shard(0), Shard(0), Replicate(), Replicate(), Shard(1), Shard(1)] if column else [Replicate()] * 6
+    tensors = (weight, bias, vh, s, u, expert_bias)
+    return [placement if t is not None else None for t, placement in zip(tensors, split)]
+
+
+# What DTensor may do with the operators: split the tokens, or the outputs of the expert half; whole otherwise. The
+# router needs every column of x, so `route` and `linear` are never split along in_features.
+
+
+@register_sharding(torch.ops.smile_kernels.route.default)
+def _shard_route(x, router, num_experts_per_tok, backend):
+    return [
+        ([Replicate(), Replicate()], [Replicate(), Replicate(), None, None]),
+        ([Shard(0), Shard(0)], [Shard(0), Replicate(), None, None]),
+    ]
+
+
+@register_sharding(torch.ops.smile_kernels.apply.default)
+def _shard_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, backend):
+    layer = weight, bias, vh, s, u, expert_bias
+    r, t = Replicate(), Shard(0)
+    return [
+        ([r, r], [r, *_parameters(*layer), r, r, None, None]),
+        ([t, t if save else r], [t, *_parameters(*layer), t, t, None, None]),
+        ([Shard(1), r], [r, *_parameters(*layer, column=True), r, r, None, None]),
+    ]
+
+
+@register_sharding(torch.ops.smile_kernels.linear.default)
+def _shard_linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save, backend):
+    layer = weight, bias, vh, s, u, expert_bias
+    r, t = Replicate(), Shard(0)
+    rows = None if router is None else r
+    return [
+        ([r, r, r, r], [r, *_parameters(*layer), rows, None, None, None, None]),
+        ([t, t, t, t if save else r], [t, *_parameters(*layer), rows, None, None, None, None]),
+        ([Shard(1), r, r, r], [r, *_parameters(*layer, column=True), rows, None, None, None, None]),
+    ]
+
+
+@register_sharding(torch.ops.smile_kernels.route_backward.default)
+def _shard_route_backward(dweights, x, router, weights, ids, needs, backend):
+    r, t, p = Replicate(), Shard(0), Partial()
+    return [
+        ([r, r], [r, r, r, r, r, None, None]),
+        (_needed([t, p], needs), [t, t, r, t, t, None, None]),
+        (_needed([p, p], needs), [p, r, r, r, r, None, None]),
+    ]
+
+
+@register_sharding(torch.ops.smile_kernels.apply_backward.default)
+def _shard_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, backend):
+    r, t, p, column = Replicate(), Shard(0), Partial(), Shard(1)
+    whole, split = (None, None) if expert_bias is None else (r, column)
+    return [
+        ([r] * 8, [r, r, r, r, r, r, whole, r, r, r, None, None]),
+        (_needed([t, p, p, p, p, p, p, t], needs), [t, t, r, r, r, r, whole, t, t, t, None, None]),
+        (
+            _needed([p, Shard(0), Shard(0), p, p, column, column, p], needs),
+            [column, r, Shard(0), r, r, column, split, r, r, r, None, None],
+        ),
+    ]
+
+
+def _needed(placements: list[Placement], needs: list[bool]) -> list[Placement]:
+    """A gradient that is not asked for comes back without elements."""
+    return [placement if needed else Replicate() for placement, needed in zip(placements, needs)]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tiny_models import build, fine_tuned, fuse, inputs, smile_layers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from smile_kernels import SmileLinear
@@ -157,10 +157,39 @@ def check_two_dimensions() -> None:
     compare_gradients(want, got, 1e-10)
 
 
+def check_operators(mesh) -> None:
+    """The operators on DTensors: tokens split, outputs split, and autograd through both."""
+    want = layer(num_experts_per_tok=2)
+    x = torch.randn(2 * mesh.size() + 1, 26, dtype=torch.float64)
+    dy = torch.randn(x.shape[0], 21, dtype=torch.float64)
+    want(x).backward(dy)
+    for tokens, outputs in ((Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate())):
+        got = copy.deepcopy(want)
+        got.zero_grad()
+        for name, p in got.named_parameters():
+            columns = Shard(1) if name in ("u", "expert_bias") else outputs
+            split = outputs.is_shard() and name in ("weight", "bias", "u", "expert_bias")
+            placement = columns if split else Replicate()
+            got.register_parameter(name, torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [placement])))
+        y = got(distribute_tensor(x, mesh, [tokens]))
+        assert y.placements == ((Shard(1),) if outputs.is_shard() else (tokens,))
+        torch.testing.assert_close(full(y), want(x), rtol=1e-10, atol=1e-10)
+        y.backward(distribute_tensor(dy, mesh, y.placements))
+        compare_gradients(want, got, 1e-10)
+        with torch.no_grad():
+            torch.testing.assert_close(full(got(distribute_tensor(x, mesh, [tokens]))), want(x), rtol=1e-10, atol=1e-10)
+        frozen = [p.requires_grad_(name == "s") for name, p in got.named_parameters()]
+        got.zero_grad()
+        got(distribute_tensor(x, mesh, [tokens])).backward(distribute_tensor(dy, mesh, y.placements))
+        torch.testing.assert_close(full(got.s.grad), want.s.grad, rtol=1e-10, atol=1e-10)
+        assert all(p.grad is None for p in frozen if p is not got.s)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    check_operators(mesh)
     check_layers(mesh)
     check_pair(mesh)
     check_fully_sharded(mesh, None)
