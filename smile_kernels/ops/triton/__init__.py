@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA GPUs from compute capability 8.0, AMD gfx942; CPU tensors under Triton's interpreter.
 
-Shapes: T tokens, D in_features, O out_features, N experts, m experts a token, r rank of an expert, g rank of the router.
+T tokens, D in_features, O out_features, N experts, m experts a token, r rank of an expert, g rank of the router.
 """
 
 import torch
@@ -24,15 +24,19 @@ def why_not(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"it serves cuda tensors, not {device_type} tensors; TRITON_INTERPRET=1 interprets it on a CPU, slowly"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+        return "it needs a GPU of compute capability 8.0 or newer"
     return None
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as the kernels read it."""
+    """x with contiguous rows, as the kernels read them."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"x: is {x.dtype}; the triton backend takes float32, bfloat16 and float16")
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -48,31 +52,36 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
     """Route and apply in one pass -> y [T, O], weights [T, m], ids [T, m], h [T, m, r]."""
     (tokens, d), (n, o, r), k, m, g = x.shape, u.shape, vh.shape[1], num_experts_per_tok, rank_of_router
+    device = configs.device(x.device)
     path = "first"
     if router is None and tokens:
-        path = configs.linear_path(configs.device(x.device), x.dtype, tokens, d, o, n, k, g, r, m)
-    if path == "first" or (save and path in ("decode", "single")):
+        path = configs.linear_path(device, x.dtype, tokens, d, o, n, k, g, r, m, save)
+    if path == "first":
         weights, ids = route(x, vh[:, :g] if router is None else router, m)
         y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
         return y, weights, ids, h
     x = _rows(x)
+    weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
     with torch.cuda.device_of(x):
         if path in ("decode", "single"):
             y, weights, ids = decode(x, weight, bias, vh, s, u, expert_bias, m, g, single=path == "single")
             return y, weights, ids, s.new_empty(0)
         weights, ids = empty_routing(x, m)
-        options = {"rank_of_router": g, "gates": expert_bias is not None, "save": save}
-        tail, h = scale(shrink(x, vh), s, weights, ids, x.dtype, **options)
-        path = configs.apply_path(configs.device(x.device), x.dtype, tokens, d, o, n, r, m)
-        return expand(x, weight, bias, tail, u, expert_bias, path), weights, ids, h
+        gates = expert_bias is not None
+        tail, h = scale(shrink(x, vh), s, weights, ids, x.dtype, rank_of_router=g, gates=gates, save=save)
+        path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
+        # Products formed together are not grouped any more.
+        return expand(x, weight, bias, tail, u, expert_bias, "delta" if path == "grouped" else path), weights, ids, h
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
-    """y [T, O] = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x of each slot if `save`."""
+    """y [T, O] = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x if `save`."""
     (tokens, d), (n, o, r), m = x.shape, u.shape, ids.shape[1]
     if tokens == 0:
         return x.new_empty(0, o), s.new_empty((0, m, r) if save else 0)
     x = _rows(x)
+    weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
+    weights, ids = _contiguous(weights, ids)
     path = configs.apply_path(configs.device(x.device), x.dtype, tokens, d, o, n, r, m)
     with torch.cuda.device_of(x):
         if path == "grouped":
@@ -87,13 +96,16 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     if x.shape[0] == 0:
         like = (x, weight, weight[:, 0], vh, s, u, expert_bias, weights)
         return tuple(torch.zeros_like(t) if needed else None for t, needed in zip(like, needs))
+    dy, x = _rows(dy), _rows(x)
+    vh, s, u, expert_bias, weights, ids = _contiguous(vh, s, u, expert_bias, weights, ids)
     with torch.cuda.device_of(x):
-        return backward.apply_backward(_rows(dy), _rows(x), weight, vh, s, u, expert_bias, weights, ids, h, needs)
+        return backward.apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
 
 
 def route_backward(dweights, x, router, weights, ids, needs):
     """Gradients of x and router from those of the weights; None where `needs` says so."""
     if x.shape[0] == 0:
         return tuple(torch.zeros_like(t) if needed else None for t, needed in zip((x, router), needs))
+    dweights, weights, ids = _contiguous(dweights, weights, ids)
     with torch.cuda.device_of(x):
         return backward.route_backward(dweights, _rows(x), router, weights, ids, needs)

@@ -1,4 +1,4 @@
-"""Gradients of a SMILE layer, each only if asked for. Every sum has a fixed order: the same input gives the same bits."""
+"""Gradients of a SMILE layer, each only if asked for; sums have a fixed order, so that equal inputs give equal bits."""
 
 import torch
 import triton
@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, grouped
-from .common import cast, dot
+from .common import cast, dot, sum_splits
 from .grouped import Groups
-from .route import add_squares, finite_norm, sum_splits
+from .route import add_squares, finite_norm
 
 
 @triton.jit(do_not_specialize=["T", "SPLITS", "BIAS_SPLITS"])
@@ -106,7 +106,7 @@ def _outer(
 
 
 def outer(left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
-    """out_i = sum over the entries of expert i of left right^T: left [T, m, r], right [T, D] -> out [N, r, D] of any strides."""
+    """out_i = sum over the entries of expert i of left right^T: left [T, m, r], right [T, D], out [N, r, D]."""
     (tokens, m, r), (n, _, d) = left.shape, out.shape
     device = configs.device(left.device)
     config = configs.tile("outer", device, left.dtype, r, d, tokens, copies=n)
@@ -149,8 +149,9 @@ def _sum(
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
 
-    With a_i = u_i^T dy and z_i = s_i h_i, over the experts i of a token: dh_i = w_i s_i a_i, dx = dy W + sum_i V_i dh_i,
-    dvh_i = dh_i x^T, ds_i = w_i a_i h_i, du_i = w_i dy z_i^T, dexpert_bias_i = w_i dy, dw_i = a_i . z_i + dy . expert_bias_i.
+    With a_i = u_i^T dy and z_i = s_i h_i: dw_i = a_i . z_i + dy . expert_bias_i, dh_i = w_i s_i a_i,
+    dx = dy W + sum_i V_i dh_i; and summed over tokens, dvh_i = dh_i x^T, ds_i = w_i a_i h_i, du_i = w_i dy z_i^T,
+    dexpert_bias_i = w_i dy.
     """
     (tokens, m), (n, r) = ids.shape, s.shape
     needs_x, needs_weight, needs_bias, needs_vh, needs_s, needs_u, needs_expert_bias, needs_weights = needs
@@ -234,7 +235,11 @@ def _score_backward(
 
 
 def route_backward(dweights, x, router, weights, ids, needs):
-    """dq_i = w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i||, q_i = router_i x -> dx [T, D] = sum_i router_i^T dq_i, drouter_i = dq_i x^T."""
+    """Gradients of x and router; None where `needs` says so.
+
+    With q_i = router_i x and dq_i = w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i||: dx = sum_i router_i^T dq_i, and
+    drouter_i = dq_i x^T summed over tokens.
+    """
     (tokens, m), (n, g, _) = ids.shape, router.shape
     groups = grouped.group(ids, n, x.dtype)
     partial = grouped.shrink(x, router, groups, routes=True)

@@ -1,4 +1,4 @@
-"""What every kernel shares: products and casts that the interpreter also gets right, and the overlap of dependent launches."""
+"""What the kernels share: products and casts that the interpreter gets right too, and the overlap of launches."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ except ImportError:  # Triton before 3.4
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32; PRECISION says how float32 operands are multiplied: "ieee", "tf32" or "tf32x3"."""
+    """acc + a b in float32; PRECISION is how float32 operands are multiplied: "ieee", "tf32" or "tf32x3"."""
     if INTERPRETED:
         # The interpreter multiplies the raw bits of bfloat16 values.
         a = a.to(tl.float32)
@@ -45,6 +45,16 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
     """Wait until all that the previous kernel of the stream wrote can be read."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def sum_splits(partial, offsets, mask, SPLITS, split_stride):
+    """The partial sums at `offsets`, added in the order of the splits."""
+    total = tl.load(partial + offsets, mask=mask, other=0.0)
+    for _ in range(1, SPLITS):
+        partial += split_stride
+        total += tl.load(partial + offsets, mask=mask, other=0.0)
+    return total
 
 
 INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))

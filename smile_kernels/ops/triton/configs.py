@@ -1,9 +1,9 @@
 """Every launch configuration: tiles per device family, the choice among them, and the tables that measurements fill.
 
-A choice depends on the device, the dtype and the bucket of the shape alone, never on the data, and nothing is timed at run time.
-The first of these that knows the bucket decides:
+A choice depends on the device, the dtype and the bucket of the shape alone, never on the data, and nothing is timed at
+run time. The first of these that knows the bucket decides:
 
-1. the user's table, which `tune` writes for the GPU at hand (`user_table`),
+1. the user's table, which `tuning.tune` writes for the GPU at hand (`user_table`),
 2. the shipped table of measured choices, `measured.json` beside this file,
 3. the heuristics of `tile`, `apply_path` and `linear_path`.
 """
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
-from .common import gdc_wait
+from .common import TensorDescriptor, gdc_wait
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,14 @@ class Device:
     family: str  # a key of TILES
     multiprocessors: int
     pdl: bool  # programmatic dependent launch: a kernel may start before the one it depends on has ended
+    tma: bool  # tensor memory accelerator
 
     def dependent_launch(self) -> dict[str, bool]:
         """Launch options of a kernel that calls `wait_for_previous_kernel`."""
         return {"PDL": True, "launch_pdl": True} if self.pdl else {"PDL": False}
 
 
-# Compute capability -> family. All others (8.x, 12.x) multiply by warps; the tiles of sm80 fit the 99 KB a block that they have.
+# Compute capability -> family. The others (8.x, 12.x) multiply by single warps and have 99 KB of shared memory a block.
 _FAMILIES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
 
@@ -43,13 +45,17 @@ _FAMILIES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 def device(device: torch.device) -> Device:
     """The device a tensor lies on; tensors on a CPU are served by the interpreter alone."""
     if device.type == "cpu":
-        return Device("interpreter", "interpreter", 4, False)
+        return Device("interpreter", "interpreter", 4, pdl=False, tma=TensorDescriptor is not None)
     properties = torch.cuda.get_device_properties(device)
+    name, multiprocessors = properties.name, properties.multi_processor_count
     if torch.version.hip:
-        return Device(properties.name, "gfx942", properties.multi_processor_count, False)
+        return Device(name, "gfx942", multiprocessors, pdl=False, tma=False)
     capability = properties.major, properties.minor
-    pdl = capability >= (9, 0) and gdc_wait is not None
-    return Device(properties.name, _FAMILIES.get(capability, "sm80"), properties.multi_processor_count, pdl)
+    hopper = capability >= (9, 0)
+    family = _FAMILIES.get(capability, "sm80")
+    return Device(
+        name, family, multiprocessors, pdl=hopper and gdc_wait is not None, tma=hopper and TensorDescriptor is not None
+    )
 
 
 def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> str:
@@ -65,8 +71,8 @@ def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> st
     return "tf32x3" if routes else "tf32"
 
 
-# The block sizes of a kernel's tile: tokens, columns of the result, and the dimension summed over.
-_BLOCKS = {
+# The block sizes of a kernel's tile: rows and columns of the result, and the dimension summed over.
+BLOCKS = {
     "shrink": ("BLOCK_T", "BLOCK_R", "BLOCK_D"),
     "expand": ("BLOCK_T", "BLOCK_O", "BLOCK_D"),
     "decode": ("BLOCK_T", "BLOCK_O", "BLOCK_D"),
@@ -135,8 +141,8 @@ _GFX942_HALF = {
     "scatter": [(64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
     "outer": [(64, 64, 64, 4, 2), (16, 64, 64, 4, 2)],
 }
-_INTERPRETER = {kernel: [(32, 32, 32, 4, 1), (16, 16, 32, 4, 1)] for kernel in _BLOCKS}
-_INTERPRETER |= {kernel: [(16, 16, 32, 4, 1)] for kernel in _GROUPED}
+_INTERPRETER = {kernel: [(32, 32, 32, 4, 1), (16, 16, 32, 4, 1)] for kernel in BLOCKS}
+_INTERPRETER |= {kernel: [(16, 32, 32, 4, 1)] for kernel in ("gather", "scatter", "outer")}
 TILES = {
     "sm80": {"half": _SM80_HALF, "tf32": _TF32, "ieee": _IEEE},
     "sm90": {"half": _SM90_HALF, "tf32": _TF32, "ieee": _IEEE},
@@ -144,10 +150,6 @@ TILES = {
     "gfx942": {"half": _GFX942_HALF, "ieee": _IEEE},
     "interpreter": {"half": _INTERPRETER, "ieee": _INTERPRETER},
 }
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _tiles(kernel: str, device: Device, dtype: torch.dtype) -> list[tuple[int, ...]]:
@@ -158,13 +160,12 @@ def _tiles(kernel: str, device: Device, dtype: torch.dtype) -> list[tuple[int, .
 def candidates(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int) -> list[dict[str, int]]:
     """The tiles of the device's family that are no larger than a result [rows, columns] needs, largest first."""
     tiles = _tiles(kernel, device, dtype)
-    most = max(16, next_power_of_2(columns))
     if kernel in _GROUPED:
         tiles = [t for t in tiles if t[0] == rows]
     else:
-        tiles = [t for t in tiles if t[0] <= max(16, next_power_of_2(rows))]
-    tiles = [t for t in tiles if t[1] <= most] or tiles[-1:]
-    return [dict(zip((*_BLOCKS[kernel], "num_warps", "num_stages"), t)) for t in tiles]
+        tiles = [t for t in tiles if t[0] <= max(16, triton.next_power_of_2(rows))]
+    fitting = [t for t in tiles if t[1] <= max(16, triton.next_power_of_2(columns))] or tiles[-1:]
+    return [dict(zip((*BLOCKS[kernel], "num_warps", "num_stages"), t)) for t in fitting]
 
 
 def tile(
@@ -172,75 +173,86 @@ def tile(
 ) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of `kernel` for `copies` products [rows, depth] x [depth, columns].
 
-    Unless a table knows better: the largest tile that fits and gives nine multiprocessors in ten work, else the smallest.
+    Unless a table knows better, the largest tile that fits and gives nine in ten multiprocessors work, else the
+    smallest.
     """
-    if measured := _measured(device, kernel, dtype, rows, columns, depth):
+    fitting = candidates(kernel, device, dtype, rows, columns)
+    measured = _measured(device, dtype, kernel, (rows, columns, depth), fitting)
+    if measured in fitting:
         return measured
-    for config in candidates(kernel, device, dtype, rows, columns):
-        block_rows, block_columns, _ = (config[name] for name in _BLOCKS[kernel])
+    for config in fitting:
+        block_rows, block_columns, _ = (config[name] for name in BLOCKS[kernel])
         tiles = math.ceil(rows / block_rows) * math.ceil(columns / block_columns) * copies
         if kernel in _SPLITTING or tiles >= 0.9 * device.multiprocessors:
             break
     return config
 
 
-def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
-    """Entries of one block of the grouped kernels: the most that an expert's share of the tokens fills, at an even split."""
-    blocks = sorted({t[0] for t in _tiles("gather", device, dtype)})
-    return max((b for b in blocks if b * n <= tokens), default=blocks[0])
-
-
-def entries(r: int) -> dict[str, int]:
-    """Block sizes of the kernels that take each entry's r values by themselves: 16 a thread."""
-    block_k = min(128, next_power_of_2(r))
-    return {"BLOCK_E": 2048 // block_k, "BLOCK_K": block_k}
-
-
 def split(depth: int, block: int, programs: int, device: Device) -> tuple[int, int]:
-    """Into how many splits to cut a sum over `depth` so that `programs` times the splits fill the device; blocks of each."""
+    """Into how many splits to cut a sum over `depth` so that `programs` times them fill the device; blocks of each."""
     blocks = math.ceil(depth / block)
     chunks = math.ceil(blocks / max(1, device.multiprocessors // programs))
     return math.ceil(blocks / chunks), chunks
 
 
+def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
+    """Entries of one block of the grouped kernels: the most that an expert's share of the tokens fills, if even."""
+    blocks = sorted({t[0] for t in _tiles("gather", device, dtype)})
+    return max((b for b in blocks if b * n <= tokens), default=blocks[0])
+
+
+def entries(r: int) -> dict[str, int]:
+    """Block sizes of kernels that take each entry's r values by themselves: 16 a thread."""
+    block_k = min(128, triton.next_power_of_2(r))
+    return {"BLOCK_E": 2048 // block_k, "BLOCK_K": block_k}
+
+
 def route(n: int, m: int, width: int) -> dict[str, int]:
-    """Block sizes of the route kernel for n experts, m a token, `width` products an expert: 32 values of h a thread."""
-    block_n, block_m = next_power_of_2(n), next_power_of_2(m)
+    """Block sizes of the route kernels for n experts, m a token, `width` products an expert: 32 products a thread."""
+    block_n, block_m = triton.next_power_of_2(n), triton.next_power_of_2(m)
     block_t = min(16, max(1, 256 // max(block_n, block_m)))
-    block_k = min(next_power_of_2(width), max(1, 4096 // (block_t * block_n)))
+    block_k = min(triton.next_power_of_2(width), max(1, 4096 // (block_t * block_n)))
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
 
 def rank_block(r: int) -> int:
     """How much of an expert's rank one product of a tail takes."""
-    return min(64, max(16, next_power_of_2(r)))
+    return min(64, max(16, triton.next_power_of_2(r)))
 
 
 def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> str:
     """How given experts are applied.
 
-    "fused": base product and the tail of all experts present in one accumulator; "delta": the tail, then cuBLAS on top;
-    "grouped": tokens grouped by expert, then cuBLAS on top.
+    "fused": base product and a tail over the experts present in one accumulator; "tma": the same, read by the tensor
+    memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert, then cuBLAS on top.
     """
-    if measured := _measured(device, "apply", dtype, tokens, d, o, n, r, m):
+    paths = ["fused", *(["tma"] if device.tma else []), "delta", "grouped"]
+    measured = _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths)
+    if measured in paths:
         return measured
-    # The tail costs n * r of d; grouping costs six small launches and m passes over y.
+    # A tail costs n * r / d of the base product; grouping costs six small launches, and m passes over y.
     if tokens > 64 and n * r * 8 > d and n >= 4 * m:
         return "grouped"
     return "fused" if tokens <= 64 else "delta"
 
 
 def linear_path(
-    device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, k: int, g: int, r: int, m: int
+    device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, k: int, g: int, r: int, m: int, save: bool
 ) -> str:
     """How a layer is routed whose router is the first g of each expert's k rows.
 
-    "decode": all in two launches; "single": all in one; "together": one product of all rows, routed, then applied as `apply_path`
-    says; "first": route by the router's rows alone, then apply.
+    "decode": all in two launches; "single": all in one; "together": one product of all rows, routed, then applied as
+    `apply_path` says; "first": routed by the router's rows alone, then applied. Only the last two can `save`.
     """
-    if measured := _measured(device, "linear", dtype, tokens, d, o, n, k, g, r, m):
+    # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
+    few = (
+        tokens <= 16 and n <= 16 and triton.next_power_of_2(n) * max(16, triton.next_power_of_2(k)) <= 256 and not save
+    )
+    paths = [*(["decode", "single"] if few else []), "together", "first"]
+    measured = _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths)
+    if measured in paths:
         return measured
-    if tokens <= 16 and next_power_of_2(n) * next_power_of_2(k) <= 256:
+    if few:
         return "decode"
     if tokens > 64:
         return "first" if apply_path(device, dtype, tokens, d, o, n, r, m) == "grouped" else "together"
@@ -249,31 +261,40 @@ def linear_path(
     return "first" if saved * d * dtype.itemsize > 8e6 else "together"
 
 
-# Keys: what is chosen, the operand class, and each dimension's bucket; values: a tile, or the name of a path.
-@functools.cache
-def _tables() -> dict[str, dict]:
-    tables: dict[str, dict] = {}
-    for path in (Path(__file__).with_name("measured.json"), user_table()):
-        if path.exists():
-            for name, entries in json.loads(path.read_text()).items():
-                tables.setdefault(name, {}).update(entries)
-    return tables
-
-
 def user_table() -> Path:
     """The user's own table: $XDG_CONFIG_HOME/smile_kernels/triton.json, by default under ~/.config."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "smile_kernels" / "triton.json"
 
 
-def key(kind: str, dtype: torch.dtype, device: Device, *dimensions: int) -> str:
-    """The entry of a table that covers these dimensions: each is rounded to a power of two."""
+@functools.cache
+def tables() -> dict[str, dict]:
+    """Device name -> key -> choice: a tile, or the name of a path. The user's entries come before the shipped ones."""
+    merged: dict[str, dict] = {}
+    for path in (Path(__file__).with_name("measured.json"), user_table()):
+        if not path.exists():
+            continue
+        try:
+            table = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: is not valid JSON ({error}); delete it, or write it anew by tuning") from None
+        for name, choices in table.items():
+            merged.setdefault(name, {}).update(choices)
+    return merged
+
+
+# While `tuning.tune` listens: each key asked for -> its possible choices.
+asked: dict[str, list] | None = None
+
+
+def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[int, ...], choices: list):
+    """The table's choice for these dimensions, each rounded up to a power of two; None if it has none."""
+    if asked is None and device.name not in tables():
+        return None
     numbers = "half" if dtype.itemsize == 2 else precision(dtype, device)
-    return " ".join([kind, numbers, *(str(1 << round(math.log2(max(1, n)))) for n in dimensions)])
-
-
-def _measured(device: Device, kind: str, dtype: torch.dtype, *dimensions: int):
-    entries = _tables().get(device.name)
-    return entries.get(key(kind, dtype, device, *dimensions)) if entries else None
+    key = " ".join([kind, numbers, *(str(triton.next_power_of_2(n)) for n in dimensions)])
+    if asked is not None:
+        asked[key] = choices
+    return tables().get(device.name, {}).get(key)
 
 
 # Counters of `decode`'s single launch, two for each launch in flight; every launch leaves its own at zero again.
@@ -284,8 +305,8 @@ _counters: dict[torch.device, tuple[Tensor, dict[str, int]]] = {}
 def arrivals(device: torch.device) -> Tensor:
     """Two counters at zero, [2] int32, that no other launch uses at the same time.
 
-    Eager launches take turns over half of them, far more than streams queue. A launch captured in a CUDA graph keeps its own
-    for good, as the graph may be replayed at any time.
+    Eager launches take turns over half of them, far more than streams queue. A launch captured in a CUDA graph keeps
+    its own for good, as the graph may be replayed at any time.
     """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if device not in _counters and not capturing:

@@ -1,8 +1,8 @@
 """A SMILE layer for few tokens, bound by memory: the weight streams once, and all else hides behind it.
 
-Two launches, the second of which starts before the first has ended, or one launch whose programs wait for each other. The first
-half forms h = x V^T in slices; the second streams its columns of the weight, then routes (each program for itself: that is N * k
-numbers a token), and adds the chosen experts and the biases in the same accumulator.
+Two launches, the second of which starts before the first has ended, or one launch whose programs wait for each other.
+The first half forms h = x V^T in slices. In the second each program streams its rows of the weight, then routes (each
+for itself: that is N * k numbers a token), and adds the chosen experts and the biases in the same accumulator.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .common import cast, dot, start_next_kernel, wait_for_previous_kernel
-from .route import add_squares, by_expert, empty_routing, finite_norm, of_slot, select, sum_splits
+from .common import cast, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .route import add_squares, by_expert, empty_routing, finite_norm, select
 
 
 @triton.jit(do_not_specialize=["T", "SPLITS", "CHUNKS"])
@@ -137,9 +137,9 @@ def _decode(
 
 
 def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, rank_of_router: int, single: bool):
-    """y [T, O], weights [T, m] and ids [T, m] of a layer whose router is the first rows of vh: x [T, D] of at most 64 tokens.
+    """y [T, O], weights [T, m] and ids [T, m] of a layer routed by the first rows of vh, for x [T, D] of few tokens.
 
-    `single`: in one launch, whose programs wait for each other, rather than in two.
+    T is at most the largest BLOCK_T of the kernel's tiles. `single`: in one launch rather than two.
     """
     (tokens, d), (n, o, r), k, m = x.shape, u.shape, vh.shape[1], num_experts_per_tok
     device = configs.device(x.device)
@@ -156,9 +156,10 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
             tokens, d, o, splits, chunks, n, k, rank_of_router, r, m,
             x.stride(0),
             SHRINK=shrink, EXPAND=expand, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
-            PRECISION=configs.precision(x.dtype, device), ROUTE_PRECISION=configs.precision(x.dtype, device, routes=True),
-            BLOCK_N=triton.next_power_of_2(n), BLOCK_M=triton.next_power_of_2(m), BLOCK_K=triton.next_power_of_2(max(k, 16)),
-            **config, **options,
+            PRECISION=configs.precision(x.dtype, device),
+            ROUTE_PRECISION=configs.precision(x.dtype, device, routes=True),
+            BLOCK_N=triton.next_power_of_2(n), BLOCK_M=triton.next_power_of_2(m),
+            BLOCK_K=triton.next_power_of_2(max(k, 16)), **config, **options,
         )  # fmt: skip
 
     if single:

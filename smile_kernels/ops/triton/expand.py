@@ -1,4 +1,4 @@
-"""y = x W^T + b + S U^T + G B: the base product and the tail over the experts present, in one accumulator."""
+"""y = x W^T + b + the chosen experts: the base product and a tail over the experts present, in one accumulator."""
 
 import torch
 import triton
@@ -87,9 +87,8 @@ def _expand(
         if i % chunks == 0:
             expert = tl.min(tl.where((here > 0) & (n > expert), n, BLOCK_N))
         rank = (i % chunks) * BLOCK_R + k
-        a = tl.load(
-            scaled + t[:, None] * (N * R) + expert * R + rank[None, :], mask=t_inside & (rank[None, :] < R), other=0.0
-        )
+        a_ptrs = scaled + t[:, None] * (N * R) + expert * R + rank[None, :]
+        a = tl.load(a_ptrs, mask=t_inside & (rank[None, :] < R), other=0.0)
         u_ptrs = u + expert.to(tl.int64) * O * R + o[None, :] * R + rank[:, None]
         b = tl.load(u_ptrs, mask=o_inside & (rank[:, None] < R), other=0.0)
         acc = dot(a, b, acc, PRECISION)
@@ -115,8 +114,9 @@ def expand(
 ) -> Tensor:
     """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
 
-    x [T, D], weight [O, D], bias [O], u [N, O, r], expert_bias [N, O]. `path` says how the base product is formed: "fused" in the same
-    accumulator, "tma" likewise with x and weight read by the tensor memory accelerator, "delta" by cuBLAS on top of the rest.
+    x [T, D], weight [O, D], bias [O], u [N, O, r], expert_bias [N, O]. `path` is how the base product is made: "fused"
+    in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator unless their
+    alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
     device = configs.device(x.device)
@@ -135,6 +135,6 @@ def expand(
         x.stride(0),
         BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
         PRECISION=configs.precision(x.dtype, device), GROUP=8,
-        BLOCK_N=configs.next_power_of_2(n), BLOCK_R=configs.rank_block(r), **config, **device.dependent_launch(),
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_R=configs.rank_block(r), **config, **device.dependent_launch(),
     )  # fmt: skip
     return y.addmm_(x, weight.T) if path == "delta" else y

@@ -1,8 +1,8 @@
 """Experts applied to tokens grouped by expert: no product is formed for an expert that a token did not choose.
 
-An entry is one (token, slot) pair. The entries of each slot are sorted by expert on the device, and a schedule of blocks of one
-expert each is padded to a length that depends on shapes alone, so that nothing waits for the host. A token has one entry in each
-slot: slots take turns in adding to y, and no two programs ever add to the same row.
+An entry is one (token, slot) pair. The entries of each slot are sorted by expert on the device, and a schedule of
+blocks of one expert each is padded to a length that depends on shapes alone, so that nothing waits for the host. A
+token has one entry in each slot: slots take turns in adding to y, and no two programs ever add to the same row.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, dot
-from .route import sum_splits
+from .common import cast, dot, sum_splits
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -31,7 +30,7 @@ def _count(
     t = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
     chosen = tl.load(ids + t * M + j, mask=t < T, other=-1)[:, None] == n
-    tl.store(counts + (j * tl.num_programs(0) + block) * N + n, tl.sum(chosen.to(tl.int32), 0), mask=n < N)
+    tl.store(counts + (j.to(tl.int64) * tl.num_programs(0) + block) * N + n, tl.sum(chosen.to(tl.int32), 0), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS", "SCHEDULE"])
@@ -49,7 +48,7 @@ def _schedule(
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    j = tl.program_id(0)
+    j = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.int32)
     for first in range(0, BLOCKS, BLOCK_B):
@@ -94,7 +93,7 @@ def _sort(
     n = tl.arange(0, BLOCK_N)
     chosen = (tl.load(ids + t * M + j, mask=t < T, other=-1)[:, None] == n).to(tl.int32)
     rank = tl.cumsum(chosen, 0) - 1
-    offset = tl.load(offsets + (j * tl.num_programs(0) + block) * N + n, mask=n < N, other=0)
+    offset = tl.load(offsets + (j.to(tl.int64) * tl.num_programs(0) + block) * N + n, mask=n < N, other=0)
     place = tl.sum(chosen * (rank + offset), 1)
     tl.store(order + j.to(tl.int64) * T + place, t.to(tl.int32), mask=t < T)
 
@@ -110,9 +109,12 @@ class Groups(NamedTuple):
 
 
 def group(ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
-    """Sort the entries of ids [T, m] int32 by expert, and cut those of each of the n experts into blocks, for operands of dtype."""
+    """Sort the entries of ids [T, m] int32 by expert, and cut those of each of the n experts into blocks.
+
+    The blocks are of the size that the grouped kernels take for operands of `dtype`.
+    """
     tokens, m = ids.shape
-    block_n, block = configs.next_power_of_2(n), configs.group_block(tokens, n, configs.device(ids.device), dtype)
+    block_n, block = triton.next_power_of_2(n), configs.group_block(tokens, n, configs.device(ids.device), dtype)
     block_c = max(16, 4096 // block_n)
     blocks, schedule = triton.cdiv(tokens, block_c), triton.cdiv(tokens, block) + min(n, tokens) - 1
 
@@ -331,7 +333,7 @@ def expand(
 def scale(
     partial: Tensor, s: Tensor, weights: Tensor, ids: Tensor, dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """The scaled products w_i s_i h_i [T, m, r] in dtype, and h [T, m, r] float32 if `save`, from partial [splits, T, m, r]."""
+    """The scaled products w_i s_i h_i [T, m, r], and h [T, m, r] float32 if `save`, from partial [splits, T, m, r]."""
     (splits, tokens, m, r), device = partial.shape, s.device
     scaled = torch.empty(tokens, m, r, dtype=dtype, device=device)
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=device)

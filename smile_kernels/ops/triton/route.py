@@ -1,4 +1,4 @@
-"""Choose experts and weigh them: norms, top-m and softmax of the low-rank products, and those products scaled for `expand`."""
+"""Choose experts and weigh them: norms, top-m and softmax of the low-rank products; and scale those for `expand`."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, start_next_kernel, wait_for_previous_kernel
+from .common import cast, start_next_kernel, sum_splits, wait_for_previous_kernel
 from .shrink import shrink
-
-
-@triton.jit
-def sum_splits(partial, offsets, mask, SPLITS, split_stride):
-    """The partial sums of each product, added in the order of the splits."""
-    total = tl.load(partial + offsets, mask=mask, other=0.0)
-    for _ in range(1, SPLITS):
-        partial += split_stride
-        total += tl.load(partial + offsets, mask=mask, other=0.0)
-    return total
 
 
 @triton.jit
@@ -27,14 +17,13 @@ def _range_factors(peak):
     """The power of two that brings numbers up to `peak` where squares neither overflow nor vanish, and its inverse."""
     large = peak > 2.0**58
     small = peak < 2.0**-56
-    return tl.where(large, 2.0**-70, tl.where(small, 2.0**70, 1.0)), tl.where(
-        large, 2.0**70, tl.where(small, 2.0**-70, 1.0)
-    )
+    factor = tl.where(large, 2.0**-70, tl.where(small, 2.0**70, 1.0))
+    return factor, tl.where(large, 2.0**70, tl.where(small, 2.0**-70, 1.0))
 
 
 @triton.jit
 def add_squares(peak, squares, q):
-    """Take q [..., k] into a running sum of squares [...], which is held relative to the largest number yet seen."""
+    """Take q [a, b, k] into a running sum of squares [a, b], which is held relative to the largest number yet seen."""
     new_peak = tl.maximum(peak, tl.max(tl.abs(q), 2))
     factor, _ = _range_factors(new_peak)
     _, inverse = _range_factors(peak)
@@ -45,7 +34,7 @@ def add_squares(peak, squares, q):
 
 @triton.jit
 def finite_norm(peak, squares):
-    """The root of the sum; as in the reference NaN counts as the least number and infinity as the largest."""
+    """The root of that sum. As in the reference, NaN counts as the least number and infinity as the largest."""
     _, inverse = _range_factors(peak)
     norm = tl.sqrt_rn(squares) * inverse
     largest: tl.constexpr = 3.4028234663852886e38
@@ -54,7 +43,7 @@ def finite_norm(peak, squares):
 
 @triton.jit
 def select(score, n, slot, N: tl.constexpr, M: tl.constexpr):
-    """Top-m of score [BLOCK_T, BLOCK_N], ties to the lower index: softmax of the chosen scores and ids [BLOCK_T, BLOCK_M]."""
+    """The softmax of the M largest of score [BLOCK_T, BLOCK_N] and their ids, ties to the lower: [BLOCK_T, BLOCK_M]."""
     left = tl.where(n < N, score, float("-inf"))
     ids = tl.zeros((score.shape[0], slot.shape[1]), tl.int32)
     top = tl.full((score.shape[0], slot.shape[1]), float("-inf"), tl.float32)
@@ -156,15 +145,12 @@ def _route(
             tl.store(at, cast(z, scaled.dtype.element_ty), mask=inside[:, :, None] & (k < R))
         if SAVE:
             for j in range(M):
-                of_expert = t * (N * K) + of_slot(e, slot, j) * K
+                row = t * (N * K) + of_slot(e, slot, j) * K
                 for first in range(0, R, BLOCK_K):
                     k = first + tl.arange(0, BLOCK_K)[None, :]
                     mask = (t < T) & (k < R)
-                    tl.store(
-                        h + (t * M + j) * R + k,
-                        sum_splits(partial, of_expert + k, mask, SPLITS, split_stride),
-                        mask=mask,
-                    )
+                    value = sum_splits(partial, row + k, mask, SPLITS, split_stride)
+                    tl.store(h + (t * M + j) * R + k, value, mask=mask)
 
 
 class Tail(NamedTuple):
@@ -190,10 +176,9 @@ def _launch(partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
 
 
 def empty_routing(x: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], num_experts_per_tok)
-    return torch.empty(shape, dtype=torch.float32, device=x.device), torch.empty(
-        shape, dtype=torch.int32, device=x.device
-    )
+    """Room for weights [T, m] float32 and ids [T, m] int32."""
+    shape, device = (x.shape[0], num_experts_per_tok), x.device
+    return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -219,8 +204,8 @@ def scale(
 ) -> tuple[Tail, Tensor]:
     """The scaled products w_i s_i h_i of all tokens, and h [T, m, r] of the chosen experts if `save`.
 
-    partial [splits, T, N, k] as `shrink` gives it, s [N, r], weights and ids [T, m]. With rank_of_router, weights and ids are
-    outputs: the choice made from the first rank_of_router products of each expert.
+    partial [splits, T, N, k] is what `shrink` gives; s [N, r], weights and ids [T, m]. With rank_of_router, weights and
+    ids are outputs: the choice made from the first rank_of_router products of each expert.
     """
     (_, tokens, n, _), r, m = partial.shape, s.shape[1], ids.shape[1]
     g = rank_of_router or 0

@@ -1,4 +1,4 @@
-"""h = x rows^T, in to rank: the low-rank products of every expert, or of the experts that a block of tokens chose."""
+"""h = x rows^T, from in_features to rank: the products of all experts, or of those that a block of tokens chose."""
 
 import torch
 import triton
@@ -13,8 +13,8 @@ from .common import dot, start_next_kernel
 def _shrink(
     x,  # [T, D]
     rows,  # [N, K, D]
-    ids,  # [T, M]
-    partial,  # [splits, T, N * K] float32
+    ids,  # [T, M] int32
+    partial,  # [splits, T, N, K] float32
     # dimensions
     T,
     D,
@@ -35,13 +35,12 @@ def _shrink(
     BLOCK_D: tl.constexpr,
 ):
     start_next_kernel(PDL)
-    row_blocks = (N * K + BLOCK_R - 1) // BLOCK_R
+    row_blocks: tl.constexpr = (N * K + BLOCK_R - 1) // BLOCK_R
     first_t = (tl.program_id(0) // row_blocks).to(tl.int64) * BLOCK_T
     first_row = tl.program_id(0) % row_blocks * BLOCK_R
     t = first_t + tl.arange(0, BLOCK_T)
     row = first_row + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    # A split takes CHUNKS blocks of the sum.
     first_d = split * CHUNKS * BLOCK_D
     chunks = tl.minimum(CHUNKS, tl.cdiv(D - first_d, BLOCK_D))
     if SELECTED:
@@ -68,10 +67,10 @@ def _shrink(
 
 
 def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """x [T, D], rows [N, K, D] -> partial sums over D of x rows^T, [splits, T, N, K] float32.
+    """Partial sums over D of x rows^T: x [T, D], rows [N, K, D] -> [splits, T, N, K] float32.
 
-    With ids [T, m] int32, only entries of experts that some token of the same block chose are written.
-    The number of splits depends on the shapes alone, so the sums are the same on every run.
+    With ids [T, m] int32, only products of experts that some token of the same block chose are written. The number of
+    splits depends on the shapes alone, so the sums are the same on every run.
     """
     (tokens, d), (n, k, _) = x.shape, rows.shape
     device = configs.device(x.device)
