@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
-from smile_kernels.demo import data, merge, report
+from smile_kernels import upscale, watch_routing
+from smile_kernels.demo import data, encoder, merge, report, run
 
 
 def words(count: int, labels: str = "ab") -> data.Rows:
@@ -121,6 +123,134 @@ class TestMerging:
         merged = merge.add_to(base, {"weight": torch.ones(1, 2)})
         torch.testing.assert_close(base.weight, before)
         torch.testing.assert_close(merged.weight, before + 1)
+
+
+@pytest.fixture
+def case() -> run.Case:
+    """Three tasks of random texts on a random encoder of two layers, the upper one "fine-tuned" by random changes."""
+    torch.manual_seed(torch.seed() % 2**31)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=16,
+    )
+    bert = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+    lower, base = encoder.Lower(bert, 1), encoder.Upper(bert, 1)
+
+    def split(rows: int) -> encoder.Split:
+        tokens = [torch.randint(50, (int(length),)) for length in torch.randint(3, 15, (rows,))]
+        states = [lower(t[None], attention_mask=torch.ones(1, len(t), dtype=torch.bool))[0] for t in tokens]
+        return encoder.Split(tokens, states, torch.randint(2, (rows,)))
+
+    def trained() -> encoder.Trained:
+        changes = {n: 0.2 * torch.randn_like(p) for n, p in base.named_parameters() if "LayerNorm" not in n}
+        head = nn.Linear(24, 2)
+        return encoder.Trained(data.TASKS[0], 0, split(20), split(30), head, [(merge.add_to(base, changes), head)])
+
+    return run.Case(base, [trained() for _ in range(3)], 0, (0.3, 1.0), (0.5,))
+
+
+class TestEncoder:
+    def test_padding_does_not_change_features(self, case):
+        split = case.trained[0].test
+        together = encoder.features(case.base, split)
+        alone = torch.cat([encoder.features(case.base, encoder.Split([], [s], torch.zeros(1))) for s in split.states])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+    def test_a_probe_separates_what_is_separable(self):
+        labels = torch.arange(60) % 3
+        points = nn.functional.normalize(torch.eye(3)[labels] @ torch.randn(3, 8) + 0.05 * torch.randn(60, 8), dim=-1)
+        head = encoder.linear_probe(points, labels, 3, 1e-5)
+        assert (head(points).argmax(-1) == labels).double().mean() > 0.95
+
+    def test_fine_tuning_trains_linear_layers_and_the_head_only(self, case):
+        train, base = case.trained[0].validation, case.base
+        before = {name: p.clone() for name, p in base.named_parameters()}
+        recipe = encoder.Recipe(batch=8, learning_rate=1e-2, epochs=40)
+        steps = []
+        upper, head = encoder.fine_tune(base, nn.Linear(24, 2), train, recipe, 0, lambda *at: steps.append(at))
+        assert steps == [(i, 120) for i in range(120)]
+        for name, p in base.named_parameters():
+            torch.testing.assert_close(p, before[name], rtol=0, atol=0)
+            assert torch.equal(upper.get_parameter(name), p) == ("LayerNorm" in name)
+        assert encoder.accuracy(upper, head, train) > 85
+        again, _ = encoder.fine_tune(base, nn.Linear(24, 2), train, recipe, 1, lambda *at: None)
+        assert not torch.equal(next(again.parameters()), next(upper.parameters()))
+
+
+class TestEvaluation:
+    def test_oracle_routing_at_full_rank_is_the_fine_tuned_model(self, case):
+        model, _ = upscale(case.base, case.uppers, rank_of_expert=-1, rank_of_router=4, progress=False)
+        for i, task in enumerate(case.trained):
+            own = run.with_own_expert(model, i)
+            torch.testing.assert_close(
+                encoder.features(own, task.test), encoder.features(case.uppers[i], task.test), rtol=1e-3, atol=1e-4
+            )
+            with watch_routing(own) as counts:
+                encoder.features(own, task.test)
+            tokens = sum(map(len, task.test.tokens))
+            assert list(counts) == list(run.smile_layers(model))
+            assert all(count[i] == count.sum() == tokens for count in counts.values())
+
+    def test_every_variant_is_evaluated(self, case, monkeypatch):
+        monkeypatch.setattr(run, "SETTINGS", ((4, 8), (8, -1)))
+        monkeypatch.setattr(run, "SHOWN", (4, 8))
+        rows = {variant.name: run.evaluate(variant, case) for variant in run.variants(case)}
+        assert list(rows) == [
+            "base + probe",
+            "individual",
+            "simple averaging",
+            "task arithmetic",
+            "TIES",
+            "SMILE (g 4, r 8)",
+            "SMILE (g 4, r 8), oracle routing",
+            "SMILE (g 4, r 8), sequence + layers",
+            "SMILE (g 4, r 8), causal + layers",
+            "SMILE (g 8, full rank)",
+        ]
+        one = sum(p.numel() for p in case.base.parameters())
+        assert rows["individual"]["upper_parameters"] == 3 * one
+        assert rows["TIES"]["upper_parameters"] == one < rows["SMILE (g 4, r 8)"]["upper_parameters"]
+        assert rows["TIES"]["scale"] in case.scales
+        assert set(rows["SMILE (g 4, r 8), oracle routing"]["own_expert"].values()) == {100.0}
+        assert rows["SMILE (g 8, full rank)"]["energy_least"] == pytest.approx(100, abs=1e-3)
+        for row in rows.values():
+            assert len(row["accuracy"]) == 3
+
+    def test_timings_say_what_is_missing(self, case, monkeypatch):
+        def missing(*args):
+            raise ImportError("No module named 'fusion_bench'")
+
+        monkeypatch.setattr(run, "fusion_bench_layers", missing)
+        config = BertConfig(
+            vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40
+        )
+        lower = encoder.Lower(BertModel(config).eval(), 1)
+        plain, peer = run.time_per_batch(lower, {"plain encoder": case.base}, case, texts=4)
+        assert plain["ratio"] == 1
+        assert plain["milliseconds"] > 0
+        assert peer["missing"] == "No module named 'fusion_bench'"
+
+    def test_fusion_bench_layers_give_what_ours_give(self, case):
+        ours, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
+        theirs = run.fusion_bench_layers(case.base, case.uppers, 4, 8)
+        split = case.trained[0].test
+        torch.testing.assert_close(encoder.features(ours, split), encoder.features(theirs, split), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"seeds": 0}, "seeds: is 0; expected 1 or more"),
+            ({"tasks": 7}, "tasks: is 7; expected 6 or 8"),
+            ({"tasks": 8, "quick": True}, "quick: is on with tasks 8"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            run.demo(**arguments)
 
 
 def results() -> dict:

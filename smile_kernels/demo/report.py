@@ -163,7 +163,7 @@ def draw(results: dict, path: Path) -> None:
         "task arithmetic": "#d9713c",
     }
     colours["TIES"] = "#b5473c"
-    blues = ["#9ecae1", "#4f9bcb", "#2171b5", "#08306b", "#4a2c8f"]
+    blues = ["#9ecae1", "#4f9bcb", "#2171b5", "#2e8b57", "#7cb342", "#08306b", "#4a2c8f"]
     colours |= {row["name"]: blue for row, blue in zip(smile, blues)}
 
     figure, (left, middle, right) = plt.subplots(

@@ -9,7 +9,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import BertModel
 
-from .. import functional
 from ..nn import SmileLinear
+from ..routing import RoutingPolicy, set_routing, watch_routing
 from ..upscale import upscale
 from . import merge
 from .data import MINILM, QUICK, SRE, TASKS, appears_whole
@@ -30,7 +29,11 @@ from .encoder import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, tr
 from .report import draw, show
 
 SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
-SHOWN = (16, 32)  # the setting that oracle routing is shown for
+SHOWN = (16, 32)  # the setting that oracle routing and routing policies are shown for
+POLICIES = {
+    "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "causal + layers": RoutingPolicy("causal", accumulate=True),
+}
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic and TIES
 DENSITIES = (0.1, 0.3)  # of TIES
 EMBEDDING_RANKS = (8, 32, 128, -1)
@@ -65,38 +68,6 @@ def with_own_expert(model: nn.Module, expert: int) -> nn.Module:
     for layer in smile_layers(model).values():
         layer.register_forward_pre_hook(choose, with_kwargs=True)
     return model
-
-
-@contextmanager
-def watch_routing(model: nn.Module, expert: int) -> Iterator[dict[str, list[int]]]:
-    """Counts, per SMILE layer, [tokens whose first choice is `expert`, tokens], padding excluded, while it is open.
-
-    Routing that another hook has put into a layer's `routing` argument counts as the choice.
-    """
-    counts = {name: [0, 0] for name in smile_layers(model)}
-    mask = None
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal mask
-        mask = kwargs["attention_mask"]
-
-    def count(name: str) -> Callable:
-        def hook(layer: SmileLinear, args: tuple, kwargs: dict) -> None:
-            _, ids = kwargs.get("routing") or functional.route(
-                args[0], layer.vh, num_experts_per_tok=1, rank_of_router=layer.rank_of_router
-            )
-            counts[name][0] += int(((ids[..., 0] == expert) & mask).sum())
-            counts[name][1] += int(mask.sum())
-
-        return hook
-
-    handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [s.register_forward_pre_hook(count(n), with_kwargs=True) for n, s in smile_layers(model).items()]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -143,6 +114,10 @@ def variants(case: Case) -> Iterator[Variant]:
         yield Variant(name, lambda i, model=model: model, details=energy(report), timed=True)
         if (g, r) == SHOWN:
             yield Variant(f"{name}, oracle routing", lambda i, model=model: with_own_expert(model, i))
+            for kind, policy in POLICIES.items():
+                routed = copy.deepcopy(model)
+                set_routing(routed, policy)
+                yield Variant(f"{name}, {kind}", lambda i, routed=routed: routed, details=energy(report), timed=True)
 
 
 def evaluate(variant: Variant, case: Case) -> dict:
@@ -150,9 +125,9 @@ def evaluate(variant: Variant, case: Case) -> dict:
     scores, shares = [], []
     for i, task in enumerate(case.trained):
         module = variant.build(i)
-        with watch_routing(module, i) as counts:
+        with watch_routing(module) as counts:
             scores.append(accuracy(module, task.probe if variant.probe else task.finetuned[case.seed][1], task.test))
-        shares.append({name: 100 * own / tokens for name, (own, tokens) in counts.items()})
+        shares.append({name: 100 * (count[i] / count.sum()).item() for name, count in counts.items()})
     own = {name: statistics.fmean(share[name] for share in shares) for name in shares[0]}
     parameters = variant.copies * sum(p.numel() for p in variant.build(0).parameters())
     return {"accuracy": scores, "own_expert": own, "upper_parameters": parameters, **variant.details}
@@ -298,7 +273,7 @@ def demo(
         rows: dict[str, list[dict]] = {}
         for seed in range(seeds):
             case = Case(base, trained, seed, scales, densities)
-            bar = progress.add_task(f"merging and testing, seed {seed}", total=6 + len(SETTINGS))
+            bar = progress.add_task(f"merging and testing, seed {seed}", total=6 + len(SETTINGS) + len(POLICIES))
             encoders = {}
             for variant in variants(case):
                 rows.setdefault(variant.name, []).append(evaluate(variant, case))
