@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def write_checkpoint(folder: Path, blocks: int, shapes: dict[str, tuple[int, int]], expert: int) -> None:
-    """Expert 0 is the base; the others differ from it by a thousandth of its size, in every direction."""
+    """Expert 0 is the base; the others differ from it by a matrix whose singular values decay."""
 
     def tensor(name: str, shape: tuple[int, int]) -> torch.Tensor:
         def draw(seed: int) -> torch.Tensor:
@@ -41,8 +41,9 @@ def write_checkpoint(folder: Path, blocks: int, shapes: dict[str, tuple[int, int
             return torch.randn(shape, generator=generator)
 
         weight = 0.02 * draw(0)
-        # A decaying spectrum, as fine-tuning makes it.
-        return (weight + 2e-3 * (draw(expert) * torch.linspace(1, 0, shape[1]) ** 4 if expert else 0)).bfloat16()
+        if expert:
+            weight += 2e-3 * draw(expert) * 0.97 ** torch.arange(shape[1])  # a spectrum that decays
+        return weight.bfloat16()
 
     folder.mkdir(parents=True)
     names = {f"model.layers.{i}.{layer}.weight": shape for i in range(blocks) for layer, shape in shapes.items()}

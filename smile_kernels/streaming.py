@@ -297,7 +297,7 @@ class _Job:
         config = replace(self.config, modules=modules)
         for file in sorted(self.base.iterdir()):
             known = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
-            if file.is_file() and file.suffix in _COPIED and not known:
+            if file.is_file() and (file.suffix in _COPIED or file.stem in ("LICENSE", "NOTICE")) and not known:
                 shutil.copyfile(file, folder / file.name)
         base_config = read_config(self.base)
         if self.dtype is not None and base_config:
@@ -338,6 +338,12 @@ def _linear_layers(
             f"include, exclude: {include} without {exclude} leaves none of {len(layers)} linear layers of {folder}; "
             "expected patterns such as '*.q_proj'"
         )
+    for name in chosen if model is not None else ():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"base: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it; "
+                f"expected it in exclude, as {name!r}"
+            )
     return [layers[name] for name in chosen]
 
 

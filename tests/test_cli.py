@@ -11,6 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
@@ -111,6 +113,32 @@ def test_reproduces_upscale_in_memory(tmp_path, dtype, remaining, rank):
     assert next(energies) == next(energies)
     ids = torch.randint(13, (2, 7))
     assert torch.equal(loaded(ids), model(ids))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_reproduces_upscale_whatever_the_shapes_and_options(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("any")
+    shapes = data.draw(st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=3))
+    n = data.draw(st.integers(1, 3))
+
+    def model() -> nn.Module:
+        return nn.ModuleDict(
+            {f"l{i}": nn.Linear(*shape, bias=data.draw(st.booleans())) for i, shape in enumerate(shapes)}
+        )
+
+    smallest = min(min(shape) for shape in shapes)
+    options = {
+        "rank_of_expert": data.draw(st.one_of(st.integers(1, smallest), st.just(-1), st.floats(0.1, 0.99))),
+        "rank_of_router": data.draw(st.integers(1, smallest)),
+        "num_experts_per_tok": data.draw(st.integers(1, n)),
+        "exclude": data.draw(st.sampled_from([None, ["l1"], ["l[12]"]])),
+    }
+    storage = {"max_shard_size": data.draw(st.integers(1, 2000)), "workers": data.draw(st.integers(1, 3))}
+    base, *experts = models = [model() for _ in range(n + 1)]
+    folders = [save(folder / f"m{i}", m) for i, m in enumerate(models)]
+    upscale_checkpoints(folders[0], folders[1:], folder / "out", **options, **storage)
+    same_as_in_memory(upscale(base, experts, **options, progress=False)[0], load_pretrained(folder / "out", base))
 
 
 def test_transformers_models(tmp_path):
@@ -257,6 +285,41 @@ def test_checkpoints_that_do_not_fit(tmp_path, models, folders):
     refused(ValueError, r"experts\[1\]: .*lacking has no tensor 'down\.weight'", lacking)
     upscale_checkpoints(folders[0], [folders[1], half], tmp_path / "mixed", **RANKS, dtype=torch.float32)
     upscale_checkpoints(folders[0], [folders[1], lacking], tmp_path / "part", **RANKS, include=["up"])
+
+
+def test_checkpoints_of_another_kind(tmp_path, folders):
+    for folder, config in zip(folders, ({"model_type": "llama"}, {"model_type": "mistral"}, {}, {})):
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"experts\[0\]: .*m1 is a mistral; expected a llama as the base"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    (folders[0] / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ValueError, match=r"base: .*m0 is stored as 'awq' already"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    (folders[0] / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="is a gpt2, which stores its layers transposed"):
+        upscale_checkpoints(folders[0], folders[2:], tmp_path / "out", **RANKS)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_layers_that_are_never_called_are_refused(tmp_path):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    base = SiglipVisionModel(SiglipVisionConfig(hidden_size=16, intermediate_size=24, **shape))
+    for name, model in (("base", base), ("expert", finetuned(base))):
+        model.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"head\.attention\.out_proj cannot hold experts.*expected it in exclude"):
+        upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+    upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", exclude=["*.out_proj"], **RANKS)
+
+
+def test_a_folder_in_the_way_of_the_work(tmp_path, folders):
+    mine = tmp_path / "out.partial" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out\.partial: holds notes\.txt"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, force=True)
+    assert mine.read_text() == "mine"
 
 
 def test_nan_names_the_file_and_the_tensor(tmp_path, models, folders):
