@@ -1,7 +1,12 @@
+import os
 import zlib
 
 import pytest
 import torch
+
+# Triton reads this when it is imported: without a GPU its kernels run under its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
