@@ -1,0 +1,51 @@
+"""What the compiled operators are held to, whichever library they come from: used by the tests and by sanitize.py."""
+
+import torch
+
+from smile_kernels.ops import reference
+from smile_kernels.testing import Problem, assert_close, expectations
+
+# tokens, in_features, out_features, experts, rank of expert, rank of router, experts per token
+SHAPES = [
+    (1, 64, 48, 4, 8, 4, 1),
+    (1, 1, 1, 1, 1, 1, 1),
+    (7, 33, 29, 3, 5, 2, 2),
+    (5, 100, 130, 8, 16, 16, 8),
+    (13, 257, 65, 17, 70, 9, 3),
+    (300, 40, 150, 5, 33, 40, 2),
+    (65, 1100, 31, 2, 4, 7, 1),
+    (3, 19, 515, 256, 2, 1, 5),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def check_routing(problem: Problem, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    """`ids` are the m best by exact score up to rounding, each once; `weights` the softmax of their scores."""
+    m = problem.num_experts_per_tok
+    scores = reference.scores(problem.x.double(), problem.rows().double())
+    chosen, best = scores.gather(1, ids.long()), scores.sort(-1, descending=True).values[:, :m]
+    eps = torch.finfo(weights.dtype).eps
+    tolerance = 4 * eps * problem.x.shape[1] ** 0.5 * (1 + scores.abs().max().item()) if scores.numel() else 0
+    assert_close("scores of the chosen experts", chosen, best, tolerance)
+    assert all(len(set(row)) == m for row in ids.tolist())
+    assert_close("weights", weights, chosen.softmax(-1), tolerance)
+
+
+def check_forward(ops, problem: Problem) -> None:
+    """route, apply and linear of `ops` against the float64 oracle, and against each other."""
+    p, m, r = problem, problem.num_experts_per_tok, problem.s.shape[1]
+    y, weights, ids, h = ops.linear(*p.arguments(), m, p.rank_of_router, True)
+    check_routing(p, weights, ids)
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
+    rows = p.vh[:, :r][ids.long()]
+    exact = torch.einsum("td,tmrd->tmr", p.x.double(), rows.double())
+    plain = torch.einsum("td,tmrd->tmr", p.x.to(h.dtype), rows.to(h.dtype))
+    error = (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
+    assert_close("h", h, exact, error)
+
+    for got, want in zip(ops.route(p.x, p.rows(), m), (weights, ids)):
+        assert torch.equal(got, want), "route and linear choose differently"
+    y_apply, h_apply = ops.apply(*p.arguments()[:7], weights, ids, True)
+    assert_close("y of apply", y_apply, *expectations(p, ids, weights=weights)["y"])
+    assert_close("h of apply", h_apply, exact, error)
+    assert ops.linear(*p.arguments(), m, p.rank_of_router, False)[3].numel() == 0

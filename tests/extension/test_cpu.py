@@ -1,0 +1,197 @@
+"""The compiled CPU operator, against the oracle and through PyTorch's own machinery."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, SHAPES, check_forward
+
+import smile_kernels as sk
+from smile_kernels.ops import extension
+from smile_kernels.testing import Problem, assert_close, expectations
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    assert extension.why_not("cpu") is None, extension.why_not("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Every tensor that PyTorch allocates starts as NaN, those of the operators too."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def linear(problem: Problem, save: bool = False):
+    return extension.linear(*problem.arguments(), problem.num_experts_per_tok, problem.rank_of_router, save)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bare", [False, True], ids=["biases", "no-bias"])
+def test_forward_matches_oracle(shape, dtype, bare):
+    bias = dict(bias=not bare, expert_bias=not bare, router=bare)
+    check_forward(extension, Problem.random(*shape, dtype=dtype, **bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_of_any_stride_and_alignment(dtype):
+    p = Problem.random(37, 51, 45, 5, 6, 4, 2, dtype=dtype)
+    p.vh, p.u, p.weight = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (p.vh, p.u, p.weight))
+    for x in (
+        p.x.T.contiguous().T,
+        torch.cat([p.x, p.x], 1)[:, 51:],
+        p.x[:1].expand(37, -1),
+        p.x[::3],
+        p.x[:, ::1][3:],
+    ):
+        p.x = x
+        check_forward(extension, p)
+    p.vh, p.u = p.vh.mT.contiguous().mT, p.u.mT.contiguous().mT
+    check_forward(extension, p)
+
+
+def test_no_tokens():
+    y, weights, ids, h = linear(Problem.random(0, 24, 12, 3, 4, 2, 2), save=True)
+    assert [t.shape for t in (y, weights, ids, h)] == [(0, 12), (0, 2), (0, 2), (0, 2, 4)]
+
+
+def test_repeated_experts_each_contribute():
+    p = Problem.random(9, 24, 20, 4, 4, 2, 3)
+    ids, weights = torch.randint(2, (9, 3), dtype=torch.int32), torch.rand(9, 3)
+    y, _ = extension.apply(*p.arguments()[:7], weights, ids, False)
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
+
+
+def test_ties_go_to_the_lower_index():
+    p = Problem.random(40, 16, 8, 6, 4, 4, 3)
+    p.vh[1:] = p.vh[:1]
+    weights, ids = linear(p)[1:3]
+    assert ids.tolist() == [[0, 1, 2]] * 40
+    assert torch.equal(weights, torch.full((40, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_at_the_ends_of_the_range(dtype):
+    """Norms whose squares overflow or vanish, denormal numbers, NaN and infinity in some rows only."""
+    info = torch.finfo(dtype)
+    p = Problem.random(24, 32, 16, 4, 4, 4, 2, dtype=dtype)
+    ordinary = linear(p)
+    root = info.max**0.5
+    p.x[0] *= root
+    p.x[1] /= root
+    p.x[2] = info.smallest_normal / 4
+    p.x[3, 5], p.x[4, 6], p.x[5] = float("nan"), float("inf"), 0
+    y, weights, ids, _ = linear(p)
+    assert torch.equal(ids[:2], ordinary[2][:2]), "scaling x changed the order of its scores"
+    assert torch.equal(weights[0], torch.tensor([1, 0], dtype=weights.dtype))
+    assert torch.allclose(weights[[1, 2, 5]], torch.tensor(0.5, dtype=weights.dtype), atol=0.01)
+    assert ids[[3, 5]].tolist() == [[0, 1]] * 2
+    assert weights.isfinite().all()
+    assert y[[0, 1, 2, 5]].isfinite().all()
+    for got, before in zip((y, weights, ids), ordinary):
+        assert torch.equal(got[6:], before[6:]), "a bad row changed its neighbours"
+
+
+def test_same_bits_on_any_number_of_threads():
+    p = Problem.random(70, 768, 768, 8, 32, 16, 2)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(extension.apply(*p.arguments()[:7], *extension.route(p.x, p.rows(), 2), True))
+    torch.set_num_threads(before)
+    for y, h in results[1:]:
+        assert torch.equal(h, results[0][1])
+        # The base product is PyTorch's, which may sum in another order on another number of threads.
+        assert_close("y", y, results[0][0].double(), 1e-6)
+
+
+def test_python_threads_do_not_disturb_each_other():
+    problems = [Problem.random(t, 96, 80, 4, 8, 4, 2, seed=t) for t in (1, 3, 40, 300)]
+    want = [linear(p) for p in problems]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            if not all(torch.equal(a, b) for a, b in zip(linear(problems[i]), want[i])):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("change", ["x", "vh", "s", "u", "expert_bias", "weight", "router", "num_experts_per_tok"])
+def test_what_does_not_fit_is_named(change):
+    p = Problem.random(4, 24, 16, 3, 4, 2, 2, router=True)
+    if change == "num_experts_per_tok":
+        p.num_experts_per_tok = 4
+    elif change == "s":
+        p.s = p.s.double()
+    else:
+        setattr(p, change, getattr(p, change)[..., :-1])
+    with pytest.raises(RuntimeError, match=change if change not in ("x", "weight") else "router|weight"):
+        linear(p)
+
+
+def test_ids_out_of_range_are_refused():
+    p = Problem.random(4, 24, 16, 3, 4, 2, 2)
+    for bad in (3, -1):
+        ids = torch.tensor([[0, 1]] * 3 + [[0, bad]], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=f"ids: holds {bad}"):
+            extension.apply(*p.arguments()[:7], torch.rand(4, 2), ids, False)
+
+
+def test_opcheck():
+    p = Problem.random(5, 24, 16, 3, 4, 2, 2)
+    linear(p)
+    ops = torch.ops.smile_kernels_ext
+    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(ops.route.default, (p.x, p.rows(), 2), test_utils=utils)
+    for save in (False, True):
+        torch.library.opcheck(ops.linear.default, (*p.arguments(), 2, 2, save), test_utils=utils)
+        routing = ops.route(p.x, p.rows(), 2)
+        torch.library.opcheck(ops.apply.default, (*p.arguments()[:7], *routing, save), test_utils=utils)
+
+
+def test_layer_uses_it_for_inference_and_the_composition_for_training():
+    assert sk.ops.library.choose_backend(None, "cpu", training=False) == "cpu"
+    assert sk.ops.library.choose_backend(None, "cpu", training=True) == "torch"
+
+
+def test_clean_under_sanitizers(tmp_path):
+    """AddressSanitizer and UBSan find nothing, on each instruction set that this machine has."""
+    torch_root, library = Path(torch.__path__[0]), tmp_path / "extension.so"
+    flags = "-std=c++17 -O1 -fPIC -shared -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
+    command = ["c++", *flags.split(), "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_root / 'include'}"]
+    sources = [ROOT / "csrc/cpu.cpp", ROOT / "csrc/bindings.cpp"]
+    link = ["-o", library, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, *sources, *link], check=True)
+    preload = [
+        subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / "sanitize.py", library], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["default", "avx2", "avx512"], done.stdout
