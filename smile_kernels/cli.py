@@ -246,6 +246,66 @@ def demo(
 
 
 @app.command()
+def tune(
+    shape: Annotated[list[str], typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; give one or more.")],
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a call.  [default: 1 4 16 64 512 2048]")] = None,
+    num_local_experts: Annotated[int, typer.Option(help="N.")] = 8,
+    rank_of_expert: Annotated[int, typer.Option(help="r.")] = 32,
+    rank_of_router: Annotated[int, typer.Option(help="g.")] = 16,
+    num_experts_per_tok: Annotated[int, typer.Option(help="m, experts per token.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Find the best launch of the Triton kernels on this GPU for given layers, and keep it for every later process.
+
+    \b
+    Example:
+      smile-kernels tune --shape 4096x4096 --shape 4096x14336 --rank-of-expert 64
+    """
+    with _errors():
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("device: torch sees no GPU here; expected one, since launches are timed on it")
+        from .benchmark.problems import layer_shape
+        from .ops.triton import configs, tuning
+        from .testing import Problem
+
+        device, kind = torch.device("cuda"), _dtype(torch, dtype)
+        layers = [layer_shape(name) for name in shape]
+        console = Console(stderr=True)
+        for name, (in_features, out_features, bias) in zip(shape, layers):
+            with console.status(name) as status:
+
+                def report(key: str, choices: dict, seconds: float, name: str = name, status: Any = status) -> None:
+                    status.update(f"{name}: {key} {choices[key]}: {1e6 * seconds:.1f} us")
+
+                problem = Problem.random(
+                    1,
+                    in_features,
+                    out_features,
+                    num_local_experts,
+                    rank_of_expert,
+                    rank_of_router,
+                    num_experts_per_tok,
+                    bias=bias,
+                    expert_bias=bias,
+                    dtype=kind,
+                    device="cuda",
+                )
+                best = tuning.tune(
+                    *problem.arguments()[1:],
+                    num_experts_per_tok,
+                    rank_of_router,
+                    tokens=tokens or [1, 4, 16, 64, 512, 2048],
+                    report=report,
+                )
+                tuning.save(device, best)
+            for key, choice in best.items():
+                print(f"{name}: {key}: {choice}")
+        print(f"{configs.user_table()}: written")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices, which backend would run on each, and why the others would not."""
     import torch

@@ -517,6 +517,30 @@ def test_doctor_says_what_would_run_and_why_not(monkeypatch):
     assert "it serves cuda tensors, not cpu tensors" in output
 
 
+def test_tune_times_each_layer_and_keeps_the_choices(monkeypatch):
+    from smile_kernels.ops.triton import tuning
+    from smile_kernels.testing import Problem
+
+    arguments = ["tune", "--shape", "64x48", "--shape", "clip-b32.attn", "--tokens", "3", "--rank-of-expert", "8"]
+    if not torch.cuda.is_available():
+        result = CliRunner().invoke(app, arguments)
+        assert (result.exit_code, "torch sees no GPU here" in result.output) == (1, True)
+    tuned, saved, random = [], [], Problem.random
+
+    def tune(weight, bias, vh, s, u, expert_bias, router, m, g, *, tokens, report):
+        report("key", {"key": "tile"}, 1e-6)
+        tuned.append((list(weight.shape), bias is not None, list(u.shape), m, g, tokens))
+        return {"key": "tile"}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Problem, "random", lambda *a, **options: random(*a, **(options | {"device": "cpu"})))
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(tuning, "save", lambda device, choices: saved.append((device.type, choices)))
+    assert "64x48: key: tile" in run(*arguments)
+    assert tuned == [([48, 64], True, [8, 48, 8], 1, 16, [3]), ([768, 768], True, [8, 768, 8], 1, 16, [3])]
+    assert saved == [("cuda", {"key": "tile"})] * 2
+
+
 def test_help_has_examples():
     assert "smile-kernels upscale fused.yml --out fused" in run("upscale", "--help")
     assert "doctor" in run("--help")
