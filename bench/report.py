@@ -45,7 +45,7 @@ def summaries(part: Record) -> list[tuple[Record, dict[str, dict[str, float]]]]:
     return [(record, summary(record, limits[record["threads"]])) for record in part["records"]]
 
 
-def over_linear(part: Record, passes: str) -> str:
+def over_linear(part: Record, passes: str, mode: str = "eager") -> str:
     """Time over F.linear of every peer, a row a layer, number of tokens and threads, a column a peer and dtype.
 
     Geometric means over the settings; a cell in which a setting was refused or could not run is empty.
@@ -54,7 +54,7 @@ def over_linear(part: Record, passes: str) -> str:
     settings: dict[tuple[str, int, int], set[str]] = {}
     names: dict[str, None] = {}
     for record, peers in summaries(part):
-        if record["pass"] != passes or record["mode"] != "eager" or record["name"].endswith("all peers"):
+        if record["pass"] != passes or record["mode"] != mode or record["name"].endswith("all peers"):
             continue
         key = (record["layer"], record["tokens"], record["threads"])
         settings.setdefault(key, set()).add(_setting(record))
@@ -236,6 +236,7 @@ def plot(part: Record, file: Path) -> None:
 
 BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "forward": ("layers", lambda part: over_linear(part, "forward")),
+    "graph": ("layers", lambda part: over_linear(part, "forward", "graph")),
     "backward": ("layers", lambda part: over_linear(part, "forward+backward")),
     "peers": ("layers", peers_table),
     "slower": ("layers", slower),

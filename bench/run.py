@@ -6,6 +6,7 @@ it goes on where it stopped, unless the commit or the machine has changed: then 
 
 import argparse
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -79,6 +80,8 @@ def main() -> None:
     for part in options.parts or PARTS:
         if part not in PARTS:
             parser.error(f"parts: {part!r} is unknown; expected some of {', '.join(PARTS)}")
+    if os.getloadavg()[0] > 0.5:
+        print(f"the load is {os.getloadavg()[0]:.1f}: what else runs here will be in the figures")
     folder = folder_of(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     for part in options.parts or PARTS:

@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,7 @@ def test_the_command_shows_a_table_and_keeps_every_sample(tmp_path):
         ({"dtype": "int8"}, "dtype: is 'int8'; expected one of float32"),
         ({"device": "tpu"}, "device: is 'tpu'; expected one of cpu"),
         ({"peers": ["mine"]}, "peers: 'mine' is unknown"),
+        ({"json_file": Path("no-such-folder/r.json")}, "json: is 'no-such-folder/r.json'; expected a file in a folder"),
         ({"graph": True}, "graph: CUDA graphs need device 'cuda'"),
     ],
 )

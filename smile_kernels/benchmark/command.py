@@ -58,6 +58,9 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     _check(layers, tokens, setting, dtype, device, peers, graph)
+    for name, file in (("json", json_file), ("plot", plot_file)):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
     if plot_file is not None:
         import matplotlib  # noqa: F401  before anything is measured
     cases = [Case(layer, setting, t, DTYPES[dtype]) for layer in layers for t in tokens]
@@ -162,8 +165,8 @@ def footnote(result: Record) -> str:
     return (
         f"{m['device']}, torch {m['versions']['torch']}, commit {m['commit']}; measured limits: {rates}, "
         f"{largest[1] / 1e9:.0f} GB/s from memory ({smallest[1] / 1e9:.0f} GB/s for {smallest[0] / 2**20:.0f} MiB).\n"
-        f"µs: median of interleaved rounds; spread: half the interquartile range; /linear: over {BASELINE}, median of\n"
-        "the ratios within a round; /floor: over what the layer's least bytes and FLOPs take at the measured limits;\n"
+        f"µs: median of interleaved rounds; spread: half the interquartile range; /linear: over {BASELINE}, median of "
+        "the ratios within a round; /floor: over what the layer's least bytes and FLOPs take at the measured limits; "
         f"MiB: allocated by the call, output included.{busy}"
     )
 

@@ -238,7 +238,7 @@ def limits(device: str, dtypes: Sequence[torch.dtype], seconds: float = 1.0) -> 
 
     Returns:
         "bandwidth": [bytes, bytes per second] of reading buffers of growing size, from caches to memory;
-        "matmul": dtype -> FLOP/s of a large square product.
+        "matmul": dtype -> FLOP/s of square products, the best of two sizes.
     """
     sizes = [2**20, 2**22, 2**24, 2**26, 2**28] if device == "cpu" else [2**24, 2**26, 2**28, 2**31]
     bandwidth = []
@@ -248,12 +248,14 @@ def limits(device: str, dtypes: Sequence[torch.dtype], seconds: float = 1.0) -> 
         samples = interleave({"sum": a.sum, "mv": functools.partial(torch.mv, a, v)}, device, seconds / 16)
         best = min(min(s["wall_us"]) for s in samples.values())
         bandwidth.append([size, round(size / best * 1e6)])
-    side = 2048 if device == "cpu" else 8192
     matmul = {}
     for dtype in dtypes:
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        samples = interleave({"matmul": functools.partial(F.linear, a, b)}, device, seconds / 8)
-        matmul[str(dtype).removeprefix("torch.")] = round(2 * side**3 / min(samples["matmul"]["wall_us"]) * 1e6)
+        rates = []
+        for side in (512, 2048) if device == "cpu" else (4096, 8192):
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            samples = interleave({"matmul": functools.partial(F.linear, a, b)}, device, seconds / 16)
+            rates.append(2 * side**3 / min(samples["matmul"]["wall_us"]) * 1e6)
+        matmul[str(dtype).removeprefix("torch.")] = round(max(rates))
     return {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "matmul": matmul}
 
 
