@@ -127,7 +127,7 @@ def markdown(results: dict) -> str:
     machine = results["machine"]
     parts = [
         f"{results['seeds']} seed{'s' * (results['seeds'] > 1)}; {machine['processor']}, {machine['threads']} threads, "
-        f"PyTorch {machine['torch']}, transformers {machine['transformers']}; {results['seconds']:.0f} s in all."
+        f"PyTorch {machine['torch']}, transformers {machine['transformers']}."
     ]
     for title, columns, rows in tables(results):
         lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
@@ -166,26 +166,29 @@ def draw(results: dict, path: Path) -> None:
     blues = ["#9ecae1", "#4f9bcb", "#2171b5", "#2e8b57", "#7cb342", "#08306b", "#4a2c8f"]
     colours |= {row["name"]: blue for row, blue in zip(smile, blues)}
 
+    individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(16, 5.6), width_ratios=(1.5, 1, 1.1), layout="constrained"
+        1, 3, figsize=(16, 6), width_ratios=(1.5, 1, 1.1), layout="constrained"
     )
-    order = rows[::-1]
-    for y, row in enumerate(order):
+    for y, row in enumerate(rows[::-1]):
         by_task = [statistics.fmean(scores) for scores in zip(*(run["accuracy"] for run in row["runs"]))]
         mean = statistics.fmean(averages(row))
-        left.barh(y, mean, color=colours[row["name"]], height=0.72, zorder=1)
-        left.scatter(by_task, [y] * len(by_task), s=16, color="white", edgecolor="#202124", linewidth=0.7, zorder=2)
-        left.text(1, y, f"{mean:.1f}", va="center", ha="left", color="white", weight="bold", zorder=3)
-    left.set_yticks(range(len(order)), [row["name"] for row in order])
-    left.set_xlim(0, 100)
-    left.set_xlabel("accuracy on held-out texts, % (bar: average; dots: tasks)")
+        left.plot([min(by_task), max(by_task)], [y, y], color="#dadce0", linewidth=1, zorder=1)
+        left.scatter(by_task, [y] * len(by_task), s=22, color="white", edgecolor=colours[row["name"]], zorder=2)
+        left.scatter(mean, y, s=130, color=colours[row["name"]], zorder=3)
+        left.annotate(
+            f"{mean:.1f}", (mean, y), (0, 9), textcoords="offset points", ha="center", fontsize=9, weight="bold"
+        )
+    left.axvline(individual, color="#202124", linewidth=0.8, linestyle=":", zorder=0)
+    left.set_yticks(range(len(rows)), [row["name"] for row in rows[::-1]])
+    left.set_ylim(-0.6, len(rows) - 0.3)
+    left.set_xlabel("accuracy on held-out texts, % (large: average; small: tasks)")
     left.set_title(f"One encoder, {len(results['tasks'])} tasks")
 
     for row in rows:
         if row["name"] != "base + probe" and "oracle" not in row["name"]:
             mean = statistics.fmean(averages(row))
             middle.scatter(row["parameters"], mean, s=90, color=colours[row["name"]], zorder=2, label=row["name"])
-    individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
     middle.axhline(individual, color="#202124", linewidth=0.8, linestyle=":")
     middle.set_xscale("log", base=2)
     middle.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
@@ -204,10 +207,7 @@ def draw(results: dict, path: Path) -> None:
     chance = 100 / len(results["tasks"])
     right.axhline(chance, color="#9aa0a6", linewidth=0.8, linestyle=":")
     right.text(0, chance + 1, "chance", color="#9aa0a6", fontsize=8)
-    short = [
-        name.removeprefix("layers.").replace("attention.", "").replace(".dense", "").replace("self.", "")
-        for name in names
-    ]
+    short = [name.removeprefix("layers.").removesuffix(".dense").replace("attention.self.", "") for name in names]
     right.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
     right.set_ylim(0, 100)
     right.set_ylabel("tokens at their own expert, %")
