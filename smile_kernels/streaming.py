@@ -14,7 +14,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -42,7 +41,15 @@ from .files import (
 from .integrations.peft import LowRankDelta, adapter_deltas, is_adapter
 from .routing import RoutingPolicy
 from .svd import check_ranks, decompose_linear
-from .upscale import LayerReport, UpscaleReport, _is_conv1d, average_tensors, linear_layers, select_layers
+from .upscale import (
+    LayerReport,
+    UpscaleReport,
+    _is_conv1d,
+    average_tensors,
+    in_threads,
+    linear_layers,
+    select_layers,
+)
 
 __all__ = ["upscale_checkpoints"]
 
@@ -227,7 +234,7 @@ class _Job:
         return 2 * factors + (0 if experts_only else base)
 
     @torch.no_grad()
-    def upscale_layer(self, index: int, folder: Path) -> None:
+    def upscale_layer(self, folder: Path, index: int) -> None:
         """Writes `<index>.safetensors`, the factors of a layer, unless it is left alone, and then `<index>.json`."""
         layer, start = self.layers[index], time.perf_counter()
         dtypes = [source.stored[layer.weight].dtype for source in (self, *self.experts) if hasattr(source, "stored")]
@@ -462,7 +469,7 @@ def upscale_checkpoints(
         todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
         barrier()
         done = len(job.layers) - len(todo)
-        for _ in _in_threads(job.upscale_layer, [(i, layers) for i in todo[rank::world]], workers):
+        for _ in in_threads(functools.partial(job.upscale_layer, layers), todo[rank::world], workers):
             done += world
             progress("layers", min(done, len(job.layers)), len(job.layers))
         barrier()
@@ -521,25 +528,6 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of each file."""
     stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _in_threads(function: Callable, arguments: Sequence[tuple], workers: int | None) -> Iterator[None]:
-    """Calls the function with each of the arguments, some at a time, each in one thread; yields after each."""
-    threads = torch.get_num_threads()
-    # torch's own threads would share one layer, and another number of them gives other bits.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers or min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(function, *each) for each in arguments]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    yield
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import copy
 import fnmatch
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,8 @@ def upscale(
                 f"expected it in exclude (exclude=[{name!r}] keeps the base's)"
             )
 
-    layers, reports = {}, []
-    for name in _track(names, progress):
+    @torch.no_grad()
+    def decompose(name: str) -> tuple[dict[str, Tensor | None], LayerReport]:
         start = time.perf_counter()
         conv1d = _is_conv1d(linears[name])
         weight, bias = linears[name].weight, linears[name].bias
@@ -204,9 +205,12 @@ def upscale(
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        reports.append(LayerReport.of(name, factors, certificates, time.perf_counter() - start))
-        if not reports[-1].skipped:
-            layers[name] = factors
+        return factors, LayerReport.of(name, factors, certificates, time.perf_counter() - start)
+
+    workers = 1 if linears[names[0]].weight.is_cuda else None
+    decomposed = list(_track(in_threads(decompose, names, workers), len(names), progress))
+    reports = [report for _, report in decomposed]
+    layers = {report.name: factors for factors, report in decomposed if not report.skipped}
 
     model = model if inplace else copy.deepcopy(model)
     linears = linear_layers(model)
@@ -280,10 +284,31 @@ def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], where: 
             )
 
 
-def _track(names: Sequence[str], progress: bool) -> Iterable[str]:
+def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], workers: int | None = None) -> Iterator[Any]:
+    """function(each) for each of the arguments, in their order; some at a time, each by one thread.
+
+    torch's own threads would share one call between them, and another number of threads gives other bits.
+
+    Args:
+        workers: calls at a time; by default as many as torch has threads, at most 4.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers or min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield from pool.map(function, arguments)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterator[Any]:
     if not progress:
-        return names
+        return layers
     from rich.console import Console
     from rich.progress import track
 
-    return track(names, "upscaling", console=Console(stderr=True))
+    return track(layers, "upscaling", total=total, console=Console(stderr=True))

@@ -451,6 +451,23 @@ def deep(tmp_path_factory) -> tuple[list[Path], dict[str, bytes]]:
     return folders, contents(folder / "whole")
 
 
+def test_in_memory_gives_the_same_bits_whatever_the_threads(deep, tmp_path):
+    folders, whole = deep
+    models = [Deep() for _ in folders]
+    for folder, model in zip(folders, models):
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    (tmp_path / "whole").mkdir()
+    for name, content in whole.items():
+        (tmp_path / "whole" / name).write_bytes(content)
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        model, _ = upscale(models[0], models[1:], **RANKS, progress=False)
+        assert torch.get_num_threads() == count
+        same_as_in_memory(model, load_pretrained(tmp_path / "whole", Deep()))
+    torch.set_num_threads(threads)
+
+
 # Says which layer it is done with, and does not go on from the one that it is told to stop at.
 WATCHED = """
 import sys, time
