@@ -163,8 +163,8 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
 def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Counts the tokens that each expert gets while it is open: {SMILE layer's name: [N] int64 on the CPU}.
 
-    A token counts for its first choice, padding not at all. Any policy, and routing given as the layer's argument; the
-    outputs do not change. For inference: recomputed layers count twice.
+    A token counts for its first choice, padding not at all, under any policy; `routing=` that a layer is given is its
+    choice, calls with `routing_weights=` do not count. Outputs do not change. Recomputed layers count twice.
 
         with watch_routing(model) as counts:
             model(**batch)
@@ -179,7 +179,9 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         names = inspect.signature(root.forward).parameters
         tokens = _Tokens(dict(zip(names, args)) | kwargs, "token", type(root).__name__)
 
-    def count(name: str, layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def count(name: str, layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if kwargs.get("routing_weights") is not None:
+            return None
         routing = kwargs.get("routing")
         if routing is None and layer.attached_routing is not None:
             attached, index = layer.attached_routing
@@ -270,7 +272,7 @@ class AttachedRouting:
         with torch.no_grad():
             if state is not None:
                 return state.choose(index, layer, x)
-            return self._passed(index).replay(index, x)
+            return self._passed().replay(index, x)
 
     def _open(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = dict(zip(self.argument_names, args)) | kwargs
@@ -306,7 +308,7 @@ class AttachedRouting:
                 tensor.register_hook(reached)
                 self.live.add(state)
 
-    def _passed(self, index: int) -> "_Pass":
+    def _passed(self) -> "_Pass":
         """The forward pass that a layer called outside of one is recomputed for."""
         task = torch._C._current_graph_task_id()
         if task == -1:
