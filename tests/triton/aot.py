@@ -1,0 +1,279 @@
+"""Compile the kernels ahead of time, for devices that are not here, and report what they use.
+
+    python tests/triton/aot.py [--exhaustive] [--write] [FAMILY ...]
+
+prints one JSON line a kernel. By default the kernels of a few layers; --exhaustive, every tile of every kernel; --write keeps
+the former as tests/triton/resources.json, which the tests compare with. The backend's own launchers run on tensors without
+storage, and Triton compiles what they launch instead of running it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from smile_kernels.ops import triton as backend
+from smile_kernels.ops.triton import configs
+
+RESOURCES = Path(__file__).with_name("resources.json")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for."""
+
+    family: str  # its tiles
+    triton: GPUTarget
+    shared: int  # bytes of shared memory a block may have
+    hopper: bool  # dependent launches and the tensor memory accelerator
+
+
+# The tiles of sm80 also serve devices of 99 KB a block: 8.6, 8.9 and 12.0.
+TARGETS = {
+    "sm80": Target("sm80", GPUTarget("cuda", 80, 32), 101376, False),
+    "sm90": Target("sm90", GPUTarget("cuda", 90, 32), 232448, True),
+    "sm100": Target("sm100", GPUTarget("cuda", 100, 32), 232448, True),
+    "sm120": Target("sm80", GPUTarget("cuda", 120, 32), 101376, True),
+    "gfx942": Target("gfx942", GPUTarget("hip", "gfx942", 64), 65536, False),
+}
+INSTRUCTIONS = {
+    "HGMMA": r"\bHGMMA",
+    "UTCMMA": r"\bUTC\w*MMA",
+    "HMMA": r"\bHMMA",
+    "FFMA": r"\bFFMA",
+    "LDGSTS": r"\bLDGSTS",
+    "LDGSTS.128": r"\bLDGSTS\S*128",
+    "UTMALDG": r"\bUTMALDG",
+    "LDL": r"\bLDL",
+    "STL": r"\bSTL",
+}
+
+
+class _Driver:
+    """Stands in for the driver of a device that is not here."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name].triton
+
+
+@contextlib.contextmanager
+def compiling(name: str) -> Iterator[dict[str, dict]]:
+    """While this lasts, launches for device `name` are compiled and not run; what each kernel uses, by a label."""
+    target, found = TARGETS[name], {}
+    run, device = JITFunction.run, configs.device
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            options = [f"{k}={v}" for k, v in kwargs.items() if v is not False and not k.startswith("launch_")]
+            key = " ".join([name, f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}", *options])
+            found[f"{key} #{sum(k.startswith(key) for k in found)}"] = resources(kernel)
+        return kernel
+
+    seen: set[str] = set()
+    driver.set_active(_Driver(name))
+    JITFunction.run = compile_only
+    configs.device = lambda _: configs.Device(name, target.family, 132, pdl=target.hopper, tma=target.hopper)
+    try:
+        yield found
+    finally:
+        JITFunction.run, configs.device = run, device
+
+
+def resources(kernel) -> dict:
+    """Registers, shared memory, spilled bytes and the instructions that matter of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        number = {k: int(re.search(rf"\.{k}:\s*(\d+)", text)[1]) for k in ("vgpr_count", "vgpr_spill_count")}
+        spilled = number["vgpr_spill_count"] + int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
+        mfma = len(re.findall(r"\bv_mfma", text))
+        return {"registers": number["vgpr_count"], "shared": kernel.metadata.shared, "spilled": spilled, "MFMA": mfma}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+        sass = _tool("nvdisasm", cubin.name)
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "shared": kernel.metadata.shared,
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + counts.pop("LDL") + counts.pop("STL"),
+        **{name: count for name, count in counts.items() if count},
+        "in loops": sorted(name for name in ("HGMMA", "UTCMMA", "HMMA", "FFMA") if _in_a_loop(sass, INSTRUCTIONS[name])),
+    }
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _in_a_loop(sass: str, pattern: str) -> bool:
+    """Whether an instruction lies between a label and a later branch back to it."""
+    lines = sass.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if branch and labels.get(branch[1], i) < i and re.search(pattern, "\n".join(lines[labels[branch[1]] : i])):
+            return True
+    return False
+
+
+class Layer:
+    """The arguments of the backend's functions for one layer, without storage."""
+
+    def __init__(self, n, r, g, m=1, d=4096, o=4096, dtype=torch.bfloat16):
+        def empty(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        self.empty, self.n, self.r, self.g, self.m, self.d, self.o = empty, n, r, g, m, d, o
+        self.parameters = (
+            *(empty(o, d), empty(o), empty(n, max(r, g), d)),
+            *(empty(n, r, dtype=torch.float32), empty(n, o, r), empty(n, o)),
+        )
+
+    def routing(self, tokens: int):
+        shape = (tokens, self.m)
+        return self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.int32)
+
+    def linear(self, tokens: int, linear: str = "together", apply: str = "fused", save: bool = False) -> None:
+        with _paths(linear, apply):
+            backend.linear(self.empty(tokens, self.d), *self.parameters, None, self.m, self.g, save)
+
+    def apply(self, tokens: int, apply: str = "fused", save: bool = False) -> None:
+        with _paths("first", apply):
+            backend.apply(self.empty(tokens, self.d), *self.parameters, *self.routing(tokens), save)
+
+    def backward(self, tokens: int) -> None:
+        x, dy = self.empty(tokens, self.d), self.empty(tokens, self.o)
+        weight, _, vh, s, u, expert_bias = self.parameters
+        weights, ids = self.routing(tokens)
+        h = self.empty(tokens, self.m, self.r, dtype=torch.float32)
+        needs = [True] * 7 + [self.m > 1]
+        backend.apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
+        if self.m > 1:
+            backend.route_backward(weights, x, vh[:, : self.g], weights, ids, [True, True])
+
+
+@contextlib.contextmanager
+def _paths(linear: str, apply: str) -> Iterator[None]:
+    before = configs.linear_path, configs.apply_path
+    configs.linear_path, configs.apply_path = lambda *_: linear, lambda *_: apply
+    try:
+        yield
+    finally:
+        configs.linear_path, configs.apply_path = before
+
+
+@contextlib.contextmanager
+def _allow_tf32(allowed: bool) -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def representative(name: str) -> dict[str, dict]:
+    """The kernels of one layer in every regime; fewer for the other devices than for sm90."""
+    with compiling(name) as found:
+        layer = Layer(8, 32, 16)
+        layer.linear(1, "decode")
+        layer.linear(2048)
+        if name == "sm90":
+            layer.linear(1, "single")
+            layer.linear(64)
+            layer.linear(2048, apply="tma", save=True)
+            layer.linear(2048, apply="delta")
+            layer.apply(16)
+            Layer(64, 64, 8).linear(2048, "first", "grouped")
+            Layer(8, 32, 16, 2).backward(2048)
+            for tf32 in (False, True):
+                with _allow_tf32(tf32):
+                    Layer(8, 32, 16, dtype=torch.float32).linear(1, "decode")
+                    Layer(8, 32, 16, dtype=torch.float32).linear(2048)
+        elif name in ("sm80", "sm100"):
+            layer.backward(2048)
+    return found
+
+
+def exhaustive(name: str) -> Iterator[tuple[str, dict]]:
+    """Every tile of every kernel, for the settings that people use."""
+    tiles = configs.TILES[TARGETS[name].family]
+    tile = configs.tile
+    for operands, kernels in tiles.items():
+        dtype = torch.bfloat16 if operands == "half" else torch.float32
+        depth = max(len(rows) for rows in kernels.values())
+        for i in range(depth):
+
+            def pick(kernel, device, dtype, rows, *_, i=i, kernels=kernels):
+                if kernel in ("gather", "scatter"):
+                    fitting = [t for t in kernels[kernel] if t[0] == rows]
+                    t = fitting[i % len(fitting)]
+                else:
+                    t = kernels[kernel][i % len(kernels[kernel])]
+                return dict(zip((*configs.BLOCKS[kernel], "num_warps", "num_stages"), t))
+
+            configs.tile = pick
+            try:
+                with compiling(name) as found, _allow_tf32(operands == "tf32"):
+                    for n, r, g, m in ((8, 32, 16, 1), (8, 128, 16, 2), (3, 512, 8, 1)):
+                        layer = Layer(n, r, g, m, dtype=dtype)
+                        if n * max(r, g) <= 256:
+                            layer.linear(16, "decode")
+                            layer.linear(16, "single")
+                        for apply in ("fused", "delta", *(["tma"] if TARGETS[name].hopper else [])):
+                            layer.linear(2048, apply=apply)
+                        # Blocks of entries of every size that the grouped kernels have.
+                        for tokens in sorted({t[0] * n for t in kernels["gather"]}):
+                            layer.apply(tokens, "grouped", save=True)
+                            layer.backward(tokens)
+                yield from found.items()
+            finally:
+                configs.tile = tile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exhaustive", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("families", nargs="*", default=list(TARGETS), metavar="FAMILY")
+    options = parser.parse_args()
+    table = {"triton": triton.__version__, "kernels": {}}
+    for name in options.families:
+        for key, used in (exhaustive(name) if options.exhaustive else representative(name).items()):
+            table["kernels"][key] = used
+            print(json.dumps({key: used}), flush=True)
+    if options.write:
+        temporary = RESOURCES.with_suffix(".tmp")
+        temporary.write_text(json.dumps(table, indent=1) + "\n")
+        os.replace(temporary, RESOURCES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

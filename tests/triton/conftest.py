@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from smile_kernels.ops import triton as backend
+from smile_kernels.ops.triton import configs
+
+DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: on the GPU, or on the CPU under the interpreter."""
+    if reason := backend.why_not(DEVICE):
+        pytest.fail(f"tests/triton needs Triton's interpreter or a GPU: {reason}")
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """What torch.empty gives holds NaN, or a number that no kernel may take for a count or an expert."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        t = empty(*args, **kwargs)
+        return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).min)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **kwargs: poisoned(t.shape, dtype=t.dtype, device=t.device))
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Make layers take given paths, whatever the heuristics say."""
+
+    def take(linear: str = "first", apply: str = "fused"):
+        monkeypatch.setattr(configs, "linear_path", lambda *_: linear)
+        monkeypatch.setattr(configs, "apply_path", lambda *_: apply)
+
+    return take

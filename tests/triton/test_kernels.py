@@ -1,0 +1,241 @@
+"""Every kernel, forward and backward, against the float64 oracle: on the GPU if there is one, else under the interpreter."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from smile_kernels.functional import smile_linear
+from smile_kernels.ops import reference
+from smile_kernels.ops import triton as backend
+from smile_kernels.ops.triton import configs
+from smile_kernels.testing import Problem, assert_close, expectations
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LINEAR_PATHS = ["decode", "single", "together", "first"]
+APPLY_PATHS = ["fused", "tma", "delta", "grouped"]
+
+
+def call(p: Problem, **options) -> torch.Tensor:
+    options = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router, **options}
+    return smile_linear(*p.arguments(), backend="triton", **options)
+
+
+def oracle_ids(p: Problem) -> torch.Tensor:
+    """The experts that exact routing chooses."""
+    return reference.route(p.x.detach().double(), p.rows().detach().double(), p.num_experts_per_tok)[1]
+
+
+def check(p: Problem, *, backward: bool) -> None:
+    """y, and with `backward` every gradient, against the oracle, which plain PyTorch's own error bounds."""
+    leaves = {name: t.requires_grad_(backward) for name, t in p.tensors().items()}
+    y = call(p)
+    assert y.dtype == p.x.dtype
+    dy = torch.randn(y.shape, device=y.device).to(y.dtype) if backward else None
+    expected = expectations(p, oracle_ids(p), dy=dy)
+    assert_close("y", y.detach(), *expected["y"])
+    if backward:
+        for name, gradient in zip(leaves, torch.autograd.grad(y, leaves.values(), dy)):
+            assert gradient.dtype == leaves[name].dtype
+            assert_close(f"d{name}", gradient, *expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", [*LINEAR_PATHS[:2], *APPLY_PATHS])
+def test_forward_by_every_path(path, dtype, device, take):
+    take(path) if path in LINEAR_PATHS else take("together" if path != "grouped" else "first", path)
+    check(Problem.random(13, 48, 40, 5, 6, 3, 2, dtype=dtype, device=device), backward=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d", "o", "n", "r", "g", "m", "linear", "apply", "options"),
+    [
+        pytest.param(1, 16, 16, 1, 1, 1, 1, "decode", "fused", {}, id="one-of-everything"),
+        pytest.param(16, 33, 50, 3, 5, 9, 3, "single", "fused", {}, id="all-experts"),
+        pytest.param(37, 40, 33, 4, 20, 24, 1, "together", "fused", {}, id="router-rank-above-expert-rank"),
+        pytest.param(19, 35, 17, 3, 7, 2, 2, "first", "fused", {"router": True}, id="separate-router"),
+        pytest.param(33, 17, 21, 3, 70, 3, 1, "together", "delta", {"bias": False}, id="rank-beyond-one-block"),
+        pytest.param(20, 34, 40, 66, 2, 2, 3, "together", "tma", {"expert_bias": False}, id="many-experts"),
+        pytest.param(40, 33, 70, 6, 40, 3, 2, "first", "grouped", {"bias": False}, id="grouped-odd"),
+        pytest.param(5, 16, 16, 256, 1, 1, 1, "first", "grouped", {}, id="grouped-more-experts-than-tokens"),
+    ],
+)
+def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options, device, take):
+    take(linear, apply)
+    check(Problem.random(tokens, d, o, n, r, g, m, dtype=torch.bfloat16, device=device, **options), backward=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        pytest.param((19, 40, 36, 4, 6, 3, 2), torch.float32, {}, id="tied-float32"),
+        pytest.param((19, 40, 36, 4, 6, 3, 2), torch.bfloat16, {"router": True}, id="separate-bfloat16"),
+        pytest.param((7, 17, 21, 3, 5, 9, 1), torch.float16, {}, id="top-1-float16"),
+        pytest.param((17, 16, 35, 3, 70, 4, 3), torch.bfloat16, {"expert_bias": False, "bias": False}, id="large-rank"),
+    ],
+)
+def test_backward(shape, dtype, options, device, take):
+    take("together", "fused")
+    check(Problem.random(*shape, dtype=dtype, device=device, **options), backward=True)
+
+
+def test_backward_after_the_grouped_forward(device, take):
+    take("first", "grouped")
+    check(Problem.random(21, 33, 40, 5, 6, 3, 2, device=device), backward=True)
+
+
+@pytest.mark.parametrize("needed", ["x", "weight", "bias", "vh", "s", "u", "expert_bias", "router"])
+def test_each_gradient_alone_equals_that_of_all(needed, device, take):
+    take("first", "fused")
+    p = Problem.random(9, 16, 18, 3, 4, 2, 2, router=True, device=device)
+    dy = torch.randn(9, 18, device=device)
+
+    def gradients(names):
+        leaves = [t.detach().requires_grad_(name in names) for name, t in p.tensors().items()]
+        y = call(Problem(*leaves, p.num_experts_per_tok, p.rank_of_router))
+        y.backward(dy)
+        return {name: t.grad for name, t in zip(p.tensors(), leaves)}
+
+    alone, together = gradients([needed]), gradients(list(p.tensors()))
+    assert torch.equal(alone.pop(needed), together[needed])
+    assert set(alone.values()) == {None}
+
+
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+def test_given_routing_with_duplicates_and_gradient_of_the_weights(path, device, take):
+    take(apply=path)
+    p = Problem.random(18, 20, 24, 5, 4, 3, 2, device=device)
+    weights = torch.rand(18, 3, device=device, requires_grad=True)
+    ids = torch.randint(5, (18, 3), device=device)
+    ids[0] = ids[0, 0]
+    y = call(p, routing=(weights, ids))
+    dy = torch.randn_like(y)
+    expected = expectations(p, ids, weights=weights, dy=dy)
+    assert_close("y", y.detach(), *expected["y"])
+    assert_close("dweights", torch.autograd.grad(y, weights, dy)[0], *expected["weights"])
+
+
+def test_given_routing_that_many_tokens_share(device, take):
+    take(apply="fused")
+    p = Problem.random(6, 20, 24, 5, 4, 3, device=device)
+    weights, ids = torch.tensor([[0.25, 0.75]], device=device), torch.tensor([[4, 1]], device=device)
+    shared = call(p, routing=(weights.expand(6, 2), ids.expand(6, 2)))
+    assert torch.equal(shared, call(p, routing=(weights.repeat(6, 1), ids.repeat(6, 1))))
+
+
+@pytest.mark.parametrize("linear", LINEAR_PATHS)
+def test_ties_go_to_the_lower_index(linear, device, take):
+    take(linear)
+    p = Problem.random(6, 16, 16, 6, 4, 2, 3, device=device)
+    p.vh[:] = p.vh[:1]
+    p.vh[4] *= 2
+    arguments = *p.arguments(), p.num_experts_per_tok, p.rank_of_router, False
+    _, weights, ids, _ = backend.linear(*arguments)
+    assert ids.tolist() == [[4, 0, 1]] * 6
+    assert torch.equal(weights[:, 1], weights[:, 2])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")
+def test_scores_of_any_magnitude_route_as_the_oracle_says(device):
+    """Squares that overflow or vanish, infinities and NaN: each token by itself, weights always finite."""
+    x = torch.randn(9, 12, device=device)
+    router = torch.randn(5, 4, 12, device=device) * 0.3
+    x[1] *= 1e30
+    x[2] *= 1e-30
+    x[3], x[4, 2], x[5, 7] = 0, float("inf"), float("nan")
+    x[6] *= 1e19
+    weights, ids = backend.route(x, router, 2)
+    assert weights.isfinite().all()
+    finite = [0, 1, 2, 3, 6, 7, 8]
+    want_weights, want_ids = reference.select(reference.scores(x[finite].double(), router.double()), 2)
+    assert torch.equal(ids[finite], want_ids)
+    torch.testing.assert_close(weights[finite], want_weights.float(), rtol=1e-5, atol=1e-6)
+    assert ((ids[[4, 5]] >= 0) & (ids[[4, 5]] < 5)).all()
+    assert (ids[5] == torch.tensor([0, 1], device=device)).all()
+
+
+@pytest.mark.parametrize(("n", "g", "m"), [(256, 1, 256), (2, 256, 1), (200, 33, 4), (1, 3, 1)])
+def test_route_of_extreme_sizes(n, g, m, device):
+    x, router = torch.randn(3, 16, device=device), torch.randn(n, g, 16, device=device) * 0.1
+    weights, ids = backend.route(x, router, m)
+    want_weights, want_ids = reference.route(x.double(), router.double(), m)
+    torch.testing.assert_close(weights, want_weights.float(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(ids, want_ids)
+    if m == 1:
+        assert (weights == 1).all()
+
+
+@pytest.mark.parametrize("apply", APPLY_PATHS)
+def test_inputs_of_any_strides(apply, device, take):
+    take("first" if apply == "grouped" else "together", apply)
+    p = Problem.random(10, 24, 20, 3, 4, 5, 2, device=device)
+    want = call(p)
+    strided = {name: t.mT.contiguous().mT for name, t in p.tensors().items() if t.dim() >= 2}
+    assert not any(t.is_contiguous() for t in strided.values())
+    assert torch.equal(call(Problem(**{**vars(p), **strided})), want)
+    wide = torch.randn(10, 2, 24, device=device)
+    wide[:, 1] = p.x
+    assert torch.equal(call(Problem(**{**vars(p), "x": wide[:, 1]})), want)
+
+
+def test_gradient_that_is_a_broadcast_number(device, take):
+    take("together", "fused")
+    p = Problem.random(6, 16, 18, 3, 4, 2, device=device)
+    p.u.requires_grad_()
+    a = torch.autograd.grad(call(p).sum(), p.u)[0]
+    b = torch.autograd.grad(call(p), p.u, torch.ones(6, 18, device=device))[0]
+    assert torch.equal(a, b)
+
+
+def test_no_tokens(device):
+    p = Problem.random(0, 16, 18, 3, 4, 2, 2, router=True, device=device)
+    leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}
+    y = call(p)
+    assert y.shape == (0, 18)
+    for name, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves.values())):
+        assert torch.equal(gradient, torch.zeros_like(leaves[name])), name
+
+
+def test_offsets_beyond_32_bits(device, take):
+    """Rows of x further apart than 2^31 elements; memory is reserved, and only the rows are touched."""
+    take("together", "fused")
+    p = Problem.random(3, 16, 18, 2, 4, 2, dtype=torch.float16, device=device)
+    storage = torch.UntypedStorage(2 * (2 * 1_200_000_000 + 16), device=device)
+    rows = p.x.new_zeros(0).set_(storage, 0, (3, 16), (1_200_000_000, 1))
+    rows.copy_(p.x)
+    assert torch.equal(call(Problem(**{**vars(p), "x": rows})), call(p))
+
+
+def test_float64_is_refused(device):
+    with pytest.raises(ValueError, match=r"x: is torch\.float64; the triton backend takes float32"):
+        call(Problem.random(2, 16, 16, 2, 2, 2, dtype=torch.float64, device=device))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (20, 40, 40, 6, 20, 12))),
+    m=st.integers(1, 3),
+    linear=st.sampled_from(LINEAR_PATHS),
+    apply=st.sampled_from(APPLY_PATHS),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_by_any_path(shape, m, linear, apply, dtype, seed, device, take):
+    tokens, d, o, n, r, g = shape
+    if linear in ("decode", "single"):
+        tokens, n = min(tokens, 16), min(n, 4)
+    take("first" if apply == "grouped" else linear, apply)
+    p = Problem.random(tokens, d, o, n, r, min(g, d), min(m, n), dtype=dtype, seed=seed, device=device)
+    check(p, backward=False)
+
+
+def test_heuristics_choose_what_can_run():
+    device = configs.Device("some GPU", "sm90", 132, pdl=True, tma=True)
+    half = torch.bfloat16
+    assert configs.linear_path(device, half, 1, 4096, 4096, 8, 32, 16, 32, 1, False) == "decode"
+    assert configs.linear_path(device, half, 1, 4096, 4096, 8, 32, 16, 32, 1, True) == "together"
+    assert configs.linear_path(device, half, 17, 4096, 4096, 8, 32, 16, 32, 1, False) == "together"
+    assert configs.linear_path(device, half, 4, 4096, 4096, 64, 64, 8, 64, 1, False) == "first"
+    assert configs.apply_path(device, half, 2048, 4096, 4096, 8, 32, 1) == "delta"
+    assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 1) == "grouped"
+    assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 64) == "delta"
