@@ -315,13 +315,19 @@ class TestReport:
         assert rows[1] == ["individual", "81.0", "91.0", "86.0 ± 1.4", "100.0", "2.00×", "–", "–"]
         assert rows[3] == ["SMILE (g 4, r 16)", "80.0", "90.0", "85.0 ± 1.4", "98.8", "1.25×", "50", "52"]
 
+    def test_margins_are_paired_by_seed(self):
+        title, columns, rows = report.tables(results())[2]
+        assert title == "Points above the merged models, on average"
+        assert columns == ["", "TIES"]
+        assert rows == [["SMILE (g 4, r 16)", "19.5 ± 0.7"]]
+
     def test_every_row_has_its_columns(self):
         for _, columns, rows in report.tables(results()):
             assert rows
             assert all(len(row) == len(columns) for row in rows)
 
     def test_a_peer_that_is_not_installed_says_so(self):
-        timing = report.tables(results())[4][2]
+        timing = report.tables(results())[5][2]
         assert timing[1] == ["fusion_bench", "No module named 'fusion_bench'", "–"]
 
     def test_page_sections_are_made_from_the_json(self, tmp_path):

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+MERGED = ("simple averaging", "task arithmetic", "TIES")
 TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
@@ -56,6 +57,12 @@ def tables(results: dict) -> list[TableRows]:
         accuracy.append(
             [row["name"], *by_task, _spread(averages(row)), kept, f"{row['parameters']:.2f}×", own, captured]
         )
+    merged = [row for row in rows if row["name"] in MERGED]
+    margins = [
+        [row["name"], *(_spread([a - b for a, b in zip(averages(row), averages(other))]) for other in merged)]
+        for row in rows
+        if row["runs"][0]["own_expert"]
+    ]
     chosen = [
         [
             row["name"],
@@ -99,6 +106,7 @@ def tables(results: dict) -> list[TableRows]:
             ],
             accuracy,
         ),
+        ("Points above the merged models, on average", ["", *(row["name"] for row in merged)], margins),
         ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
         ("Tokens at their own expert, %, by layer", ["layer", *(row["name"] for row in smile)], routing),
         ("Time to encode one batch of 32 texts", ["", "ms", "over the plain encoder"], timing),
