@@ -49,7 +49,7 @@ def measure_layer(in_features: int, out_features: int, device: str, seconds: flo
 def measure_model(device: str) -> Record:
     """Every linear layer of a small CLIP vision model."""
     config = transformers.CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
     )
     torch.manual_seed(0)
     base = transformers.CLIPVisionModel(config).to(device)
@@ -64,7 +64,7 @@ def measure_model(device: str) -> Record:
             _fusion_bench(base.get_submodule(name), [expert.get_submodule(name) for expert in experts])
 
     ranks = {"rank_of_expert": SETTING.rank_of_expert, "rank_of_router": SETTING.rank_of_router}
-    calls = {"smile": lambda: sk.upscale(base, experts, **ranks), "fusion_bench": theirs}
+    calls = {"smile": lambda: sk.upscale(base, experts, **ranks, progress=False), "fusion_bench": theirs}
     return {
         "device": device,
         "threads": torch.get_num_threads(),

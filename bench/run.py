@@ -86,7 +86,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in options.parts or PARTS:
         file = folder / f"{part}.json"
-        measure_all(PARTS[part](options.device), file, options.device, lambda: measure_limits(options.device))
+        # Only the layers are set against a floor.
+        rates = (lambda: measure_limits(options.device)) if part == "layers" else list
+        measure_all(PARTS[part](options.device), file, options.device, rates)
 
 
 if __name__ == "__main__":
