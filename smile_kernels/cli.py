@@ -113,8 +113,6 @@ def upscale(
                 raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
         if out is None:
             raise ValueError("out: is not given; expected --out FOLDER")
-        # SciPy's BLAS would otherwise give other bits for another number of cores; it reads this when it is loaded.
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"
         import torch
 
         from .routing import RoutingPolicy
