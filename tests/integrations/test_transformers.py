@@ -61,26 +61,21 @@ def test_round_trip(architecture, dtype, fused, tmp_path):
     assert (output(base) - output(model)).abs().max() > 0.1
 
 
-def test_loads_without_a_word_in_either_import_order(fused, tmp_path):
-    _, model = fused("GPT2LMHeadModel")
-    model.save_pretrained(tmp_path)
-    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    check = "assert type(model.transformer.h[0].attn.c_attn).__name__ == 'SmileLinear'"
-    light = "import sys, smile_kernels; assert not {'transformers', 'peft'} & {*sys.modules}"
-    for program in (
-        f"{light}; import transformers; {load}; {check}",
-        f"import transformers; transformers.AutoModel; import smile_kernels; {load}; {check}",
-    ):
-        subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_without_the_plugin_transformers_says_so(fused, tmp_path):
+def test_either_import_order(fused, tmp_path):
+    """Ours first, without importing transformers; or theirs first, which says that it loads the base alone."""
     _, model = fused("LlamaForCausalLM")
     model.save_pretrained(tmp_path)
-    program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert "Unknown quantization type, got smile" in done.stderr
-    assert "UNEXPECTED" in done.stderr
+    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    check = "assert type(model.model.layers[0].mlp.up_proj).__name__ == "
+    light = "import sys, smile_kernels; assert not {'transformers', 'peft'} & {*sys.modules}"
+    for program, warned in (
+        (f"{light}; import transformers; {load}; {check}'SmileLinear'", False),
+        (f"import transformers; {load}; {check}'Linear'; import smile_kernels; {load}; {check}'SmileLinear'", True),
+    ):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("Unknown quantization type, got smile" in done.stderr) == warned
+        assert ("UNEXPECTED" in done.stderr) == warned
 
 
 @pytest.mark.parametrize("lost", ["u", "vh", "expert_bias", "weight"])
