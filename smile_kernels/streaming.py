@@ -306,6 +306,8 @@ class _Job:
             known = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
             if file.is_file() and (file.suffix in _COPIED or file.stem in ("LICENSE", "NOTICE")) and not known:
                 shutil.copyfile(file, folder / file.name)
+        for stage in sorted(self.base.glob("[0-9]_*")):  # sentence-transformers' pooling and what follows it
+            shutil.copytree(stage, folder / stage.name, dirs_exist_ok=True)
         base_config = read_config(self.base)
         if self.dtype is not None and base_config:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -155,7 +155,9 @@ def test_transformers_models(tmp_path):
         folder = tmp_path / cls.__name__
         for i, model in enumerate((base, *experts)):
             model.save_pretrained(folder / f"m{i}", max_shard_size="60KB")
-        (folder / "m0" / "tokenizer.json").write_text("{}")
+        (folder / "m0" / "1_Pooling").mkdir()
+        for name in ("tokenizer.json", "1_Pooling/config.json"):
+            (folder / "m0" / name).write_text("{}")
         upscale_checkpoints(folder / "m0", [folder / "m1", folder / "m2"], folder / "out", **RANKS)
         want, _ = upscale(base, experts, **RANKS, progress=False)
         got = load_pretrained(folder / "out")
@@ -163,6 +165,7 @@ def test_transformers_models(tmp_path):
         assert sum(isinstance(m, SmileLinear) for m in got.modules()) == (15 if cls is LlamaForCausalLM else 9)
         assert got.get_output_embeddings().weight is got.get_input_embeddings().weight
         assert (folder / "out" / "tokenizer.json").read_text() == "{}"
+        assert (folder / "out" / "1_Pooling" / "config.json").read_text() == "{}"
         ids = torch.randint(64, (2, 6))
         assert torch.equal(got(ids).logits, want(ids).logits)
 
