@@ -199,18 +199,23 @@ def plot(part: Record, file: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "bench"
     from matplotlib import pyplot
 
-    threads = max(record["threads"] for record in part["records"])
+    plotted = [
+        (record, peers)
+        for record, peers in summaries(part)
+        if record["pass"] == "forward" and not record["name"].endswith("all peers")
+    ]
+    threads = max((record["threads"] for record, _ in plotted), default=None)
     lines: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
-    for record, peers in summaries(part):
-        if record["pass"] == "forward" and record["threads"] == threads and not record["name"].endswith("all peers"):
+    for record, peers in plotted:
+        if record["threads"] == threads:
             panel = lines.setdefault((record["layer"], record["dtype"]), {})
             for name, row in peers.items():
                 if name != BASELINE:
                     label = f"{name}, CUDA graph" if record["mode"] == "graph" else name
                     panel.setdefault(label, {}).setdefault(record["tokens"], []).append(row["over_linear"])
     panels = {key: panel for key, panel in lines.items() if len({t for line in panel.values() for t in line}) > 1}
-    columns = min(len(panels), 4)
-    count = -(-len(panels) // columns)
+    columns = max(1, min(len(panels), 4))
+    count = max(1, -(-len(panels) // columns))
     figure, axes = pyplot.subplots(
         count, columns, figsize=(4 * columns, 3.5 * count), squeeze=False, layout="constrained"
     )
