@@ -38,7 +38,7 @@ lint: .venv/ready
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	SMILE_KERNELS_SKIP_BUILD=1 .venv-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	SMILE_KERNELS_SKIP_BUILD=1 .venv-vllm/bin/python -m pip install --quiet --no-build-isolation -e .
 	touch $@
 
 clean:

@@ -179,11 +179,12 @@ class SmileLinear(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True):
-        # Module.to(bfloat16) and half() would round the singular values: they follow devices, not low precision.
+        # Module.to(bfloat16) and half() would round the singular values: they stay float32 beside low precision.
         s = self.s.data
         super()._apply(fn, recurse)
-        if self.s.dtype not in (torch.float32, torch.float64):
-            self.s.data = s.to(self.s.device)
+        wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        if self.s.dtype != wanted:
+            self.s.data = s.to(self.s.device, wanted)
         return self
 
     def extra_repr(self) -> str:

@@ -276,7 +276,9 @@ def test_singular_values_stay_float32():
     for cast in (module.to(torch.bfloat16), module.half(), copy.deepcopy(module).to(torch.bfloat16)):
         assert cast.weight.dtype in (torch.bfloat16, torch.float16)
         assert torch.equal(cast.s, s)
-    assert module.double().s.dtype == torch.float64
+    double = layer().double()
+    assert double.s.dtype == torch.float64
+    assert double.to(torch.bfloat16).s.dtype == torch.float32
 
 
 def test_smile_linear_is_the_named_sum():
