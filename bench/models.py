@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smile_kernels import SmileLinear
 from smile_kernels.benchmark.measure import Record, interleave, peak_memory
-from smile_kernels.benchmark.peers import PEERS, CannotRunError
+from smile_kernels.benchmark.peers import PEERS, CannotRunError, why_not
 from smile_kernels.benchmark.problems import Setting
 from smile_kernels.ops import library
 from smile_kernels.testing import Problem
@@ -94,7 +94,8 @@ def measure_model(workload: Workload, device: str, seconds: float = 6.0) -> Reco
     n = workload.setting.num_local_experts
     inputs = _inputs(workload, n * workload.batch, device)
     variants: dict[str, list[nn.Module] | str] = {"dense": [dense]}
-    for backend, reason in library.backends(device).items():
+    for backend in library.backends(device):
+        reason = why_not(backend, device)
         variants[f"smile:{backend}"] = f"cannot run: {reason}" if reason else [smile]
     try:
         variants["fusion_bench"] = [_with_layers(smile, _fusion_bench_layer, SmileLinear)]

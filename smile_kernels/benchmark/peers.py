@@ -47,8 +47,15 @@ def _linear(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     return lambda x: F.linear(x, weight, bias), [weight] if bias is None else [weight, bias]
 
 
+def why_not(backend: str, device: str) -> str | None:
+    """Why a backend cannot be timed on a device; None if it can."""
+    if backend == "triton" and device == "cpu":
+        return "on a CPU it is interpreted, which is no measure of it"
+    return library.why_not(backend, device)
+
+
 def _smile(backend: str, problem: Problem, weights: Tensor, ids: Tensor) -> Built:
-    if reason := library.why_not(backend, problem.x.device.type):
+    if reason := why_not(backend, problem.x.device.type):
         raise CannotRunError(reason)
     if backend == "cpu" and problem.x.requires_grad:
         raise CannotRunError("the compiled CPU operator has no backward")
