@@ -264,7 +264,7 @@ def results() -> dict:
 
     own = {"layers.0.query": 40.0, "layers.0.key": 60.0}
     return {
-        "machine": {"processor": "a processor", "threads": 2, "torch": "2", "transformers": "5"},
+        "machine": {"processor": "a processor", "threads": 2, "torch": "2", "transformers": "5", "backend": "torch"},
         "seeds": 2,
         "seconds": 12.3,
         "tasks": [

@@ -42,9 +42,8 @@ def tables(results: dict) -> list[TableRows]:
         [
             t["name"],
             f"“{t['prompt'].strip()}”",
-            *(str(t[k]) for k in ("classes", "train", "validation", "test")),
             t["package"],
-            t["licence"],
+            *(str(t[k]) for k in ("classes", "train", "validation", "test")),
         ]
         for t in results["tasks"]
     ]
@@ -92,7 +91,7 @@ def tables(results: dict) -> list[TableRows]:
         for f in results["fidelity"]
     ]
     return [
-        ("Tasks", ["task", "prompt", "classes", "train", "validation", "test", "package", "licence"], tasks),
+        ("Tasks", ["task", "prompt", "package", "classes", "train", "validation", "test"], tasks),
         (
             "Accuracy on held-out texts, %",
             [
@@ -109,7 +108,7 @@ def tables(results: dict) -> list[TableRows]:
         ("Points above the merged models, on average", ["", *(row["name"] for row in merged)], margins),
         ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
         ("Tokens at their own expert, %, by layer", ["layer", *(row["name"] for row in smile)], routing),
-        ("Time to encode one batch of 32 texts", ["", "ms", "over the plain encoder"], timing),
+        ("CPU time to encode one batch of 32 texts on one thread", ["", "ms", "over the plain encoder"], timing),
         (
             "Embeddings of a published fine-tune (sre-embedding-model)",
             ["rank", "mean cosine", "parameters", "energy, %"],
@@ -135,10 +134,11 @@ def markdown(results: dict) -> str:
     machine = results["machine"]
     parts = [
         f"{results['seeds']} seed{'s' * (results['seeds'] > 1)}; {machine['processor']}, {machine['threads']} threads, "
-        f"PyTorch {machine['torch']}, transformers {machine['transformers']}."
+        f"PyTorch {machine['torch']}, transformers {machine['transformers']}, backend {machine['backend']}."
     ]
     for title, columns, rows in tables(results):
-        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+        numeric = (all(cell == "–" or cell.lstrip("-")[0].isdigit() for cell in column) for column in zip(*rows))
+        lines = [columns, ["---:" if is_numeric else "---" for is_numeric in numeric], *rows]
         parts.append(f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts) + "\n"
 
