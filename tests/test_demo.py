@@ -1,6 +1,7 @@
 import json
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,7 +267,6 @@ def results() -> dict:
     return {
         "machine": {"processor": "a processor", "threads": 2, "torch": "2", "transformers": "5", "backend": "torch"},
         "seeds": 2,
-        "seconds": 12.3,
         "tasks": [
             {
                 "name": name,
@@ -341,6 +341,13 @@ class TestReport:
         page.write_text("nothing here")
         with pytest.raises(ValueError, match="no section between <!-- easy -->"):
             report.update_page(page, {"easy": source})
+
+    def test_the_documentation_shows_the_committed_results(self):
+        """To bring the page up to date: page.write_text(report.update_page(page, sources))."""
+        root = Path(__file__).parents[1]
+        page, folder = root / "docs" / "demo.md", root / "bench" / "results" / "cpu"
+        sources = {"easy": folder / "demo.json", "hard": folder / "demo_hard.json"}
+        assert report.update_page(page, sources) == page.read_text(encoding="utf-8")
 
     def test_plot(self, tmp_path):
         report.draw(results(), tmp_path / "plot.png")

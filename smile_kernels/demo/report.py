@@ -126,7 +126,6 @@ def show(results: dict, console: Console) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(f"{results['seconds']:.0f} s in all")
 
 
 def markdown(results: dict) -> str:

@@ -333,10 +333,10 @@ def demo(
         ],
         "time": timings,
         "fidelity": fidelity,
-        "seconds": time.perf_counter() - start,
     }
     console = Console()
     show(results, console)
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
     if json_path:
         with appears_whole(json_path) as scratch:
             scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
