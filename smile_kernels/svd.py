@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 # the found and the true subspace of the router's rows. float32 arithmetic cannot hold FLOOR much below 1e-5.
 EXCESS, FLOOR, SINE = 1e-3, 1e-5, 1e-3
 
-# Above this share of the smaller side, a Krylov basis costs more than the exact route (measured at 1024 to 4096).
-KRYLOV_SHARE = 0.45
+# Up to this share of the smaller side, a Krylov basis that converges beats the exact route (2.4 times or more at 2048).
+KRYLOV_SHARE = 0.6
 
 # Up to this smaller side LAPACK's float64 SVD is as quick as anything else.
 SMALL = 256
@@ -55,9 +55,7 @@ class TruncatedSVD:
 
 
 @torch.no_grad()
-def truncated_svd(
-    a: Tensor, rank: int | float, *, rank_of_router: int = 0, noise_floor: float | None = None
-) -> TruncatedSVD:
+def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, noise_floor: float = 0.0) -> TruncatedSVD:
     """a ≈ u diag(s) vh[:r], within 1e-3 of the optimal error plus 1e-5 ||a||_F.
 
     Slow and fast spectra go through a block Krylov method; where it would not pay, or does not converge, a float64 Gram
@@ -68,14 +66,15 @@ def truncated_svd(
         rank: r, from 1 to min(O, D); or -1 for every direction that is not null (exact); or a fraction in (0, 1)
             for the smallest r that holds this share of ||a||_F^2.
         rank_of_router: g; the first g rows of vh are converged as a subspace of their own.
-        noise_floor: singular values up to this are null; at the least those that rounding in float32 (float64) makes.
+        noise_floor: where fewer than g singular values are larger, the others are taken for noise: they are null, so
+            that they do not vote. Those that rounding in float32 (float64 for a float64 `a`) makes are null always.
 
     Raises:
         ValueError: `a` is no matrix or not finite, or a rank is out of range.
         TypeError: `a` is not floating point, or a rank is no number.
     """
     peak = check_matrix("a", a)
-    rank, g = check_ranks(rank, rank_of_router, a.shape)
+    rank, g = check_ranks(rank, rank_of_router, a.shape, name="rank")
     wide = a.dtype == torch.float64
     # float32 products on a GPU may run in TF32, where the certificate would be worth nothing.
     work = torch.float64 if wide or a.is_cuda else torch.float32
@@ -84,13 +83,20 @@ def truncated_svd(
     with torch.autocast(a.device.type, enabled=False):
         x = a.to(work) if unit == 1.0 else a.to(work) / unit
         total = _norm(x)
-        floor = max((noise_floor or 0.0) / unit, torch.finfo(torch.float64 if wide else torch.float32).eps * total)
+        floor = torch.finfo(torch.float64 if wide else torch.float32).eps * total
+
+        def count(values: Tensor) -> int:
+            """How many of these leading singular values are not null."""
+            loud = int((values > max(floor, noise_floor / unit)).sum())
+            return loud if loud < g else int((values > floor).sum())
+
         nothing = x.new_zeros(0, x.shape[1]), "exact", True
-        rows, method, converged = _leading_rows(x, rank, g, floor, total) if total else nothing
+        rows, method, converged = _leading_rows(x, rank, g, count, total) if total else nothing
         image = rows @ x.T
         s, order = torch.linalg.vector_norm(image, dim=1, dtype=torch.float64).sort(descending=True, stable=True)
         rows, image = rows[order], image[order]
-        u, s, vh, live = _cut((image / s.clamp_min(floor).to(work)[:, None]).T, s, rows, rank, g, floor, total)
+        u = (image / s.clamp_min(torch.finfo(work).tiny).to(work)[:, None]).T
+        u, s, vh, live = _cut(u, s, rows, rank, g, count(s), total)
         error = _norm(x, minus=(u * s.to(work), vh[: len(s)])) / total if total else 0.0
     out = torch.float64 if wide else torch.float32
     certificate = Certificate(len(s), live, max(0.0, 1 - error**2), error, converged, method)
@@ -105,7 +111,6 @@ def lora_svd(
     rank: int | float,
     *,
     rank_of_router: int = 0,
-    noise_floor: float = 0.0,
 ) -> TruncatedSVD:
     """The SVD of scale * b_factor @ a_factor, exact, without forming the product: QR of both, then a q x q SVD.
 
@@ -113,7 +118,7 @@ def lora_svd(
         b_factor: [O, q], any floating dtype.
         a_factor: [q, D], any floating dtype. Factors come back in float64 if either is float64, else in float32.
         scale: alpha / q, or alpha / sqrt(q), or what the adapter says.
-        rank, rank_of_router, noise_floor: as for `truncated_svd`; beyond the product's rank, u, s and vh are zero.
+        rank, rank_of_router: as for `truncated_svd`; beyond the product's rank, u, s and vh are zero.
 
     Raises:
         ValueError: shapes that do not fit, entries that are not finite, or a rank out of range.
@@ -128,7 +133,7 @@ def lora_svd(
         )
     if not math.isfinite(scale):
         raise ValueError(f"scale: is {scale}; expected a finite number")
-    rank, g = check_ranks(rank, rank_of_router, (b_factor.shape[0], a_factor.shape[1]))
+    rank, g = check_ranks(rank, rank_of_router, (b_factor.shape[0], a_factor.shape[1]), name="rank")
     with torch.autocast(b_factor.device.type, enabled=False):
         left, left_r = torch.linalg.qr(b_factor.double())
         right, right_r = torch.linalg.qr(a_factor.double().T)
@@ -136,8 +141,9 @@ def lora_svd(
         u, vh = left @ u, vh @ right.T
     total = s.norm().item()
     epsilon = torch.finfo(torch.float64).eps
-    converged = _separated(s, g, epsilon)
-    u, s, vh, live = _cut(u, s, vh, rank, g, max(noise_floor, epsilon * total), total)
+    live = int((s > epsilon * total).sum())
+    converged = _separated(s, min(g, live), epsilon, epsilon)
+    u, s, vh, live = _cut(u, s, vh, rank, g, live, total)
     lost = max(0.0, total**2 - s.square().sum().item()) / total**2 if total else 0.0
     out = torch.promote_types(torch.promote_types(b_factor.dtype, a_factor.dtype), torch.float32)
     certificate = Certificate(len(s), live, 1 - lost, math.sqrt(lost), converged, "lora")
@@ -156,14 +162,14 @@ def decompose_linear(
 ) -> tuple[dict[str, Tensor | None], list[Certificate]]:
     """One linear layer and N fine-tuned versions of it -> the parameters of a SMILE layer, and a certificate for each.
 
-    Of each difference W_i - W, directions that lie at the rounding of W_i's entries to their dtype are null, so an expert
-    that was not trained has zero rows, hence score 0 in the router.
+    Of each difference W_i - W, directions that lie at the rounding of W_i's entries to their dtype are null, so an
+    expert that was not trained has zero rows, hence score 0 in the router.
 
     Args:
         weight: W [O, D].
         bias: [O] | None.
-        expert_weights: N of W_i [O, D] in W's dtype, or of LoRA factors (b_factor [O, q], a_factor [q, D], scale), of any
-            floating dtype, that stand for W + scale * b_factor @ a_factor.
+        expert_weights: N of W_i [O, D] in W's dtype, or of LoRA factors (b_factor [O, q], a_factor [q, D], scale) of
+            any floating dtype, which stand for W + scale * b_factor @ a_factor.
         expert_biases: N of [O] | None. A missing bias counts as 0 beside a W_i, and as the shared one beside factors.
         rank_of_expert: r as in `truncated_svd`; where it is -1 or a fraction, r is the largest that an expert needs.
         rank_of_router: g, from 1 to min(O, D).
@@ -196,7 +202,14 @@ def decompose_linear(
         if isinstance(expert, Tensor):
             delta = _difference(expert, weight)
             noise = _rounding_noise(expert, delta)
-            parts.append(truncated_svd(delta, rank_of_expert, rank_of_router=rank_of_router, noise_floor=noise))
+            part = truncated_svd(delta, rank_of_expert, rank_of_router=rank_of_router, noise_floor=noise)
+            if part.certificate.directions < rank_of_router and expert.dtype.itemsize == 2:
+                held = _norm(delta @ part.vh.T) / max(_norm(delta), torch.finfo(delta.dtype).tiny)
+                # A low-rank update merged in 16 bits leaves rounding behind it. But where an update of single steps is
+                # most of the difference, it is all there is to tell the expert by.
+                if held**2 < 0.5:
+                    part = truncated_svd(delta, rank_of_expert, rank_of_router=rank_of_router)
+            parts.append(part)
         else:
             b_factor, a_factor, scale = (t.to(weight.device) if isinstance(t, Tensor) else t for t in expert)
             parts.append(lora_svd(b_factor, a_factor, scale, rank_of_expert, rank_of_router=rank_of_router))
@@ -222,8 +235,8 @@ def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight:
     if isinstance(expert, Tensor):
         if expert.shape != weight.shape or expert.dtype != weight.dtype:
             raise ValueError(
-                f"expert_weights[{i}]: {expert.dtype} {tuple(expert.shape)}; expected {weight.dtype} {tuple(weight.shape)}"
-                " as the shared weight"
+                f"expert_weights[{i}]: {expert.dtype} {tuple(expert.shape)}; expected {weight.dtype} "
+                f"{tuple(weight.shape)} as the shared weight"
             )
         check_matrix(f"expert_weights[{i}]", expert)
         return
@@ -232,8 +245,8 @@ def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight:
     check_matrix(f"expert_weights[{i}][1]", a_factor)
     if (b_factor.shape[0], a_factor.shape[1]) != tuple(weight.shape):
         raise ValueError(
-            f"expert_weights[{i}]: factors {tuple(b_factor.shape)} and {tuple(a_factor.shape)}; expected a product of shape"
-            f" {tuple(weight.shape)}"
+            f"expert_weights[{i}]: factors {tuple(b_factor.shape)} and {tuple(a_factor.shape)}; expected a product of "
+            f"shape {tuple(weight.shape)}"
         )
 
 
@@ -245,17 +258,19 @@ def _difference(expert: Tensor, shared: Tensor) -> Tensor:
 def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
     """Upper estimate of the spectral norm of the noise that rounding `expert` to its dtype leaves in `delta` [O, D].
 
-    An entry w is off by at most eps |w| / 2, evenly spread: eps |w| / sqrt(12) in the mean. A matrix of independent
-    entries has a norm of at most its largest row norm plus its largest column norm (of standard deviations). Entries that
-    did not change carry no noise.
+    Rounding moves an entry w by eps |w| / 2 at most, with a deviation of eps |w| / sqrt(12); one that moved by a single
+    step or not at all is noise as it stands. A matrix of independent entries has a norm of about the largest norm of a
+    row of deviations plus the largest of a column.
     """
+    step = torch.finfo(expert.dtype).eps
     rows, columns = 0.0, delta.new_zeros(delta.shape[1])
     for start in range(0, len(delta), 512):
-        part = slice(start, start + 512)
-        variance = expert[part].to(delta.device, delta.dtype).square().masked_fill_(delta[part] == 0, 0)
-        rows = max(rows, variance.sum(dim=1).max().item())
-        columns += variance.sum(dim=0)
-    return torch.finfo(expert.dtype).eps / math.sqrt(12) * (math.sqrt(rows) + math.sqrt(columns.max().item()))
+        moved = delta[start : start + 512].abs()
+        steps = expert[start : start + 512].to(moved.device, moved.dtype).abs() * step
+        deviation = torch.where(moved <= steps, moved, steps / math.sqrt(12))
+        rows = max(rows, torch.linalg.vector_norm(deviation, dim=1).max().item())
+        columns = torch.hypot(columns, torch.linalg.vector_norm(deviation, dim=0))
+    return rows + columns.max().item()
 
 
 def check_matrix(name: str, a: Tensor) -> float:
@@ -271,49 +286,56 @@ def check_matrix(name: str, a: Tensor) -> float:
     return max(-low, high)
 
 
-def check_ranks(rank: int | float, rank_of_router: int, shape: Sequence[int]) -> tuple[int | float, int]:
+def check_ranks(
+    rank: int | float, rank_of_router: int, shape: Sequence[int], name: str = "rank_of_expert"
+) -> tuple[int | float, int]:
     """(r, g) for a layer of `shape` [O, D]; raises, naming the argument, unless both are in range."""
     most = min(shape)
-    try:
-        rank = rank if isinstance(rank, float) else operator.index(rank)
-        rank_of_router = operator.index(rank_of_router)
-    except TypeError as e:
-        raise TypeError(f"rank {rank!r}, rank_of_router {rank_of_router!r}: expected integers (or a fraction)") from e
-    fits = 0 < rank < 1 if isinstance(rank, float) else rank == -1 or 1 <= rank <= most
-    if not fits:
+    checked = []
+    for argument, value in ((name, rank), ("rank_of_router", rank_of_router)):
+        try:
+            checked.append(value if argument == name and isinstance(value, float) else operator.index(value))
+        except TypeError as error:
+            raise TypeError(f"{argument}: is {value!r}; expected a number") from error
+    rank, g = checked
+    if not (0 < rank < 1 if isinstance(rank, float) else rank == -1 or 1 <= rank <= most):
         raise ValueError(
-            f"rank: is {rank}; expected 1 to {most} for a layer of shape {tuple(shape)}, -1 for full rank, or a "
+            f"{name}: is {rank}; expected 1 to {most} for a layer of shape {tuple(shape)}, -1 for full rank, or a "
             "fraction in (0, 1)"
         )
-    if not 0 <= rank_of_router <= most:
-        raise ValueError(f"rank_of_router: is {rank_of_router}; expected 0 to {most} for a layer of {tuple(shape)}")
-    return rank, rank_of_router
+    if not 0 <= g <= most:
+        raise ValueError(f"rank_of_router: is {g}; expected 0 to {most} for a layer of shape {tuple(shape)}")
+    return rank, g
 
 
-def _leading_rows(x: Tensor, rank: int | float, g: int, floor: float, total: float) -> tuple[Tensor, str, bool]:
+def _leading_rows(
+    x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int], total: float
+) -> tuple[Tensor, str, bool]:
     """Orthonormal rows [w, D] of leading right singular vectors, the method, and whether the router's converged."""
     o, d = x.shape
     small = min(o, d)
     side = x if d <= o else x.T  # [longer, smaller]: bases live on the smaller side
     if rank != -1 and small > SMALL:
-        basis = _krylov(side, rank, g, floor, total)
+        basis = _krylov(side, rank, g, count, total)
         if basis is not None:
             return _right_rows(x, basis), "krylov", True
-    if x.dtype == torch.float64 or small <= SMALL:
-        s, vh = torch.linalg.svd(x.double(), full_matrices=False)[1:]
-        resolution, method = torch.finfo(torch.float64).eps, "exact"
-    else:
+    method = "exact" if x.dtype == torch.float64 or small <= SMALL else "gram"
+    if method == "exact":
+        try:
+            s, vh = torch.linalg.svd(x.double(), full_matrices=False)[1:]
+        except torch.linalg.LinAlgError:  # LAPACK's divide and conquer gives up on some runs of equal singular values
+            method = "gram"
+    if method == "gram":
         s, basis = _gram(side)
-        vh = _right_rows(x, basis.to(x.dtype))
-        # A Gram matrix squares the condition: near s_i, float64 resolves eps * s_1 / s_i of s_1.
-        last = s[: max(g, 1)][s[: max(g, 1)] > floor][-1]
-        resolution, method = (torch.finfo(torch.float64).eps * s[0] / last).item(), "gram"
-    live = int((s > floor).sum())
+        vh = _right_rows(x, basis)
+    live = count(s)
+    router = min(g, live)
+    resolution = _gram_resolution(s, router) if method == "gram" else torch.finfo(torch.float64).eps
     keep = max(_rank(rank, s.square(), total**2) or live, g, 1)
-    return vh[:keep].to(x.dtype), method, _separated(s, min(g, live), resolution)
+    return vh[:keep].to(x.dtype), method, _separated(s, router, resolution, torch.finfo(x.dtype).eps)
 
 
-def _krylov(x: Tensor, rank: int | float, g: int, floor: float, total: float) -> Tensor | None:
+def _krylov(x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int], total: float) -> Tensor | None:
     """Leading right singular vectors of x [m, n], m >= n, as rows; None where they did not converge or it cannot pay.
 
     The rows q, q x^T x, q (x^T x)^2, ... of one random block, orthonormalised, hold the leading singular vectors to a
@@ -321,7 +343,8 @@ def _krylov(x: Tensor, rank: int | float, g: int, floor: float, total: float) ->
     solved in float64; the last block's coefficients give each vector's residual, hence its error, at no cost.
     """
     m, n = x.shape
-    block = max(16, g)  # 16 beats 24 and 32 on flat spectra (1.4 s against 1.5 and 1.9 at 4096), and ties elsewhere
+    # A block sees no more equal singular values than it has rows, and the last of them late: 8 more than g.
+    block = max(16, g) + 8
     limit = int(KRYLOV_SHARE * n) // block * block
     if limit < 3 * max(rank, g, block):
         return None
@@ -348,13 +371,14 @@ def _krylov(x: Tensor, rank: int | float, g: int, floor: float, total: float) ->
         energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
         # AᵀA v - λ v of each Ritz vector, from the coefficients of the block that would come next.
         residual = (vectors[size - block :].T @ coefficients.double()).norm(dim=1)
-        live, maybe = int((energy > floor**2).sum()), int((energy + residual > floor**2).sum())
+        s = energy.sqrt()
+        live, maybe = count(s), count((energy + residual).sqrt())
         k, router = _rank(rank, energy, total**2), min(g, live)
         if k is None and maybe == size:
             # The share is not reached, and each direction still to come holds no more than the last converged one.
             known = size // 3
-            least = known + (rank * total**2 - energy[:known].sum().item()) / energy[known].item()
-            if size >= 3 * block and 3 * least > limit:
+            lacking = (rank * total**2 - energy[:known].sum()) / energy[known]
+            if size >= 3 * block and 3 * (known + lacking) > limit:
                 return None
             continue
         k = k or max(live, 1)
@@ -366,25 +390,26 @@ def _krylov(x: Tensor, rank: int | float, g: int, floor: float, total: float) ->
         ahead = lean * rate / (1 - rate) if rate < 1 else math.inf
         checked = size
 
-        outside = energy[k] if k < size else energy.new_zeros(())
-        missed = torch.minimum(residual[:k], residual[:k] ** 2 / (energy[:k] - outside)).nan_to_num(0).sum().item()
+        # What each vector may still gain: its residual, or less where the energies outside are known to lie below.
+        gap = (energy[:k] - (energy[k] + residual[k] if k < size else 0)).clamp_min(0)
+        missed = torch.minimum(residual[:k], residual[:k] ** 2 / gap).nan_to_num(0).sum().item()
         allowed = EXCESS * max(total**2 - energy[:k].sum().item(), 0) + 0.5 * (FLOOR * total) ** 2
-        if missed > allowed or maybe > router < g:
+        if missed > allowed or (router < g and maybe > router):
             continue
         if router and router < size:
-            s, rounding = energy.sqrt(), torch.finfo(x.dtype).eps
+            rounding = torch.finfo(x.dtype).eps
             if s[router - 1] - s[router] <= 4 * rounding * s[0]:
                 converged = residual[:router].norm() <= 8 * rounding * s[0] * s[router - 1]
             else:
-                gap = energy[router - 1] - energy[router]
+                gap = energy[router - 1] - energy[router] - residual[router]
                 converged = residual[:router].norm() <= 0.5 * SINE * gap or ahead <= 0.2 * SINE
             if not converged:
                 continue
-            if not _separated(s, router, 0.1 * rounding):
-                return None  # rounding of the products blurs these vectors: float64 is needed
+            if not _separated(s, router, max(0.5 * rounding, _gram_resolution(s, router)), rounding):
+                return None  # rounding of the products blurs these vectors
         found = vectors[:, : min(max(k + 1, g), size)].T.to(x.dtype) @ basis[:size]
-        if k > block and _outside(x, found[:k], energy[k - 1].item(), generator) > allowed:
-            return None  # one block cannot see more than `block` equal singular values
+        if k > block - 8 and _outside(x, found[:k], energy[k - 1].item(), generator) > allowed:
+            return None
         return found
     return None
 
@@ -404,7 +429,7 @@ def _orthonormal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _outside(x: Tensor, rows: Tensor, energy: float, generator: torch.Generator) -> float:
     """The energy above `energy` that a random block finds outside the rows: 0 unless they miss leading directions."""
-    z = _random(16, x, generator)
+    z = _random(24, x, generator)
     for _ in range(2):
         z, _ = _orthonormal(z, rows)
         y = z @ x.T
@@ -428,9 +453,14 @@ def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
     return energy.clamp_min(0).sqrt().flip(0), vectors.flip(1).T
 
 
+def _gram_resolution(s: Tensor, g: int) -> float:
+    """What a float64 Gram matrix resolves of s_g, as a share of s_1: forming it squares the condition."""
+    return torch.finfo(torch.float64).eps * (s[0] / s[max(g, 1) - 1]).item()
+
+
 def _right_rows(x: Tensor, basis: Tensor) -> Tensor:
     """Right singular vectors of x [O, D] from its singular vectors on the smaller side, [w, min(O, D)]."""
-    return basis if x.shape[1] <= x.shape[0] else torch.linalg.qr((basis @ x).T)[0].T
+    return basis if x.shape[1] <= x.shape[0] else torch.linalg.qr((basis @ x.to(basis.dtype)).T)[0].T
 
 
 def _rank(rank: int | float, energy: Tensor, total: float) -> int | None:
@@ -441,19 +471,18 @@ def _rank(rank: int | float, energy: Tensor, total: float) -> int | None:
     return int(reached.to(torch.int8).argmax()) + 1 if reached.any() else None
 
 
-def _separated(s: Tensor, g: int, resolution: float) -> bool:
-    """Whether the g leading vectors are determined where entries are known to resolution * s_1; ties count as so."""
+def _separated(s: Tensor, g: int, resolution: float, rounding: float) -> bool:
+    """Whether arithmetic good to resolution * s_1 tells the g leading vectors from the others; ties pass."""
     if g == 0 or g >= len(s):
         return True
-    gap, tie = s[g - 1] - s[g], 4 * torch.finfo(torch.float32).eps * s[0]
-    return bool(gap >= resolution / SINE * s[0] or gap <= tie)
+    gap = s[g - 1] - s[g]
+    return bool(gap >= resolution / SINE * s[0] or gap <= 4 * rounding * s[0])
 
 
 def _cut(
-    u: Tensor, s: Tensor, vh: Tensor, rank: int | float, g: int, floor: float, total: float
+    u: Tensor, s: Tensor, vh: Tensor, rank: int | float, g: int, live: int, total: float
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """u [O, r], s [r], vh [max(r, g), D], cut or padded with zeros, signed, and how many of the rows are not null."""
-    live = int((s > floor).sum())
+    """u [O, r], s [r], vh [max(r, g), D], signed, zero from the `live`-th on; and how many rows of vh are not null."""
     r = _rank(rank, s.square(), total**2) or max(live, 1)
     if isinstance(rank, float):
         r = min(r, max(live, 1))
