@@ -63,7 +63,9 @@ def _shrink(
         x_ptrs += BLOCK_D
         row_ptrs += BLOCK_D
     out = partial + (split.to(tl.int64) * T + t[:, None]) * (N * K) + row[None, :]
-    tl.store(out, acc, mask=(t < T)[:, None] & (row < N * K)[None, :] & (chunks > 0))
+    # Triton 3.9's interpreter cannot combine a block of truth values with a single one.
+    written_t = tl.where(chunks > 0, T, first_t)
+    tl.store(out, acc, mask=(t < written_t)[:, None] & (row < N * K)[None, :])
 
 
 def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
