@@ -122,7 +122,7 @@ def show(results: dict, console: Console) -> None:
     for title, columns, rows in tables(results)[1:]:
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i)
         for row in rows:
             table.add_row(*row)
         console.print(table)
