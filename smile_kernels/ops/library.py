@@ -58,9 +58,10 @@ def _choose(backend: str | None, device_type: str, training: bool) -> str:
             raise ValueError(f"backend: {backend!r} is unknown; expected one of {', '.join(_MODULES)}")
         if reason := why_not(backend, device_type):
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
+        if backend == "cpu" and training:
+            raise RuntimeError("backend: 'cpu' has no backward; expected 'torch' where gradients are needed")
         return backend
-    # The compiled CPU operator has no backward: it serves inference, the composition trains. Triton's interpreter, which
-    # could serve a CPU, is for tests.
+    # The compiled CPU operator serves inference, the composition trains; Triton's interpreter is for tests.
     unwanted = {"triton" if device_type == "cpu" else "", "cpu" if training else ""}
     candidates = [name for name in _MODULES if name not in unwanted]
     return next(name for name in candidates if why_not(name, device_type) is None)
