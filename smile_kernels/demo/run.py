@@ -334,7 +334,7 @@ def demo(
         "time": timings,
         "fidelity": fidelity,
     }
-    console = Console(width=max(130, Console().width))  # a table that is folded cannot be read
+    console = Console(width=max(170, Console().width))  # a table that is folded cannot be read
     show(results, console)
     console.print(f"{time.perf_counter() - start:.0f} s in all")
     if json_path:
