@@ -356,6 +356,10 @@ def test_backend_choice(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot run here"):
         call(problem("top-1"))
     assert call(problem("top-1"), backend="torch").shape == (33, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "why_not", lambda *_: None)
+        with pytest.raises(RuntimeError, match="'cpu' has no backward"):
+            library._choose.__wrapped__("cpu", "cpu", True)
     assert sk.backends("cpu")["torch"] is None
     assert list(sk.backends()) == ["triton", "cuda", "cpu", "torch"]
 
