@@ -1,13 +1,15 @@
-// torch.ops.smile_kernels_ext: the operators as PyTorch sees them, in its stable ABI (2.10 and later).
-// Shapes are checked here; smile.h has their meaning. Built without SMILE_CUDA this is the CPU library, which also
-// defines the schemas; the CUDA library adds its kernels to them, so it is loaded after it.
+// torch.ops.smile_kernels_ext: the operators as PyTorch sees them, in its stable ABI (2.10 and later). Shapes are checked
+// here; smile.h has their meaning. Built without SMILE_CUDA this is the CPU library, which also defines the schemas; the
+// CUDA library adds its kernels to them, so it is loaded after it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "smile.h"
 
@@ -55,29 +57,108 @@ Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t
   return Tensor(handle);
 }
 
-// at::linear through the dispatcher: the base product is the one users of nn.Linear know.
-Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                          torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+Tensor dispatch(const char* name, std::initializer_list<StableIValue> arguments) {
+  std::vector<StableIValue> stack(arguments);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// at::linear: the base product is the one that users of nn.Linear know.
+Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  return dispatch("aten::linear", {from(x), from(weight), from(bias)});
+}
+
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+#if defined(SMILE_CUDA)
+// On a GPU the kernels of a small batch compute y whole, and read h where they expand it.
+constexpr bool kAlwaysNeedsH = true;
+bool computes_base_product(const smile::Sizes& n) { return smile::is_small(n); }
+
+Tensor kernel_input(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
+
+// Where to launch: the caller's current stream on the device of x, which is the current device meanwhile.
+struct Launch {
+#if defined(SMILE_EMULATION)
+  void* stream = nullptr;
+  explicit Launch(const Tensor&) {}
+#else
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream;
+  explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+  ~Launch() noexcept(false) { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+#endif
+};
+
+// Scratch for the entries sorted by expert.
+struct Grouping {
+  Tensor memory;
+  smile::Groups groups;
+
+  Grouping(const Tensor& x, const smile::Sizes& n, const int32_t* ids, void* stream)
+      : memory(empty(x, ScalarType::Int, {size(n)})) {
+    groups.entries = static_cast<int32_t*>(memory.mutable_data_ptr());
+    groups.offsets = groups.entries + n.tokens * n.num_experts_per_tok;
+    groups.tiles = groups.offsets + n.num_experts + 1;
+    smile::cuda_group(n, ids, groups, stream);
+  }
+  static int64_t size(const smile::Sizes& n) {
+    return n.tokens * n.num_experts_per_tok + n.num_experts + 1 + 3 * smile::tile_count(n);
+  }
+};
+
+void check_device_limits(const Tensor& x, const smile::Sizes& n) {
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "x: is float64; the CUDA kernels take float32, bfloat16, float16");
+  STD_TORCH_CHECK(n.num_experts <= smile::kMostExperts, "num_local_experts: is ", n.num_experts,
+                  "; the CUDA kernels take at most ", smile::kMostExperts);
+}
+
 void run(const Tensor& x, const smile::Forward& p) {
+  check_device_limits(x, p.n);
+  if (p.n.tokens == 0) return;
+  const Launch launch(x);
+  const bool small = p.y != nullptr && smile::is_small(p.n);
+  std::optional<Tensor> q;
+  if (p.router != nullptr) {
+    q = empty(x, ScalarType::Float, {smile::route_chunk(p.n), p.n.num_experts, p.n.rank_of_router});
+    if (!small) smile::cuda_route(dtype_of(x), p, static_cast<float*>(q->mutable_data_ptr()), launch.stream);
+  }
+  if (small) {
+    smile::cuda_small(dtype_of(x), p, q ? static_cast<float*>(q->mutable_data_ptr()) : nullptr, launch.stream);
+  } else if (p.y != nullptr) {
+    const Grouping grouping(x, p.n, p.ids, launch.stream);
+    smile::cuda_apply(dtype_of(x), p, grouping.groups, launch.stream);
+  }
+}
+#else
+constexpr bool kAlwaysNeedsH = false;
+bool computes_base_product(const smile::Sizes&) { return false; }
+
+Tensor kernel_input(const Tensor& x) { return x; }
+
+void run(const Tensor& x, const smile::Forward& p) {
+  for (int64_t e = 0; p.router == nullptr && e < p.n.tokens * p.n.num_experts_per_tok; ++e)
+    STD_TORCH_CHECK(p.ids[e] >= 0 && p.ids[e] < p.n.num_experts, "ids: holds ", p.ids[e], "; expected 0 to ",
+                    p.n.num_experts - 1);
   smile::cpu_forward(dtype_of(x), p, [](int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
   });
 }
+#endif
 
-// The tensors of one call, checked, as the kernels want them; it owns what had to be copied.
+// The tensors of one forward call, checked, as the kernels want them. It owns what had to be copied.
 struct Call {
-  const Tensor& x;
+  Tensor x;
   smile::Forward p{};
   std::vector<Tensor> owned;
   std::optional<Tensor> weights, ids, h, y;
 
   explicit Call(const Tensor& x_) : x(x_) {
     STD_TORCH_CHECK(x.dim() == 2, "x: has ", x.dim(), " dimensions; expected [tokens, in_features]");
+    x = kernel_input(x);
     p.n.tokens = x.size(0);
     p.n.in_features = x.size(1);
     p.x = x.const_data_ptr();
@@ -85,13 +166,12 @@ struct Call {
     p.x_stride[1] = x.stride(1);
   }
 
-  const void* contiguous(const Tensor& t) {
-    if (t.is_contiguous()) return t.const_data_ptr();
-    owned.push_back(torch::stable::contiguous(t));
+  const void* keep(const Tensor& t) {
+    owned.push_back(packed(t));
     return owned.back().const_data_ptr();
   }
 
-  // Routing by the first `rank` rows of each expert in `router`, which may be a view of vh: only its expert stride is free.
+  // Routing by the first `rank` rows of each expert in `router`, which may be a view of vh: its expert stride is free.
   void set_router(const char* name, const Tensor& router, int64_t rank, int64_t num_experts_per_tok) {
     STD_TORCH_CHECK(router.dim() == 3 && rank >= 1 && rank <= router.size(1), name, ": has ", router.dim(),
                     " dimensions; expected [N, rows, in_features] with at least ", rank, " rows");
@@ -102,7 +182,7 @@ struct Call {
     STD_TORCH_CHECK(num_experts_per_tok >= 1 && num_experts_per_tok <= p.n.num_experts,
                     "num_experts_per_tok: is ", num_experts_per_tok, "; expected 1 to ", p.n.num_experts);
     const bool rows = router.stride(2) == 1 && router.stride(1) == p.n.in_features;
-    p.router = rows ? router.const_data_ptr() : contiguous(router);
+    p.router = rows ? router.const_data_ptr() : keep(router);
     p.router_expert_stride = rows ? router.stride(0) : router.size(1) * p.n.in_features;
     weights = empty(x, real_of(x), {p.n.tokens, num_experts_per_tok});
     ids = empty(x, ScalarType::Int, {p.n.tokens, num_experts_per_tok});
@@ -114,8 +194,8 @@ struct Call {
     p.n.num_experts_per_tok = ids_.dim() == 2 ? ids_.size(1) : 0;
     check("ids", ids_, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
     check("weights", weights_, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
-    p.weights = const_cast<void*>(contiguous(weights_));
-    p.ids = static_cast<int32_t*>(const_cast<void*>(contiguous(ids_)));
+    p.weights = const_cast<void*>(keep(weights_));
+    p.ids = static_cast<int32_t*>(const_cast<void*>(keep(ids_)));
   }
 
   void set_experts(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& vh, const Tensor& s,
@@ -129,26 +209,36 @@ struct Call {
     STD_TORCH_CHECK(p.n.vh_rows >= p.n.rank_of_expert, "vh: has ", p.n.vh_rows, " rows; expected at least ",
                     p.n.rank_of_expert);
     check("weight", weight, dtype, {out_features, p.n.in_features});
+    if (bias) check("bias", *bias, dtype, {out_features});
     check("vh", vh, dtype, {experts, p.n.vh_rows, p.n.in_features});
     check("s", s, real_of(x), {experts, p.n.rank_of_expert});
     check("u", u, dtype, {experts, out_features, p.n.rank_of_expert});
     if (expert_bias) check("expert_bias", *expert_bias, dtype, {experts, out_features});
-    p.vh = contiguous(vh);
-    p.s = contiguous(s);
-    p.u = contiguous(u);
-    p.expert_bias = expert_bias ? contiguous(*expert_bias) : nullptr;
-    h = save ? empty(x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert})
-             : empty(x, real_of(x), {0});
-    p.h = save ? h->mutable_data_ptr() : nullptr;
-    y = base_product(x, weight, bias);
+    p.vh = keep(vh);
+    p.s = keep(s);
+    p.u = keep(u);
+    p.expert_bias = expert_bias ? keep(*expert_bias) : nullptr;
+    if (save || kAlwaysNeedsH) {
+      h = empty(x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
+      p.h = h->mutable_data_ptr();
+    }
+    if (computes_base_product(p.n)) {
+      p.weight = keep(weight);
+      p.bias = bias ? keep(*bias) : nullptr;
+      y = empty(x, dtype, {p.n.tokens, out_features});
+    } else {
+      y = base_product(x, weight, bias);
+    }
     p.y = y->mutable_data_ptr();
   }
+
+  Tensor saved(bool save) const { return save ? *h : empty(x, real_of(x), {0}); }
 };
 
 std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router, int64_t num_experts_per_tok) {
   Call call(x);
   call.set_router("router", router, router.dim() == 3 ? router.size(1) : 0, num_experts_per_tok);
-  run(x, call.p);
+  run(call.x, call.p);
   return {*call.weights, *call.ids};
 }
 
@@ -159,11 +249,8 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& weight, const st
   Call call(x);
   call.set_routing(weights, ids);
   call.set_experts(weight, bias, vh, s, u, expert_bias, save);
-  for (int64_t e = 0; e < call.p.n.tokens * call.p.n.num_experts_per_tok; ++e)
-    STD_TORCH_CHECK(call.p.ids[e] >= 0 && call.p.ids[e] < call.p.n.num_experts, "ids: holds ", call.p.ids[e],
-                    "; expected 0 to ", call.p.n.num_experts - 1);
-  run(x, call.p);
-  return {*call.y, *call.h};
+  run(call.x, call.p);
+  return {*call.y, call.saved(save)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
@@ -174,12 +261,116 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
   call.p.tied_router = !router;
   call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
   call.set_experts(weight, bias, vh, s, u, expert_bias, save);
-  run(x, call.p);
-  return {*call.y, *call.weights, *call.ids, *call.h};
+  run(call.x, call.p);
+  return {*call.y, *call.weights, *call.ids, call.saved(save)};
 }
+
+#if defined(SMILE_CUDA)
+// ---- backward ----
+
+Tensor matrix_product(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  return dispatch("aten::mm", {from(a), from(b)});
+}
+
+// A gradient like t, which the kernels write whole; without tokens there is nothing to launch, and it is zero.
+Tensor gradient(bool wanted, const Tensor& t, int64_t tokens) {
+  if (!wanted) return empty(t, t.scalar_type(), {0});
+  Tensor result = torch::stable::empty_like(t);
+  if (tokens == 0) torch::stable::zero_(result);
+  return result;
+}
+
+void* address(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
+
+// Gradients in the order of the arguments, weights last; bit i of `needs` asks for number i, the others stay empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply_backward(
+    const Tensor& dy_, const Tensor& x_, const Tensor& weight, const Tensor& vh_, const Tensor& s_, const Tensor& u_,
+    const std::optional<Tensor>& expert_bias_, const Tensor& weights_, const Tensor& ids_, const Tensor& h_,
+    int64_t needs) {
+  const Tensor x = kernel_input(x_), dy = packed(dy_), vh = packed(vh_), s = packed(s_), u = packed(u_);
+  const Tensor weights = packed(weights_), ids = packed(ids_), h = packed(h_);
+  const Tensor expert_bias = expert_bias_ ? packed(*expert_bias_) : empty(x, x.scalar_type(), {0});
+  bool wants[8];
+  for (int i = 0; i < 8; ++i) wants[i] = needs >> i & 1;
+  wants[6] = wants[6] && expert_bias_;
+
+  smile::Backward p{};
+  p.n = {x.size(0), x.size(1), weight.size(0), s.size(0), ids.size(1), s.size(1), 0, vh.size(1)};
+  check_device_limits(x, p.n);
+  check("dy", dy, x.scalar_type(), {p.n.tokens, p.n.out_features});
+  check("vh", vh, x.scalar_type(), {p.n.num_experts, p.n.vh_rows, p.n.in_features});
+  check("u", u, x.scalar_type(), {p.n.num_experts, p.n.out_features, p.n.rank_of_expert});
+  check("weights", weights, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("h", h, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
+  const Launch launch(x);
+
+  const Tensor none = empty(x, x.scalar_type(), {0});
+  const Tensor dx = wants[0] ? matrix_product(dy, weight) : none;
+  const Tensor dweight = wants[1] ? matrix_product(torch::stable::transpose(dy, 0, 1), x) : none;
+  const int64_t over_tokens[] = {0};
+  const Tensor dbias = wants[2] ? torch::stable::sum(dy, torch::headeronly::IntHeaderOnlyArrayRef(over_tokens, 1)) : none;
+  const Tensor dvh = gradient(wants[3], vh, p.n.tokens), ds = gradient(wants[4], s, p.n.tokens);
+  const Tensor du = gradient(wants[5], u, p.n.tokens), dexpert_bias = gradient(wants[6], expert_bias, p.n.tokens);
+  const Tensor dweights = gradient(wants[7], weights, p.n.tokens);
+  if (p.n.tokens > 0 && (needs & ~int64_t(0b110))) {
+    p.dy = dy.const_data_ptr();
+    p.x = x.const_data_ptr();
+    p.x_stride = x.stride(0);
+    p.vh = vh.const_data_ptr();
+    p.s = static_cast<const float*>(s.const_data_ptr());
+    p.u = u.const_data_ptr();
+    p.expert_bias = expert_bias_ ? expert_bias.const_data_ptr() : nullptr;
+    p.weights = static_cast<const float*>(weights.const_data_ptr());
+    p.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+    p.h = static_cast<const float*>(h.const_data_ptr());
+    p.dx = address(wants[0], dx);
+    p.dvh = address(wants[3], dvh);
+    p.ds = static_cast<float*>(address(wants[4], ds));
+    p.du = address(wants[5], du);
+    p.dexpert_bias = address(wants[6], dexpert_bias);
+    p.dweights = static_cast<float*>(address(wants[7], dweights));
+    const Grouping grouping(x, p.n, p.ids, launch.stream);
+    const Tensor a = torch::stable::empty_like(h);
+    smile::cuda_apply_backward(dtype_of(x), p, static_cast<float*>(a.mutable_data_ptr()), grouping.groups, launch.stream);
+  }
+  return {dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights};
+}
+
+std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor& x_, const Tensor& router_,
+                                          const Tensor& weights_, const Tensor& ids_, int64_t needs) {
+  const Tensor x = kernel_input(x_), router = packed(router_);
+  const Tensor dweights = packed(dweights_), weights = packed(weights_), ids = packed(ids_);
+  smile::RouteBackward p{};
+  p.n = {x.size(0), x.size(1), 0, router.size(0), ids.size(1), 0, router.size(1), 0};
+  check_device_limits(x, p.n);
+  check("router", router, x.scalar_type(), {p.n.num_experts, p.n.rank_of_router, p.n.in_features});
+  check("weights", weights, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("dweights", dweights, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  const Launch launch(x);
+  const bool wants_dx = needs & 1, wants_drouter = needs >> 1 & 1;
+  const Tensor dx = wants_dx ? empty(x, x.scalar_type(), {p.n.tokens, p.n.in_features}) : empty(x, x.scalar_type(), {0});
+  const Tensor drouter = gradient(wants_drouter, router, p.n.tokens);
+  if (p.n.tokens > 0) {
+    p.dweights = static_cast<const float*>(dweights.const_data_ptr());
+    p.x = x.const_data_ptr();
+    p.x_stride = x.stride(0);
+    p.router = router.const_data_ptr();
+    p.weights = static_cast<const float*>(weights.const_data_ptr());
+    p.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+    p.dx = address(wants_dx, dx);
+    p.drouter = address(wants_drouter, drouter);
+    const Grouping grouping(x, p.n, p.ids, launch.stream);
+    const Tensor dq = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_router});
+    smile::cuda_route_backward(dtype_of(x), p, static_cast<float*>(dq.mutable_data_ptr()), grouping.groups, launch.stream);
+  }
+  return {dx, drouter};
+}
+#endif
 
 }  // namespace
 
+#if !defined(SMILE_CUDA) || defined(SMILE_EMULATION)
 STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
   m.def("route(Tensor x, Tensor router, int num_experts_per_tok) -> (Tensor weights, Tensor ids)");
   m.def("apply(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
@@ -187,9 +378,24 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
         "Tensor? router, int num_experts_per_tok, int rank_of_router, bool save) -> "
         "(Tensor y, Tensor weights, Tensor ids, Tensor h)");
+  m.def("apply_backward(Tensor dy, Tensor x, Tensor weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
+        "Tensor weights, Tensor ids, Tensor h, int needs) -> "
+        "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dvh, Tensor ds, Tensor du, Tensor dexpert_bias, Tensor dweights)");
+  m.def("route_backward(Tensor dweights, Tensor x, Tensor router, Tensor weights, Tensor ids, int needs) -> "
+        "(Tensor dx, Tensor drouter)");
 }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, CPU, m) {
+#if defined(SMILE_CUDA) && !defined(SMILE_EMULATION)
+#define SMILE_DEVICE CUDA
+#else
+#define SMILE_DEVICE CPU
+#endif
+STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
+#if defined(SMILE_CUDA)
+  m.impl("apply_backward", TORCH_BOX(&apply_backward));
+  m.impl("route_backward", TORCH_BOX(&route_backward));
+#endif
   m.impl("route", TORCH_BOX(&route));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("linear", TORCH_BOX(&linear));

@@ -1,9 +1,9 @@
 // One SMILE layer as its kernels see it: plain pointers, sizes and a stream; no framework types.
 //
-//     q_i = R_i x;  score_i = |q_i|_2;  I = top-m(score);  w = softmax(score_I)
-//     y   = x W^T + b + sum_{i in I} w_i (u_i (s_i * (vh_i[:r] x)) + expert_bias_i)
+//     q_i = R_i x;  score_i = |q_i|_2;  I = top-m(score);  w = softmax(score_I);  h_i = vh_i[:r] x
+//     y   = x W^T + b + sum_{i in I} w_i (u_i (s_i * h_i) + expert_bias_i)
 //
-// The launchers add the sum to a y that already holds x W^T + b, unless they say otherwise.
+// An entry is a pair (token t, slot j), at place t * m + j of weights, ids and h.
 #pragma once
 
 #include <cstdint>
@@ -20,31 +20,104 @@ struct Sizes {
   int64_t num_experts_per_tok;  // m
   int64_t rank_of_expert;       // r
   int64_t rank_of_router;       // g
-  int64_t vh_rows;              // k = max(r, g) rows of vh an expert
+  int64_t vh_rows;              // rows an expert has in vh, at least r
 };
 
-// "real" is float, or double where x is double.
+// "real" is float, or double where x is double (on a CPU only). On a GPU x has unit x_stride[1].
 struct Forward {
   Sizes n;
-  const void* x;                  // [T, D], element (t, d) at t * x_stride[0] + d * x_stride[1]
+  const void* x;                 // [T, D], element (t, d) at t * x_stride[0] + d * x_stride[1]
   int64_t x_stride[2];
-  const void* vh;                 // [N, k, D]
-  const void* s;                  // [N, r] real
-  const void* u;                  // [N, O, r]
-  const void* expert_bias;        // [N, O] or null
-  const void* router;             // [N, g, D]; null: weights and ids are given, not written
-  int64_t router_expert_stride;   // elements from one expert's router rows to the next one's
-  bool tied_router;               // the router rows are the first rows of vh
-  void* weights;                  // [T, m] real
-  int32_t* ids;                   // [T, m]
-  void* h;                        // [T, m, r] real, the selected vh_i[:r] x; null: not wanted
-  void* y;                        // [T, O] in the dtype of x; null: route only
+  const void* weight;            // [O, D]; read by cuda_small only, as bias is
+  const void* bias;              // [O] or null
+  const void* vh;                // [N, vh_rows, D]
+  const void* s;                 // [N, r] real
+  const void* u;                 // [N, O, r]
+  const void* expert_bias;       // [N, O] or null
+  const void* router;            // [N, g, D]; null: weights and ids are given, not written
+  int64_t router_expert_stride;  // elements from one expert's router rows to the next one's
+  bool tied_router;              // the router rows are the first rows of vh
+  void* weights;                 // [T, m] real
+  int32_t* ids;                  // [T, m]
+  void* h;                       // [T, m, r] real; null: not wanted (on a GPU it is always there)
+  void* y;                       // [T, O] in the dtype of x; null: route only
 };
+
+// ---- CPU ----
 
 // Calls body(begin, end, context) on parts of [0, count), none shorter than grain but the last.
 using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Routes where p.router is set, then adds the experts to y where p.y is set.
+// Routes where p.router is set, then adds the experts to p.y, which holds x W^T + b, where that is set.
 void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for);
+
+// ---- CUDA: float32, bfloat16, float16; every launcher only enqueues on the stream (a cudaStream_t) ----
+
+constexpr int kMostExperts = 256;
+
+// The entries sorted by expert, made on the device by cuda_group.
+struct Groups {
+  int32_t* entries;  // [T * m], in order within an expert
+  int32_t* offsets;  // [N + 1], expert i's are entries[offsets[i] : offsets[i + 1]]
+  int32_t* tiles;    // [tile_count(n), 3], expert, begin and end of up to kTileEntries entries; expert -1: none
+};
+constexpr int64_t kTileEntries = 64;
+inline int64_t tile_count(const Sizes& n) {
+  const int64_t entries = n.tokens * n.num_experts_per_tok, most = entries / kTileEntries + n.num_experts;
+  return entries < most ? entries : most;
+}
+void cuda_group(const Sizes& n, const int32_t* ids, const Groups& groups, void* stream);
+
+// Writes p.weights and p.ids. q [route_chunk(n), N, g] is scratch.
+inline int64_t route_chunk(const Sizes& n) {
+  const int64_t fits = (int64_t(1) << 24) / (n.num_experts * n.rank_of_router) + 1;
+  return n.tokens < fits ? n.tokens : fits;
+}
+void cuda_route(DType dtype, const Forward& p, float* q, void* stream);
+
+// Writes p.h and adds the experts to p.y, which holds x W^T + b.
+void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* stream);
+
+// A few tokens at once: routes where p.router is set, writes p.h, and p.y including x W^T + b. q [T, N, g] is scratch.
+inline bool is_small(const Sizes& n) {
+  return n.tokens <= 8 && n.num_experts * n.rank_of_router <= 4096 && n.tokens * n.num_experts_per_tok <= 64;
+}
+void cuda_small(DType dtype, const Forward& p, float* q, void* stream);
+
+// Gradients; a null pointer is one that is not wanted. a [T, m, r] is scratch.
+struct Backward {
+  Sizes n;
+  const void* dy;           // [T, O]
+  const void* x;            // [T, D], token t at t * x_stride
+  int64_t x_stride;
+  const void* vh;           // [N, vh_rows, D]
+  const float* s;           // [N, r]
+  const void* u;            // [N, O, r]
+  const void* expert_bias;  // [N, O] or null
+  const float* weights;     // [T, m]
+  const int32_t* ids;       // [T, m]
+  const float* h;           // [T, m, r]
+  void* dx;                 // [T, D], holds dy W, to which the experts' part is added
+  void* dvh;                // [N, vh_rows, D]
+  float* ds;                // [N, r]
+  void* du;                 // [N, O, r]
+  void* dexpert_bias;       // [N, O]
+  float* dweights;          // [T, m]
+};
+void cuda_apply_backward(DType dtype, const Backward& p, float* a, const Groups& groups, void* stream);
+
+struct RouteBackward {
+  Sizes n;
+  const float* dweights;  // [T, m]
+  const void* x;          // [T, D], token t at t * x_stride
+  int64_t x_stride;
+  const void* router;     // [N, g, D]
+  const float* weights;   // [T, m]
+  const int32_t* ids;     // [T, m]
+  void* dx;               // [T, D]
+  void* drouter;          // [N, g, D]
+};
+// dq [T, m, g] is scratch.
+void cuda_route_backward(DType dtype, const RouteBackward& p, float* dq, const Groups& groups, void* stream);
 
 }  // namespace smile

@@ -14,7 +14,7 @@ SHAPES = [
     (13, 257, 65, 17, 70, 9, 3),
     (300, 40, 150, 5, 33, 40, 2),
     (65, 1100, 31, 2, 4, 7, 1),
-    (3, 19, 515, 256, 2, 1, 5),
+    (8, 19, 203, 70, 2, 1, 5),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -37,10 +37,9 @@ def check_forward(ops, problem: Problem) -> None:
     y, weights, ids, h = ops.linear(*p.arguments(), m, p.rank_of_router, True)
     check_routing(p, weights, ids)
     assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
-    rows = p.vh[:, :r][ids.long()]
-    exact = torch.einsum("td,tmrd->tmr", p.x.double(), rows.double())
-    plain = torch.einsum("td,tmrd->tmr", p.x.to(h.dtype), rows.to(h.dtype))
-    error = (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
+    every = [torch.einsum("td,nrd->tnr", p.x.to(t), p.vh[:, :r].to(t)).double() for t in (torch.float64, h.dtype)]
+    exact = every[0].gather(1, ids.long()[..., None].expand(-1, -1, r))
+    error = (every[1] - every[0]).abs().max().item()
     assert_close("h", h, exact, error)
 
     for got, want in zip(ops.route(p.x, p.rows(), m), (weights, ids)):
@@ -49,3 +48,37 @@ def check_forward(ops, problem: Problem) -> None:
     assert_close("y of apply", y_apply, *expectations(p, ids, weights=weights)["y"])
     assert_close("h of apply", h_apply, exact, error)
     assert ops.linear(*p.arguments(), m, p.rank_of_router, False)[3].numel() == 0
+
+
+def check_backward(ops, problem: Problem) -> None:
+    """apply_backward under fixed weights, and with route_backward added through the router, against the oracle."""
+    p, m = problem, problem.num_experts_per_tok
+    y, weights, ids, h = ops.linear(*p.arguments(), m, p.rank_of_router, True)
+    dy = torch.randn_like(y)
+    arguments = (dy, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h)
+    names = ["x", "weight", "bias", "vh", "s", "u", "expert_bias", "weights"]
+    got = dict(zip(names, ops.apply_backward(*arguments, 0xFF)))
+    want = expectations(p, ids, weights=weights, dy=dy)
+    for name in names:
+        if name in want:
+            assert_close(f"d{name}", got[name], *want[name])
+
+    again = dict(zip(names, ops.apply_backward(*arguments, 0xFF)))
+    assert all(torch.equal(got[name], again[name]) for name in names), "two runs differ"
+    for i, name in enumerate(names):
+        alone = ops.apply_backward(*arguments, 1 << i)
+        assert torch.equal(alone[i], got[name]), f"d{name} asked for alone"
+        assert all(t.numel() == 0 for k, t in enumerate(alone) if k != i), f"more than d{name}"
+
+    if m > 1:
+        want = expectations(p, ids, dy=dy)
+        dx, drouter = ops.route_backward(got["weights"], p.x, p.rows(), weights, ids, 3)
+        got["x"] = got["x"] + dx
+        if p.router is None:
+            got["vh"][:, : p.rank_of_router] += drouter
+        else:
+            got["router"] = drouter
+        for name in ("x", "vh", "router"):
+            if name in want:
+                assert_close(f"d{name} through the router", got[name], *want[name])
+        assert ops.route_backward(got["weights"], p.x, p.rows(), weights, ids, 1)[1].numel() == 0

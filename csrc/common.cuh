@@ -1,0 +1,254 @@
+// What the CUDA kernels are made of: number types, asynchronous copies, warp sums, top-m, and a 32 x 32 tile of a
+// product held by one warp, on tensor cores where the architecture has them for the type.
+#pragma once
+
+#if defined(SMILE_EMULATION)
+#include "emulation.h"  // the tests run these kernels on a CPU
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <mma.h>
+#define SMILE_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "smile.h"
+
+namespace smile {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+constexpr int kThreads = 128;  // of every block
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(float16 v) { return __half2float(v); }
+
+template <class T> __device__ __forceinline__ T from_float(float v) {
+  if constexpr (std::is_same<T, float>::value)
+    return v;
+  else if constexpr (std::is_same<T, bfloat16>::value)
+    return __float2bfloat16(v);
+  else
+    return __float2half(v);
+}
+
+// ---- 16 bytes at once ----
+
+template <class T> constexpr int kVector = 16 / sizeof(T);
+template <class T> struct __align__(16) Vector { T lane[kVector<T>]; };
+
+// Rows that start at p and repeat after `stride` elements can be read 16 bytes at a time.
+template <class T> bool aligned(const void* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kVector<T> == 0;
+}
+
+// row[at : at + kVector], zeros from `end` on.
+template <class T> __device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t at, int64_t end, bool is_aligned) {
+  if (is_aligned && at + kVector<T> <= end) return *reinterpret_cast<const Vector<T>*>(row + at);
+  Vector<T> v;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) v.lane[i] = at + i < end ? row[at + i] : from_float<T>(0.0f);
+  return v;
+}
+
+// The same into shared memory, asynchronously where the architecture can; row null: zeros.
+template <class T>
+__device__ __forceinline__ void copy_vector(T* shared, const T* row, int64_t at, int64_t end, bool is_aligned) {
+#if __CUDA_ARCH__ >= 800
+  if (row != nullptr && is_aligned && at + kVector<T> <= end) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))), "l"(row + at));
+    return;
+  }
+#endif
+  *reinterpret_cast<Vector<T>*>(shared) = load_vector(row, at, row == nullptr ? at : end, is_aligned);
+}
+
+__device__ __forceinline__ void end_of_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;");
+#endif
+}
+
+// Waits until at most `kLeft` groups of copies are still under way.
+template <int kLeft> __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft));
+#endif
+}
+
+// ---- warps ----
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(kAllLanes, v, lanes);
+  return v;
+}
+
+// |q|, also where the squares overflow or vanish.
+__device__ __forceinline__ float norm(const float* q, int64_t count) {
+  float sum = 0, largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += q[i] * q[i];
+    largest = fmaxf(largest, fabsf(q[i]));
+  }
+  if (sum != sum || (sum > FLT_MIN / FLT_EPSILON && sum <= FLT_MAX)) return sqrtf(sum);
+  if (largest == 0 || largest > FLT_MAX) return largest;
+  sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += (q[i] / largest) * (q[i] / largest);
+  return largest * sqrtf(sum);
+}
+
+// By one warp: top-m of the scores |q_i| of one token, ties to the lower index, and the softmax over them. NaN ranks
+// last, and an infinite score counts as the largest finite one. Writes weights [m] and ids [m].
+__device__ __forceinline__ void choose(const float* q, const Sizes& n, float* weights, int32_t* ids) {
+  constexpr int kEach = kMostExperts / 32;
+  const int lane = threadIdx.x % 32, m = int(n.num_experts_per_tok);
+  float score[kEach];  // of experts lane, lane + 32, ...
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int i = lane + 32 * k;
+    score[k] = -INFINITY;
+    if (i < n.num_experts) {
+      const float value = norm(q + i * n.rank_of_router, n.rank_of_router);
+      score[k] = value != value ? -FLT_MAX : fminf(value, FLT_MAX);
+    }
+  }
+  float first = 0, sum = 0;
+  for (int j = 0; j < m; ++j) {
+    float best = -INFINITY;
+    int id = kMostExperts;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      if (score[k] > best) best = score[k], id = lane + 32 * k;
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, best, lanes);
+      const int other_id = __shfl_xor_sync(kAllLanes, id, lanes);
+      if (other > best || (other == best && other_id < id)) best = other, id = other_id;
+    }
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      if (id == lane + 32 * k) score[k] = -INFINITY;
+    if (j == 0) first = best;
+    sum += expf(best - first);
+    if (lane == 0) weights[j] = expf(best - first), ids[j] = id;
+  }
+  __syncwarp();
+  for (int j = lane; j < m; j += 32) weights[j] /= sum;
+}
+
+// ---- a product of 32 x 32, by one warp ----
+
+#if __CUDA_ARCH__ >= 800
+template <class T> constexpr bool kTensorCores = !std::is_same<T, float>::value;
+#elif __CUDA_ARCH__ >= 700
+template <class T> constexpr bool kTensorCores = std::is_same<T, float16>::value;
+#else
+template <class T> constexpr bool kTensorCores = false;
+#endif
+
+// c (+)= a b. a is [32, depth] with a row every lda elements, or [depth, 32] where kTransposedA. b is [32, depth], a row
+// for each column of c, or [depth, 32] where kTransposedB. Both lie in shared memory; depth is a multiple of 16.
+template <class T, bool kOnTensorCores = kTensorCores<T>> class WarpTile {
+ public:
+  __device__ __forceinline__ WarpTile() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) c[i][j] = 0;
+  }
+
+  template <bool kTransposedA, bool kTransposedB>
+  __device__ __forceinline__ void multiply_add(const T* a, int lda, const T* b, int ldb, int depth) {
+    const int row = threadIdx.x % 32 / 4 * 4, column = threadIdx.x % 4 * 8;
+    for (int k = 0; k < depth; ++k) {
+      float left[4], right[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left[i] = to_float(kTransposedA ? a[k * lda + row + i] : a[(row + i) * lda + k]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) right[j] = to_float(kTransposedB ? b[k * ldb + column + j] : b[(column + j) * ldb + k]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) c[i][j] += left[i] * right[j];
+    }
+  }
+
+  __device__ __forceinline__ void store(float* out, int stride) const {
+    const int row = threadIdx.x % 32 / 4 * 4, column = threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[(row + i) * stride + column + j] = c[i][j];
+  }
+
+ private:
+  float c[4][8];  // each lane holds 4 x 8 of the 32 x 32
+};
+
+#if !defined(SMILE_EMULATION)
+template <class T> class WarpTile<T, true> {
+  using Accumulator = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
+
+ public:
+  __device__ __forceinline__ WarpTile() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) nvcuda::wmma::fill_fragment(c[i][j], 0.0f);
+  }
+
+  template <bool kTransposedA, bool kTransposedB>
+  __device__ __forceinline__ void multiply_add(const T* a, int lda, const T* b, int ldb, int depth) {
+    using namespace nvcuda::wmma;
+    using LayoutA = std::conditional_t<kTransposedA, col_major, row_major>;
+    using LayoutB = std::conditional_t<kTransposedB, row_major, col_major>;
+#pragma unroll
+    for (int k = 0; k < depth; k += 16) {
+      fragment<matrix_a, 16, 16, 16, T, LayoutA> left[2];
+      fragment<matrix_b, 16, 16, 16, T, LayoutB> right[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        load_matrix_sync(left[i], a + (kTransposedA ? k * lda + 16 * i : 16 * i * lda + k), lda);
+        load_matrix_sync(right[i], b + (kTransposedB ? k * ldb + 16 * i : 16 * i * ldb + k), ldb);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) mma_sync(c[i][j], left[i], right[j], c[i][j]);
+    }
+  }
+
+  __device__ __forceinline__ void store(float* out, int stride) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        nvcuda::wmma::store_matrix_sync(out + 16 * i * stride + 16 * j, c[i][j], stride, nvcuda::wmma::mem_row_major);
+  }
+
+ private:
+  Accumulator c[2][2];
+};
+#endif
+
+// Calls f with a value of the type that dtype names.
+template <class F> void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::bfloat16: return f(bfloat16{});
+    case DType::float16: return f(float16{});
+    case DType::float64: return;  // refused by the bindings
+  }
+}
+
+}  // namespace smile
