@@ -191,44 +191,44 @@ def decompose_linear(
     check_ranks(rank_of_expert, rank_of_router, shape)
     if rank_of_router < 1:
         raise ValueError(f"rank_of_router: is {rank_of_router}; expected 1 to {min(shape)}")
-    for i, expert in enumerate(expert_weights):
-        _check_expert(i, expert, weight)
     for name, b in (("bias", bias), *((f"expert_biases[{i}]", b) for i, b in enumerate(expert_biases))):
         if b is not None and (b.shape != shape[:1] or not torch.isfinite(b).all()):
             raise ValueError(f"{name}: shape {tuple(b.shape)}; expected {shape[:1]} and finite entries")
 
-    parts = []
-    for expert in expert_weights:
+    shared = weight.new_zeros(shape[0]) if bias is None else bias
+    parts, biases = [], []
+    for i, (expert, own) in enumerate(zip(expert_weights, expert_biases)):
+        _check_expert(i, expert, weight)
         if isinstance(expert, Tensor):
-            delta = _difference(expert, weight)
-            noise = _rounding_noise(expert, delta)
-            part = truncated_svd(delta, rank_of_expert, rank_of_router=rank_of_router, noise_floor=noise)
-            if part.certificate.directions < rank_of_router and expert.dtype.itemsize == 2:
-                held = _norm(delta @ part.vh.T) / max(_norm(delta), torch.finfo(delta.dtype).tiny)
-                # A low-rank update merged in 16 bits leaves rounding behind it. But where an update of single steps is
-                # most of the difference, it is all there is to tell the expert by.
-                if held**2 < 0.5:
-                    part = truncated_svd(delta, rank_of_expert, rank_of_router=rank_of_router)
-            parts.append(part)
+            parts.append(_decompose(expert, weight, rank_of_expert, rank_of_router))
+            own = torch.zeros_like(shared) if own is None else own
         else:
-            b_factor, a_factor, scale = (t.to(weight.device) if isinstance(t, Tensor) else t for t in expert)
-            parts.append(lora_svd(b_factor, a_factor, scale, rank_of_expert, rank_of_router=rank_of_router))
+            b_factor, a_factor, scale = expert
+            factors = b_factor.to(weight.device), a_factor.to(weight.device), scale
+            parts.append(lora_svd(*factors, rank_of_expert, rank_of_router=rank_of_router))
+            own = shared if own is None else own
+        biases.append(_difference(own, shared))
     r = max(len(part.s) for part in parts)
-    vh, s, u = (
-        weight.new_zeros(n, max(r, rank_of_router), shape[1]),
-        parts[0].s.new_zeros(n, r),
-        weight.new_zeros(n, shape[0], r),
-    )
+    vh, u = weight.new_zeros(n, max(r, rank_of_router), shape[1]), weight.new_zeros(n, shape[0], r)
+    s = weight.new_zeros(n, r, dtype=torch.promote_types(weight.dtype, torch.float32))
     for i, part in enumerate(parts):
         vh[i, : len(part.vh)], s[i, : len(part.s)], u[i, :, : len(part.s)] = part.vh, part.s, part.u
-    shared = weight.new_zeros(shape[0]) if bias is None else bias
-    own = [
-        (shared if isinstance(w, tuple) else torch.zeros_like(shared)) if b is None else b
-        for w, b in zip(expert_weights, expert_biases)
-    ]
-    expert_bias = torch.stack([_difference(b, shared) for b in own]).to(weight.dtype)
+    expert_bias = torch.stack(biases).to(weight.dtype)
     factors = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias if expert_bias.any() else None}
     return factors, [part.certificate for part in parts]
+
+
+def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> TruncatedSVD:
+    """The SVD of a dense expert's difference [O, D], where directions of mere rounding do not vote."""
+    delta = _difference(expert, weight)
+    result = truncated_svd(delta, rank, rank_of_router=g, noise_floor=_rounding_noise(expert, delta))
+    if result.certificate.directions < g and expert.dtype.itemsize == 2:
+        # A low-rank update merged in 16 bits leaves rounding behind. But where single steps are most of the difference,
+        # they are all there is to tell the expert by.
+        held = _norm(delta @ result.vh.T) / max(_norm(delta), torch.finfo(delta.dtype).tiny)
+        if held**2 < 0.5:
+            return truncated_svd(delta, rank, rank_of_router=g)
+    return result
 
 
 def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight: Tensor) -> None:
@@ -402,7 +402,7 @@ def _krylov(x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int]
                 converged = residual[:router].norm() <= 8 * rounding * s[0] * s[router - 1]
             else:
                 gap = energy[router - 1] - energy[router] - residual[router]
-                converged = residual[:router].norm() <= 0.5 * SINE * gap or ahead <= 0.2 * SINE
+                converged = residual[:router].norm() <= 0.5 * SINE * gap or ahead <= 0.1 * SINE
             if not converged:
                 continue
             if not _separated(s, router, max(0.5 * rounding, _gram_resolution(s, router)), rounding):
