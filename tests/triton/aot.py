@@ -2,9 +2,9 @@
 
     python tests/triton/aot.py [--exhaustive] [--write] [FAMILY ...]
 
-prints one JSON line a kernel. By default the kernels of a few layers; --exhaustive, every tile of every kernel; --write keeps
-the former as tests/triton/resources.json, which the tests compare with. The backend's own launchers run on tensors without
-storage, and Triton compiles what they launch instead of running it.
+prints one JSON line a kernel. By default the kernels of a few layers; --exhaustive, every tile of every kernel; --write
+keeps the former as tests/triton/resources.json, which the tests compare with. The backend's own launchers run on
+tensors without storage, and Triton compiles what they launch instead of running it.
 """
 
 import argparse
@@ -92,6 +92,8 @@ def compiling(name: str) -> Iterator[dict[str, dict]]:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             options = [f"{k}={v}" for k, v in kwargs.items() if v is not False and not k.startswith("launch_")]
+            if "PRECISION" in kwargs:
+                options.insert(0, str(getattr(args[0], "base", args[0]).dtype).removeprefix("torch."))
             key = " ".join([name, f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}", *options])
             found[f"{key} #{sum(k.startswith(key) for k in found)}"] = resources(kernel)
         return kernel
@@ -120,12 +122,15 @@ def resources(kernel) -> dict:
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
         sass = _tool("nvdisasm", cubin.name)
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
+    counts["griddepcontrol"] = kernel.asm["ptx"].count("griddepcontrol.")
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared": kernel.metadata.shared,
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + counts.pop("LDL") + counts.pop("STL"),
         **{name: count for name, count in counts.items() if count},
-        "in loops": sorted(name for name in ("HGMMA", "UTCMMA", "HMMA", "FFMA") if _in_a_loop(sass, INSTRUCTIONS[name])),
+        "in loops": sorted(
+            name for name in ("HGMMA", "UTCMMA", "HMMA", "FFMA") if _in_a_loop(sass, INSTRUCTIONS[name])
+        ),
     }
 
 
@@ -215,7 +220,8 @@ def representative(name: str) -> dict[str, dict]:
             Layer(8, 32, 16, 2).backward(2048)
             for tf32 in (False, True):
                 with _allow_tf32(tf32):
-                    Layer(8, 32, 16, dtype=torch.float32).linear(1, "decode")
+                    if tf32:
+                        Layer(8, 32, 16, dtype=torch.float32).linear(1, "decode")
                     Layer(8, 32, 16, dtype=torch.float32).linear(2048)
         elif name in ("sm80", "sm100"):
             layer.backward(2048)
@@ -231,20 +237,16 @@ def exhaustive(name: str) -> Iterator[tuple[str, dict]]:
         depth = max(len(rows) for rows in kernels.values())
         for i in range(depth):
 
-            def pick(kernel, device, dtype, rows, *_, i=i, kernels=kernels):
-                if kernel in ("gather", "scatter"):
-                    fitting = [t for t in kernels[kernel] if t[0] == rows]
-                    t = fitting[i % len(fitting)]
-                else:
-                    t = kernels[kernel][i % len(kernels[kernel])]
-                return dict(zip((*configs.BLOCKS[kernel], "num_warps", "num_stages"), t))
+            def pick(kernel, device, dtype, rows, columns, *_, i=i, **__):
+                fitting = configs.candidates(kernel, device, dtype, rows, columns)
+                return fitting[i % len(fitting)]
 
             configs.tile = pick
             try:
                 with compiling(name) as found, _allow_tf32(operands == "tf32"):
                     for n, r, g, m in ((8, 32, 16, 1), (8, 128, 16, 2), (3, 512, 8, 1)):
                         layer = Layer(n, r, g, m, dtype=dtype)
-                        if n * max(r, g) <= 256:
+                        if n * max(r, g) <= 256 and "decode" in kernels:
                             layer.linear(16, "decode")
                             layer.linear(16, "single")
                         for apply in ("fused", "delta", *(["tma"] if TARGETS[name].hopper else [])):
@@ -266,7 +268,7 @@ def main() -> None:
     options = parser.parse_args()
     table = {"triton": triton.__version__, "kernels": {}}
     for name in options.families:
-        for key, used in (exhaustive(name) if options.exhaustive else representative(name).items()):
+        for key, used in exhaustive(name) if options.exhaustive else representative(name).items():
             table["kernels"][key] = used
             print(json.dumps({key: used}), flush=True)
     if options.write:

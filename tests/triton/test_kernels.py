@@ -1,4 +1,4 @@
-"""Every kernel, forward and backward, against the float64 oracle: on the GPU if there is one, else under the interpreter."""
+"""Every kernel, forward and backward, against the float64 oracle: on the GPU if there is one, else interpreted."""
 
 import pytest
 import torch

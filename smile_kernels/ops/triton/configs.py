@@ -88,9 +88,8 @@ _GROUPED = {"gather", "scatter"}
 # Family -> operand class -> kernel -> tiles, largest first: the three block sizes, num_warps, num_stages.
 # "half": bfloat16 and float16; "tf32": float32 on tensor cores; "ieee": float32 on scalar units.
 _IEEE = {
-    "shrink": [(64, 64, 32, 8, 2), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
+    "shrink": [(64, 64, 16, 4, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
     "expand": [(64, 64, 32, 8, 2), (32, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
-    "decode": [(16, 16, 64, 4, 3)],
     "gather": [(64, 32, 32, 4, 2), (16, 32, 32, 4, 2)],
     "scatter": [(64, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
     "outer": [(32, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
@@ -128,8 +127,14 @@ _SM90_HALF = {
         (16, 32, 256, 4, 4),
         (16, 16, 256, 4, 4),
     ],
-    "decode": [(16, 32, 256, 4, 4), (16, 16, 256, 4, 4)],
-    "gather": [(128, 64, 64, 4, 3), (64, 64, 64, 8, 4), (16, 32, 128, 4, 4)],
+    "decode": [(16, 32, 128, 4, 6), (16, 32, 128, 8, 6), (16, 16, 256, 4, 4)],
+    "gather": [
+        (128, 64, 64, 8, 3),
+        (128, 32, 64, 4, 3),
+        (64, 64, 64, 8, 4),
+        (64, 32, 64, 4, 4),
+        (16, 32, 128, 4, 4),
+    ],
     "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
     "outer": [(64, 128, 64, 8, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 3)],
 }
@@ -154,7 +159,7 @@ TILES = {
 
 def _tiles(kernel: str, device: Device, dtype: torch.dtype) -> list[tuple[int, ...]]:
     operands = "half" if dtype.itemsize == 2 else "tf32" if precision(dtype, device) == "tf32" else "ieee"
-    return TILES[device.family][operands][kernel]
+    return TILES[device.family][operands].get(kernel, [])
 
 
 def candidates(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int) -> list[dict[str, int]]:
