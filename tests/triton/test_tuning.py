@@ -1,0 +1,104 @@
+"""Warm-up, tuning, and the tables that tuning writes."""
+
+import json
+
+import pytest
+import torch
+
+from smile_kernels.ops import triton as backend
+from smile_kernels.ops.triton import configs, tuning
+from smile_kernels.testing import Problem
+
+
+@pytest.fixture(autouse=True)
+def own_table(monkeypatch, tmp_path):
+    """Each test has a user table of its own, and leaves none behind."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    configs.tables.cache_clear()
+    yield
+    configs.tables.cache_clear()
+
+
+def parameters(p: Problem) -> tuple:
+    return (*p.arguments()[1:], p.num_experts_per_tok, p.rank_of_router)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
+    p = Problem.random(3, 16, 18, 3, 4, 2, 2, device=device)
+    launched = []
+    for module in ("shrink", "route", "expand", "decode", "grouped", "backward"):
+        namespace = __import__(f"{backend.__name__}.{module}", fromlist=["_"])
+        for name, kernel in vars(namespace).items():
+            if hasattr(kernel, "run") and name.startswith("_"):
+                run = kernel.run
+
+                def record(*args, run=run, name=name, **kwargs):
+                    meta = {k: v for k, v in kwargs.items() if k not in ("grid", "warmup")}
+                    launched.append((name, *sorted(meta.items())))
+                    return run(*args, **kwargs)
+
+                monkeypatch.setattr(kernel, "run", record)
+    tuning.warmup(*parameters(p), tokens=[3], training=training)
+    warm = set(launched)
+    launched.clear()
+    y, weights, ids, h = backend.linear(*p.arguments(), 2, 2, training)
+    if training:
+        backend.apply_backward(y, *p.arguments()[:2], *p.arguments()[3:7], weights, ids, h, [True] * 8)
+        backend.route_backward(weights, p.x, p.rows(), weights, ids, [True, True])
+    assert launched
+    assert set(launched) <= warm
+
+
+def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatch):
+    """With times made up so that one path and one tile are best."""
+    p = Problem.random(40, 32, 32, 3, 4, 2, device=device)
+    name = configs.device(p.x.device).name
+    chosen = []
+
+    def seconds(run):
+        choices = configs.tables()[name]
+        path = next(v for k, v in choices.items() if k.startswith("apply"))
+        tile = next((v for k, v in choices.items() if k.startswith("expand")), {"BLOCK_T": 0})
+        return 1.0 - 0.5 * (path == "tma") - 0.25 * (tile["BLOCK_T"] == 16)
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    best = tuning.tune(*parameters(p), tokens=[40], report=lambda *args: chosen.append(args))
+    dims = "32 32 4 4 1"
+    assert best["apply ieee 64 " + dims] == "tma"
+    assert best["expand ieee 64 32 32"]["BLOCK_T"] == 16
+    assert min(seconds for *_, seconds in chosen) == 0.25
+    want = configs.Device(name, "interpreter", 4, False, True), torch.float32, 40, 32, 32, 3, 4, 1
+    assert configs.apply_path(*want) == "tma"
+
+    configs.tables.cache_clear()
+    assert configs.apply_path(*want) == "fused" if device == "cpu" else True
+    tuning.save(p.x.device, {"an older": "choice"})
+    tuning.save(p.x.device, best)
+    configs.tables.cache_clear()
+    assert configs.apply_path(*want) == "tma"
+    table = json.loads(configs.user_table().read_text())
+    assert table[name]["an older"] == "choice"
+    assert list(configs.user_table().parent.iterdir()) == [configs.user_table()]
+
+
+def test_a_table_that_names_what_cannot_run_is_passed_over(device):
+    gpu = configs.Device("a GPU", "sm90", 132, pdl=True, tma=False)
+    shape = 2048, 4096, 4096, 8, 32, 1
+    key = "apply half 2048 4096 4096 8 32 1"
+    configs.tables()["a GPU"] = {key: "tma", "expand half 2048 4096 4096": {"BLOCK_T": 7}}
+    assert configs.apply_path(gpu, torch.bfloat16, *shape) == "delta"
+    assert configs.tile("expand", gpu, torch.bfloat16, 2048, 4096, 4096)["BLOCK_T"] == 128
+
+
+def test_a_broken_table_is_named():
+    configs.user_table().parent.mkdir(parents=True)
+    configs.user_table().write_text("{")
+    with pytest.raises(ValueError, match=r"triton\.json: is not valid JSON"):
+        configs.tables()
+
+
+def test_counters_of_the_single_launch_are_not_shared(device):
+    slots = [configs.arrivals(torch.device(device, 0) if device == "cuda" else torch.device(device)) for _ in range(3)]
+    assert len({t.data_ptr() for t in slots}) == 3
+    assert all((t == 0).all() for t in slots)
