@@ -237,5 +237,19 @@ def test_heuristics_choose_what_can_run():
     assert configs.linear_path(device, half, 17, 4096, 4096, 8, 32, 16, 32, 1, False) == "together"
     assert configs.linear_path(device, half, 4, 4096, 4096, 64, 64, 8, 64, 1, False) == "first"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 8, 32, 1) == "delta"
+    assert configs.apply_path(device, half, 64, 4096, 4096, 64, 64, 1) == "fused"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 1) == "grouped"
+    assert configs.apply_path(device, half, 2048, 4096, 4096, 3, 512, 1) == "grouped"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 64) == "delta"
+    assert configs.apply_path(device, half, 2048, 768, 768, 8, 128, 1) == "delta"
+
+
+def test_compiled_without_graph_breaks(device, take):
+    take("together", "fused")
+    p = Problem.random(5, 16, 18, 3, 4, 2, 2, device=device)
+    p.u.requires_grad_()
+    compiled = torch.compile(lambda x: call(Problem(**{**vars(p), "x": x})), fullgraph=True, backend="aot_eager")
+    y = compiled(p.x)
+    assert torch.equal(y, call(p))
+    dy = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(out, p.u, dy)[0] for out in (y, call(p))))

@@ -235,8 +235,10 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     measured = _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths)
     if measured in paths:
         return measured
-    # A tail costs n * r / d of the base product; grouping costs six small launches, and m passes over y.
-    if tokens > 64 and n * r * 8 > d and n >= 4 * m:
+    # Estimates for an H200, not measured: grouping saves the products of n - m experts, reads x and y once more, which
+    # is what a few hundred ranks cost, and takes six launches more, which is what 8e9 FLOPs do.
+    unchosen = (n - m) * r
+    if tokens > 64 and unchosen > 512 and 2 * tokens * unchosen * (d + o) > 8e9:
         return "grouped"
     return "fused" if tokens <= 64 else "delta"
 
