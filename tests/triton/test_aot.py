@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import triton
 
+# Minutes of compiling, and figures that belong to one version of Triton: run by `make test-all`.
+pytestmark = pytest.mark.exhaustive
+
 HERE = Path(__file__).parent
 RESOURCES = json.loads((HERE / "resources.json").read_text())
 SHARED = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "sm120": 101376, "gfx942": 65536}
