@@ -13,6 +13,13 @@
 
 #include "smile.h"
 
+#if defined(SMILE_CUDA) && !defined(SMILE_EMULATION)
+#include <cuda_runtime_api.h>
+#define SMILE_DEVICE CUDA
+#else
+#define SMILE_DEVICE CPU
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -83,13 +90,14 @@ struct Launch {
 #if defined(SMILE_EMULATION)
   void* stream = nullptr;
   explicit Launch(const Tensor&) {}
+  void check() const {}
 #else
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
   explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
-  ~Launch() noexcept(false) { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+  void check() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 #endif
 };
 
@@ -132,6 +140,7 @@ void run(const Tensor& x, const smile::Forward& p) {
     const Grouping grouping(x, p.n, p.ids, launch.stream);
     smile::cuda_apply(dtype_of(x), p, grouping.groups, launch.stream);
   }
+  launch.check();
 }
 #else
 constexpr bool kAlwaysNeedsH = false;
@@ -333,6 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
     const Grouping grouping(x, p.n, p.ids, launch.stream);
     const Tensor a = torch::stable::empty_like(h);
     smile::cuda_apply_backward(dtype_of(x), p, static_cast<float*>(a.mutable_data_ptr()), grouping.groups, launch.stream);
+    launch.check();
   }
   return {dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights};
 }
@@ -363,6 +373,7 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor&
     const Grouping grouping(x, p.n, p.ids, launch.stream);
     const Tensor dq = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_router});
     smile::cuda_route_backward(dtype_of(x), p, static_cast<float*>(dq.mutable_data_ptr()), grouping.groups, launch.stream);
+    launch.check();
   }
   return {dx, drouter};
 }
@@ -386,11 +397,6 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
 }
 #endif
 
-#if defined(SMILE_CUDA) && !defined(SMILE_EMULATION)
-#define SMILE_DEVICE CUDA
-#else
-#define SMILE_DEVICE CPU
-#endif
 STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
 #if defined(SMILE_CUDA)
   m.impl("apply_backward", TORCH_BOX(&apply_backward));

@@ -5,6 +5,7 @@ that calls these operators runs without Python. On a CPU there is no backward: t
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ def why_not(device_type: str) -> str | None:
             _load(path)
         except OSError as error:
             return f"{path.name} does not load with PyTorch {torch.__version__}: {error}"
+    if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 5):
+        return f"its kernels need compute capability 7.5, and {torch.cuda.get_device_name()} is older"
     return None
 
 
@@ -41,10 +44,14 @@ def _load(path: Path) -> None:
             torch.library.register_fake(f"smile_kernels_ext::{fake.__name__.removeprefix('_fake_')}", fake)
 
 
-def _op(name: str, device_type: str):
+def _require(device_type: str) -> bool:
     if reason := why_not(device_type):
         raise RuntimeError(f"the compiled extension cannot run: {reason}")
-    return getattr(torch.ops.smile_kernels_ext, name).default
+    return True
+
+
+# What torch.compiler.assume_constant_result sets: loading a library is nothing to trace.
+_require._dynamo_marked_constant = True
 
 
 def _fake_route(x, router, num_experts_per_tok):
@@ -65,15 +72,40 @@ def _fake_linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32."""
-    return _op("route", x.device.type)(x, router, num_experts_per_tok)
+    _require(x.device.type)
+    return torch.ops.smile_kernels_ext.route.default(x, router, num_experts_per_tok)
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x of each slot if `save`."""
-    return _op("apply", x.device.type)(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
+    _require(x.device.type)
+    return torch.ops.smile_kernels_ext.apply.default(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
     """Route, then apply, in one pass -> y, weights, ids, h."""
-    op = _op("linear", x.device.type)
-    return op(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save)
+    _require(x.device.type)
+    return torch.ops.smile_kernels_ext.linear.default(
+        x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save
+    )
+
+
+def route_backward(dweights, x, router, weights, ids, needs):
+    """dq_i = w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i|| on the selected experts -> dx [T, D], drouter [N, g, D]."""
+    _require(x.device.type)
+    wanted = _bits(needs)
+    gradients = torch.ops.smile_kernels_ext.route_backward.default(dweights, x, router, weights, ids, wanted)
+    return tuple(g if needed else None for g, needed in zip(gradients, needs))
+
+
+def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so."""
+    _require(x.device.type)
+    gradients = torch.ops.smile_kernels_ext.apply_backward.default(
+        dy, x, weight, vh, s, u, expert_bias, weights, ids, h, _bits(needs)
+    )
+    return tuple(g if needed else None for g, needed in zip(gradients, needs))
+
+
+def _bits(needs: Sequence[bool]) -> int:
+    return sum(1 << i for i, needed in enumerate(needs) if needed)

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import extension
 from .reference import accumulate_dtype
 
 # Backend name -> module of this package that implements it, best first.
 _MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
+# Inference calls the operators of these directly: they are C++, so that an exported program runs without Python.
+_COMPILED = ("cuda", "cpu")
 
 
 def _implementation(backend: str):
@@ -271,6 +274,8 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | No
     """x [T, D], router [N, g, D] -> weights [T, m], ids [T, m], differentiable."""
     training = _needs_gradient(x, router)
     backend = choose_backend(backend, x.device.type, training)
+    if backend in _COMPILED and not training:
+        return extension.route(x, router, num_experts_per_tok)
     return (_Route.apply if training else _route)(x, router, num_experts_per_tok, backend)
 
 
@@ -281,6 +286,8 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     backend = choose_backend(backend, x.device.type, training)
     if training:
         return _Apply.apply(*arguments, ids, backend)[0]
+    if backend in _COMPILED:
+        return extension.apply(*arguments, ids, False)[0]
     return _apply(*arguments, ids, False, backend)[0]
 
 
@@ -291,4 +298,6 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     backend = choose_backend(backend, x.device.type, training)
     if training:
         return _Linear.apply(*arguments, num_experts_per_tok, rank_of_router, backend)[0]
+    if backend in _COMPILED:
+        return extension.linear(*arguments, num_experts_per_tok, rank_of_router, False)[0]
     return _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[0]

@@ -1,21 +1,15 @@
 """The compiled CPU operator, against the oracle and through PyTorch's own machinery."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from builds import SANITIZERS, cpu_library, run_sanitized
 from cases import DTYPES, SHAPES, check_forward
 
 import smile_kernels as sk
 from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close, expectations
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -173,25 +167,6 @@ def test_layer_uses_it_for_inference_and_the_composition_for_training():
     assert sk.ops.library.choose_backend(None, "cpu", training=True) == "torch"
 
 
-def test_clean_under_sanitizers(tmp_path):
+def test_clean_under_sanitizers():
     """AddressSanitizer and UBSan find nothing, on each instruction set that this machine has."""
-    torch_root, library = Path(torch.__path__[0]), tmp_path / "extension.so"
-    flags = "-std=c++17 -O1 -fPIC -shared -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
-    command = ["c++", *flags.split(), "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_root / 'include'}"]
-    sources = [ROOT / "csrc/cpu.cpp", ROOT / "csrc/bindings.cpp"]
-    link = ["-o", library, f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    subprocess.run([*command, *sources, *link], check=True)
-    preload = [
-        subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": ":".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "sanitize.py", library], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["default", "avx2", "avx512"], done.stdout
+    assert run_sanitized(cpu_library(*SANITIZERS), "cpu").split()[-1] == "clean"

@@ -1,0 +1,175 @@
+"""The CUDA kernels without a GPU: run on the CPU through emulation.h, and compiled by nvcc for every architecture."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from builds import CSRC, SANITIZERS, cached, emulated_library, run_sanitized
+from cases import SHAPES, check_backward, check_forward, check_routing
+
+from smile_kernels.testing import Problem, assert_close, expectations
+
+CASES = [
+    *[(shape, torch.float32) for shape in SHAPES],
+    *[(shape, torch.bfloat16) for shape in SHAPES[2:6:2]],
+    *[(shape, torch.float16) for shape in SHAPES[3:5]],
+]
+
+
+@pytest.fixture(scope="module")
+def ops():
+    """The operators of the CUDA library, on CPU tensors."""
+    torch.ops.load_library(emulated_library("-O2"))
+    namespace = torch.ops.smile_kernels_emulated
+    names = ("route", "apply", "linear", "route_backward", "apply_backward")
+    return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Every tensor that PyTorch allocates starts as NaN, scratch and results of the operators too."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize("router", [False, True], ids=["tied", "own-router"])
+def test_forward_and_backward_match_oracle(ops, shape, dtype, router):
+    p = Problem.random(*shape, dtype=dtype, router=router, bias=router, expert_bias=not router)
+    check_forward(ops, p)
+    if p.x.numel() > 1:  # the error of plain PyTorch on a single number says nothing
+        check_backward(ops, p)
+
+
+@pytest.mark.parametrize("tokens", [5, 20], ids=["few", "many"])
+def test_inputs_of_any_stride_and_alignment(ops, tokens):
+    p = Problem.random(tokens, 64, 64, 4, 8, 8, 2)
+    aligned = ops.linear(*p.arguments(), 2, 8, True)
+    p.vh, p.u, p.weight = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (p.vh, p.u, p.weight))
+    for got, want in zip(ops.linear(*p.arguments(), 2, 8, True), aligned):
+        assert torch.equal(got, want), "16-byte loads change the result"
+    for x in (p.x.T.contiguous().T, torch.cat([p.x, p.x], 1)[:, 64:], torch.cat([p.x, p.x], 1)[:, 63:127]):
+        p.x = x
+        check_forward(ops, p)
+
+
+def test_repeated_experts_each_contribute(ops):
+    for tokens in (6, 70):
+        p = Problem.random(tokens, 24, 20, 4, 4, 2, 3)
+        ids, weights = torch.randint(2, (tokens, 3), dtype=torch.int32), torch.rand(tokens, 3)
+        y, h = ops.apply(*p.arguments()[:7], weights, ids, True)
+        dy = torch.randn_like(y)
+        want = expectations(p, ids, weights=weights, dy=dy)
+        assert_close("y", y, *want["y"])
+        got = ops.apply_backward(dy, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h, 0xFF)
+        for i, name in enumerate(["x", "weight", "bias", "vh", "s", "u", "expert_bias", "weights"]):
+            assert_close(f"d{name}", got[i], *want[name])
+
+
+def test_ties_extremes_and_nonfinite_rows(ops):
+    for tokens in (8, 40):
+        p = Problem.random(tokens, 16, 8, 40, 4, 4, 3)
+        p.vh[1:] = p.vh[:1]
+        weights, ids = ops.route(p.x, p.rows(), 3)
+        assert ids.tolist() == [[0, 1, 2]] * tokens
+        assert torch.equal(weights, torch.full((tokens, 3), 1 / 3))
+
+        p = Problem.random(tokens, 16, 8, 6, 4, 4, 2)
+        ordinary = ops.linear(*p.arguments(), 2, 4, False)
+        p.x[0] *= 1e19
+        p.x[1] *= 1e-30
+        p.x[2, 3], p.x[3, 5] = float("nan"), float("inf")
+        y, weights, ids, _ = ops.linear(*p.arguments(), 2, 4, False)
+        assert torch.equal(ids[:2], ordinary[2][:2])
+        assert weights.isfinite().all()
+        assert all(torch.equal(a[4:], b[4:]) for a, b in zip((y, weights, ids), ordinary))
+
+
+def test_largest_number_of_experts(ops):
+    p = Problem.random(12, 16, 24, 256, 2, 1, 256)
+    y, weights, ids, _ = ops.linear(*p.arguments(), 256, 1, False)
+    check_routing(p, weights, ids)
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
+
+
+def test_no_tokens(ops):
+    p = Problem.random(0, 24, 12, 3, 4, 2, 2)
+    y, weights, ids, h = ops.linear(*p.arguments(), 2, 2, True)
+    assert y.shape == (0, 12)
+    arguments = (y, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h)
+    for got, like in zip(ops.apply_backward(*arguments, 0xFF), (p.x, p.weight, p.bias, p.vh, p.s, p.u, p.expert_bias)):
+        assert torch.equal(got, torch.zeros_like(like))
+    dx, drouter = ops.route_backward(weights, p.x, p.rows(), weights, ids, 3)
+    assert dx.shape == p.x.shape
+    assert not drouter.any()
+
+
+def test_what_the_kernels_do_not_take_is_refused(ops):
+    p = Problem.random(4, 24, 16, 3, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="x: is float64"):
+        ops.linear(*p.to(torch.float64).arguments(), 2, 2, False)
+    p = Problem.random(4, 24, 16, 257, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="num_local_experts: is 257"):
+        ops.linear(*p.arguments(), 2, 2, False)
+
+
+def test_clean_under_sanitizers():
+    """AddressSanitizer and UBSan find nothing in kernels, launchers and bindings, forward and backward."""
+    assert run_sanitized(emulated_library(*SANITIZERS), "emulated").split()[-1] == "clean"
+
+
+# ---- nvcc ----
+
+ARCHITECTURES = (75, 80, 90, 100)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def compiled(source: str):
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    return cached(
+        f"{source}.o", ("nvcc", "-std=c++17", "-O3", "--threads=2", *gencode, "-Xptxas=-v", "-c", CSRC / source, "-o")
+    )
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
+def test_every_kernel_compiles_for_every_architecture_without_spills(source):
+    report = compiled(source).with_suffix(".log").read_text()
+    names = set(re.findall(r"__global__ [^;{]*?(\w+_kernel)\(", (CSRC / source).read_text()))
+    for a in ARCHITECTURES:
+        functions = re.findall(rf"Compiling entry function '(\w+)' for 'sm_{a}'", report)
+        assert functions, f"nothing was compiled for sm_{a}"
+        assert names <= {name for name in names for f in functions if name in f}, f"a kernel is missing on sm_{a}"
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert frames
+    assert set(frames) == {("0", "0", "0")}
+    assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 255
+    assert max(int(n) for n in re.findall(r"(\d+) bytes smem", report)) <= 48 * 1024
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
+def test_products_use_tensor_cores_and_16_byte_copies(source):
+    tools = Path(triton.__path__[0]) / "backends/nvidia/bin"
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = ["cuobjdump", "--dump-sass", compiled(source)]
+    dump = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    for a in ARCHITECTURES:
+        code = dump[dump.index(f"code for sm_{a}") :].split("\nFatbin")[0]
+        kernels = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t*Function :|\Z)", code, re.S))
+        half = [
+            name for name in kernels if re.search(r"(project|expand|accumulate)_kernelI(6__half|13__nv_bfloat16)", name)
+        ]
+        assert half
+        for name in half:
+            # bfloat16 has tensor cores from sm_80 on.
+            assert ("HMMA" in kernels[name]) == (a >= 80 or "__half" in name), f"{name} on sm_{a}"
+            assert re.search(r"LDGSTS[.\w]*128" if a >= 80 else r"LDG[.\w]*128", kernels[name]), f"{name} on sm_{a}"
