@@ -283,7 +283,9 @@ class _Job:
         whole = [expert for expert in self.experts if isinstance(expert, _Finetuned)]
         adapters = len(self.experts) - len(whole)
         sources = [*whole, *[self] * adapters] if whole else [self]
-        return average_tensors(source.tensors[name] for source in sources)
+        # A bias that an expert lacks counts as 0.
+        found = (source.tensors.get(name) for source in sources)
+        return average_tensors(torch.zeros_like(self.tensors[name]) if t is None else t for t in found)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of this dtype becomes in the result."""

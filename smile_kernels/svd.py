@@ -74,7 +74,7 @@ def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, nois
         TypeError: `a` is not floating point, or a rank is no number.
     """
     peak = check_matrix("a", a)
-    rank, g = check_ranks(rank, rank_of_router, a.shape, name="rank")
+    rank, g = check_ranks(rank, rank_of_router, a.shape, layer=False)
     wide = a.dtype == torch.float64
     # float32 products on a GPU may run in TF32, where the certificate would be worth nothing.
     work = torch.float64 if wide or a.is_cuda else torch.float32
@@ -133,7 +133,7 @@ def lora_svd(
         )
     if not math.isfinite(scale):
         raise ValueError(f"scale: is {scale}; expected a finite number")
-    rank, g = check_ranks(rank, rank_of_router, (b_factor.shape[0], a_factor.shape[1]), name="rank")
+    rank, g = check_ranks(rank, rank_of_router, (b_factor.shape[0], a_factor.shape[1]), layer=False)
     with torch.autocast(b_factor.device.type, enabled=False):
         left, left_r = torch.linalg.qr(b_factor.double())
         right, right_r = torch.linalg.qr(a_factor.double().T)
@@ -189,8 +189,6 @@ def decompose_linear(
     if len(expert_biases) != n:
         raise ValueError(f"expert_biases: has {len(expert_biases)} entries; expected {n}, one per expert weight")
     check_ranks(rank_of_expert, rank_of_router, shape)
-    if rank_of_router < 1:
-        raise ValueError(f"rank_of_router: is {rank_of_router}; expected 1 to {min(shape)}")
     for name, b in (("bias", bias), *((f"expert_biases[{i}]", b) for i, b in enumerate(expert_biases))):
         if b is not None and (b.shape != shape[:1] or not torch.isfinite(b).all()):
             raise ValueError(f"{name}: shape {tuple(b.shape)}; expected {shape[:1]} and finite entries")
@@ -287,10 +285,13 @@ def check_matrix(name: str, a: Tensor) -> float:
 
 
 def check_ranks(
-    rank: int | float, rank_of_router: int, shape: Sequence[int], name: str = "rank_of_expert"
+    rank: int | float, rank_of_router: int, shape: Sequence[int], layer: bool = True
 ) -> tuple[int | float, int]:
-    """(r, g) for a layer of `shape` [O, D]; raises, naming the argument, unless both are in range."""
-    most = min(shape)
+    """(r, g) for a matrix of `shape` [O, D]; raises, naming the argument, unless both are in range.
+
+    In a `layer`, `rank` is called rank_of_expert and the router has one row or more.
+    """
+    most, least, name = min(shape), int(layer), "rank_of_expert" if layer else "rank"
     checked = []
     for argument, value in ((name, rank), ("rank_of_router", rank_of_router)):
         try:
@@ -300,11 +301,11 @@ def check_ranks(
     rank, g = checked
     if not (0 < rank < 1 if isinstance(rank, float) else rank == -1 or 1 <= rank <= most):
         raise ValueError(
-            f"{name}: is {rank}; expected 1 to {most} for a layer of shape {tuple(shape)}, -1 for full rank, or a "
+            f"{name}: is {rank}; expected 1 to {most} for a weight of shape {tuple(shape)}, -1 for full rank, or a "
             "fraction in (0, 1)"
         )
-    if not 0 <= g <= most:
-        raise ValueError(f"rank_of_router: is {g}; expected 0 to {most} for a layer of shape {tuple(shape)}")
+    if not least <= g <= most:
+        raise ValueError(f"rank_of_router: is {g}; expected {least} to {most} for a weight of shape {tuple(shape)}")
     return rank, g
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .files import write_text
 from .nn import SmileLinear, replace_linear
 from .routing import RoutingPolicy, set_routing
-from .svd import Certificate, decompose_linear
+from .svd import Certificate, check_ranks, decompose_linear
 
 __all__ = ["LayerReport", "UpscaleReport", "upscale"]
 
@@ -47,16 +47,20 @@ class LayerReport:
     def of(
         cls, name: str, factors: Mapping[str, Tensor | None], certificates: Sequence[Certificate], seconds: float
     ) -> "LayerReport":
-        """The report of what `svd.decompose_linear` returned; `skipped` where every expert equals the base."""
+        """The report of what `svd.decompose_linear` returned; `skipped` where every weight equals the base's."""
         untrained = [i for i, c in enumerate(certificates) if c.directions == 0]
-        same = len(untrained) == len(certificates) and factors["expert_bias"] is None
+        skipped = None
+        if len(untrained) == len(certificates):
+            skipped = "every expert equals the base"
+            if factors["expert_bias"] is not None:
+                skipped = "experts differ in their biases only, by which no token can be routed"
         return cls(
             name,
-            0 if same else factors["s"].shape[1],
+            0 if skipped else factors["s"].shape[1],
             [c.energy for c in certificates],
             [c.error for c in certificates],
             seconds,
-            "every expert equals the base" if same else None,
+            skipped,
             untrained,
         )
 
@@ -90,11 +94,16 @@ class UpscaleReport:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear, and transformers' Conv1D, with a floating-point weight, by its first name in the model."""
+    """Every nn.Linear, and transformers' Conv1D, by its first name in the model.
+
+    Left out are those whose weight is not floating point, or is computed (weight norm, parametrizations).
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and module.weight.is_floating_point()
+        if (isinstance(module, nn.Linear) or _is_conv1d(module))
+        and isinstance(module.weight, nn.Parameter)
+        and module.weight.is_floating_point()
     }
 
 
@@ -167,8 +176,10 @@ def upscale(
         raise ValueError(f"num_experts_per_tok: is {num_experts_per_tok}; expected 1 to {len(finetuned)}")
     if remaining not in ("base", "average"):
         raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
-    for i, expert in enumerate(finetuned):
-        _check_same(model, expert, f"finetuned[{i}]")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
+        )
     linears = linear_layers(model)
     names = select_layers(linears, include, exclude)
     if not names:
@@ -176,17 +187,25 @@ def upscale(
             f"include, exclude: {include} without {exclude} leaves none of the {len(linears)} linear layers; "
             "expected patterns such as '*.q_proj'"
         )
+    for i, expert in enumerate(finetuned):
+        _check_same(model, expert, names, f"finetuned[{i}]")
     for name in names:
+        try:
+            check_ranks(rank_of_expert, rank_of_router, linears[name].weight.shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         parent = model.get_submodule(name.rpartition(".")[0])
+        weights = (_expert(expert, name, linears[name])[0] for expert in finetuned)
         if isinstance(parent, nn.MultiheadAttention) and any(
-            not torch.equal(expert.get_submodule(name).weight, linears[name].weight)
-            for expert in finetuned
-            if isinstance(expert, nn.Module)
+            isinstance(weight, tuple) or not torch.equal(weight, linears[name].weight) for weight in weights
         ):
             raise ValueError(
                 f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it; "
                 f"expected it in exclude (exclude=[{name!r}] keeps the base's)"
             )
+    _check_finite(model.named_parameters(), "model")
+    for i, expert in enumerate(finetuned):
+        _check_finite(_tensors(expert), f"finetuned[{i}]")
 
     @torch.no_grad()
     def decompose(name: str) -> tuple[dict[str, Tensor | None], LayerReport]:
@@ -220,9 +239,10 @@ def upscale(
         whole = [dict(expert.named_parameters()) for expert in finetuned if isinstance(expert, nn.Module)]
         for name, parameter in model.named_parameters():
             if id(parameter) not in shared and whole and parameter.is_floating_point():
-                # An adapter has the base's own parameters.
+                # A bias that an expert lacks counts as 0; an adapter has the base's own parameters.
+                none = torch.zeros_like(parameter)
                 same = [parameter.clone()] * (len(finetuned) - len(whole))
-                parameter.copy_(average_tensors([*(p[name].to(parameter.device) for p in whole), *same]))
+                parameter.copy_(average_tensors([*(p.get(name, none).to(parameter.device) for p in whole), *same]))
     for name, factors in layers.items():
         linear = linears[name]
         weight = linear.weight.T.contiguous() if _is_conv1d(linear) else linear.weight
@@ -261,15 +281,17 @@ def _expert(expert: nn.Module | Mapping[str, Any], name: str, linear: nn.Module)
     return weight, delta.bias if linear.bias is None else (linear.bias + delta.bias).to(linear.bias.dtype)
 
 
-def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], where: str) -> None:
-    """Same parameters, but for biases of linear layers, which either side may lack."""
+def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """The same parameters, save biases of linear layers, which either side may lack; the layers `names` alike."""
+    linears = linear_layers(model)
     if not isinstance(expert, nn.Module):
-        unknown = [name for name in expert if name not in linear_layers(model)]
+        unknown = [name for name in expert if name not in linears]
         if unknown:
             raise ValueError(f"{where}: changes {unknown[0]}, which is no linear layer of the model")
         return
     own, theirs = dict(model.named_parameters()), dict(expert.named_parameters())
-    optional = {f"{name}.bias" for name in (*linear_layers(model), *linear_layers(expert))}
+    known = linear_layers(expert)
+    optional = {f"{name}.bias" for name in (*linears, *known)}
     missing = [name for name in own if name not in theirs and name not in optional]
     extra = [name for name in theirs if name not in own and name not in optional]
     if missing or extra:
@@ -282,6 +304,32 @@ def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], where: 
                 f"{where}: {name} is {other.dtype} {list(other.shape)}; expected {parameter.dtype} "
                 f"{list(parameter.shape)} as in the base model"
             )
+    for name in names:
+        if name not in known or _is_conv1d(known[name]) != _is_conv1d(linears[name]):
+            kinds = (type(expert.get_submodule(name)).__name__, type(linears[name]).__name__)
+            raise ValueError(f"{where}: {name} is a {kinds[0]}; expected a {kinds[1]} as in the base model")
+
+
+def _check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    for name, tensor in tensors:
+        # The least and the largest entry are NaN where any is.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise ValueError(f"{where}: {name} holds NaN or inf; expected finite numbers")
+
+
+def _tensors(expert: nn.Module | Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that make an expert, by name."""
+    if isinstance(expert, nn.Module):
+        yield from expert.named_parameters()
+        return
+    for name, delta in expert.items():
+        if isinstance(delta.weight, Tensor):
+            yield f"{name}.weight", delta.weight
+        elif delta.weight is not None:
+            yield f"{name}.lora_B", delta.weight.b
+            yield f"{name}.lora_A", delta.weight.a
+        if delta.bias is not None:
+            yield f"{name}.bias", delta.bias
 
 
 def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], workers: int | None = None) -> Iterator[Any]:
