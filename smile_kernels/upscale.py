@@ -50,10 +50,10 @@ class LayerReport:
         """The report of what `svd.decompose_linear` returned; `skipped` where every weight equals the base's."""
         untrained = [i for i, c in enumerate(certificates) if c.directions == 0]
         skipped = None
-        if len(untrained) == len(certificates):
+        if len(untrained) == len(certificates) and factors["expert_bias"] is None:
             skipped = "every expert equals the base"
-            if factors["expert_bias"] is not None:
-                skipped = "experts differ in their biases only, by which no token can be routed"
+        elif len(untrained) == len(certificates) > 1:
+            skipped = "experts differ in their biases only, by which no token can be routed"
         return cls(
             name,
             0 if skipped else factors["s"].shape[1],

@@ -288,6 +288,14 @@ def test_layers_and_experts_that_were_not_trained():
     assert "expert 1 untrained" in table
 
 
+def test_one_expert_that_differs_in_its_bias_only():
+    base = nn.Sequential(nn.Linear(5, 4))
+    expert = finetuned(base, 0, only="bias")
+    model, _ = upscale(base, [expert], **RANKS)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(model(x), expert(x))
+
+
 def test_a_rounded_copy_is_not_trained_and_a_tiny_update_is():
     base = nn.Sequential(nn.Linear(40, 30, bias=False))
     rounded, tiny = copy.deepcopy(base), copy.deepcopy(base)

@@ -19,14 +19,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import extension
 from .reference import accumulate_dtype
 
 # Backend name -> module of this package that implements it, best first.
 _MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
-# Inference calls the operators of these directly: they are C++, so that an exported program runs without Python.
-_COMPILED = ("cuda", "cpu")
 
 
 def _implementation(backend: str):
@@ -270,13 +269,23 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _compiled(backend: str, x: Tensor) -> bool:
+    """Inference calls the extension's own operators, which are C++, so that an exported program runs without Python.
+
+    DTensor has sharding rules for the operators here only.
+    """
+    return backend in ("cuda", "cpu") and not is_traceable_wrapper_subclass(x)
+
+
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """x [T, D], router [N, g, D] -> weights [T, m], ids [T, m], differentiable."""
     training = _needs_gradient(x, router)
     backend = choose_backend(backend, x.device.type, training)
-    if backend in _COMPILED and not training:
+    if training:
+        return _Route.apply(x, router, num_experts_per_tok, backend)
+    if _compiled(backend, x):
         return extension.route(x, router, num_experts_per_tok)
-    return (_Route.apply if training else _route)(x, router, num_experts_per_tok, backend)
+    return _route(x, router, num_experts_per_tok, backend)
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tensor:
@@ -286,7 +295,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     backend = choose_backend(backend, x.device.type, training)
     if training:
         return _Apply.apply(*arguments, ids, backend)[0]
-    if backend in _COMPILED:
+    if _compiled(backend, x):
         return extension.apply(*arguments, ids, False)[0]
     return _apply(*arguments, ids, False, backend)[0]
 
@@ -298,6 +307,6 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     backend = choose_backend(backend, x.device.type, training)
     if training:
         return _Linear.apply(*arguments, num_experts_per_tok, rank_of_router, backend)[0]
-    if backend in _COMPILED:
+    if _compiled(backend, x):
         return extension.linear(*arguments, num_experts_per_tok, rank_of_router, False)[0]
     return _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[0]
