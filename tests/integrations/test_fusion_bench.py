@@ -1,5 +1,8 @@
 """fusion_bench's own modules against what they become here: same outputs, both key layouts, no fusion_bench needed."""
 
+import copy
+import importlib
+import json
 import subprocess
 import sys
 
@@ -7,9 +10,11 @@ import pytest
 import torch
 from fusion_bench.models.smile_moe import linear_from_hf_config as headed
 from fusion_bench.models.smile_moe import linear_from_module as generic
+from safetensors.torch import save_model
+from tiny_models import GROUPED, SPECIAL, build, fine_tuned, linear_layers, smile_layers
 from torch import nn
 
-from smile_kernels import SmileLinear
+from smile_kernels import SmileLinear, load_pretrained
 from smile_kernels.integrations.fusion_bench import convert_state_dict, from_fusion_bench, holds_fusion_bench_layers
 
 D, O, N = 20, 28, 3
@@ -118,6 +123,54 @@ def test_state_dict_of_either_layout(layout, rank):
     layer = module_config.build(D, O, config.num_local_experts, config.num_experts_per_tok, bias=True)
     layer.load_state_dict({k.removeprefix("block.proj."): t for k, t in converted.items() if k.startswith("block.")})
     torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+
+
+def language_model(name: str, base: nn.Module) -> tuple[nn.Module, dict]:
+    """fusion_bench's model without its experts, and its config.
+
+    Its Llama and Qwen2 classes run on transformers 5. Its Mistral and Gemma2 classes do not: there its layers stand in
+    transformers' own class, which has the same keys.
+    """
+    ranks = {"num_local_experts": N, "rank_of_expert": 4, "rank_of_router": 2, "num_experts_per_tok": 1}
+    theirs = {"model_type": f"smile_{name.lower()}", "architectures": [f"Smile{name}ForCausalLM"]}
+    if name in ("Llama", "Qwen2"):
+        package = importlib.import_module(f"fusion_bench.models.modeling_smile_{name.lower()}")
+        config = getattr(package, f"Smile{name}Config")(**GROUPED, **SPECIAL, **ranks)
+        model = getattr(package, f"Smile{name}ForCausalLM")(config)
+    else:
+        model, config, smile = copy.deepcopy(base), base.config, headed.SmileMoEConfig()
+        vars(smile).update(ranks)
+        for key, layer in linear_layers(base).items():
+            o, d = layer.weight.shape
+            model.set_submodule(key, headed.SmileLinear(smile, d, o, layer.bias is not None))
+    return model.eval(), config.to_dict() | ranks | theirs
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Llama", "Qwen2", "Gemma2"])
+def test_language_models(name, tmp_path):
+    """In place, and from the folder they are saved in."""
+    base = build(f"{name}ForCausalLM")
+    model, config = language_model(name, base)
+    model.load_state_dict(base.state_dict(), strict=False)
+    experts = [fine_tuned(base, seed) for seed in range(N)]
+    for key, layer in linear_layers(base).items():
+        pool = [expert.get_submodule(key) for expert in experts]
+        headed.upscale_to_smile_linear(layer, pool, model.get_submodule(key))
+    ids = torch.randint(3, 96, (2, 7))
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        assert (base(ids).logits - want).abs().max() > 0.1
+    save_model(model, tmp_path / "model.safetensors")  # tied weights once
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_fusion_bench(model) is model
+    loaded = load_pretrained(tmp_path)
+    assert type(loaded) is type(base)
+    for ours in (model, loaded):
+        assert not any(isinstance(module, headed.SmileLinear) for module in ours.modules())
+        layers = smile_layers(ours).values()
+        assert len(layers) == 14
+        assert all(layer.router is None for layer in layers)
+        torch.testing.assert_close(ours(ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_tensors_are_named():
