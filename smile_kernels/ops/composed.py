@@ -16,11 +16,16 @@ from .reference import accumulate_dtype, select
 
 # Entries per block of the padded layout.
 BLOCK = 64
-# On a CPU, up to here each entry is a matrix-vector product of its own ...
-FEW_ENTRIES = 2
-# ... and up to here (tokens x rows of all experts) every expert is computed and those not selected weigh 0: in small
-# problems calls cost more than arithmetic, the more so where the CPU multiplies bfloat16.
-FEW_ROWS = {torch.float64: 2**12, torch.float32: 2**12, torch.bfloat16: 2**16, torch.float16: 2**16}
+# On a CPU a call costs more than its arithmetic while the problem is small, the more so where it multiplies bfloat16.
+# Up to so many (tokens x rank x (in + out features)) an expert takes every token, weighing 0 those that chose others,
+# rather than its own tokens picked out of x and added back into y ...
+EVERY_TOKEN = {torch.float64: 2**20, torch.float32: 2**20, torch.bfloat16: 2**23, torch.float16: 2**20}
+# ... and in bfloat16, below so many (experts x rank x (in + out features)) and rows of h, all experts are one product.
+EVERY_EXPERT, EVERY_EXPERT_ROWS = 2**21, 2**16
+# Up to so many tokens, copying the router's rows into one matrix takes longer than a batched product saves.
+FEW_TOKENS = 8
+# From so many (tokens x rows of the router x in_features) on, two bfloat16 products take less time than one of float32.
+TWO_PRODUCTS = 2**22
 
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -30,15 +35,18 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, 
 
 def _project(x: Tensor, router: Tensor) -> Tensor:
     """q = router x in float32: x [T, D], router [N, g, D] -> [T, N, g]."""
-    rows = router.reshape(-1, router.shape[-1])
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[0] >= 32:
+    acc = accumulate_dtype(x)
+    if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
+        # The rows of a tied router are a part of each expert's: a batched product takes them where they lie.
+        return torch.bmm(x.to(acc).expand(router.shape[0], *x.shape), router.to(acc).mT).transpose(0, 1)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] * router.numel() >= TWO_PRODUCTS:
         # A bfloat16 product sums in float32 and rounds once; a second one recovers what that rounding took (relative
-        # error 2^-17). The two take 0.45 of the time of one float32 product where the CPU multiplies bfloat16.
+        # error 2^-17).
+        rows = router.reshape(-1, router.shape[-1])
         q = x @ rows.T
         q = q.float() + torch.addmm(q, x, rows.T, beta=-1)
     else:
-        acc = accumulate_dtype(x)
-        q = F.linear(x.to(acc), rows.to(acc))
+        q = F.linear(x.to(acc), router.to(acc).reshape(-1, router.shape[-1]))
     return q.view(-1, *router.shape[:2])
 
 
@@ -86,33 +94,40 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save):
             delta.addcmul_(w.to(x.dtype), expert_bias[i, None])
         y += blocks.scatter(delta).view(tokens, m, -1).sum(1)
         return blocks.scatter(hi).view(tokens, m, r) if save else h
-    if tokens * m <= FEW_ENTRIES:
-        for t, chosen in enumerate(ids.tolist()):
-            for j, i in enumerate(chosen):
-                w = 1.0 if weights is None else weights[t, j].item()
-                hi = torch.mv(vh[i, :r], x[t])
-                y[t].addmv_(u[i], (hi * (w * s[i])).to(x.dtype))
-                if expert_bias is not None:
-                    y[t].add_(expert_bias[i], alpha=w)
-                if save:
-                    h[t, j] = hi
+    if tokens == 1:
+        for j, i in enumerate(ids[0].tolist()):
+            w = 1.0 if weights is None else weights[0, j].item()
+            hi = torch.mv(vh[i, :r], x[0])
+            y[0].addmv_(u[i], (hi * (w * s[i])).to(x.dtype))
+            if expert_bias is not None:
+                y[0].add_(expert_bias[i], alpha=w)
+            if save:
+                h[0, j] = hi
         return h
-    if m == 1 and (ids == ids[0]).all():  # a sequence with one expert, as routing policies give: nothing to sort
-        i = int(ids[0])
-        hi = F.linear(x, vh[i, :r])
-        y.addmm_((hi * (s[i] if weights is None else weights * s[i])).to(x.dtype), u[i].T)
-        if expert_bias is not None:
-            y += expert_bias[i] if weights is None else weights.to(x.dtype) * expert_bias[i]
-        return hi.to(s.dtype)[:, None] if save else h
-    if tokens * s.numel() <= FEW_ROWS[x.dtype]:
-        hi = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
+    present = [i for i, count in enumerate(ids.reshape(-1).bincount().tolist()) if count]
+    size = r * (x.shape[1] + y.shape[1])
+    # One expert for all, as routing policies give a sequence, has no tokens to pick out.
+    if len(present) == 1 or tokens * size <= EVERY_TOKEN[x.dtype]:
         slots = ids.long()
         ones = s.new_ones(()).expand(slots.shape)
         w = s.new_zeros(tokens, s.shape[0]).scatter_add_(1, slots, ones if weights is None else weights)
-        y.addmm_((hi * (w[:, :, None] * s)).to(x.dtype).flatten(1), u.transpose(0, 1).flatten(1).T)
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
-        return hi.gather(1, slots[..., None].expand(-1, -1, r)).to(s.dtype) if save else h
+        if (
+            x.dtype == torch.bfloat16
+            and len(present) > 1
+            and s.shape[0] * size < EVERY_EXPERT
+            and tokens * s.numel() < EVERY_EXPERT_ROWS
+        ):
+            hi = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
+            y.addmm_((hi * (w[:, :, None] * s)).to(x.dtype).flatten(1), u.transpose(0, 1).flatten(1).T)
+            return hi.gather(1, slots[..., None].expand(-1, -1, r)).to(s.dtype) if save else h
+        for i in present:
+            hi = F.linear(x, vh[i, :r])
+            y.addmm_((hi * (w[:, i, None] * s[i])).to(x.dtype), u[i].T)
+            if save:
+                h = torch.where(slots[..., None] == i, hi[:, None].to(s.dtype), h)
+        return h
     for i, entries, rows in _present(ids):
         hi = F.linear(x.index_select(0, rows), vh[i, :r])
         bias = None if expert_bias is None else expert_bias[i]
