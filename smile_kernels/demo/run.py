@@ -175,7 +175,7 @@ def time_per_batch(lower: Lower, encoders: dict[str, nn.Module], case: Case, tex
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for turn in range(12):
+        for turn in range(7):
             for name, upper in encoders.items():
                 start = time.process_time()
                 upper(lower(input_ids, attention_mask=mask), attention_mask=mask)
