@@ -107,6 +107,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def fused_experts(model: nn.Module) -> list[LayerReport]:
+    """The tensors [experts, ..., ...] that hold all experts of a mixture, reported as left alone."""
+    return [
+        LayerReport(name, 0, [], [], 0.0, "fused experts of a mixture, left alone")
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and "expert" in name
+    ]
+
+
 def select_layers(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
     """The names that match a pattern of `include` (all, where there is none) and none of `exclude`, in their order.
 
@@ -147,7 +156,8 @@ def upscale(
     """One pre-trained model and N fine-tuned versions of it, as one model of SMILE layers; no data, no training.
 
     Each nn.Linear (and transformers' Conv1D) becomes a `SmileLinear` whose experts are the truncated SVDs of the
-    differences. Layers whose experts all equal the base are left alone. Tied weights stay tied.
+    differences. Layers whose experts all equal the base are left alone, as are the fused experts of a mixture. Tied
+    weights stay tied.
 
     Args:
         model: the pre-trained model.
@@ -157,7 +167,8 @@ def upscale(
         rank_of_router: g.
         num_experts_per_tok: m.
         include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
-        remaining: "base" keeps every other parameter as the base has it; "average" takes the mean of the fine-tuned.
+        remaining: "base" keeps every other parameter and buffer as the base has it; "average" takes the mean of the
+            fine-tuned models'.
         routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself.
         inplace: change `model` itself, rather than a copy.
         progress: show a progress bar.
@@ -228,7 +239,7 @@ def upscale(
 
     workers = 1 if linears[names[0]].weight.is_cuda else None
     decomposed = list(_track(in_threads(decompose, names, workers), len(names), progress))
-    reports = [report for _, report in decomposed]
+    reports = [report for _, report in decomposed] + fused_experts(model)
     layers = {report.name: factors for factors, report in decomposed if not report.skipped}
 
     model = model if inplace else copy.deepcopy(model)
@@ -236,13 +247,14 @@ def upscale(
     places = dict(model.named_modules(remove_duplicate=False))
     shared = {id(p) for name in layers for p in linears[name].parameters()}
     if remaining == "average":
-        whole = [dict(expert.named_parameters()) for expert in finetuned if isinstance(expert, nn.Module)]
-        for name, parameter in model.named_parameters():
-            if id(parameter) not in shared and whole and parameter.is_floating_point():
-                # A bias that an expert lacks counts as 0; an adapter has the base's own parameters.
-                none = torch.zeros_like(parameter)
-                same = [parameter.clone()] * (len(finetuned) - len(whole))
-                parameter.copy_(average_tensors([*(p.get(name, none).to(parameter.device) for p in whole), *same]))
+        whole = [expert.state_dict() for expert in finetuned if isinstance(expert, nn.Module)]
+        stored = model.state_dict().keys()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in stored and id(tensor) not in shared and whole and tensor.is_floating_point():
+                # A bias that an expert lacks counts as 0; an adapter has the base's own tensors.
+                none = torch.zeros_like(tensor)
+                same = [tensor.clone()] * (len(finetuned) - len(whole))
+                tensor.copy_(average_tensors([*(e.get(name, none).to(tensor.device) for e in whole), *same]))
     for name, factors in layers.items():
         linear = linears[name]
         weight = linear.weight.T.contiguous() if _is_conv1d(linear) else linear.weight

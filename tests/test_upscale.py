@@ -181,6 +181,21 @@ class Tied(nn.Module):
         return self.head(self.again(self.first(self.embed(ids)).relu()))
 
 
+def test_the_average_takes_in_persistent_buffers():
+    base = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    base.register_buffer("step", torch.zeros(1), persistent=False)
+    experts = [finetuned(base, seed) for seed in range(2)]
+    for i, expert in enumerate(experts):
+        expert[1].running_mean += i + 1
+        expert.step += 7
+    kept, _ = upscale(base, experts, remaining="base", **RANKS)
+    averaged, _ = upscale(base, experts, remaining="average", **RANKS)
+    assert torch.equal(kept[1].running_mean, base[1].running_mean)
+    torch.testing.assert_close(averaged[1].running_mean, torch.full((5,), 1.5))
+    assert torch.equal(averaged[1].num_batches_tracked, base[1].num_batches_tracked)
+    assert averaged.step.item() == 0
+
+
 @pytest.mark.parametrize("remaining", ["base", "average"])
 @pytest.mark.parametrize("exclude", [[], ["head"]], ids=["head", "no-head"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
