@@ -46,6 +46,7 @@ from .upscale import (
     UpscaleReport,
     _is_conv1d,
     average_tensors,
+    fused_experts,
     in_threads,
     linear_layers,
     select_layers,
@@ -186,7 +187,9 @@ class _Job:
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
                 raise ValueError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
-        self.layers = _linear_layers(self.base, self.stored, include, exclude)
+        model = _architecture(self.base)
+        self.layers = _linear_layers(self.base, self.stored, model, include, exclude)
+        self.left_alone = [] if model is None else fused_experts(model)
         self.experts = [
             _Adapter(f"experts[{i}]", folder, self.tensors)
             if is_adapter(folder)
@@ -321,18 +324,21 @@ class _Job:
 
 
 def _linear_layers(
-    folder: Path, stored: Mapping[str, StoredTensor], include: Sequence[str] | None, exclude: Sequence[str] | None
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    model: nn.Module | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
 ) -> list[_Layer]:
     """The layers to upscale.
 
-    Where transformers knows the architecture that config.json names, that is built on the meta device, and its layers
-    count as for `upscale`. Elsewhere each two-dimensional floating-point `<layer>.weight` is one, unless its name says
-    that it is looked up.
+    With `model`, the architecture that config.json names, its layers count as for `upscale`. Without it each
+    two-dimensional floating-point `<layer>.weight` is one, unless its name says that it is looked up.
     """
     matrices = [
         name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
     ]
-    model, model_type = _architecture(folder), read_config(folder).get("model_type")
+    model_type = read_config(folder).get("model_type")
     if model is not None:
         layers = _layers_of(model, matrices)
     elif model_type in _CONV1D_MODELS:
@@ -490,7 +496,7 @@ def upscale_checkpoints(
                 write_shard(output / name, shard)
             progress("files", i + 1, len(shards))
         barrier()
-        report = UpscaleReport(reports)
+        report = UpscaleReport([*reports, *job.left_alone])
         if rank == 0:
             write_index(output, shards, stem=stem)
             job.write_sidecars(output, factors, report)

@@ -9,7 +9,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, output, smile_layers
+from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers, output, smile_layers
+
+import smile_kernels as sk
+from smile_kernels.streaming import upscale_checkpoints
 
 LAYERS = {
     "MistralForCausalLM": 14,
@@ -61,21 +64,56 @@ def test_round_trip(architecture, dtype, fused, tmp_path):
     assert (output(base) - output(model)).abs().max() > 0.1
 
 
-def test_either_import_order(fused, tmp_path):
-    """Ours first, without importing transformers; or theirs first, which says that it loads the base alone."""
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_made_by_upscale_from_folders(architecture, tmp_path):
+    """What `smile-kernels upscale` writes is the model that `upscale` makes in memory, bit for bit."""
+    base = build(architecture)
+    experts = [fine_tuned(base, seed) for seed in (1, 2)]
+    for i, model in enumerate((base, *experts)):
+        model.save_pretrained(tmp_path / f"m{i}")
+    heads = ("lm_head", "classifier")
+    options = {"rank_of_expert": 4, "rank_of_router": 2, "exclude": heads}
+    on_disk = upscale_checkpoints(tmp_path / "m0", [tmp_path / "m1", tmp_path / "m2"], tmp_path / "out", **options)
+    want, in_memory = sk.upscale(base, experts, **options, progress=False)
+    got = type(base).from_pretrained(tmp_path / "out")
+    assert set(smile_layers(got)) == set(linear_layers(base)) - {*heads}
+    assert torch.equal(output(got), output(want))
+    for report in (on_disk, in_memory):
+        fused = [layer.name for layer in report.layers if layer.skipped == "fused experts of a mixture, left alone"]
+        mixture = [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
+        assert fused == (mixture if architecture == "MixtralForCausalLM" else [])
+
+
+def test_with_and_without_the_import(fused, tmp_path):
+    """Ours first, without importing transformers; or theirs alone, which says what it leaves out, or cannot load."""
     _, model = fused("LlamaForCausalLM")
-    model.save_pretrained(tmp_path)
-    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    model.save_pretrained(tmp_path / "whole")
+    sk.save_pretrained(model, tmp_path / "experts", base=tmp_path)
+    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'whole')!r})"
     check = "assert type(model.model.layers[0].mlp.up_proj).__name__ == "
-    light = "import sys, smile_kernels; assert not {'transformers', 'peft'} & {*sys.modules}"
-    for program, warned in (
-        (f"{light}; import transformers; {load}; {check}'SmileLinear'", False),
-        (f"import transformers; {load}; {check}'Linear'; import smile_kernels; {load}; {check}'SmileLinear'", True),
-    ):
+    ours = f"""
+import sys, smile_kernels
+assert not {{"transformers", "peft"}} & {{*sys.modules}}
+import transformers
+{load}; {check}"SmileLinear"
+"""
+    theirs = f"""
+import sys, transformers
+{load}; {check}"Linear"
+try:
+    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "experts")!r})
+except OSError as error:
+    print(error)
+assert "smile_kernels" not in sys.modules
+import smile_kernels
+{load}; {check}"SmileLinear"
+"""
+    for program, warned in ((ours, False), (theirs, True)):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("Unknown quantization type, got smile" in done.stderr) == warned
         assert ("UNEXPECTED" in done.stderr) == warned
+        assert ("no file named model.safetensors" in done.stdout) == warned
 
 
 @pytest.mark.parametrize("lost", ["u", "vh", "expert_bias", "weight"])
