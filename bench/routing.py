@@ -1,4 +1,4 @@
-"""Routing policies and further rules on the demo's models, and what they cost: python -m bench.routing [costs accuracy].
+"""Routing policies and further rules on the demo's models, and what they cost: python -m bench.routing.
 
 Accuracy is that of validation texts alone. A case is the demo's: its fine-tuned models are read from the cache, or
 trained. Each rule answers four sets of texts: as the demo has them ("prompted"); single words without their prompt
@@ -392,10 +392,11 @@ def main() -> None:
     }
     parts = {"costs": costs, "accuracy": {case: lambda case=case: measure_case(case) for case in CASES}}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="part", choices=parts, help="costs, accuracy; by default both")
+    parser.add_argument("--only", choices=parts, help="by default both")
+    only = parser.parse_args().only
     folder = folder_of("cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in parser.parse_args().parts or parts:
+    for part in [only] if only else parts:
         measure_all(parts[part], folder / "routing.json", "cpu", list)
 
 
