@@ -6,7 +6,7 @@ of P x N experts, of which each part selects m, and whose `u` and `expert_bias` 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class SmileQuantizationConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SmileQuantizationConfig":
         smile = SmileConfig.from_dict(config)
+        if smile.base_model_name_or_path is not None:
+            raise ValueError(
+                f"base_model_name_or_path: is {smile.base_model_name_or_path!r}; vLLM reads one folder, so expected a "
+                "whole checkpoint (load_pretrained, then save_pretrained, makes one)"
+            )
         if smile.routing.remembers:
             raise NotImplementedError(
                 f"routing: the checkpoint asks for {smile.routing}, which needs state for each request; expected scope "
@@ -62,8 +67,8 @@ class SmileQuantizationConfig(QuantizationConfig):
         names = [prefix]
         if prefix not in self.modules:
             names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping.get(leaf, ())]
-        parts = [self.modules.get(name) for name in names]
-        if not any(parts):
+        parts = {name: self.modules.get(name) for name in names}
+        if not any(parts.values()):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise ValueError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
@@ -73,10 +78,11 @@ class SmileQuantizationConfig(QuantizationConfig):
 class SmileLinearMethod(UnquantizedLinearMethod):
     """Creates, loads and applies one layer's experts; `parts` has one entry for each router, None for a dense part."""
 
-    def __init__(self, parts: Sequence[SmileModuleConfig | None], num_local_experts: int, num_experts_per_tok: int):
+    def __init__(self, parts: dict[str, SmileModuleConfig | None], num_local_experts: int, num_experts_per_tok: int):
         super().__init__()
-        self.parts, self.n, self.m = parts, num_local_experts, num_experts_per_tok
-        present = [part for part in parts if part]
+        self.names, self.parts = list(parts), list(parts.values())
+        self.n, self.m = num_local_experts, num_experts_per_tok
+        present = [part for part in self.parts if part]
         self.r = max(part.rank_of_expert for part in present)
         self.g = max(part.rank_of_router for part in present)
 
@@ -124,6 +130,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         p, n = len(self.parts), self.n
         expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
         ends = torch.tensor(self.rows).cumsum(0).tolist()
+        missing = []
         for i, part in enumerate(self.parts):
             rows = slice(ends[i] - self.rows[i], ends[i])
             for name, t in expected.items():
@@ -136,7 +143,9 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 if not stored:
                     piece.zero_()
                 elif piece.isnan().any():
-                    raise ValueError(f"{layer.prefix}: {name} of part {i} is missing from the checkpoint, or holds NaN")
+                    missing.append(f"{self.names[i]}.{name}")
+        if missing:
+            raise ValueError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
         tensors = {"vh": layer.vh.flatten(0, 1), "s": layer.s.flatten(0, 1)}
         uniform = all(part and not part.router and part.rank_of_router == self.g for part in self.parts)
         rows = None if uniform else layer.vh.new_zeros(p, n, self.g, layer.vh.shape[-1])

@@ -1,10 +1,12 @@
 """SMILE checkpoints in vLLM against transformers: `make test-vllm`, in an environment of its own.
 
-Not collected by default: vLLM pins other versions of its dependencies, and each case starts an engine (about 20 s).
+Not collected by default: vLLM pins other versions of its dependencies, and each engine takes about 20 s to start. So
+there is one engine for each architecture and number of ranks, and each of them is made to show something more.
 """
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,21 +14,28 @@ import time
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import build, fine_tuned, fuse, smile_layers
+from tiny_models import build, fine_tuned, smile_layers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from smile_kernels import SmileLinear
-from smile_kernels.checkpoint import SmileConfig
+from smile_kernels import RoutingPolicy, SmileLinear
+from smile_kernels.checkpoint import SmileConfig, SmileModuleConfig
+from smile_kernels.integrations.vllm import SmileQuantizationConfig
+from smile_kernels.streaming import upscale_checkpoints
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_generate.py"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -38,30 +47,79 @@ TOKENS = 12
 PROMPTS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def make(architecture: str, **options):
-    base = build(architecture)
-    return fuse(base, [fine_tuned(base, seed) for seed in (1, 2, 3)], **options)
+class Served(NamedTuple):
+    folder: Path
+    model: nn.Module
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """architecture -> its checkpoint, the model and transformers' tokens, each made once."""
+    made = {}
+
+    def make(architecture: str) -> Served:
+        if architecture not in made:
+            base, work = build(architecture), tmp_path_factory.mktemp(architecture)
+            for name, model in (("base", base), *((f"m{seed}", fine_tuned(base, seed)) for seed in (1, 2, 3))):
+                model.save_pretrained(work / name)
+            folder = work / "fused"
+            upscale_checkpoints(
+                work / "base",
+                [work / "m1", work / "m2", work / "m3"],
+                folder,
+                rank_of_expert=4,
+                rank_of_router=2,
+                num_experts_per_tok=2 if "Mistral" in architecture else 1,
+                exclude=["lm_head"],
+            )
+            model = type(base).from_pretrained(folder)
+            if "Qwen2" in architecture:
+                make_parts_differ(model, base)
+                model.save_pretrained(folder)
+            words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(96)}, unk_token="t0"))
+            words.pre_tokenizer = pre_tokenizers.Whitespace()
+            transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2").save_pretrained(folder)
+            tokens = [greedy(model, prompt) for prompt in PROMPTS]
+            assert tokens != [greedy(base, prompt) for prompt in PROMPTS]
+            made[architecture] = Served(folder, model, tokens)
+        return made[architecture]
+
+    return make
+
+
+def make_parts_differ(model: nn.Module, base: nn.Module) -> None:
+    """In the first merged layer: a router of its own, a part of lower rank, a dense part. The second stays uniform."""
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj"):
+        layer = getattr(attention, name)
+        factors = {key: p for key, p in layer.named_parameters() if key not in ("weight", "bias")}
+        if name == "q_proj":
+            g, changed = 1, {"router": factors["vh"].flip(0)[:, :1]}
+        else:
+            g, changed = 3, {"u": factors["u"][..., :2], "s": factors["s"][:, :2], "vh": factors["vh"][:, :3]}
+        layer = SmileLinear.from_factors(layer.weight, layer.bias, {**factors, **changed}, rank_of_router=g)
+        setattr(attention, name, layer)
+    attention.v_proj = base.model.layers[0].self_attn.v_proj
+    model.config.quantization_config = SmileConfig.from_layers(smile_layers(model)).to_dict()
 
 
 @torch.no_grad()
-def expected(model) -> list[list[int]]:
+def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[int]:
     """Greedy tokens by transformers, end-of-text tokens being like any other."""
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        for _ in range(TOKENS):
-            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        answers.append(ids[0, len(prompt) :].tolist())
-    return answers
+    ids = torch.tensor([prompt])
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids[0, len(prompt) :].tolist()
 
 
-def in_vllm(folder, lora: str | None = None, **options) -> list[list[int]]:
-    """Greedy tokens by vLLM, in a process of its own."""
+def in_vllm(folder, loras: tuple = (None,), **options) -> list[list[list[int]]]:
+    """Greedy tokens by one engine, in a process of its own: for each adapter, for each prompt."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_in_vllm, str(folder), lora, options).result()
+        return pool.submit(_in_vllm, str(folder), loras, options).result()
 
 
-def _in_vllm(folder: str, lora: str | None, options: dict) -> list[list[int]]:
+def _in_vllm(folder: str, loras: tuple, options: dict) -> list[list[list[int]]]:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -69,19 +127,20 @@ def _in_vllm(folder: str, lora: str | None, options: dict) -> list[list[int]]:
     options = {"enforce_eager": True, "dtype": "float32", "max_model_len": 64, **options}
     engine = LLM(folder, skip_tokenizer_init=True, **options)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    request = LoRARequest("adapter", 1, lora) if lora else None
-    outputs = engine.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, lora_request=request)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    answers = []
+    for lora in loras:
+        request = LoRARequest("adapter", 1, lora) if lora else None
+        outputs = engine.generate(prompts, sampling, lora_request=request)
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+    return answers
 
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        ("LlamaForCausalLM", {}),
         ("LlamaForCausalLM", {"tensor_parallel_size": 2}),
-        ("LlamaForCausalLM", {"enforce_eager": False}),
         ("LlamaForCausalLM", {"model_impl": "transformers"}),
-        ("MistralForCausalLM", {}),
         ("MistralForCausalLM", {"tensor_parallel_size": 2}),
         ("Qwen2ForCausalLM", {}),
         ("Qwen2ForCausalLM", {"tensor_parallel_size": 2}),
@@ -90,99 +149,103 @@ def _in_vllm(folder: str, lora: str | None, options: dict) -> list[list[int]]:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()) or "one",
 )
-def test_the_same_tokens(architecture, options, tmp_path):
-    model = make(architecture, num_experts_per_tok=2 if "Mistral" in architecture else 1)
-    model.save_pretrained(tmp_path)
-    want = expected(model)
-    assert want != expected(build(architecture))
-    assert in_vllm(tmp_path, **options) == want
+def test_the_same_tokens(architecture, options, served):
+    case = served(architecture)
+    assert in_vllm(case.folder, **options) == [case.tokens]
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_parts_that_differ(tensor_parallel_size, tmp_path):
-    """In one merged layer: a dense part, a part of lower rank, a router of its own."""
-    model = make("Qwen2ForCausalLM")
-    base = build("Qwen2ForCausalLM")
-    for i, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        if i == 0:
-            attention.v_proj = base.model.layers[0].self_attn.v_proj
-        factors = {name: p for name, p in attention.k_proj.named_parameters() if name not in ("weight", "bias")}
-        factors |= {"u": factors["u"][..., :2], "s": factors["s"][:, :2], "vh": factors["vh"][:, :3]}
-        attention.k_proj = SmileLinear.from_factors(
-            attention.k_proj.weight, attention.k_proj.bias, factors, rank_of_router=3
-        )
-        factors = {name: p for name, p in attention.q_proj.named_parameters() if name not in ("weight", "bias")}
-        attention.q_proj = SmileLinear.from_factors(
-            attention.q_proj.weight,
-            attention.q_proj.bias,
-            {**factors, "router": factors["vh"].flip(0)[:, :1]},
-            rank_of_router=1,
-        )
-    model.config.quantization_config = SmileConfig.from_layers(smile_layers(model)).to_dict()
-    model.save_pretrained(tmp_path)
-    assert in_vllm(tmp_path, tensor_parallel_size=tensor_parallel_size) == expected(model)
-
-
-@pytest.mark.parametrize("lost", ["q_proj.u", "k_proj.vh", "v_proj.s", "v_proj.expert_bias", "o_proj.weight"])
-def test_missing_tensors_are_an_error(lost, tmp_path):
-    make("Qwen2ForCausalLM").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors[f"model.layers.1.self_attn.{lost}"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    layer, name = lost.split(".")
-    merged = layer if layer == "o_proj" else "qkv_proj"
-    with pytest.raises(ValueError, match=rf"model\.layers\.1\.self_attn\.{merged}: {name} of part . is missing"):
-        in_vllm(tmp_path)
-
-
-def test_lora_beside_smile(tmp_path):
-    model = make("LlamaForCausalLM")
-    model.save_pretrained(tmp_path / "model")
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
+def test_the_same_tokens_with_and_without_a_lora_adapter(served, tmp_path):
+    case = served("LlamaForCausalLM")
+    model, generator, tensors = transformers.LlamaForCausalLM.from_pretrained(case.folder), torch.Generator(), {}
     for i, layer in enumerate(model.model.layers):
         for name in ("q_proj", "o_proj"):
             a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((8, 128), (128, 8)))
             key = f"base_model.model.model.layers.{i}.self_attn.{name}"
             tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
             getattr(layer.self_attn, name).weight.data += 2 * b @ a
-    (tmp_path / "lora").mkdir()
-    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj"], "bias": "none"}
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
-    got = in_vllm(tmp_path / "model", str(tmp_path / "lora"), enable_lora=True, max_lora_rank=8)
-    assert got == expected(model)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    plain, adapted = in_vllm(case.folder, (None, str(tmp_path)), enable_lora=True, max_lora_rank=8)
+    assert plain == case.tokens
+    assert adapted == [greedy(model, prompt) for prompt in PROMPTS] != case.tokens
 
 
-def test_openai_server(tmp_path):
-    model = make("MistralForCausalLM")
-    model.save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(96)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2").save_pretrained(tmp_path)
+def test_the_example_compiles_the_model(served, tmp_path):
+    case = served("LlamaForCausalLM")
+    prompt = " ".join(f"t{token}" for token in PROMPTS[0])
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(case.folder), "--prompt", prompt, "--dtype", "float32"],
+        env={**os.environ, **ENVIRONMENT, "VLLM_CACHE_ROOT": str(tmp_path), "VLLM_LOGGING_LEVEL": "INFO"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "saved AOT compiled function" in done.stdout + done.stderr
+    want = greedy(case.model, PROMPTS[0], 32)
+    want = want[: want.index(2)] if 2 in want else want
+    assert done.stdout.splitlines()[-1].split() == [f"t{token}" for token in want]
+
+
+def test_openai_server(served, tmp_path):
+    case = served("MistralForCausalLM")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(case.folder)]
     command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
-    log = (tmp_path / "log").open("w+")
-    server = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        body = {"model": str(tmp_path), "prompt": PROMPTS, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        for _ in range(240):
-            assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
-            try:
-                answer = json.load(urllib.request.urlopen(request))
-                break
-            except urllib.error.URLError:
-                time.sleep(1)
-    finally:
-        server.terminate()
-        server.wait()
-        log.close()
+    body = {"model": str(case.folder), "prompt": PROMPTS, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
+                try:
+                    answer = json.load(urllib.request.urlopen(request))
+                    break
+                except urllib.error.URLError:
+                    assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+                    time.sleep(1)
+        finally:
+            server.terminate()
+            server.wait()
     got = [choice["text"].split() for choice in answer["choices"]]
-    assert got == [[f"t{token}" for token in tokens] for tokens in expected(model)]
+    assert got == [[f"t{token}" for token in tokens] for tokens in case.tokens]
+
+
+@pytest.mark.parametrize(
+    "lost", [["q_proj.u", "k_proj.vh", "v_proj.s", "v_proj.expert_bias"], ["o_proj.weight"]], ids=lambda lost: lost[0]
+)
+def test_missing_tensors_are_an_error(lost, served, tmp_path):
+    folder = served("Qwen2ForCausalLM").folder
+    names = [f"model.layers.1.self_attn.{name}" for name in lost]
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if k not in names}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"checkpoint: missing, or with NaN in them: (.*)") as error:
+        in_vllm(tmp_path)
+    assert sorted(re.search("in them: (.*)", str(error.value))[1].split(", ")) == sorted(names)
+
+
+def vllm_config(**options) -> QuantizationConfig:
+    modules = {"lm_head": SmileModuleConfig(4, 2)}
+    return SmileQuantizationConfig.from_config(SmileConfig(3, 1, 4, 2, modules, **options).to_dict())
+
+
+def test_routing_that_remembers_is_refused():
+    with pytest.raises(NotImplementedError, match=r"routing: .*'sequence'.* expected scope 'token' in vLLM"):
+        vllm_config(routing=RoutingPolicy("sequence"))
+
+
+def test_experts_without_their_base_are_refused():
+    with pytest.raises(ValueError, match=r"base_model_name_or_path: is '/base'; .* expected a whole checkpoint"):
+        vllm_config(base_model_name_or_path="/base")
+
+
+def test_experts_of_a_head_are_refused():
+    with pytest.raises(ValueError, match=r"modules: lm_head is a Embedding in vLLM; expected a linear layer"):
+        vllm_config().get_quant_method(nn.Embedding(3, 2), "lm_head")
