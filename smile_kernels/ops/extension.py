@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .reference import accumulate_dtype
+from . import rules
+
+_LIBRARY = torch.library.Library("smile_kernels_ext", "FRAGMENT")
 
 
 @functools.cache
@@ -40,8 +42,8 @@ def why_not(device_type: str) -> str | None:
 def _load(path: Path) -> None:
     torch.ops.load_library(path)
     if path.name == "_extension_cpu.so":
-        for fake in (_fake_route, _fake_apply, _fake_linear):
-            torch.library.register_fake(f"smile_kernels_ext::{fake.__name__.removeprefix('_fake_')}", fake)
+        for name, fake in (("route", rules.fake_route), ("apply", rules.fake_apply), ("linear", rules.fake_linear)):
+            rules.register(_LIBRARY, name, fake)
 
 
 def _require(device_type: str) -> bool:
@@ -52,22 +54,6 @@ def _require(device_type: str) -> bool:
 
 # What torch.compiler.assume_constant_result sets: loading a library is nothing to trace.
 _require._dynamo_marked_constant = True
-
-
-def _fake_route(x, router, num_experts_per_tok):
-    shape = (x.shape[0], num_experts_per_tok)
-    return x.new_empty(shape, dtype=accumulate_dtype(x)), x.new_empty(shape, dtype=torch.int32)
-
-
-def _fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
-    h = (*ids.shape, s.shape[1]) if save else (0,)
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
-
-
-def _fake_linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
-    weights, ids = _fake_route(x, vh, num_experts_per_tok)
-    y, h = _fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
-    return y, weights, ids, h
 
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:

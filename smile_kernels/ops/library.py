@@ -1,4 +1,4 @@
-"""The operators `smile_kernels::*`: schemas, fake kernels, vmap rules, autograd, and the choice of a backend.
+"""The operators `smile_kernels::*`: schemas, kernels, autograd, and the choice of a backend.
 
 Five operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
 
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import extension
-from .reference import accumulate_dtype
+from . import extension, rules
 
 # Backend name -> module of this package that implements it, best first.
 _MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
@@ -86,32 +85,11 @@ _PARAMETERS = "Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tenso
 
 
 def _define(name: str, arguments: str, returns: int, kernel: Callable, fake: Callable) -> Callable:
-    """Register smile_kernels::name with its kernel, fake and vmap rule; return its overload, the cheapest to call."""
+    """Register smile_kernels::name with its kernel and rules; return its overload."""
     schema = f"({arguments}, str backend) -> ({', '.join(['Tensor'] * returns)})"
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"smile_kernels::{name}", fake, lib=_LIBRARY)
-    op = getattr(torch.ops.smile_kernels, name).default
-    torch.library.register_vmap(op, functools.partial(_vmap, op), lib=_LIBRARY)
-    for device_type in ("cpu", "cuda"):
-        kernel = functools.partial(_without_autocast, op, device_type)
-        _LIBRARY.impl(name, kernel, f"Autocast{device_type.upper()}")
-    return op
-
-
-def _without_autocast(op: Callable, device_type: str, *args):
-    """Autocast chooses the dtype of an operator's inputs, not of the arithmetic inside (routing stays in float32)."""
-    with torch.autocast(device_type, enabled=False):
-        return op(*args)
-
-
-def _vmap(op: Callable, info, in_dims: Sequence[int | None], *args) -> tuple:
-    """One call per batch entry: right for any mix of batched arguments."""
-    calls = [
-        op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)))
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(column) for column in zip(*calls)), (0,) * len(calls[0])
+    return rules.register(_LIBRARY, name, fake)
 
 
 def _defined(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -119,20 +97,9 @@ def _defined(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, 
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _fake_route(x, router, num_experts_per_tok, backend):
-    shape = (x.shape[0], num_experts_per_tok)
-    return x.new_empty(shape, dtype=accumulate_dtype(x)), x.new_empty(shape, dtype=torch.int32)
-
-
-def _fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, backend):
-    h = (*ids.shape, s.shape[1]) if save else (0,)
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
-
-
-def _fake_linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save, backend):
-    weights, ids = _fake_route(x, vh, num_experts_per_tok, backend)
-    y, h = _fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, backend)
-    return y, weights, ids, h
+def _any_backend(fake: Callable) -> Callable:
+    """A fake kernel under the backend's name as its last argument."""
+    return lambda *args: fake(*args[:-1])
 
 
 def _fake_gradients(inputs, needs):
@@ -149,7 +116,7 @@ _route = _define(
     "Tensor x, Tensor router, int num_experts_per_tok",
     2,
     lambda x, router, m, backend: _implementation(backend).route(x, router, m),
-    _fake_route,
+    _any_backend(rules.fake_route),
 )
 _route_backward = _define(
     "route_backward",
@@ -163,7 +130,7 @@ _apply = _define(
     f"Tensor x, {_PARAMETERS}, Tensor weights, Tensor ids, bool save",
     2,
     lambda *args: _implementation(args[-1]).apply(*args[:-1]),
-    _fake_apply,
+    _any_backend(rules.fake_apply),
 )
 _apply_backward = _define(
     "apply_backward",
@@ -178,7 +145,7 @@ _linear = _define(
     f"Tensor x, {_PARAMETERS}, Tensor? router, int num_experts_per_tok, int rank_of_router, bool save",
     4,
     lambda *args: _implementation(args[-1]).linear(*args[:-1]),
-    _fake_linear,
+    _any_backend(rules.fake_linear),
 )
 
 

@@ -1,6 +1,7 @@
 """The compiled CPU operator, against the oracle and through PyTorch's own machinery."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -170,3 +171,16 @@ def test_layer_uses_it_for_inference_and_the_composition_for_training():
 def test_clean_under_sanitizers():
     """AddressSanitizer and UBSan find nothing, on each instruction set that this machine has."""
     assert run_sanitized(cpu_library(*SANITIZERS), "cpu").split()[-1] == "clean"
+
+
+def test_vmap_and_autocast_of_the_operators_themselves():
+    p = Problem.random(6, 24, 16, 3, 4, 2, 2)
+    op = torch.ops.smile_kernels_ext.linear.default
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns where an operator has no rule
+        mapped = torch.func.vmap(lambda x: op(x[None], *p.arguments()[1:], 2, 2, True))(p.x)
+    for got, want in zip(mapped, linear(p, save=True)):
+        torch.testing.assert_close(got[:, 0], want)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(*p.arguments(), 2, 2, False)[0]
+    assert torch.equal(y, linear(p)[0]), "autocast changed the arithmetic inside"
