@@ -187,10 +187,28 @@ def test_a_part_of_a_checkpoint(fused, tmp_path):
 def test_generate(architecture, fused, tmp_path):
     _, model = fused(architecture)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, device_map="cpu")
+    loaded = type(model).from_pretrained(tmp_path, device_map="auto")
     ids = inputs(model)["input_ids"]
     options = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_continuous_batching(fused):
+    """A paged cache; routing that remembers has no place in it, and each request says so."""
+    _, model = fused("LlamaForCausalLM")
+    model = copy.deepcopy(model)
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    want = [model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist() for p in prompts]
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    options = {"generation_config": config, "continuous_batching_config": small}
+    answers = model.generate_batch(prompts, **options)
+    assert [answers[f"req_{i}"].generated_tokens for i in (0, 1)] == want
+    sk.set_routing(model, sk.RoutingPolicy("sequence"))
+    answers = model.generate_batch(prompts, **options)
+    assert {answer.error for answer in answers.values()} == {
+        "routing: a paged cache keeps no routing state yet; expected past_key_values"
+    }
 
 
 def test_disk_offload(fused, tmp_path):
