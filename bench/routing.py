@@ -10,6 +10,7 @@ bench/results/cpu/routing.json, one record after the other; an interrupted run g
 import argparse
 import copy
 import dataclasses
+import json
 import os
 import statistics
 from collections.abc import Callable
@@ -309,10 +310,10 @@ def measure_case(case: str, ways: dict[str, RoutingPolicy | Rule]) -> Record:
     }
 
 
-def mean(row: Record) -> str:
-    """Mean over tasks, as the documentation's tables show it: accuracy (share of tokens at their own expert)."""
-    accuracy = f"{statistics.fmean(a for a in row['accuracy'] if a is not None):.1f}"
-    own = [share for share in row.get("own", []) if share is not None]
+def mean(*rows: Record) -> str:
+    """Mean over tasks and seeds, as the tables show it: accuracy (share of tokens at their own expert)."""
+    accuracy = f"{statistics.fmean(a for row in rows for a in row['accuracy'] if a is not None):.1f}"
+    own = [share for row in rows for share in row.get("own", []) if share is not None]
     return f"{accuracy} ({statistics.fmean(own):.1f} %)" if own else accuracy
 
 
@@ -383,6 +384,34 @@ def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
     return {**what, "experts": EXPERTS, "rank": RANK, "router": ROUTER, "threads": 1, "peers": peers}
 
 
+def tables(records: list[Record]) -> str:
+    """The Markdown tables of docs/routing.md: accuracy of each case, the mean over its seeds; times over the first."""
+    cases: dict[str, list[Record]] = {}
+    models, layers = {}, {}
+    for record in records:
+        times = {name: f"{peer['over_first']:.2f}" for name, peer in record.get("peers", {}).items()}
+        if "sets" in record:
+            cases.setdefault(f"{len(record['tasks'])} tasks", []).append(record)
+        elif "layer" in record:
+            layers["{} → {}, {} tokens".format(*record["layer"], record["tokens"])] = times
+        else:
+            models[f"{record['batch']} × {record['length']} tokens"] = times
+    parts = []
+    for case, of in cases.items():
+        ways = dict.fromkeys(way for record in of for way in record["sets"]["prompted"])
+        rows = [
+            [way, *(mean(*(r["sets"][name][way] for r in of if way in r["sets"][name])) for name in of[0]["sets"])]
+            for way in ways
+        ]
+        parts.append([[case, *of[0]["sets"]], *rows])
+    for title, of in (("", models), ("routing", layers)):
+        names = list(next(iter(of.values())))[1:]
+        parts.append([[title, *names], *([what, *(times[name] for name in names)] for what, times in of.items())])
+    for part in parts:
+        part.insert(1, ["---", *["---:"] * (len(part[0]) - 1)])
+    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in part) for part in parts)
+
+
 def main() -> None:
     plan = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
     plan |= {
@@ -398,9 +427,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="the records with this in their names, of: " + "; ".join(plan))
     only = parser.parse_args().only
-    folder = folder_of("cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    measure_all({name: run for name, run in plan.items() if only in name}, folder / "routing.json", "cpu", list)
+    file = folder_of("cpu") / "routing.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    measure_all({name: run for name, run in plan.items() if only in name}, file, "cpu", list)
+    print(tables(json.loads(file.read_text())["records"]))
 
 
 if __name__ == "__main__":

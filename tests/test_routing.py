@@ -20,6 +20,7 @@ import smile_kernels as sk
 from smile_kernels import SmileLinear, functional
 from smile_kernels.cli import app
 from smile_kernels.integrations import distributed
+from smile_kernels.ops import composed
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
 from smile_kernels.testing import Problem, assert_close, expectations
 
@@ -49,7 +50,7 @@ def smile(model: nn.Module, skip: tuple[str, ...] = ("lm_head", "classifier", "p
             if isinstance(linear, nn.Linear) and not f"{name}.{child}".endswith(skip):
                 o, d = linear.weight.shape
                 factors = {
-                    "vh": torch.randn(N, max(R, G), d) * d**-0.5,
+                    "vh": nn.functional.normalize(torch.randn(N, max(R, G), d), dim=-1),
                     "s": torch.rand(N, R) + 0.5,
                     "u": torch.randn(N, o, R) * o**-0.5,
                     "expert_bias": torch.randn(N, o) * 0.1,
@@ -65,6 +66,12 @@ SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 def bert(**changes) -> nn.Module:
     config = tf.BertConfig(**SIZES | changes, intermediate_size=24, max_position_embeddings=64)
     return smile(tf.BertModel(config, add_pooling_layer=False))
+
+
+def albert() -> nn.Module:
+    """Its two layers are one, run twice."""
+    config = tf.AlbertConfig(**SIZES, embedding_size=16, intermediate_size=24, max_position_embeddings=64)
+    return smile(tf.AlbertModel(config, add_pooling_layer=False))
 
 
 def llama(**changes) -> nn.Module:
@@ -175,13 +182,13 @@ def assert_follows(calls, real, policy, groups=None):
 
 
 @by_name(POLICIES)
-@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("build", [bert, albert, llama])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_follows_the_definition(build, policy, side):
     model = build()
     set_routing(model, policy)
-    ids, mask = tokens(3, 7), torch.ones(3, 7, dtype=torch.int64)
-    for row, padding in enumerate((0, 2, 4)):
+    ids, mask = tokens(5, 7), torch.ones(5, 7, dtype=torch.int64)
+    for row, padding in enumerate((0, 2, 4, 1, 3)):
         mask[row, slice(0, padding) if side == "left" else slice(7 - padding, 7)] = 0
     with Calls(model) as calls:
         logits(model, input_ids=ids, attention_mask=mask)
@@ -198,6 +205,18 @@ def test_batch_of_one_equals_padded_batch(policy):
     for b, length in enumerate(lengths):
         alone = logits(model, input_ids=ids[b : b + 1, :length])
         torch.testing.assert_close(batch[b : b + 1, :length], alone, rtol=1e-4, atol=1e-5)
+
+
+@by_name({name: POLICIES[name] for name in ("sequence+layers", "causal+layers")})
+def test_masks_of_four_dimensions_say_the_same(policy):
+    model = bert(attn_implementation="eager")
+    set_routing(model, policy)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]).bool()
+    want = logits(model, input_ids=ids, attention_mask=mask)
+    allowed = mask[:, None, None, :].expand(-1, 1, 6, -1)
+    added = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    got = logits(model, input_ids=ids, attention_mask=added)
+    torch.testing.assert_close(got[mask], want[mask], rtol=1e-4, atol=1e-5)
 
 
 @by_name(POLICIES)
@@ -222,8 +241,13 @@ def test_prefill_and_decode_equal_one_causal_pass(policy, cache):
     whole = logits(model, input_ids=ids, use_cache=False)
     kv = tf.StaticCache(model.config, max_cache_len=16) if cache != "dynamic" else tf.DynamicCache(config=model.config)
     parts = [ids[:, :5], ids[:, 5:6], ids[:, 6:9], *ids[:, 9:].split(1, 1)]  # a prompt, a continuation, single tokens
-    got = torch.cat([logits(model, input_ids=part, past_key_values=kv) for part in parts], dim=1)
-    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-5)
+    got, places = [], set()
+    for part in parts:
+        got.append(logits(model, input_ids=part, past_key_values=kv))
+        if cache == "static" and policy.scope == "causal":  # a CUDA graph writes where it was captured
+            places.add(tuple((t.data_ptr(), t.shape) for t in kv.routing_memory.sums.values()))
+    torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=1e-4, atol=1e-5)
+    assert len(places) == (cache == "static" and policy.scope == "causal")
 
 
 @by_name(CAUSAL)
@@ -250,20 +274,34 @@ def test_generation_equals_recomputation(policy, cache_implementation):
 def test_the_prompts_choice_holds_in_generation(policy, cache):
     model = llama()
     set_routing(model, policy)
-    ids = tokens(2, 6)
-    kv = tf.StaticCache(model.config, max_cache_len=8) if cache == "static" else tf.DynamicCache(config=model.config)
+    ids = tokens(6, 6)
+    kv = tf.StaticCache(model.config, max_cache_len=12) if cache == "static" else tf.DynamicCache(config=model.config)
     for _ in range(2):
         with Calls(model) as calls:
             logits(model, input_ids=ids, past_key_values=kv)
-        assert_follows(calls, [[True] * 6] * 2, policy)
-        choices = [(w[:, :1], i[:, :1]) for w, i in definition(calls, [[True] * 6] * 2, policy)]
-        for _ in range(2):
+        assert_follows(calls, [[True] * 6] * 6, policy)
+        choices = [(w[:, :1], i[:, :1]) for w, i in definition(calls, [[True] * 6] * 6, policy)]
+        for length in (1, 3):  # a token, a further part of the prompt
             with Calls(model) as calls:
-                logits(model, input_ids=tokens(2, 1), past_key_values=kv)
-            for (layer, x, y), routing in zip(calls, choices, strict=True):
-                torch.testing.assert_close(y, layer(x, routing=routing), rtol=1e-4, atol=1e-5)
+                logits(model, input_ids=tokens(6, length), past_key_values=kv)
+            for (layer, x, y), (w, i) in zip(calls, choices, strict=True):
+                want = layer(x, routing=(w.expand(-1, length, -1), i.expand(-1, length, -1)))
+                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
         kv.reset()  # an emptied cache votes anew
-        ids = tokens(2, 6)
+        ids = tokens(6, 6)
+
+
+@by_name(SEQUENCE)
+def test_prompts_padded_on_the_left_generate_as_alone(policy):
+    model = llama()
+    set_routing(model, policy)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    batch = model.generate(ids, attention_mask=mask, **options)
+    for b, padding in enumerate((0, 2)):
+        alone = model.generate(ids[b : b + 1, padding:], attention_mask=mask[b : b + 1, padding:], **options)
+        for got, want in zip(batch.logits, alone.logits, strict=True):
+            torch.testing.assert_close(got[b : b + 1], want, rtol=1e-4, atol=1e-5)
 
 
 @by_name({"sequence": POLICIES["sequence+layers"], "causal": POLICIES["causal+layers"]})
@@ -327,18 +365,19 @@ def test_a_cache_the_policy_has_not_seen_is_refused():
 def test_packed_sequences_are_told_apart(policy, how):
     model = llama(attn_implementation="eager")
     set_routing(model, policy)
-    lengths = (4, 1, 6)
-    ids = tokens(1, sum(lengths))
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    rows = [(4, 1, 6), (2, 8, 1)] if how == "position_ids" else [(4, 1, 6)]
+    ids = tokens(len(rows), 11)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if how == "cu_seq_lens":
         inputs |= {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 4, 5, 11], dtype=torch.int32)}
     with Calls(model) as calls:
         packed = logits(model, **inputs)
-    groups = [[g for g, n in enumerate(lengths) for _ in range(n)]]
-    assert_follows(calls, [[True] * sum(lengths)], policy, groups)
-    alone = [logits(model, input_ids=part, use_cache=False) for part in ids.split(lengths, dim=1)]
-    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+    groups = [[g for g, n in enumerate(lengths) for _ in range(n)] for lengths in rows]
+    assert_follows(calls, [[True] * 11 for _ in rows], policy, groups)
+    for row, lengths in enumerate(rows):
+        alone = [logits(model, input_ids=part, use_cache=False) for part in ids[row : row + 1].split(lengths, dim=1)]
+        torch.testing.assert_close(packed[row : row + 1], torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_decoder():
@@ -413,6 +452,33 @@ def test_training_reaches_the_experts():
     assert layer.weight.grad.abs().sum() > 0
 
 
+@by_name({name: POLICIES[name] for name in ("sequence+layers", "causal+layers")})
+def test_autocast_scores_in_float32(policy):
+    """Under autocast the policy sees the same inputs as without, where these are exact in bfloat16."""
+    layers = [SmileLinear(16, 16, N, R, G) for _ in range(3)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.vh.normal_()
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, inputs_embeds):
+            return [layer(inputs_embeds) for layer in self.layers]
+
+    model, x = Branches(), torch.randn(4, 6, 16).bfloat16().float()
+    set_routing(model, policy)
+    counts = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled), watch_routing(model) as count:
+            model(x)
+        counts.append(count)
+    for name, count in counts[0].items():
+        assert torch.equal(counts[1][name], count)
+
+
 @by_name({name: POLICIES[name] for name in ("sequence+layers, lock 3", "causal+layers")})
 def test_compiles_without_graph_breaks(policy):
     model = bert(num_hidden_layers=1)
@@ -438,9 +504,10 @@ def test_decoding_from_a_static_cache_compiles(policy):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
 
 
-def test_threads_do_not_meet():
+@by_name({name: POLICIES[name] for name in ("sequence+layers", "causal+layers, lock 3, m 2")})
+def test_threads_do_not_meet(policy):
     model = bert()
-    set_routing(model, POLICIES["sequence+layers"])
+    set_routing(model, policy)
     inputs = [tokens(2, 4 + k) for k in range(4)]
     want = [logits(model, input_ids=ids) for ids in inputs]
     got, barrier = [None] * 4, threading.Barrier(4)
@@ -483,6 +550,39 @@ def test_nested_models_and_resetting():
     set_routing(inner.encoder.layer[0], POLICIES["sequence"])
     with pytest.raises(ValueError, match="follow 2 routing policies"):
         get_routing(outer)
+
+
+def test_a_model_in_a_model_has_its_own_evidence():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.last = (SmileLinear(16, 16, N, R, G), bert(), SmileLinear(16, 16, N, R, G))
+
+        def forward(self, inputs_embeds, attention_mask):
+            h = self.first(inputs_embeds)
+            return self.last(self.inner(inputs_embeds=h, attention_mask=attention_mask).last_hidden_state)
+
+    model, x, mask = Outer(), torch.randn(2, 6, 16), torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        model.first.vh.normal_()
+        model.last.vh.normal_()
+
+    def run() -> tuple[list, list]:
+        with Calls(model) as calls, torch.no_grad():
+            model(x, attention_mask=mask)
+        own = [call for call in calls if call[0] in (model.first, model.last)]
+        return own, [call for call in calls if call not in own]
+
+    real = mask.bool().tolist()
+    set_routing(model, POLICIES["sequence+layers"])  # one root: evidence goes in and comes out
+    own, inside = run()
+    assert_follows([own[0], *inside, own[1]], real, POLICIES["sequence+layers"])
+    set_routing(model.inner, POLICIES["causal+layers"])  # two: the outer pass stays under way behind the inner one
+    own, inside = run()
+    assert_follows(inside, real, POLICIES["causal+layers"])
+    for (layer, inputs, y), (_, ids) in zip(own, definition(own, real, POLICIES["sequence+layers"])):
+        want = layer(inputs, routing=(torch.ones(ids.shape), ids))
+        torch.testing.assert_close(y[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -578,7 +678,7 @@ def test_inputs_of_other_tokens_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_one_expert_for_all_tokens(dtype):
+def test_one_expert_for_all_tokens(dtype, monkeypatch):
     """The case that needs no grouping of tokens, forward and backward, for weights other than 1 too."""
     p = Problem.random(9, 23, 29, 5, 3, 4, dtype=dtype)
     ids, weights = torch.full((9, 1), 3, dtype=torch.int32), torch.rand(9, 1) + 0.5
@@ -590,6 +690,8 @@ def test_one_expert_for_all_tokens(dtype):
     got = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy, allow_unused=True)))}
     for name, (want, plain_error) in expectations(p, ids, weights=weights, dy=dy).items():
         assert_close(name, got[name], want, plain_error)
+    monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(composed.EVERY_TOKEN, 0))  # however large the problem
+    monkeypatch.delattr(composed, "_present")  # what groups tokens by expert
     with torch.no_grad():
         y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], ids), backend="torch")
     assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
@@ -603,6 +705,14 @@ def test_locked_layers_compute_no_scores(monkeypatch):
     set_routing(model, POLICIES["sequence+layers, lock 3"])
     logits(model, input_ids=tokens(2, 5))
     assert len(calls) == 3
+    model = llama()
+    for policy, scored in ((POLICIES["sequence+layers"], 0), (POLICIES["causal+layers, lock 3, m 2"], 3)):
+        set_routing(model, policy)
+        kv = tf.DynamicCache(config=model.config)
+        logits(model, input_ids=tokens(2, 5), past_key_values=kv)
+        calls.clear()
+        logits(model, input_ids=tokens(2, 1), past_key_values=kv)
+        assert len(calls) == scored
 
 
 @by_name(POLICIES | {"token": RoutingPolicy()})
