@@ -34,6 +34,9 @@ from smile_kernels.streaming import upscale_checkpoints
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+tiny_models.CONFIGS["GPT2LMHeadModel"] = lambda: transformers.GPT2Config(
+    n_embd=128, n_layer=2, n_head=4, vocab_size=96, **tiny_models.SPECIAL
+)
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_generate.py"
 ENVIRONMENT = {
@@ -146,6 +149,8 @@ def _in_vllm(folder: str, loras: tuple, options: dict) -> list[list[list[int]]]:
         ("Qwen2ForCausalLM", {"tensor_parallel_size": 2}),
         ("Phi3ForCausalLM", {}),
         ("Phi3ForCausalLM", {"tensor_parallel_size": 2}),
+        ("GPT2LMHeadModel", {}),
+        ("MixtralForCausalLM", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()) or "one",
 )
