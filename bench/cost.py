@@ -1,168 +1,239 @@
-"""What a SMILE layer costs at the least, and what each Triton kernel moves and multiplies: bytes, FLOPs and the floor.
+"""What each Triton kernel moves and multiplies, and what that predicts a layer to take beside the dense one.
 
-    python -m bench.cost [--bandwidth 4.3e12] [--rate 780e12]
+    python -m bench.cost                                # the tables of predictions
+    python -m bench.cost --write                        # the same, into bench/NOTES.md
 
-prints the floor of each path beside that of the dense layer, for the settings that the GPU benchmark measures.
+What no implementation can avoid is `Case.work`; here is what these kernels do, a `Work` for each launch.
 """
 
 import argparse
-import math
-from dataclasses import dataclass
+import itertools
+import os
+import re
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+
+from smile_kernels.benchmark.problems import Case, Setting, Work, product
+from smile_kernels.ops.triton import configs
+
+NOTES = Path(__file__).with_name("NOTES.md")
+
+# What bench/gpu.py measures, and what is predicted here.
+SETTINGS = [Setting(8, 32, 16), Setting(8, 128, 16), Setting(8, 32, 16, 2), Setting(3, 512, 8), Setting(64, 64, 8)]
+LAYERS = ["mistral-7b.q", "mistral-7b.up", "mistral-7b.down", "clip-b32.attn"]
+TOKENS = [1, 4, 16, 64, 512, 2048, 8192]
+TRAINED = [Case("mistral-7b.q", SETTINGS[i], t, torch.bfloat16) for i in (0, 2, 4) for t in (2048, 8192)]
+
+# An H200, of whose published rates copies and products get about this much. Assumed, as is all below; not measured.
+DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
+BANDWIDTH, RATE = 4.3e12, 780e12
+# Seconds that a kernel of a CUDA graph takes besides its work, unless it starts before the one ahead of it has ended.
+RAMP = 1.5e-6
+OVERLAPPED = {"stream", "route", "route and scale", "scale", "expand", "tail"}
+# Seconds of the host for a launch of a Triton kernel, for a call of an operator with its outputs, and for F.linear.
+LAUNCH, OPERATOR, LINEAR = 5e-6, 10e-6, 5e-6
 
 
-@dataclass(frozen=True)
-class Work:
-    """Bytes that are moved, each operand once, and FLOPs, two for a multiplication and its addition."""
-
-    bytes: int
-    flops: int
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.bytes + other.bytes, self.flops + other.flops)
-
-    def floor(self, bandwidth: float, rate: float) -> float:
-        """The least seconds at `bandwidth` bytes and `rate` FLOPs a second."""
-        return max(self.bytes / bandwidth, self.flops / rate)
+def _low_rank(case: Case, rows: int, splits: int) -> Work:
+    """x and `rows` rows are read, the partial sums are written in float32."""
+    (d, _, _), t = case.shape, case.tokens
+    return Work(case.dtype.itemsize * (t + rows) * d + 4 * splits * t * rows, product(t, d, rows))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A layer without biases whose router is the first g rows of each expert, and a batch."""
-
-    tokens: int
-    d: int
-    o: int
-    n: int
-    r: int
-    g: int
-    m: int = 1
-    size: int = 2  # bytes of an element
-
-    @property
-    def rows(self) -> int:
-        """Rows of vh that an expert has."""
-        return max(self.r, self.g)
-
-    def present(self, tokens: int | None = None) -> float:
-        """Experts that at least one of `tokens` chooses, if all are equally likely."""
-        return self.n * (1 - (1 - self.m / self.n) ** (self.tokens if tokens is None else tokens))
+def _group(case: Case, entries: int) -> dict[str, Work]:
+    """ids are read twice, the order is written; the rest is a few numbers an expert."""
+    return {"count": Work(4 * entries, 0), "schedule": Work(0, 0), "sort": Work(8 * entries, 0)}
 
 
-def product(rows: int, depth: int, columns: int) -> int:
-    return 2 * rows * depth * columns
+def _scatter(case: Case, name: str, r: int, columns: int, biases: int) -> dict[str, Work]:
+    """A launch for each slot: the first writes its rows of the result, the others add to it."""
+    t, m, size = case.tokens, case.setting.num_experts_per_tok, case.dtype.itemsize
+    chosen = round(case.present()) / m
+    return {
+        f"{name} {j}": Work(
+            size * (t * r + round(chosen * (r + biases) * columns) + (1 + (j > 0)) * t * columns),
+            product(t, r, columns),
+        )
+        for j in range(m)
+    }
 
 
-def dense(shape: Shape) -> Work:
-    """F.linear: x and W are read, y is written."""
-    t, d, o = shape.tokens, shape.d, shape.o
-    return Work(shape.size * (t * d + o * d + t * o), product(t, d, o))
-
-
-def layer(shape: Shape, experts: int | None = None) -> Work:
-    """What no implementation can avoid: the dense layer, the router's rows, and the rest of `experts` that are chosen.
-
-    By default as many as chosen at random are present.
-    """
-    t, d, o, r = shape.tokens, shape.d, shape.o, shape.r
-    experts = round(shape.present()) if experts is None else experts
-    own = max(r - shape.g, 0)
-    router = Work(shape.size * shape.n * shape.g * d, product(t, d, shape.n * shape.g))
-    chosen = Work(shape.size * experts * (own * d + r * o) + 4 * experts * r, product(t * shape.m, own, d))
-    return dense(shape) + router + chosen + Work(0, product(t * shape.m, r, o))
-
-
-def _shrink(t: int, d: int, rows: int, size: int, splits: int) -> Work:
-    """x and rows are read, the partial sums are written in float32."""
-    return Work(size * (t + rows) * d + 4 * splits * t * rows, product(t, d, rows))
-
-
-def kernels(shape: Shape, path: str, splits: int = 1, block: int = 128) -> dict[str, Work]:
-    """The kernels of one path, in their order: name -> work.
+def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 128) -> dict[str, Work]:
+    """The launches of one forward, in their order: name -> work.
 
     Args:
-        shape: the layer and the batch.
-        path: "decode" and "single" (see `decode.py`), "fused", "tma" and "delta" (see `expand.py`) or "grouped".
+        case: the layer and the batch; the router is the first rows of each expert.
+        linear: how it is routed: "decode", "single", "together" or "first" (see `configs.linear_path`).
+        apply: how the experts are applied: "fused", "tma", "delta" or "grouped" (see `configs.apply_path`).
         splits: parts into which the sum over D of the low-rank products is cut.
         block: tokens of a block of the tail, which covers all experts present in it.
     """
-    t, d, o, n, r, m, size = shape.tokens, shape.d, shape.o, shape.n, shape.r, shape.m, shape.size
-    base = dense(shape)
-    if path in ("decode", "single"):
-        # Every program reads the partial sums of all experts; they and all of u come from the caches after the first.
-        shrink = _shrink(t, d, n * shape.rows, size, splits)
-        tail = Work(size * n * r * o + 4 * splits * t * n * shape.rows, product(t, n * r, o))
-        return {"shrink": shrink, "stream": base + tail}
-    if path == "grouped":
-        chosen = round(shape.present())
-        return {
-            "gate": _shrink(t, d, n * shape.g, size, splits),
-            "route": Work(4 * splits * t * n * shape.g + 8 * t * m, 2 * t * n * shape.g),
-            "group": Work(4 * 3 * t * m, 0),
-            "gather": Work(size * (t * m + chosen * r) * d + 4 * splits * t * m * r, product(t * m, d, r)),
-            "scale": Work((4 * splits + size) * t * m * r, t * m * r),
-            "scatter": Work(size * (t * m * r + chosen * r * o + (2 * m - 1) * t * o), product(t * m, r, o)),
-            "base": base + Work(size * t * o, 0),
-        }
-    if path not in ("fused", "tma", "delta"):
-        raise ValueError(f"path: is {path!r}; expected decode, single, fused, tma, delta or grouped")
-    blocks = math.ceil(t / block)
-    present = round(shape.present(min(t, block)))
-    tail = Work(size * (t * n * r + round(shape.present()) * r * o), blocks * product(min(t, block), present * r, o))
-    front = {
-        "shrink": _shrink(t, d, n * shape.rows, size, splits),
-        "route": Work(4 * splits * t * n * shape.rows + size * t * n * r + 8 * t * m, 2 * t * n * shape.g + t * m * r),
-    }
-    if path == "delta":
-        return {**front, "delta": tail + Work(size * t * o, 0), "base": base + Work(size * t * o, 0)}
-    return {**front, "expand": base + tail}
+    for name, value, known in (("linear", linear, LINEAR_PATHS), ("apply", apply, APPLY_PATHS)):
+        if value not in known:
+            raise ValueError(f"{name}: is {value!r}; expected {', '.join(known)}")
+    (_, o, bias), t, size = case.shape, case.tokens, case.dtype.itemsize
+    n, r, g, m = astuple(case.setting)
+    k, chosen, base = max(r, g), round(case.present()), case.dense()
+    routing = 8 * t * m
+    if linear in ("decode", "single"):
+        # All of u is read before the choice is known; u and the partial sums are in the cache after the first program.
+        shrink = _low_rank(case, n * k, splits)
+        read = size * n * o * (r + bias) + 4 * n * r + 4 * splits * t * n * k
+        stream = base + Work(read + routing, product(t, n * r, o))
+        return {"shrink": shrink, "stream": stream} if linear == "decode" else {"shrink, stream": shrink + stream}
+
+    again = Work(size * t * o, 0)  # what one kernel wrote of y, another reads
+    found = {}
+    if linear == "first":
+        found["gate"] = _low_rank(case, n * g, splits)
+        found["route"] = Work(4 * splits * t * n * g + routing, 2 * t * n * g)
+        if apply == "grouped":
+            gather = Work(size * (t * m + chosen * r) * case.shape[0], product(t * m, case.shape[0], r))
+            return {
+                **found,
+                **_group(case, t * m),
+                "gather": gather + Work(4 * splits * t * m * r, 0),
+                "scaled": Work((4 * splits + size) * t * m * r, t * m * r),
+                **_scatter(case, "scatter", r, o, bias),
+                "base": base + again,
+            }
+        found["shrink"] = _low_rank(case, chosen * r, splits)
+        found["scale"] = Work(routing, 0)
+    else:
+        found["shrink"] = _low_rank(case, n * k, splits)
+        found["route and scale"] = Work(4 * splits * t * n * g + routing, 2 * t * n * g)
+    # Experts a token did not choose are zeros in the scaled products.
+    last = list(found)[-1]
+    found[last] += Work(4 * splits * t * m * r + size * t * n * (r + bias), t * m * r)
+    present = round(case.present(min(t, block)))
+    tail = Work(
+        size * (t * (present * r + n * bias) + (chosen * r + n * bias) * o), product(t, present * r + n * bias, o)
+    )
+    # "together" forms every product, so nothing is left to group.
+    if apply in ("delta", "grouped"):
+        return {**found, "tail": tail + again, "base": base + again}
+    return {**found, "expand": base + tail}
 
 
-def backward(shape: Shape) -> dict[str, Work]:
-    """The kernels of `apply_backward` for all gradients (without biases): name -> work."""
-    t, d, o, n, r, m, size = shape.tokens, shape.d, shape.o, shape.n, shape.r, shape.m, shape.size
-    chosen, entries = round(shape.present()), shape.tokens * shape.m
-    return {
-        "dweight": dense(shape),
-        "dx": dense(shape) + Work(size * t * d, 0),
-        "group": Work(4 * 3 * entries, 0),
-        "a": Work(size * (entries + chosen * r) * o + 4 * entries * r, product(entries, o, r)),
-        "scale": Work((4 * 3 + size) * entries * r, 4 * entries * r),
-        "dx tail": Work(size * (entries * r + chosen * r * d + (2 * m - 1) * t * d), product(entries, r, d)),
-        "dvh": Work(size * (entries * (r + d) + n * r * d), product(entries, r, d)),
+def backward(case: Case) -> dict[str, Work]:
+    """The launches of the backward for every gradient, in their order: name -> work."""
+    (d, o, bias), t, size = case.shape, case.tokens, case.dtype.itemsize
+    n, r, g, m = astuple(case.setting)
+    chosen, entries, product_of = round(case.present()), t * m, case.dense()
+
+    def gather(depth: int, rank: int) -> Work:
+        return Work(size * (entries + chosen * rank) * depth + 4 * entries * rank, product(entries, depth, rank))
+
+    def outer(rank: int, columns: int) -> Work:
+        return Work(size * (entries * (rank + columns) + n * rank * columns), product(entries, rank, columns))
+
+    found = {"dweight": product_of}
+    if bias:
+        found["dbias"] = Work(size * (t + 1) * o, t * o)
+    found |= _group(case, entries) | {"a": gather(o, r)}
+    if bias and m > 1:
+        found["a of the biases"] = gather(o, 1)
+    found |= {
+        "dh": Work((4 * 3 + size) * entries * r, 4 * entries * r),
+        **_scatter(case, "dx tail", r, d, 0),
+        "dx": product_of + Work(size * t * d, 0),
+        "dvh": outer(r, d),
         "ds": Work(4 * (entries + n) * r, entries * r),
-        "du": Work(size * (2 * entries * r + entries * o + n * r * o) + 4 * entries * r, product(entries, r, o)),
+        "scaled": Work((4 + size) * entries * r, entries * r),
+        "du": outer(r, o),
     }
+    if bias:
+        found["weights cast"] = Work((4 + size) * entries, 0)
+        found["dexpert_bias"] = outer(1, o)
+    if m > 1:
+        found |= {f"{name} again": work for name, work in _group(case, entries).items()}
+        found |= {
+            "q": gather(d, g),
+            "dq": Work((4 + size) * entries * g, 4 * entries * g),
+            **_scatter(case, "dx of the router", g, d, 0),
+            "drouter": outer(g, d),
+            "dx sum": Work(3 * size * t * d, t * d),
+            "dvh sum": Work(3 * size * n * g * d, n * g * d),
+        }
+    return found
 
 
-def total(works: dict[str, Work]) -> Work:
-    return sum(works.values(), Work(0, 0))
+LINEAR_PATHS = ("decode", "single", "together", "first")
+APPLY_PATHS = ("fused", "tma", "delta", "grouped")
 
 
-# (N, r, g, m) and (D, O) of the GPU benchmark.
-SETTINGS = [(8, 32, 16, 1), (8, 128, 16, 1), (8, 32, 16, 2), (3, 512, 8, 1), (64, 64, 8, 1)]
-LAYERS = [(4096, 4096), (4096, 14336), (14336, 4096), (768, 768)]
-TOKENS = [1, 4, 16, 64, 512, 2048, 8192]
+def chosen_paths(case: Case, device: configs.Device, save: bool = False) -> tuple[str, str]:
+    """(linear, apply): how the heuristics run a case."""
+    (d, o, _), t = case.shape, case.tokens
+    n, r, g, m = astuple(case.setting)
+    linear = configs.linear_path(device, case.dtype, t, d, o, n, max(r, g), g, r, m, save)
+    return linear, configs.apply_path(device, case.dtype, t, d, o, n, r, m)
+
+
+def seconds(works: dict[str, Work]) -> float:
+    """The time of launches one after another in a CUDA graph: the floor of each, and the ramps that nothing hides."""
+    return sum(work.floor(BANDWIDTH, RATE) + RAMP * (name not in OVERLAPPED) for name, work in works.items())
+
+
+def predicted(case: Case, graph: bool = True) -> float:
+    """The time of the paths that the heuristics take, over that of F.linear: in CUDA graphs or as the host launches."""
+    works = kernels(case, *chosen_paths(case, DEVICE))
+    ours, dense = seconds(works), seconds({"dense": case.dense()})
+    if graph:
+        return ours / dense
+    return max(ours, OPERATOR + LAUNCH * len(works)) / max(dense, LINEAR)
+
+
+def floor_ratio(case: Case, training: bool = False) -> float:
+    """The least time of the layer over the least time of the dense one."""
+    return case.work(backward=training).floor(BANDWIDTH, RATE) / case.dense(training).floor(BANDWIDTH, RATE)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def tables() -> dict[str, str]:
+    """Name -> the table of predictions in Markdown."""
+    letters = {"decode": "d", "together fused": "f", "together delta": "c", "first fused": "s", "first grouped": "g"}
+    found = {}
+    for mode, graph, columns in (("graph", True, TOKENS), ("eager", False, TOKENS[:4])):
+        rows = []
+        for layer, setting in itertools.product(LAYERS, SETTINGS):
+            cells = []
+            for t in columns:
+                case = Case(layer, setting, t, torch.bfloat16)
+                linear, apply = chosen_paths(case, DEVICE)
+                path = letters[linear if linear == "decode" else f"{linear} {apply}"]
+                cells.append(f"{floor_ratio(case):.2f} → {predicted(case, graph):.2f} {path}")
+            rows.append([layer, str(setting), *cells])
+        found[mode] = _table(["layer", "setting", *(f"T {t}" for t in columns)], rows)
+    rows = []
+    for case in TRAINED:
+        ours = seconds(kernels(case, *chosen_paths(case, DEVICE, save=True)) | backward(case))
+        dense = seconds(dict.fromkeys(("y", "dx", "dweight"), case.dense()))
+        ratio = floor_ratio(case, training=True)
+        rows.append([case.layer, str(case.setting), str(case.tokens), f"{ratio:.2f}", f"{ours / dense:.2f}"])
+    header = ["layer", "setting", "T", "floor", "predicted"]
+    found["training"] = _table(header, rows)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second")
-    parser.add_argument("--rate", type=float, default=780e12, help="FLOPs a second")
-    limits = parser.parse_args()
-    limits = limits.bandwidth, limits.rate
-    print("| D → O | N r g m | T | dense µs | floor | decode | fused | delta | grouped |\n|" + "---|" * 9)
-    for d, o in LAYERS:
-        for setting in SETTINGS:
-            for t in TOKENS:
-                shape = Shape(t, d, o, *setting)
-                least = dense(shape).floor(*limits)
-                cells = [f"{least * 1e6:.1f}", f"{layer(shape).floor(*limits) / least:.3f}"]
-                for path in ("decode", "fused", "delta", "grouped"):
-                    # A path's kernels follow each other: each has a floor of its own.
-                    seconds = sum(work.floor(*limits) for work in kernels(shape, path).values())
-                    held = setting[0] * shape.rows
-                    cells.append("" if path == "decode" and (t > 16 or held > 256) else f"{seconds / least:.3f}")
-                print(f"| {d} → {o} | {' '.join(map(str, setting))} | {t} | {' | '.join(cells)} |")
+    parser.add_argument("--write", action="store_true", help="into bench/NOTES.md")
+    if not parser.parse_args().write:
+        print(*itertools.chain.from_iterable(tables().items()), sep="\n\n")
+        return
+    text = NOTES.read_text()
+    for name, table in tables().items():
+        block = rf"(<!-- predicted:{name} -->\n).*?(<!-- /predicted -->)"
+        text = re.sub(block, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    temporary = NOTES.with_suffix(".part")
+    temporary.write_text(text)
+    os.replace(temporary, NOTES)
 
 
 if __name__ == "__main__":

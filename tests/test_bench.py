@@ -43,19 +43,18 @@ def test_work_counts_every_operand_once_and_only_chosen_experts():
     operands = [p.x, y, p.weight, p.bias, p.vh[:, :5]]
     for i in (0, 2):
         operands += [p.vh[i, 5:], p.s[i], p.u[i], p.expert_bias[i]]
-    moved, flops = case.work(ids)
-    assert moved == sum(t.numel() * t.element_size() for t in operands)
+    work = case.work(len(ids.unique()))
+    assert work.bytes == sum(t.numel() * t.element_size() for t in operands)
     per_token = 70 * 41 + 4 * 5 * 70 + 2 * (3 * 70 + 8 * 41)
-    assert flops == 2 * 3 * per_token
-    moved_both, flops_both = case.work(ids, backward=True)
-    assert moved_both == 3 * moved - y.numel() * 2
-    assert flops_both == 2 * 3 * (per_token + 2 * (70 * 41 + 2 * 8 * (70 + 41)))
+    assert work.flops == 2 * 3 * per_token
+    both = case.work(2, backward=True)
+    assert both.bytes == 3 * work.bytes - y.numel() * 2
+    assert both.flops == 2 * 3 * (per_token + 2 * (70 * 41 + 2 * 8 * (70 + 41)))
 
 
 def test_the_floor_over_the_dense_layer_is_that_of_the_shapes():
     case = Case("mistral-7b.q", Setting(8, 32, 16), 1, torch.bfloat16)
-    moved, _ = case.work(torch.tensor([[3]]))
-    assert moved / (2 * (4096 * 4096 + 2 * 4096)) == pytest.approx(1.043, abs=1e-3)
+    assert case.work(1).bytes / (2 * (4096 * 4096 + 2 * 4096)) == pytest.approx(1.043, abs=1e-3)
 
 
 def test_the_floor_is_the_larger_of_both_limits():

@@ -1,16 +1,32 @@
-"""The cost model of bench/cost.py against cases worked by hand."""
+"""The cost model of `Case.work` and bench/cost.py against cases worked by hand, and against what is launched."""
 
 import pytest
+import torch
+from triton.runtime.jit import KernelInterface
 
-from bench.cost import Shape, Work, backward, dense, kernels, layer, total
+from bench import cost
+from bench.cost import backward, kernels
+from smile_kernels.benchmark.problems import Case, Setting, Work
+from smile_kernels.ops import triton as backend
+from smile_kernels.ops.triton import configs
+
+
+def case(tokens: int, *setting: int, layer: str = "mistral-7b.q") -> Case:
+    return Case(layer, Setting(*setting), tokens, torch.bfloat16)
+
+
+def total(works: dict[str, Work]) -> Work:
+    return sum(works.values(), Work(0, 0))
 
 
 def test_the_dense_layer():
     # x 4096, W 4096 x 4096 and y 4096 numbers of two bytes; one multiplication and one addition for each number of W.
-    work = dense(Shape(1, 4096, 4096, 8, 32, 16))
+    work = case(1, 8, 32, 16).dense()
     assert work == Work(2 * (4096 + 16777216 + 4096), 33554432)
     assert work.floor(33570816, 1e18) == 1.0
     assert work.floor(1e18, 33554432) == 1.0
+    # With the backward: x, W, y; x, W, dy; dx, dW. Three products.
+    assert case(1, 8, 32, 16).dense(backward=True) == Work(2 * (8 * 4096 - 3 * 4096 + 3 * 16777216), 3 * 33554432)
 
 
 @pytest.mark.parametrize(
@@ -25,63 +41,109 @@ def test_the_dense_layer():
     ],
 )
 def test_decode_is_bound_by_what_is_read(setting, experts, ratio):
-    shape = Shape(1, 4096, 4096, *setting)
-    assert layer(shape, experts).bytes / dense(shape).bytes == pytest.approx(ratio, rel=1e-12)
+    one = case(1, *setting)
+    assert one.work(experts).bytes / one.dense().bytes == pytest.approx(ratio, rel=1e-12)
 
 
 def test_prefill_is_bound_by_products():
     # Per token: W 4096 x 4096; the router 128 x 4096; of one expert 16 x 4096 of vh and 32 x 4096 of u.
-    shape = Shape(8192, 4096, 4096, 8, 32, 16)
-    assert layer(shape).flops == 2 * 8192 * 4096 * (4096 + 128 + 16 + 32)
-    assert layer(shape).floor(4.3e12, 780e12) == layer(shape).flops / 780e12
+    work = case(8192, 8, 32, 16).work()
+    assert work.flops == 2 * 8192 * 4096 * (4096 + 128 + 16 + 32)
+    assert work.floor(4.3e12, 780e12) == work.flops / 780e12
 
 
 def test_experts_present():
-    shape = Shape(2, 16, 16, 4, 2, 2)
+    two = case(2, 4, 2, 2)
     # Two tokens, four experts: the second chooses the same with probability 1/4.
-    assert shape.present() == pytest.approx(0.25 * 1 + 0.75 * 2)
-    assert shape.present(1) == pytest.approx(1)
-    assert Shape(1, 16, 16, 4, 2, 2, m=4).present() == pytest.approx(4)
+    assert two.present() == pytest.approx(0.25 * 1 + 0.75 * 2)
+    assert two.present(1) == pytest.approx(1)
+    assert case(1, 4, 2, 2, 4).present() == pytest.approx(4)
 
 
-def test_the_paths_of_a_small_layer():
-    # 2 tokens, D 8, O 4, 2 experts of rank 2 with 1 router row, numbers of 2 bytes, everyone present.
-    shape = Shape(2, 8, 4, 2, 2, 1)
+def test_the_launches_of_a_small_layer():
+    # 2 tokens, D 8, O 4, a bias, 2 experts of rank 2 with 1 router row, numbers of 2 bytes, everyone present.
+    small = case(2, 2, 2, 1, layer="8x4")
     shrink = Work(2 * (2 + 4) * 8 + 4 * 3 * 2 * 4, 2 * 2 * 8 * 4)
-    base = Work(2 * (16 + 32 + 8), 2 * 2 * 8 * 4)
-    assert kernels(shape, "decode", splits=3) == {
-        "shrink": shrink,
-        "stream": base + Work(2 * 4 * 4 + 4 * 3 * 2 * 4, 2 * 2 * 4 * 4),
-    }
-    fused = kernels(shape, "fused", splits=3)
+    base = Work(2 * (16 + 32 + 4 + 8), 2 * 2 * 8 * 4)
+    # u [2, 4, 2] and expert_bias [2, 4], s [2, 2], the partial sums; weights and ids.
+    stream = base + Work(2 * (16 + 8) + 4 * 4 + 4 * 3 * 2 * 4 + 16, 2 * 2 * 4 * 4)
+    assert kernels(small, "decode", "fused", splits=3) == {"shrink": shrink, "stream": stream}
+    assert kernels(small, "single", "fused", splits=3) == {"shrink, stream": shrink + stream}
+    fused = kernels(small, "together", "fused", splits=3)
     assert fused["shrink"] == shrink
-    assert fused["route"] == Work(4 * 3 * 2 * 4 + 2 * 2 * 4 + 8 * 2, 2 * 2 * 2 + 2 * 2)
-    # round(1.5) = 2 experts in the block, and altogether.
-    assert fused["expand"] == base + Work(2 * (2 * 4 + 2 * 2 * 4), 2 * 2 * 4 * 4)
-    delta = kernels(shape, "delta", splits=3)
+    # One router row of each of two experts, then two rows of the chosen one; weights and ids; scaled and gates written.
+    assert fused["route and scale"] == Work(4 * 3 * 2 * 2 + 16 + 4 * 3 * 2 * 2 + 2 * 2 * 2 * 3, 2 * 2 * 2 + 2 * 2)
+    # round(1.5) = 2 experts in the block and altogether: scaled [2, 4], gates [2, 2], u and expert_bias.
+    assert fused["expand"] == base + Work(2 * (8 + 4 + 16 + 8), 2 * 2 * 4 * 4 + 2 * 2 * 2 * 4)
+    delta = kernels(small, "together", "delta", splits=3)
     assert total(delta).bytes == total(fused).bytes + 2 * 2 * (2 * 4)
     assert total(delta).flops == total(fused).flops
-    with pytest.raises(ValueError, match="path: is 'x'"):
-        kernels(shape, "x")
+    with pytest.raises(ValueError, match="apply: is 'x'"):
+        kernels(small, "together", "x")
 
 
 def test_grouping_avoids_what_a_dense_tail_multiplies():
-    shape = Shape(8192, 4096, 4096, 64, 64, 8)
-    fused, grouped = kernels(shape, "fused"), kernels(shape, "grouped")
+    many = case(8192, 64, 64, 8)
+    fused, grouped = kernels(many, "together", "fused"), kernels(many, "first", "grouped")
     # Every token meets 64 of 4096 ranks; a block of 128 tokens meets 55.5, rounded to 55 or 56 experts, on average.
-    assert grouped["scatter"].flops == 2 * 8192 * 64 * 4096
-    assert fused["expand"].flops - dense(shape).flops == 2 * 8192 * 55 * 64 * 4096
+    assert grouped["scatter 0"].flops == 2 * 8192 * 64 * 4096
+    assert fused["expand"].flops - many.dense().flops == 2 * 8192 * 55 * 64 * 4096
     assert grouped["gate"].flops + grouped["gather"].flops == 2 * 8192 * (64 * 8 + 64) * 4096
 
 
 def test_two_experts_a_token_pass_over_y_again():
-    one, two = (kernels(Shape(2048, 4096, 4096, 64, 64, 8, m), "grouped")["scatter"] for m in (1, 2))
-    extra = 2 * (2048 * 64 + 2 * 2048 * 4096)
-    assert two.bytes - one.bytes == extra
+    one, two = (total(_scatters(kernels(case(2048, 64, 64, 8, m), "first", "grouped"))) for m in (1, 2))
+    assert two.bytes - one.bytes == 2 * (2048 * 64 + 2 * 2048 * 4096)
+    assert two.flops == 2 * one.flops
+
+
+def _scatters(works: dict[str, Work]) -> dict[str, Work]:
+    return {name: work for name, work in works.items() if name.startswith("scatter")}
 
 
 def test_backward_costs_two_dense_products_and_little_more():
-    shape = Shape(8192, 4096, 4096, 8, 32, 16)
-    work = total(backward(shape))
+    works = backward(case(8192, 8, 32, 16))
     # a, dx, dvh and du: each 32 of 4096 ranks.
-    assert work.flops == 2 * dense(shape).flops + 4 * 2 * 8192 * 32 * 4096 + 5 * 8192 * 32
+    flops = total(works).flops
+    assert flops == 2 * case(8192, 8, 32, 16).dense().flops + 4 * 2 * 8192 * 32 * 4096 + 6 * 8192 * 32
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(
+    ("linear", "apply"),
+    [
+        *(("decode", "fused"), ("single", "fused"), ("together", "fused"), ("together", "delta")),
+        *(("first", "fused"), ("first", "grouped")),
+    ],
+)
+def test_every_launch_is_counted(linear, apply, m, monkeypatch):
+    """As many launches as the model says, cuBLAS's products among them."""
+    if reason := backend.why_not("cpu"):
+        pytest.skip(reason)
+    small = case(5, 3, 4, 2, m, layer="16x24")
+    p = small.problem("cpu")
+    monkeypatch.setattr(configs, "linear_path", lambda *_: linear)
+    monkeypatch.setattr(configs, "apply_path", lambda *_: apply)
+    launches = []
+    launch = KernelInterface.__getitem__
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda *args: launches.append(1) or launch(*args))
+    addmm = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: launches.append(1) or addmm(*args))
+    y, weights, ids, h = backend.linear(*p.arguments(), m, 2, linear not in ("decode", "single"))
+    assert len(launches) == len(kernels(small, linear, apply))
+    if h.numel():
+        launches.clear()
+        needs = [True] * 7 + [m > 1]
+        backend.apply_backward(y, *p.arguments()[:2], *p.arguments()[3:7], weights, ids, h, needs)
+        if m > 1:
+            backend.route_backward(weights, p.x, p.rows(), weights, ids, [True, True])
+        by_torch = {"dweight", "dbias", "weights cast", "dx sum", "dvh sum"}
+        assert len(launches) == len(backward(small).keys() - by_torch)
+
+
+def test_predictions_name_every_case():
+    tables = cost.tables()
+    assert tables["graph"].count("→") == len(cost.LAYERS) * len(cost.SETTINGS) * len(cost.TOKENS)
+    assert tables["training"].count("mistral-7b.q") == len(cost.TRAINED)
+    # Decode of the setting most used: the floor, the prediction, the path.
+    assert "1.04 → 1.11 d" in tables["graph"]

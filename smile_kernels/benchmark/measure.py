@@ -158,7 +158,7 @@ def measure(
         "mode": "graph" if graph else "eager",
         "device": device,
         "threads": torch.get_num_threads(),
-        **dict(zip(("bytes", "flops"), case.work(ids, backward))),
+        **asdict(case.work(len(ids.unique()), backward)),
         "peers": {},
     }
     calls = {}

@@ -1,6 +1,6 @@
 """The layers of real models by name, the settings people use, and the least work a layer has to do."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +34,26 @@ LAYERS = {
     "qwen2.5-7b.up": (3584, 18944, False),
     "qwen2.5-7b.down": (18944, 3584, False),
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that are moved, and FLOPs, two for a multiplication and its addition."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def floor(self, bandwidth: float, rate: float) -> float:
+        """The least seconds at `bandwidth` bytes and `rate` FLOPs a second."""
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+
+def product(rows: int, depth: int, columns: int) -> int:
+    """FLOPs of [rows, depth] x [depth, columns]."""
+    return 2 * rows * depth * columns
 
 
 @dataclass(frozen=True)
@@ -87,26 +107,34 @@ class Case:
         problem.x = _clearly_routed(problem)[: self.tokens].contiguous()
         return problem
 
-    def work(self, ids: Tensor, backward: bool = False) -> tuple[int, int]:
-        """(bytes, FLOPs) that no implementation can avoid for tokens routed to the experts `ids` [T, m].
+    def dense(self, backward: bool = False) -> Work:
+        """F.linear: x, W and b are read, y is written; with `backward` again, dy too, and their gradients written."""
+        d, o, bias = self.shape
+        t, size = self.tokens, self.dtype.itemsize
+        forward = Work(size * (t * d + o * d + bias * o + t * o), product(t, d, o))
+        return Work(3 * forward.bytes - size * t * o, 3 * forward.flops) if backward else forward
 
-        Every operand is moved once: x, y, W, b, the router's rows, and of each expert some token chose the rows of vh
-        that are not the router's, s, u and its bias. Forward and backward read the operands and dy again and write a
-        gradient of each operand; dW and dx cost a product each.
+    def work(self, experts: int | None = None, backward: bool = False) -> Work:
+        """What no implementation can avoid, where the tokens together choose `experts` of the experts.
+
+        Every operand is moved once: x, y, W, b, the router's rows, and of each chosen expert the rows of vh that are
+        not the router's, s, u and its bias. Forward and backward read the operands and dy again and write a gradient of
+        each operand; dW and dx cost a product each. By default as many experts as chosen at random are present.
         """
-        in_features, out_features, bias = self.shape
-        n, g, m = self.setting.num_local_experts, self.setting.rank_of_router, self.setting.num_experts_per_tok
-        r, used, size = self.setting.rank_of_expert, len(ids.unique()), self.dtype.itemsize
+        (d, o, bias), setting, t, size = self.shape, self.setting, self.tokens, self.dtype.itemsize
+        n, r, g, m = astuple(setting)
+        experts = round(self.present()) if experts is None else experts
         own = max(r - g, 0)
-        x, y, base = self.tokens * in_features, self.tokens * out_features, in_features * out_features
-        experts = n * g * in_features + used * (own * in_features + r * out_features)
-        biases = bias * (1 + used) * out_features
-        forward = size * (x + y + base + experts + biases) + 4 * used * r
-        products = base + n * g * in_features + m * (own * in_features + r * out_features)
+        moved = self.dense().bytes + size * (n * g * d + experts * (own * d + r * o + bias * o)) + 4 * experts * r
+        flops = self.dense().flops + product(t, d, n * g) + product(t * m, own, d) + product(t * m, r, o)
         if not backward:
-            return forward, 2 * self.tokens * products
-        products += 2 * (base + m * r * (in_features + out_features))
-        return 3 * forward - size * y, 2 * self.tokens * products
+            return Work(moved, flops)
+        return Work(3 * moved - size * t * o, flops + 2 * self.dense().flops + 2 * product(t * m, r, d + o))
+
+    def present(self, tokens: int | None = None) -> float:
+        """Experts that at least one of `tokens` (by default all) chooses, if all are equally likely."""
+        n, m = self.setting.num_local_experts, self.setting.num_experts_per_tok
+        return n * (1 - (1 - m / n) ** (self.tokens if tokens is None else tokens))
 
 
 def layer_shape(layer: str) -> tuple[int, int, bool]:
