@@ -52,7 +52,7 @@ def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
 
 def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatch):
     """With times made up so that one path and one tile are best."""
-    p = Problem.random(40, 32, 32, 3, 4, 2, device=device)
+    p = Problem.random(40, 32, 32, 3, 4, 2, dtype=torch.bfloat16, device=device)
     name = configs.device(p.x.device).name
     chosen = []
 
@@ -65,10 +65,10 @@ def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatc
     monkeypatch.setattr(tuning, "_seconds", seconds)
     best = tuning.tune(*parameters(p), tokens=[40], report=lambda *args: chosen.append(args))
     dims = "32 32 4 4 1"
-    assert best["apply ieee 64 " + dims] == "tma"
-    assert best["expand ieee 64 32 32"]["BLOCK_T"] == 16
+    assert best["apply half 64 " + dims] == "tma"
+    assert best["expand half 64 32 32"]["BLOCK_T"] == 16
     assert min(seconds for *_, seconds in chosen) == 0.25
-    want = configs.Device(name, "interpreter", 4, False, True), torch.float32, 40, 32, 32, 3, 4, 1
+    want = configs.Device(name, "interpreter", 4, False, True), torch.bfloat16, 40, 32, 32, 3, 4, 1
     assert configs.apply_path(*want) == "tma"
 
     configs.tables.cache_clear()

@@ -53,9 +53,9 @@ def device(device: torch.device) -> Device:
     capability = properties.major, properties.minor
     hopper = capability >= (9, 0)
     family = _FAMILIES.get(capability, "sm80")
-    return Device(
-        name, family, multiprocessors, pdl=hopper and gdc_wait is not None, tma=hopper and TensorDescriptor is not None
-    )
+    # On 12.x the descriptors alone make every tile spill.
+    tma = family != "sm80" and TensorDescriptor is not None
+    return Device(name, family, multiprocessors, pdl=hopper and gdc_wait is not None, tma=tma)
 
 
 def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> str:
@@ -88,25 +88,25 @@ _GROUPED = {"gather", "scatter"}
 # Family -> operand class -> kernel -> tiles, largest first: the three block sizes, num_warps, num_stages.
 # "half": bfloat16 and float16; "tf32": float32 on tensor cores; "ieee": float32 on scalar units.
 _IEEE = {
-    "shrink": [(64, 64, 16, 4, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
+    "shrink": [(64, 64, 16, 8, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
     "expand": [(64, 64, 32, 8, 2), (32, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
     "gather": [(64, 32, 32, 4, 2), (16, 32, 32, 4, 2)],
     "scatter": [(64, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
     "outer": [(32, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
 }
 _TF32 = {
-    "shrink": [(64, 64, 32, 4, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3)],
+    "shrink": [(64, 64, 32, 8, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3)],
     "expand": [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 32, 64, 4, 3), (16, 16, 128, 4, 3)],
-    "decode": [(16, 16, 64, 4, 3)],
+    "decode": [(16, 16, 32, 8, 4)],
     "gather": [(64, 64, 32, 8, 3), (16, 32, 64, 4, 3)],
-    "scatter": [(64, 64, 32, 4, 2), (16, 64, 32, 4, 2)],
+    "scatter": [(64, 64, 32, 4, 1), (16, 64, 32, 4, 2)],
     "outer": [(64, 64, 32, 4, 3), (16, 64, 32, 4, 3)],
 }
 _SM80_HALF = {
     "shrink": [(128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (32, 32, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 128, 4, 4)],
     "expand": [(128, 128, 32, 8, 4), (64, 64, 64, 4, 4), (32, 32, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 256, 4, 4)],
     "decode": [(16, 32, 128, 4, 4), (16, 16, 128, 4, 4)],
-    "gather": [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (16, 32, 128, 4, 4)],
+    "gather": [(128, 64, 32, 8, 4), (64, 64, 64, 4, 3), (16, 32, 128, 4, 4)],
     "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
     "outer": [(64, 128, 64, 4, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 3)],
 }
@@ -138,6 +138,11 @@ _SM90_HALF = {
     "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
     "outer": [(64, 128, 64, 8, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 3)],
 }
+_SM100_HALF = {
+    **_SM90_HALF,
+    "decode": [(16, 32, 128, 8, 6), (16, 32, 128, 8, 4), (16, 16, 256, 4, 4)],
+    "gather": [(128, 64, 64, 4, 3), *_SM90_HALF["gather"][1:]],
+}
 _GFX942_HALF = {
     "shrink": [(128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 128, 4, 2), (16, 32, 128, 4, 2)],
     "expand": [(128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 128, 4, 2), (16, 32, 128, 4, 2), (16, 16, 256, 4, 2)],
@@ -151,7 +156,7 @@ _INTERPRETER |= {kernel: [(16, 32, 32, 4, 1)] for kernel in ("gather", "scatter"
 TILES = {
     "sm80": {"half": _SM80_HALF, "tf32": _TF32, "ieee": _IEEE},
     "sm90": {"half": _SM90_HALF, "tf32": _TF32, "ieee": _IEEE},
-    "sm100": {"half": _SM90_HALF, "tf32": _TF32, "ieee": _IEEE},
+    "sm100": {"half": _SM100_HALF, "tf32": _TF32, "ieee": _IEEE},
     "gfx942": {"half": _GFX942_HALF, "ieee": _IEEE},
     "interpreter": {"half": _INTERPRETER, "ieee": _INTERPRETER},
 }
@@ -207,9 +212,9 @@ def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
 
 
 def entries(r: int) -> dict[str, int]:
-    """Block sizes of kernels that take each entry's r values by themselves: 16 a thread."""
-    block_k = min(128, triton.next_power_of_2(r))
-    return {"BLOCK_E": 2048 // block_k, "BLOCK_K": block_k}
+    """Block sizes of kernels that take each entry's r values by themselves: 4 a thread."""
+    block_k = min(64, triton.next_power_of_2(r))
+    return {"BLOCK_E": 512 // block_k, "BLOCK_K": block_k}
 
 
 def route(n: int, m: int, width: int) -> dict[str, int]:
@@ -220,18 +225,19 @@ def route(n: int, m: int, width: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
 
-def rank_block(r: int) -> int:
-    """How much of an expert's rank one product of a tail takes."""
-    return min(64, max(16, triton.next_power_of_2(r)))
+def rank_block(r: int, dtype: torch.dtype) -> int:
+    """How much of an expert's rank one product of a tail takes: up to 128 bytes."""
+    return min(128 // dtype.itemsize, max(16, triton.next_power_of_2(r)))
 
 
 def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> str:
     """How given experts are applied.
 
-    "fused": base product and a tail over the experts present in one accumulator; "tma": the same, read by the tensor
-    memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert, then cuBLAS on top.
+    "fused": base product and a tail over the experts present in one accumulator; "tma": the same, its 16-bit numbers
+    read by the tensor memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert,
+    then cuBLAS on top.
     """
-    paths = ["fused", *(["tma"] if device.tma else []), "delta", "grouped"]
+    paths = ["fused", *(["tma"] if device.tma and dtype.itemsize == 2 else []), "delta", "grouped"]
     measured = _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths)
     if measured in paths:
         return measured

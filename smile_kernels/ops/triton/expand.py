@@ -135,6 +135,7 @@ def expand(
         x.stride(0),
         BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
         PRECISION=configs.precision(x.dtype, device), GROUP=8,
-        BLOCK_N=triton.next_power_of_2(n), BLOCK_R=configs.rank_block(r), **config, **device.dependent_launch(),
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_R=configs.rank_block(r, x.dtype),
+        **config, **device.dependent_launch(),
     )  # fmt: skip
     return y.addmm_(x, weight.T) if path == "delta" else y
