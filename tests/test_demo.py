@@ -1,3 +1,4 @@
+import copy
 import json
 import zipfile
 from collections import Counter
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from smile_kernels import upscale, watch_routing
+from bench import routing as trials
+from smile_kernels import set_routing, upscale, watch_routing
 from smile_kernels.demo import data, encoder, merge, report, run
 
 
@@ -180,6 +182,57 @@ class TestEncoder:
         assert encoder.accuracy(upper, head, train) > 85
         again, _ = encoder.fine_tune(base, nn.Linear(24, 2), train, recipe, 1, lambda *at: None)
         assert not torch.equal(next(again.parameters()), next(upper.parameters()))
+
+
+class TestTrials:
+    """The rules of bench/routing.py, set so that they must choose as a policy does, choose as it does."""
+
+    @pytest.mark.parametrize(
+        ("rule", "policy"),
+        [
+            (trials.unless_unsure(0.0, "own"), "sequence + layers"),
+            (trials.unless_unsure(0.0, "m 2"), "sequence + layers"),
+            (trials.unless_unsure(1.1, "own"), "token (published)"),
+            (trials.unless_unsure(1.1, "m 2"), "sequence + layers, m 2"),
+            (trials.prior(99, "token"), "sequence + layers"),
+            (trials.forgetting_layers(1.0), "sequence + layers"),
+            (trials.forgetting_layers(0.0), "sequence"),
+            (trials.forgetting_tokens(1e9), "causal + layers"),
+            (trials.forgetting_tokens(1e-9), "token + layers"),
+            (trials.turning(4, 1.1), "causal + layers"),
+            (trials.window(99), "sequence + layers"),
+            (trials.window(0), "token + layers"),
+            (trials.told_apart, "sequence + layers"),
+        ],
+    )
+    def test_meet_the_policies(self, case, rule, policy):
+        model, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
+        shipped, heads = copy.deepcopy(model), [task.probe for task in case.trained]
+        set_routing(shipped, trials.SHIPPED[policy])
+        trials.follow(model, rule)
+        texts = [trials.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states]
+        assert trials.answer(model, heads, texts) == trials.answer(shipped, heads, texts)
+
+    def test_the_documentation_shows_the_committed_results(self):
+        """To bring the page up to date: print(trials.tables(records)), and paste the tables."""
+        root = Path(__file__).parents[1]
+        records = json.loads((root / "bench" / "results" / "cpu" / "routing.json").read_text())["records"]
+        page = (root / "docs" / "routing.md").read_text(encoding="utf-8")
+        for table in trials.tables(records).split("\n\n"):
+            assert table in page
+
+    def test_the_parts_of_a_text_are_read_out_and_routed_on_their_own(self, case):
+        model, _ = upscale(case.base, case.uppers, rank_of_expert=-1, rank_of_router=4, progress=False)
+        trials.follow(model, trials.oracle)
+        heads = [task.finetuned[0][1] for task in case.trained]
+        states = case.trained[0].test.states
+        cuts = [len(s) // 2 for s in states]
+        texts = [trials.Text(s, [(0, 0, c, 0), (1, c, len(s), 1)]) for s, c in zip(states, cuts)]
+        result = trials.answer(model, heads, texts)
+        assert result["own"] == [100.0, 100.0, None]
+        alone = [trials.Text(s, [(0, 0, len(s), label)]) for s, label in zip(states, case.trained[0].test.labels)]
+        accuracy = encoder.accuracy(case.uppers[0], heads[0], case.trained[0].test)
+        assert trials.answer(model, heads, alone)["accuracy"][0] == pytest.approx(accuracy)
 
 
 class TestEvaluation:
