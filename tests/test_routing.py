@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import smile_kernels as sk
@@ -360,6 +361,19 @@ def test_a_cache_the_policy_has_not_seen_is_refused():
                 logits(model, input_ids=tokens(1, 1), past_key_values=cache)
 
 
+def test_caches_of_packed_sequences_and_paged_ones_are_refused():
+    model = llama(attn_implementation="eager")
+    for policy in (POLICIES["causal"], POLICIES["sequence"]):
+        set_routing(model, policy)
+        kv = tf.DynamicCache(config=model.config)
+        packed = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}
+        logits(model, input_ids=tokens(1, 5), past_key_values=kv, **packed)
+        with pytest.raises(RuntimeError, match=r"past_key_values: holds 5 tokens"):
+            logits(model, input_ids=tokens(1, 1), past_key_values=kv)
+        with pytest.raises(NotImplementedError, match="paged cache"):
+            logits(model, input_ids=tokens(1, 5), cache=object(), use_cache=False)
+
+
 @by_name(SEQUENCE | CAUSAL)
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
 def test_packed_sequences_are_told_apart(policy, how):
@@ -441,6 +455,25 @@ def test_gradient_checkpointing_sees_the_same_routing(policy, reentrant):
     plain = gradients(False)
     for got, want in zip(gradients(True), plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_layers_that_run_twice_are_not_recomputed_and_a_root_does_not_call_itself():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = SmileLinear(8, 8, N, R, G)
+
+        def forward(self, inputs_embeds, again=False):
+            h = self(inputs_embeds) if again else self.layer(inputs_embeds)
+            return checkpoint(self.layer, h, use_reentrant=False)
+
+    model, x = Twice(), torch.randn(2, 3, 8, requires_grad=True)
+    set_routing(model, POLICIES["sequence"])
+    y = model(x)
+    with pytest.raises(RuntimeError, match="ran 2 times in a forward pass of Twice"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="outside of a forward pass of Twice"):
+        model(x, again=True)
 
 
 def test_training_reaches_the_experts():
