@@ -2,6 +2,7 @@
 
 import copy
 import json
+import socket
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers, output, smile_layers
+from transformers.distributed import DistributedConfig
 
 import smile_kernels as sk
 from smile_kernels.streaming import upscale_checkpoints
@@ -136,6 +138,24 @@ def test_a_layer_that_is_not_linear_is_refused(fused, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"modules\['model.norm'\]: is a LlamaRMSNorm here; expected a linear layer"):
         type(model).from_pretrained(tmp_path)
+
+
+def test_tensor_parallelism_of_transformers_is_refused(fused, tmp_path, monkeypatch):
+    """By its `from_pretrained`, which needs the variables of torchrun."""
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(ValueError, match="distributed_config: transformers' own tensor parallelism"):
+            type(model).from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_plan="auto"))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_conv1d_checkpoint_keeps_its_orientation_on_disk(fused, tmp_path):
