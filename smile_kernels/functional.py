@@ -83,7 +83,8 @@ def smile_linear(
         )
     _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router)
     leading = x.shape[:-1]
-    tokens = x.reshape(-1, x.shape[-1])
+    is_flat = x.dim() == 2  # a view costs a microsecond, a small layer tens of them
+    tokens = x if is_flat else x.reshape(-1, x.shape[-1])
     if routing_weights is not None:
         if routing is not None:
             raise ValueError("routing_weights: given together with routing; expected one of the two")
@@ -104,7 +105,7 @@ def smile_linear(
         m = ids.shape[-1]
         weights, ids = weights.reshape(-1, m).to(s.dtype), ids.reshape(-1, m).int()
         y = library.apply(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, backend)
-    return y.view(*leading, weight.shape[0])
+    return y if is_flat else y.view(*leading, weight.shape[0])
 
 
 def route(
