@@ -57,13 +57,14 @@ def taking(linear: str, apply: str) -> Iterator[None]:
         configs.linear_path, configs.apply_path = before
 
 
-def paths(tokens: int, setting: Setting) -> list[tuple[str, str]]:
+def paths(tokens: int, setting: Setting, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str]]:
     """(how it is routed, how it is applied) of every way that a layer can run."""
     n, r, g, _ = astuple(setting)
-    few = tokens <= 16 and n <= 16 and n * max(r, g) <= 256
+    device = configs.device(torch.device(DEVICE))
+    few = [(linear, "fused") for linear in configs.linear_paths(device, dtype, tokens, n, max(r, g), False)[:-2]]
     together = [("together", apply) for apply in ("fused", "tma", "delta") if tokens > 64 or apply != "delta"]
     first = [("first", "grouped")] if tokens > 64 else [("first", "fused")]
-    return [*([("decode", "fused"), ("single", "fused")] if few else []), *together, *first]
+    return [*few, *together, *first]
 
 
 @functools.lru_cache(maxsize=1)
@@ -224,7 +225,7 @@ def soak(seconds: float, largest: int = 2048) -> int:
         n, r = size(min(64, largest)), size(min(128, largest))
         setting = Setting(n, r, size(min(32, d)), draw.randint(1, min(n, 4)))
         dtype, seed = draw.choice([torch.float32, torch.bfloat16, torch.float16]), draw.randrange(2**31)
-        path = draw.choice(paths(tokens, setting))
+        path = draw.choice(paths(tokens, setting, dtype))
         case = f"{tokens} tokens, {d}x{o}, {setting}, {dtype}, {path}, seed {seed}"
         p = Problem.random(tokens, d, o, *astuple(setting), dtype=dtype, device=DEVICE, seed=seed)
         with taking(*path):

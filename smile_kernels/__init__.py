@@ -6,7 +6,7 @@
 from . import functional, integrations
 from .checkpoint import load_pretrained, save_pretrained
 from .integrations.fusion_bench import from_fusion_bench
-from .nn import SmileLinear
+from .nn import SmileLinear, warmup
 from .ops.library import backends
 from .routing import RoutingPolicy, get_routing, set_routing, watch_routing
 from .upscale import upscale
@@ -23,6 +23,7 @@ __all__ = [
     "save_pretrained",
     "set_routing",
     "upscale",
+    "warmup",
     "watch_routing",
 ]
 

@@ -1,6 +1,6 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -215,3 +215,41 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
         elif isinstance(ancestor, nn.TransformerEncoder):
             ancestor.use_nested_tensor = False
     model.set_submodule(name, layer)
+
+
+def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -> None:
+    """Compiles what the SMILE layers of `model` need ahead of the first request, by running each layer on zeros.
+
+    Only the Triton backend compiles at run time: layers that another backend serves need nothing. Layers of the same
+    shapes share their kernels, and Triton keeps them on disk for the next process.
+
+    Args:
+        model: any module, its layers where they will run.
+        tokens: numbers of tokens to expect in one call, from the fewest to the most. What is compiled does not depend
+            on the exact number; the tiles chosen depend on its magnitude.
+        training: also what the backward needs.
+
+    Raises:
+        ValueError: a number of tokens below 1.
+    """
+    from .ops import library
+
+    tokens = list(tokens)
+    if any(t < 1 for t in tokens):
+        raise ValueError(f"tokens: is {tokens}; expected numbers of 1 or more")
+    warm = set()
+    for layer in model.modules():
+        if not isinstance(layer, SmileLinear):
+            continue
+        device = layer.weight.device
+        if library.choose_backend(None, device.type, training) != "triton":
+            continue
+        parameters = layer.weight, layer.bias, layer.vh, layer.s, layer.u, layer.expert_bias, layer.router
+        options = layer.num_experts_per_tok, layer.rank_of_router
+        shapes = (device, *options, *(t if t is None else (t.shape, t.stride(), t.dtype) for t in parameters))
+        if shapes not in warm:
+            warm.add(shapes)
+            from .ops.triton import tuning
+
+            with torch.no_grad():
+                tuning.warmup(*parameters, *options, tokens=tokens, training=training)

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+import smile_kernels
 from smile_kernels.ops import triton as backend
 from smile_kernels.ops.triton import configs, tuning
 from smile_kernels.testing import Problem
+
+DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -23,22 +26,27 @@ def parameters(p: Problem) -> tuple:
     return (*p.arguments()[1:], p.num_experts_per_tok, p.rank_of_router)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
-    p = Problem.random(3, 16, 18, 3, 4, 2, 2, device=device)
-    launched = []
+def record_launches(monkeypatch, tell) -> None:
+    """Tell of every launch: the kernel's name and its constants."""
     for module in ("shrink", "route", "expand", "decode", "grouped", "backward"):
         namespace = __import__(f"{backend.__name__}.{module}", fromlist=["_"])
         for name, kernel in vars(namespace).items():
             if hasattr(kernel, "run") and name.startswith("_"):
                 run = kernel.run
 
-                def record(*args, run=run, name=name, **kwargs):
+                def record(*args, run=run, name=f"{module}.{name}", **kwargs):
                     meta = {k: v for k, v in kwargs.items() if k not in ("grid", "warmup")}
-                    launched.append((name, *sorted(meta.items())))
+                    tell((name, *sorted(meta.items())))
                     return run(*args, **kwargs)
 
                 monkeypatch.setattr(kernel, "run", record)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
+    p = Problem.random(3, 16, 18, 3, 4, 2, 2, device=device)
+    launched = []
+    record_launches(monkeypatch, launched.append)
     tuning.warmup(*parameters(p), tokens=[3], training=training)
     warm = set(launched)
     launched.clear()
@@ -48,6 +56,42 @@ def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
         backend.route_backward(weights, p.x, p.rows(), weights, ids, [True, True])
     assert launched
     assert set(launched) <= warm
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_warmed_up_once_for_each_shape(training, monkeypatch):
+    layers = [smile_kernels.SmileLinear(16, out, 3, 4, 2, 2) for out in (18, 18, 20)]
+    warmed = []
+    warmup = tuning.warmup
+    monkeypatch.setattr(
+        tuning, "warmup", lambda *args, **kwargs: warmed.append(args[0].shape) or warmup(*args, **kwargs)
+    )
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(20, 4)).to(DEVICE)
+    monkeypatch.setenv("SMILE_KERNELS_BACKEND", "torch")
+    smile_kernels.warmup(model, [3], training=training)
+    assert warmed == []
+    monkeypatch.setenv("SMILE_KERNELS_BACKEND", "triton")
+    smile_kernels.warmup(model, [1, 3], training=training)
+    assert warmed == [(18, 16), (20, 16)]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"tokens: is \[3, 0\]; expected"):
+        smile_kernels.warmup(model, [3, 0])
+
+
+@pytest.mark.parametrize(("linear", "apply"), [("together", "fused"), ("together", "delta"), ("first", "grouped")])
+def test_what_is_compiled_does_not_depend_on_the_batch(linear, apply, device, monkeypatch, take):
+    """Between two powers of two, every number of tokens launches the same kernels with the same constants."""
+    take(linear, apply)
+    launched = set()
+    record_launches(monkeypatch, launched.add)
+    found = []
+    for tokens in (33, 50, 64):
+        launched.clear()
+        p = Problem.random(tokens, 16, 18, 3, 4, 2, 2, device=device)
+        tuning.warmup(*parameters(p), tokens=[tokens], training=True)
+        found.append(set(launched))
+    assert found[0]
+    assert found[0] == found[1] == found[2]
 
 
 def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatch):

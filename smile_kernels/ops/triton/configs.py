@@ -88,7 +88,7 @@ _GROUPED = {"gather", "scatter"}
 # Family -> operand class -> kernel -> tiles, largest first: the three block sizes, num_warps, num_stages.
 # "half": bfloat16 and float16; "tf32": float32 on tensor cores; "ieee": float32 on scalar units.
 _IEEE = {
-    "shrink": [(64, 64, 16, 8, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
+    "shrink": [(64, 64, 16, 4, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
     "expand": [(64, 64, 32, 8, 2), (32, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
     "gather": [(64, 32, 32, 4, 2), (16, 32, 32, 4, 2)],
     "scatter": [(64, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
@@ -97,9 +97,8 @@ _IEEE = {
 _TF32 = {
     "shrink": [(64, 64, 32, 8, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3)],
     "expand": [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 32, 64, 4, 3), (16, 16, 128, 4, 3)],
-    "decode": [(16, 16, 32, 8, 4)],
     "gather": [(64, 64, 32, 8, 3), (16, 32, 64, 4, 3)],
-    "scatter": [(64, 64, 32, 4, 1), (16, 64, 32, 4, 2)],
+    "scatter": [(64, 64, 32, 4, 2), (16, 64, 32, 4, 2)],
     "outer": [(64, 64, 32, 4, 3), (16, 64, 32, 4, 3)],
 }
 _SM80_HALF = {
@@ -143,6 +142,8 @@ _SM100_HALF = {
     "decode": [(16, 32, 128, 8, 6), (16, 32, 128, 8, 4), (16, 16, 256, 4, 4)],
     "gather": [(128, 64, 64, 4, 3), *_SM90_HALF["gather"][1:]],
 }
+# With 64 rows the products of TF32 spill there.
+_SM100_TF32 = {**_TF32, "gather": [(16, 32, 64, 4, 3)], "scatter": [(16, 64, 32, 4, 2)]}
 _GFX942_HALF = {
     "shrink": [(128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 128, 4, 2), (16, 32, 128, 4, 2)],
     "expand": [(128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 128, 4, 2), (16, 32, 128, 4, 2), (16, 16, 256, 4, 2)],
@@ -156,7 +157,7 @@ _INTERPRETER |= {kernel: [(16, 32, 32, 4, 1)] for kernel in ("gather", "scatter"
 TILES = {
     "sm80": {"half": _SM80_HALF, "tf32": _TF32, "ieee": _IEEE},
     "sm90": {"half": _SM90_HALF, "tf32": _TF32, "ieee": _IEEE},
-    "sm100": {"half": _SM100_HALF, "tf32": _TF32, "ieee": _IEEE},
+    "sm100": {"half": _SM100_HALF, "tf32": _SM100_TF32, "ieee": _IEEE},
     "gfx942": {"half": _GFX942_HALF, "ieee": _IEEE},
     "interpreter": {"half": _INTERPRETER, "ieee": _INTERPRETER},
 }
@@ -249,23 +250,28 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     return "fused" if tokens <= 64 else "delta"
 
 
+def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> list[str]:
+    """The ways in which a layer of n experts of k rows can be routed; see `linear_path`."""
+    # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
+    held = triton.next_power_of_2(n) * max(16, triton.next_power_of_2(k))
+    few = tokens <= 16 and n <= 16 and held <= 256 and not save and bool(_tiles("decode", device, dtype))
+    return [*(["decode", "single"] if few else []), "together", "first"]
+
+
 def linear_path(
     device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, k: int, g: int, r: int, m: int, save: bool
 ) -> str:
     """How a layer is routed whose router is the first g of each expert's k rows.
 
     "decode": all in two launches; "single": all in one; "together": one product of all rows, routed, then applied as
-    `apply_path` says; "first": routed by the router's rows alone, then applied. Only the last two can `save`.
+    `apply_path` says; "first": routed by the router's rows alone, then applied. Only the last two can `save`, and
+    serve every number of tokens and float32, which has no tiles for the others.
     """
-    # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
-    few = (
-        tokens <= 16 and n <= 16 and triton.next_power_of_2(n) * max(16, triton.next_power_of_2(k)) <= 256 and not save
-    )
-    paths = [*(["decode", "single"] if few else []), "together", "first"]
+    paths = linear_paths(device, dtype, tokens, n, k, save)
     measured = _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths)
     if measured in paths:
         return measured
-    if few:
+    if "decode" in paths:
         return "decode"
     if tokens > 64:
         return "first" if apply_path(device, dtype, tokens, d, o, n, r, m) == "grouped" else "together"
