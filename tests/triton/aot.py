@@ -1,10 +1,12 @@
 """Compile the kernels ahead of time, for devices that are not here, and report what they use.
 
-    python tests/triton/aot.py [--exhaustive] [--write] [FAMILY ...]
+    python tests/triton/aot.py [usual | recorded | every] [FAMILY ...]
+    python tests/triton/aot.py --write
 
-prints one JSON line a kernel. By default the kernels of a few layers; --exhaustive, every tile of every kernel; --write
-keeps the former as tests/triton/resources.json, which the tests compare with. The backend's own launchers run on
-tensors without storage, and Triton compiles what they launch instead of running it.
+prints one JSON line a kernel: those of decode and prefill; of one layer in every regime; or every tile of every kernel.
+--write keeps the second as what this version of Triton makes of them, in tests/triton/resources.json, which the tests
+compare with. The backend's own launchers run on tensors without storage, and Triton compiles what they launch instead
+of running it.
 """
 
 import argparse
@@ -41,16 +43,17 @@ class Target:
     family: str  # its tiles
     triton: GPUTarget
     shared: int  # bytes of shared memory a block may have
-    hopper: bool  # dependent launches and the tensor memory accelerator
+    pdl: bool
+    tma: bool
 
 
 # The tiles of sm80 also serve devices of 99 KB a block: 8.6, 8.9 and 12.0.
 TARGETS = {
-    "sm80": Target("sm80", GPUTarget("cuda", 80, 32), 101376, False),
-    "sm90": Target("sm90", GPUTarget("cuda", 90, 32), 232448, True),
-    "sm100": Target("sm100", GPUTarget("cuda", 100, 32), 232448, True),
-    "sm120": Target("sm80", GPUTarget("cuda", 120, 32), 101376, True),
-    "gfx942": Target("gfx942", GPUTarget("hip", "gfx942", 64), 65536, False),
+    "sm80": Target("sm80", GPUTarget("cuda", 80, 32), 101376, pdl=False, tma=False),
+    "sm90": Target("sm90", GPUTarget("cuda", 90, 32), 232448, pdl=True, tma=True),
+    "sm100": Target("sm100", GPUTarget("cuda", 100, 32), 232448, pdl=True, tma=True),
+    "sm120": Target("sm80", GPUTarget("cuda", 120, 32), 101376, pdl=True, tma=False),
+    "gfx942": Target("gfx942", GPUTarget("hip", "gfx942", 64), 65536, pdl=False, tma=False),
 }
 INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA",
@@ -101,7 +104,7 @@ def compiling(name: str) -> Iterator[dict[str, dict]]:
     seen: set[str] = set()
     driver.set_active(_Driver(name))
     JITFunction.run = compile_only
-    configs.device = lambda _: configs.Device(name, target.family, 132, pdl=target.hopper, tma=target.hopper)
+    configs.device = lambda _: configs.Device(name, target.family, 132, pdl=target.pdl, tma=target.tma)
     try:
         yield found
     finally:
@@ -204,7 +207,16 @@ def _allow_tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def representative(name: str) -> dict[str, dict]:
+def usual(name: str) -> dict[str, dict]:
+    """Decode and prefill of the layer most used."""
+    with compiling(name) as found:
+        layer = Layer(8, 32, 16)
+        layer.linear(1, "decode")
+        layer.linear(2048)
+    return found
+
+
+def recorded(name: str) -> dict[str, dict]:
     """The kernels of one layer in every regime; fewer for the other devices than for sm90."""
     with compiling(name) as found:
         layer = Layer(8, 32, 16)
@@ -220,58 +232,59 @@ def representative(name: str) -> dict[str, dict]:
             Layer(8, 32, 16, 2).backward(2048)
             for tf32 in (False, True):
                 with _allow_tf32(tf32):
-                    if tf32:
-                        Layer(8, 32, 16, dtype=torch.float32).linear(1, "decode")
                     Layer(8, 32, 16, dtype=torch.float32).linear(2048)
         elif name in ("sm80", "sm100"):
             layer.backward(2048)
     return found
 
 
-def exhaustive(name: str) -> Iterator[tuple[str, dict]]:
-    """Every tile of every kernel, for the settings that people use."""
-    tiles = configs.TILES[TARGETS[name].family]
+def every(name: str) -> dict[str, dict]:
+    """Every tile of every kernel that a layer of small and one of large rank can choose."""
     tile = configs.tile
-    for operands, kernels in tiles.items():
-        dtype = torch.bfloat16 if operands == "half" else torch.float32
-        depth = max(len(rows) for rows in kernels.values())
-        for i in range(depth):
+    try:
+        with compiling(name) as found:
+            for operands, kernels in configs.TILES[TARGETS[name].family].items():
+                dtype = torch.bfloat16 if operands == "half" else torch.float32
+                for i in range(max(map(len, kernels.values()))):
 
-            def pick(kernel, device, dtype, rows, columns, *_, i=i, **__):
-                fitting = configs.candidates(kernel, device, dtype, rows, columns)
-                return fitting[i % len(fitting)]
+                    def pick(kernel, device, dtype, rows, columns, *_, i=i, **__):
+                        fitting = configs.candidates(kernel, device, dtype, rows, columns)
+                        return fitting[i % len(fitting)]
 
-            configs.tile = pick
-            try:
-                with compiling(name) as found, _allow_tf32(operands == "tf32"):
-                    for n, r, g, m in ((8, 32, 16, 1), (8, 128, 16, 2), (3, 512, 8, 1)):
-                        layer = Layer(n, r, g, m, dtype=dtype)
-                        if n * max(r, g) <= 256 and "decode" in kernels:
-                            layer.linear(16, "decode")
-                            layer.linear(16, "single")
-                        for apply in ("fused", "delta", *(["tma"] if TARGETS[name].hopper else [])):
-                            layer.linear(2048, apply=apply)
-                        # Blocks of entries of every size that the grouped kernels have.
-                        for tokens in sorted({t[0] * n for t in kernels["gather"]}):
-                            layer.apply(tokens, "grouped", save=True)
-                            layer.backward(tokens)
-                yield from found.items()
-            finally:
-                configs.tile = tile
+                    configs.tile = pick
+                    with _allow_tf32(operands == "tf32"):
+                        for layer in (Layer(8, 32, 16, 2, dtype=dtype), Layer(3, 512, 8, dtype=dtype)):
+                            if layer.r == 32 and "decode" in kernels:
+                                layer.linear(16, "decode")
+                                layer.linear(16, "single")
+                            tma = TARGETS[name].tma and operands == "half"
+                            for apply in ("fused", "delta", *(["tma"] if tma else [])):
+                                layer.linear(2048, apply=apply)
+                            # Blocks of entries of every size that the grouped kernels have.
+                            for tokens in sorted({t[0] * layer.n for t in kernels["gather"]}):
+                                layer.apply(tokens, "grouped", save=True)
+                                layer.backward(tokens)
+    finally:
+        configs.tile = tile
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exhaustive", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("which", nargs="?", choices=("usual", "recorded", "every"), default="recorded")
     parser.add_argument("families", nargs="*", default=list(TARGETS), metavar="FAMILY")
     options = parser.parse_args()
-    table = {"triton": triton.__version__, "kernels": {}}
+    if options.write and (options.which, options.families) != ("recorded", list(TARGETS)):
+        parser.error("--write: takes neither a set of kernels nor families")
+    found = {}
     for name in options.families:
-        for key, used in exhaustive(name) if options.exhaustive else representative(name).items():
-            table["kernels"][key] = used
+        kernels = {"usual": usual, "recorded": recorded, "every": every}[options.which](name)
+        for key, used in kernels.items():
             print(json.dumps({key: used}), flush=True)
+        found |= kernels
     if options.write:
+        table = json.loads(RESOURCES.read_text()) | {triton.__version__: found}
         temporary = RESOURCES.with_suffix(".tmp")
         temporary.write_text(json.dumps(table, indent=1) + "\n")
         os.replace(temporary, RESOURCES)
