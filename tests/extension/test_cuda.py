@@ -160,16 +160,18 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(source):
 def test_products_use_tensor_cores_and_16_byte_copies(source):
     tools = Path(triton.__path__[0]) / "backends/nvidia/bin"
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    command = ["cuobjdump", "--dump-sass", compiled(source)]
+    report = compiled(source).with_suffix(".log").read_text()
+    half = set(
+        re.findall(r"entry function '(\w*(?:project|expand|accumulate)_kernelI(?:6__half|13__nv_bfloat16)\w*)'", report)
+    )
+    assert half
+    command = ["cuobjdump", "--dump-sass", "-fun", ",".join(sorted(half)), compiled(source)]
     dump = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     for a in ARCHITECTURES:
         code = dump[dump.index(f"code for sm_{a}") :].split("\nFatbin")[0]
-        kernels = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t*Function :|\Z)", code, re.S))
-        half = [
-            name for name in kernels if re.search(r"(project|expand|accumulate)_kernelI(6__half|13__nv_bfloat16)", name)
-        ]
-        assert half
-        for name in half:
+        kernels = dict(function.split("\n", 1) for function in code.split("Function : ")[1:])
+        assert set(kernels) == half
+        for name, instructions in kernels.items():
             # bfloat16 has tensor cores from sm_80 on.
-            assert ("HMMA" in kernels[name]) == (a >= 80 or "__half" in name), f"{name} on sm_{a}"
-            assert re.search(r"LDGSTS[.\w]*128" if a >= 80 else r"LDG[.\w]*128", kernels[name]), f"{name} on sm_{a}"
+            assert ("HMMA" in instructions) == (a >= 80 or "__half" in name), f"{name} on sm_{a}"
+            assert re.search(r"LDGSTS[.\w]*128" if a >= 80 else r"LDG[.\w]*128", instructions), f"{name} on sm_{a}"
