@@ -163,8 +163,8 @@ template <class R> SMILE_INLINE void sum_lanes(const Vector<R>* v, R* sums) {
 
 // ---- threads ----
 
-// Fewer multiply-adds than this, of numbers that are not in a cache, cost less than waking a second thread (about 2 us).
-constexpr int64_t kWorkPerThread = 1 << 14;
+// Fewer multiply-adds than this cost less than waking a second thread (about 2 us).
+constexpr int64_t kWorkPerThread = 1 << 16;
 
 template <class Body> void parallel(ParallelFor parallel_for, int64_t count, int64_t work_per_item, const Body& body) {
   int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item));
@@ -179,7 +179,6 @@ template <class Body> void parallel(ParallelFor parallel_for, int64_t count, int
 constexpr int kRows = 4;                                  // rows of a factor in registers
 constexpr int kTokens = SMILE_VECTORS == 16 ? 3 : 6;      // tokens in registers
 constexpr int64_t kDepth = 1024;                          // columns in one pass: kTokens rows of them stay in the L1 cache
-constexpr int kAhead = 1024;                              // bytes read ahead of a product with few tokens
 
 // out[t][j] (+)= sum_d x[t][d] rows[j][d] for M tokens and `rows_left` (at most kRows) rows.
 template <int M, class X, class T, class R>
@@ -192,10 +191,7 @@ SMILE_INLINE void dot_tile(const X* const* x, R* const* out, const T* rows, int6
   int64_t d = 0;
   for (; d + Operand::lanes <= depth; d += Operand::lanes) {
     typename Operand::type b[kRows];
-    for (int j = 0; j < kRows; ++j) {
-      if (M <= 2) __builtin_prefetch(reinterpret_cast<const char*>(row[j] + d) + kAhead);
-      b[j] = Operand::load(row[j] + d);
-    }
+    for (int j = 0; j < kRows; ++j) b[j] = Operand::load(row[j] + d);
     for (int t = 0; t < M; ++t) {
       const auto a = Operand::load(x[t] + d);
       for (int j = 0; j < kRows; ++j) sum[t][j] = Operand::multiply_add(a, b[j], sum[t][j]);
@@ -235,13 +231,12 @@ void dot_tiles(int m, const X* const* x, R* const* out, const T* rows, int64_t r
 template <class X, class T, class R>
 void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_t row_stride, int64_t row_count,
           int64_t depth, bool accumulate) {
-  const int64_t columns = kDepth * kTokens / std::min<int64_t>(count, kTokens);
-  for (int64_t d = 0; d < depth; d += columns)
+  for (int64_t d = 0; d < depth; d += kDepth)
     for (int64_t t = 0; t < count; t += kTokens) {
       const int m = int(std::min<int64_t>(kTokens, count - t));
       const X* xs[kTokens];
       for (int i = 0; i < m; ++i) xs[i] = x[t + i] + d;
-      dot_tiles<kTokens>(m, xs, out + t, rows + d, row_stride, row_count, std::min(columns, depth - d), accumulate || d > 0);
+      dot_tiles<kTokens>(m, xs, out + t, rows + d, row_stride, row_count, std::min(kDepth, depth - d), accumulate || d > 0);
     }
 }
 
