@@ -15,7 +15,7 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__path__[0])
 
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
 EMULATION = ("-DSMILE_CUDA", "-DSMILE_EMULATION", "-Dsmile_kernels_ext=smile_kernels_emulated", f"-I{HERE}")
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{TORCH / 'include'}")
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")

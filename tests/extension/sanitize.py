@@ -20,11 +20,10 @@ def check_cpu() -> None:
 torch.ops.load_library(sys.argv[1])
 torch.set_num_threads(1)
 if sys.argv[2] == "emulated":
-    for dtype, shape in zip(cases.DTYPES, cases.SHAPES[2:5]):
-        for router in (False, True):
-            problem = Problem.random(*shape, dtype=dtype, router=router)
-            cases.check_forward(torch.ops.smile_kernels_emulated, problem)
-            cases.check_backward(torch.ops.smile_kernels_emulated, problem)
+    for dtype, shape, router in zip(cases.DTYPES, cases.SHAPES[2:5], (False, True, False)):
+        problem = Problem.random(*shape, dtype=dtype, router=router)
+        cases.check_forward(torch.ops.smile_kernels_emulated, problem)
+        cases.check_backward(torch.ops.smile_kernels_emulated, problem)
 else:
     for capability in ("default", "avx2", "avx512"):
         if child := os.fork():
