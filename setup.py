@@ -76,17 +76,15 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            build(extension.name.rpartition("_")[2], target, Path(self.build_temp).resolve())
+            build(extension.name.rpartition("_")[2], target, Path(self.build_temp, extension.name).resolve())
         except subprocess.CalledProcessError as error:
             raise CompileError(str(error)) from error  # which an optional extension may end in
 
 
 def build(kind: str, target: Path, folder: Path) -> None:
     """Compile and link csrc/ into the library `target`; kind: "cpu" or "cuda"."""
-    torch = Path(find_torch()[0])
-    folder = folder / kind
+    torch, cxx, nvcc = Path(find_torch()[0]), os.environ.get("CXX", "c++"), find_nvcc()
     folder.mkdir(parents=True, exist_ok=True)
-    cxx, nvcc = os.environ.get("CXX", "c++"), find_nvcc()
     flags = f"-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020a000000000000 -I{torch / 'include'}"  # the ABI of 2.10
     if kind == "cuda":
         sources = ["forward.cu", "backward.cu", "bindings.cpp"]
@@ -97,9 +95,8 @@ def build(kind: str, target: Path, folder: Path) -> None:
         subprocess.run([cxx, *stub], check=True)
         linker = f"{nvcc} -shared --cudart static -Xlinker --no-as-needed -L{folder} -ltorch_cuda"
     else:
-        sources = ["cpu.cpp", "bindings.cpp"]
+        sources, linker = ["cpu.cpp", "bindings.cpp"], f"{cxx} -shared"
         compiler = f"{cxx} {flags} -fPIC -fvisibility=hidden -Wno-psabi"
-        linker = f"{cxx} -shared"
     lines = [
         f"rule compile\n  command = {compiler} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d",
         f"rule link\n  command = {linker} $in -o $out -L{torch / 'lib'} -ltorch_cpu -lc10",
