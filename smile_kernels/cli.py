@@ -1,6 +1,7 @@
 """The command line: `smile-kernels upscale | inspect | bench | demo | doctor | tune`, or `python -m smile_kernels`."""
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -237,6 +238,9 @@ def demo(
     Example:
       smile-kernels demo --quick --plot demo.png
     """
+    # transformers imports torchao where it is installed, which speaks of kernels for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with _errors(RuntimeError):
         from .demo.run import demo as run
 
