@@ -10,7 +10,6 @@ Results: bench/results/<device>/triton.json, written after each row.
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -21,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from smile_kernels.functional import smile_linear
 from smile_kernels.ops import reference
 from smile_kernels.ops import triton as backend
 from smile_kernels.ops.triton import configs
-from smile_kernels.testing import Problem, assert_close, expectations
+from smile_kernels.testing import Problem, assert_close, expectations, taking
 
 from .cost import LAYERS, SETTINGS, TOKENS, TRAINED, floor_ratio, predicted
 from .run import folder_of, measure_all
@@ -44,17 +43,6 @@ ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q")
 # Where kernels run: the GPU, or under Triton's interpreter the CPU, which tests this file and times nothing.
 DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
-
-
-@contextlib.contextmanager
-def taking(linear: str, apply: str) -> Iterator[None]:
-    """While this lasts, layers take these paths, whatever tables and heuristics say."""
-    before = configs.linear_path, configs.apply_path
-    configs.linear_path, configs.apply_path = lambda *_: linear, lambda *_: apply
-    try:
-        yield
-    finally:
-        configs.linear_path, configs.apply_path = before
 
 
 def paths(tokens: int, setting: Setting, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import smile_linear
+from .ops import library
 from .svd import decompose_linear
 
 if TYPE_CHECKING:
@@ -232,8 +233,6 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
     Raises:
         ValueError: a number of tokens below 1.
     """
-    from .ops import library
-
     tokens = list(tokens)
     if any(t < 1 for t in tokens):
         raise ValueError(f"tokens: is {tokens}; expected numbers of 1 or more")

@@ -12,19 +12,12 @@ import smile_kernels as sk
 from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close, expectations
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _built():
     assert extension.why_not("cpu") is None, extension.why_not("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """Every tensor that PyTorch allocates starts as NaN, those of the operators too."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def linear(problem: Problem, save: bool = False):

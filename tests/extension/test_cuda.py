@@ -15,6 +15,7 @@ from cases import SHAPES, check_backward, check_forward, check_routing
 
 from smile_kernels.testing import Problem, assert_close, expectations
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = [
     *[(shape, torch.float32) for shape in SHAPES],
     *[(shape, torch.bfloat16) for shape in SHAPES[2:6:2]],
@@ -29,15 +30,6 @@ def ops():
     namespace = torch.ops.smile_kernels_emulated
     names = ("route", "apply", "linear", "route_backward", "apply_backward")
     return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """Every tensor that PyTorch allocates starts as NaN, scratch and results of the operators too."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)

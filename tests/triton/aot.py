@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from smile_kernels.ops import triton as backend
 from smile_kernels.ops.triton import configs
+from smile_kernels.testing import taking
 
 RESOURCES = Path(__file__).with_name("resources.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -170,11 +171,11 @@ class Layer:
         return self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.int32)
 
     def linear(self, tokens: int, linear: str = "together", apply: str = "fused", save: bool = False) -> None:
-        with _paths(linear, apply):
+        with taking(linear, apply):
             backend.linear(self.empty(tokens, self.d), *self.parameters, None, self.m, self.g, save)
 
     def apply(self, tokens: int, apply: str = "fused", save: bool = False) -> None:
-        with _paths("first", apply):
+        with taking("first", apply):
             backend.apply(self.empty(tokens, self.d), *self.parameters, *self.routing(tokens), save)
 
     def backward(self, tokens: int) -> None:
@@ -186,16 +187,6 @@ class Layer:
         backend.apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
         if self.m > 1:
             backend.route_backward(weights, x, vh[:, : self.g], weights, ids, [True, True])
-
-
-@contextlib.contextmanager
-def _paths(linear: str, apply: str) -> Iterator[None]:
-    before = configs.linear_path, configs.apply_path
-    configs.linear_path, configs.apply_path = lambda *_: linear, lambda *_: apply
-    try:
-        yield
-    finally:
-        configs.linear_path, configs.apply_path = before
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from bench import cost, gpu
 from smile_kernels.benchmark.problems import Case, Setting
 from smile_kernels.ops.triton import configs
+from smile_kernels.testing import taking
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_soak_passes_and_names_what_fails(device, monkeypatch):
 
 def test_paths_are_taken_only_for_a_while():
     before = configs.linear_path, configs.apply_path
-    with gpu.taking("first", "delta"):
+    with taking("first", "delta"):
         assert configs.linear_path() == "first"
         assert configs.apply_path() == "delta"
     assert before == (configs.linear_path, configs.apply_path)

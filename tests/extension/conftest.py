@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Every tensor that PyTorch allocates starts as NaN, scratch and results of the operators too."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
