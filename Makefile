@@ -19,6 +19,7 @@ test-all: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
 test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/integrations/vllm_peers.py
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_suite.py
 
 bench-cpu: .venv/ready

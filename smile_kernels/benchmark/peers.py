@@ -204,56 +204,67 @@ def _vllm_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
 def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     _check_vllm(problem)
     try:
-        from vllm.lora.ops.triton_ops.fused_moe_lora_op import fused_moe_lora
+        from vllm.lora.ops.triton_ops import fused_moe_lora
+        from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
     except ImportError as error:
         raise CannotRunError(f"vllm is not installed ({error})") from error
     n, r = problem.s.shape
     tokens, m = ids.shape
-    if tokens * m > 64:
-        raise CannotRunError("called as vLLM decodes, without sorted tokens: up to 64 (token, expert) pairs")
-    device = problem.x.device
+    device, (out_features, in_features) = problem.x.device, problem.weight.shape
     a = torch.stack([_svh(problem, i) for i in range(n)])[None]
     b = problem.u[None].contiguous()
     of_token = torch.zeros(tokens, dtype=torch.int32, device=device)
     enabled, one = torch.ones(2, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32)
-    blocks = {f"{half}_{name}": value for half in ("shrink", "expand") for name, value in _MOE_BLOCKS.items()}
+    tiles = {}
+    for half in ("shrink", "expand"):
+        chosen = get_lora_op_configs(
+            f"fused_moe_lora_w13_{half}",
+            max_loras=1,
+            batch=tokens,
+            hidden_size=in_features,
+            rank=r,
+            num_slices=1,
+            moe_intermediate_size=out_features,
+        )
+        tiles |= {f"{half}_{name.replace('block_', 'block_size_')}": value for name, value in chosen.items()}
+    pairs = ids.flatten()
+    sorted_ids, experts, padded = None, pairs, None
+    if 8 * pairs.numel() > n:  # where vLLM sorts
+        sorted_ids, experts = _blocks_of_one_expert(pairs, n, tiles["shrink_block_size_m"])
+        padded = torch.tensor([sorted_ids.shape[1]], dtype=torch.int32, device=device)
 
     def layer(x: Tensor) -> Tensor:
         y = F.linear(x, problem.weight, problem.bias)
-        delta = y[:, None] if m == 1 else y.new_zeros(tokens, m, y.shape[1])
+        delta = y[:, None] if m == 1 else y.new_zeros(tokens, m, out_features)
         fused_moe_lora(
             output=delta,
             qcurr_hidden_states=x,
             lora_a_stacked=[a],
             lora_b_stacked=[b],
             topk_weights=weights,
-            sorted_token_ids=None,
-            expert_ids=ids.reshape(-1),
-            num_tokens_post_padded=None,
+            sorted_token_ids=sorted_ids,
+            expert_ids=experts,
+            num_tokens_post_padded=padded,
             token_lora_mapping=of_token,
             max_lora_rank=r,
             top_k_num=m,
             lora_ids=of_token[:1],
             num_active_loras=one,
             adapter_enabled=enabled,
-            mul_routed_weight=True,
-            **blocks,
+            **tiles,
         )
-        return y if m == 1 else y + delta.sum(1)
+        return y if m == 1 else torch.baddbmm(y[:, None], weights[:, None].to(y.dtype), delta)[:, 0]
 
     return layer, []
 
 
-# Tiles for few tokens.
-_MOE_BLOCKS = {
-    "block_size_m": 16,
-    "block_size_n": 64,
-    "block_size_k": 64,
-    "group_size_m": 8,
-    "num_warps": 4,
-    "num_stages": 3,
-    "split_k": 1,
-}
+def _blocks_of_one_expert(pairs: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
+    """Expert ids [P] -> indices into them sorted by expert [1, B * size], filled up with P; the expert of each block."""
+    numbers = [torch.nonzero(pairs == i)[:, 0] for i in range(experts)]
+    filled = [F.pad(of, (0, -len(of) % size), value=len(pairs)) for of in numbers]
+    ids = [torch.full((len(of) // size,), i, device=pairs.device) for i, of in enumerate(filled)]
+    return torch.cat(filled)[None].int(), torch.cat(ids)[None].int()
+
 
 # The baseline, our backends, then everyone else.
 PEERS: dict[str, Peer] = {
