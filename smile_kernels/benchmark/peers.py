@@ -259,7 +259,7 @@ def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
 
 
 def _blocks_of_one_expert(pairs: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
-    """Expert ids [P] -> indices into them sorted by expert [1, B * size], filled up with P; the expert of each block."""
+    """Expert ids [P] -> indices into them, sorted by expert [1, B * size], filled up with P; each block's expert."""
     numbers = [torch.nonzero(pairs == i)[:, 0] for i in range(experts)]
     filled = [F.pad(of, (0, -len(of) % size), value=len(pairs)) for of in numbers]
     ids = [torch.full((len(of) // size,), i, device=pairs.device) for i, of in enumerate(filled)]
