@@ -1,0 +1,177 @@
+"""Routing policies beside KV caches: prompts, decoding, beams, cropping, continuation."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from definition import (
+    CAUSAL,
+    POLICIES,
+    SEQUENCE,
+    Calls,
+    assert_follows,
+    by_name,
+    definition,
+    llama,
+    logits,
+    mistral,
+    tokens,
+)
+
+from smile_kernels.routing import RoutingPolicy, set_routing
+
+
+@by_name(CAUSAL | {"layers": POLICIES["layers"]})
+@pytest.mark.parametrize("cache", ["dynamic", "static", "windowed"])
+def test_prefill_and_decode_equal_one_causal_pass(policy, cache):
+    model = mistral(sliding_window=5 if cache == "windowed" else None)
+    set_routing(model, policy)
+    ids = tokens(2, 12)
+    whole = logits(model, input_ids=ids, use_cache=False)
+    kv = tf.StaticCache(model.config, max_cache_len=16) if cache != "dynamic" else tf.DynamicCache(config=model.config)
+    parts = [ids[:, :5], ids[:, 5:6], ids[:, 6:9], *ids[:, 9:].split(1, 1)]  # a prompt, a continuation, single tokens
+    got, places = [], set()
+    for part in parts:
+        got.append(logits(model, input_ids=part, past_key_values=kv))
+        if cache == "static" and policy.scope == "causal":  # a CUDA graph writes where it was captured
+            places.add(tuple((t.data_ptr(), t.shape) for t in kv.routing_memory.sums.values()))
+    torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=1e-4, atol=1e-5)
+    assert len(places) == (cache == "static" and policy.scope == "causal")
+
+
+@by_name(CAUSAL)
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_generation_equals_recomputation(policy, cache_implementation):
+    """Greedy tokens from the cache, with left padding, equal those of whole passes without a cache."""
+    model = mistral()
+    set_routing(model, policy)
+    ids, mask = tokens(2, 5), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options |= {"cache_implementation": cache_implementation, "disable_compile": True}
+    got = model.generate(ids, attention_mask=mask, **options)
+    for step in range(6):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        out = logits(model, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        torch.testing.assert_close(got.logits[step], out[:, -1], rtol=1e-4, atol=1e-5)
+        ids = torch.cat([ids, out[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    assert torch.equal(got.sequences, ids)
+
+
+@by_name(SEQUENCE)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_prompts_choice_holds_in_generation(policy, cache):
+    model = llama()
+    set_routing(model, policy)
+    ids = tokens(6, 6)
+    kv = tf.StaticCache(model.config, max_cache_len=12) if cache == "static" else tf.DynamicCache(config=model.config)
+    for _ in range(2):
+        with Calls(model) as calls:
+            logits(model, input_ids=ids, past_key_values=kv)
+        assert_follows(calls, [[True] * 6] * 6, policy)
+        choices = [(w[:, :1], i[:, :1]) for w, i in definition(calls, [[True] * 6] * 6, policy)]
+        for length in (1, 3):  # a token, a further part of the prompt
+            with Calls(model) as calls:
+                logits(model, input_ids=tokens(6, length), past_key_values=kv)
+            for (layer, x, y), (w, i) in zip(calls, choices, strict=True):
+                want = layer(x, routing=(w.expand(-1, length, -1), i.expand(-1, length, -1)))
+                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+        kv.reset()  # an emptied cache votes anew
+        ids = tokens(6, 6)
+
+
+@by_name(SEQUENCE)
+def test_prompts_padded_on_the_left_generate_as_alone(policy):
+    model = llama()
+    set_routing(model, policy)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    batch = model.generate(ids, attention_mask=mask, **options)
+    for b, padding in enumerate((0, 2)):
+        alone = model.generate(ids[b : b + 1, padding:], attention_mask=mask[b : b + 1, padding:], **options)
+        for got, want in zip(batch.logits, alone.logits, strict=True):
+            torch.testing.assert_close(got[b : b + 1], want, rtol=1e-4, atol=1e-5)
+
+
+@by_name({"sequence": POLICIES["sequence+layers"], "causal": POLICIES["causal+layers"]})
+def test_beams_follow_their_cache(policy):
+    """Rows of a cache that are repeated, chosen and reordered go on as if each had been alone from the start."""
+    model = llama()
+    set_routing(model, policy)
+    prompts, following, order = tokens(2, 5), tokens(4, 2), torch.tensor([3, 0, 0, 2])
+    kv = tf.DynamicCache(config=model.config)
+    logits(model, input_ids=prompts, past_key_values=kv)
+    kv.batch_repeat_interleave(2)
+    logits(model, input_ids=following[:, :1], past_key_values=kv)
+    kv.reorder_cache(order)
+    kv = copy.deepcopy(kv)
+    kv.batch_select_indices(torch.tensor([0, 1, 3]))
+    got = logits(model, input_ids=following[:3, 1:], past_key_values=kv)
+    for row, source in enumerate((3, 0, 2)):
+        alone = tf.DynamicCache(config=model.config)
+        for part in (prompts[source // 2], following[source, :1], following[row, 1:]):
+            want = logits(model, input_ids=part[None], past_key_values=alone)
+        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_beam_search_and_assisted_generation():
+    model, draft = llama(), llama()
+    set_routing(model, POLICIES["causal+layers"])
+    ids = tokens(1, 4)
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assisted = model.generate(ids, max_new_tokens=8, do_sample=False, assistant_model=draft)  # crops the cache
+    assert torch.equal(assisted, greedy)
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_a_cropped_cache_goes_on_from_what_is_left():
+    model = llama()
+    set_routing(model, POLICIES["causal+layers"])
+    ids = tokens(2, 8)
+    kv = tf.DynamicCache(config=model.config)
+    logits(model, input_ids=ids, past_key_values=kv)
+    kv.crop(-3)
+    other = tokens(2, 2)
+    got = logits(model, input_ids=other, past_key_values=kv)
+    want = logits(model, input_ids=torch.cat([ids[:, :5], other], dim=1), use_cache=False)
+    torch.testing.assert_close(got, want[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_the_policy_has_not_seen_is_refused():
+    model = llama()
+    for policy in (POLICIES["causal"], POLICIES["sequence"]):
+        for cache in (tf.DynamicCache(config=model.config), tf.StaticCache(model.config, max_cache_len=8)):
+            set_routing(model, RoutingPolicy())
+            logits(model, input_ids=tokens(1, 3), past_key_values=cache)
+            set_routing(model, policy)
+            with pytest.raises(RuntimeError, match=r"past_key_values: holds 3 tokens"):
+                logits(model, input_ids=tokens(1, 1), past_key_values=cache)
+
+
+def test_caches_of_packed_sequences_and_paged_ones_are_refused():
+    model = llama(attn_implementation="eager")
+    for policy in (POLICIES["causal"], POLICIES["sequence"]):
+        set_routing(model, policy)
+        kv = tf.DynamicCache(config=model.config)
+        packed = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}
+        logits(model, input_ids=tokens(1, 5), past_key_values=kv, **packed)
+        with pytest.raises(RuntimeError, match=r"past_key_values: holds 5 tokens"):
+            logits(model, input_ids=tokens(1, 1), past_key_values=kv)
+        with pytest.raises(NotImplementedError, match="paged cache"):
+            logits(model, input_ids=tokens(1, 5), cache=object(), use_cache=False)
+
+
+@by_name({name: POLICIES[name] for name in ("sequence+layers, lock 3", "causal+layers")})
+def test_decoding_from_a_static_cache_compiles(policy):
+    model = llama(num_hidden_layers=1)
+    set_routing(model, policy)
+    ids = tokens(2, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for decode in (model, compiled):
+        kv = tf.StaticCache(model.config, max_cache_len=8)
+        logits(model, input_ids=ids[:, :5], past_key_values=kv)
+        outputs.append([logits(decode, input_ids=ids[:, t : t + 1], past_key_values=kv) for t in range(5, 8)])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,188 @@
+"""Policies as values: what they refuse, where they are stored, what they save, and how they are watched."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from definition import POLICIES, SIZES, Calls, G, N, R, bert, by_name, definition, llama, logits, t5, tokens
+from torch import nn
+from typer.testing import CliRunner
+
+import smile_kernels as sk
+from smile_kernels import SmileLinear, functional
+from smile_kernels.cli import app
+from smile_kernels.integrations import distributed
+from smile_kernels.ops import composed
+from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from smile_kernels.testing import Problem, assert_close, expectations
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("scope", {"scope": "layer"}),
+        ("accumulate", {"accumulate": 1}),
+        ("lock_after", {"scope": "sequence", "lock_after": 0}),
+        ("lock_after", {"scope": "sequence", "lock_after": 2.0}),
+        ("lock_after", {"lock_after": 2}),
+        ("num_experts_per_tok", {"num_experts_per_tok": 0}),
+        ("routing", {"scop": "token"}),
+    ],
+)
+def test_bad_policies_are_named(name, values):
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        RoutingPolicy.from_dict(values)
+
+
+def test_models_that_cannot_follow_are_refused_unchanged():
+    with pytest.raises(ValueError, match=r"^model: Linear has no SmileLinear"):
+        set_routing(nn.Linear(2, 2), RoutingPolicy())
+    model = nn.Sequential(SmileLinear(8, 8, 2, 2, 2), SmileLinear(8, 8, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"^num_experts_per_tok: is 3; expected at most 2"):
+        set_routing(model, RoutingPolicy(num_experts_per_tok=3))
+    with pytest.raises(ValueError, match=r"^model: .* \[2, 3\] experts"):
+        set_routing(model, POLICIES["sequence"])
+    stray = t5()
+    stray.lm_head = SmileLinear(16, 50, N, R, G)
+    with pytest.raises(ValueError, match=r"^model: lm_head belongs to none of its parts \(T5Stack, T5Stack\)"):
+        set_routing(stray, POLICIES["sequence"])
+    assert get_routing(model) == RoutingPolicy()
+    assert [layer.num_experts_per_tok for layer in model] == [1, 1]
+    set_routing(model, RoutingPolicy(num_experts_per_tok=2))
+    assert [layer.num_experts_per_tok for layer in model] == [2, 2]
+
+
+@pytest.mark.parametrize("style", ["ColwiseSmile", "RowwiseSmile"])
+def test_layers_split_over_ranks_refuse_a_policy(style):
+    model = nn.Sequential(SmileLinear(8, 8, 2, 2, 2))
+    set_routing(model, RoutingPolicy("sequence"))
+    with pytest.raises(NotImplementedError, match=r"^routing: a layer split over ranks"):
+        getattr(distributed, style)().forward(model[0], None, torch.randn(3, 8))
+
+
+@by_name(POLICIES | {"token": RoutingPolicy()})
+def test_policies_survive_their_dict(policy):
+    assert RoutingPolicy.from_dict(policy.to_dict()) == policy
+    model = bert()
+    set_routing(model, policy)
+    assert get_routing(model) == RoutingPolicy(
+        policy.scope, policy.accumulate, policy.lock_after, policy.num_experts_per_tok
+    )
+
+
+@by_name({"sequence+layers, lock 3": POLICIES["sequence+layers, lock 3"], "token": RoutingPolicy()})
+def test_checkpoints_carry_the_policy(policy, tmp_path):
+    config = tf.BertConfig(**SIZES, intermediate_size=24)
+    base, finetuned = tf.BertModel(config), [tf.BertModel(config) for _ in range(3)]
+    model, _ = sk.upscale(
+        base, finetuned, rank_of_expert=4, rank_of_router=2, num_experts_per_tok=2, routing=policy, progress=False
+    )
+    model.eval()
+    ids = tokens(2, 6)
+    want = logits(model, input_ids=ids)
+    assert get_routing(model) == policy
+    sk.save_pretrained(model, tmp_path / "whole")
+    stored = json.loads((tmp_path / "whole" / "config.json").read_text())["quantization_config"]
+    assert ("routing" in stored) == policy.remembers
+    loaded = [sk.load_pretrained(tmp_path / "whole"), tf.AutoModel.from_pretrained(tmp_path / "whole")]
+    loaded.append(sk.load_pretrained(tmp_path / "whole", tf.BertModel(config).eval()))
+    other = RoutingPolicy("causal")
+    for copied in loaded:
+        assert get_routing(copied) == policy
+        torch.testing.assert_close(logits(copied, input_ids=ids), want, rtol=1e-4, atol=1e-5)
+    for how, copied in zip(("own", "transformers"), loaded):
+        set_routing(copied, other)
+        (sk.save_pretrained if how == "own" else tf.BertModel.save_pretrained)(copied, tmp_path / how)
+        assert get_routing(tf.AutoModel.from_pretrained(tmp_path / how)) == other
+
+
+def test_command_line_sets_the_policy(tmp_path):
+    config = tf.BertConfig(**SIZES, intermediate_size=24)
+    for name in ("base", "one", "two"):
+        tf.BertModel(config).save_pretrained(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in ("base", "one", "two", "out", "yaml.yml", "again")}
+    arguments = ["upscale", "--base", paths["base"], "--expert", paths["one"], "--expert", paths["two"]]
+    arguments += ["--rank-of-expert", "2", "--rank-of-router", "2"]
+    policy = ["--routing", "sequence", "--accumulate", "--lock-after", "3"]
+    result = CliRunner().invoke(app, [*arguments, *policy, "--out", paths["out"]], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert get_routing(sk.load_pretrained(paths["out"])) == RoutingPolicy("sequence", True, 3)
+    (tmp_path / "yaml.yml").write_text("parameters: {routing: {scope: causal, accumulate: true}}")
+    result = CliRunner().invoke(app, ["upscale", paths["yaml.yml"], *arguments[1:], "--out", paths["again"]])
+    assert result.exit_code == 0, result.output
+    assert get_routing(sk.load_pretrained(paths["again"])) == RoutingPolicy("causal", True)
+    result = CliRunner().invoke(app, [*arguments, "--lock-after", "3", "--out", str(tmp_path / "no")])
+    assert result.exit_code != 0
+    assert "lock_after: is 3" in result.output
+    assert not (tmp_path / "no").exists()
+
+
+def test_locked_layers_compute_no_scores(monkeypatch):
+    model = bert()
+    calls = []
+    scores = functional.router_scores
+    monkeypatch.setattr("smile_kernels.routing.router_scores", lambda *a, **k: calls.append(1) or scores(*a, **k))
+    set_routing(model, POLICIES["sequence+layers, lock 3"])
+    logits(model, input_ids=tokens(2, 5))
+    assert len(calls) == 3
+    model = llama()
+    for policy, scored in ((POLICIES["sequence+layers"], 0), (POLICIES["causal+layers, lock 3, m 2"], 3)):
+        set_routing(model, policy)
+        kv = tf.DynamicCache(config=model.config)
+        logits(model, input_ids=tokens(2, 5), past_key_values=kv)
+        calls.clear()
+        logits(model, input_ids=tokens(2, 1), past_key_values=kv)
+        assert len(calls) == scored
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_expert_for_all_tokens(dtype, monkeypatch):
+    """The case that needs no grouping of tokens, forward and backward, for weights other than 1 too."""
+    p = Problem.random(9, 23, 29, 5, 3, 4, dtype=dtype)
+    ids, weights = torch.full((9, 1), 3, dtype=torch.int32), torch.rand(9, 1) + 0.5
+    dy = torch.randn(9, 29).to(dtype)
+    leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}
+    leaves["weights"] = weights.to(p.s.dtype).requires_grad_()
+    options = {"num_experts_per_tok": 1, "rank_of_router": 4}
+    y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], ids), backend="torch")
+    got = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy, allow_unused=True)))}
+    for name, (want, plain_error) in expectations(p, ids, weights=weights, dy=dy).items():
+        assert_close(name, got[name], want, plain_error)
+    monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(composed.EVERY_TOKEN, 0))  # however large the problem
+    monkeypatch.delattr(composed, "_present")  # what groups tokens by expert
+    with torch.no_grad():
+        y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], ids), backend="torch")
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
+
+
+@by_name(POLICIES | {"token": RoutingPolicy()})
+def test_watching_counts_the_choices_and_changes_nothing(policy):
+    model = bert()
+    set_routing(model, policy)
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    want = logits(model, input_ids=ids, attention_mask=mask)
+    with Calls(model) as calls, watch_routing(model) as counts:
+        torch.testing.assert_close(logits(model, input_ids=ids, attention_mask=mask), want)
+    real = mask.bool()
+    if policy.remembers:
+        choices = [ids for _, ids in definition(calls, real.tolist(), policy)]
+    else:
+        choices = [functional.route(x, c.vh, num_experts_per_tok=1, rank_of_router=G)[1] for c, x, _ in calls]
+    names = {layer: name for name, layer in model.named_modules()}
+    for (layer, _, _), chosen in zip(calls, choices, strict=True):
+        assert torch.equal(counts[names[layer]], chosen[..., 0][real].bincount(minlength=N))
+    model(input_ids=ids)
+    assert sum(int(count.sum()) for count in counts.values()) == 9 * len(calls), "it counts only while it is open"
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "routing.py"
+    monkeypatch.setattr("sys.argv", ["routing.py", "--plot", str(tmp_path / "routing.png")])
+    runpy.run_path(str(example), run_name="__main__")
+    shares = [float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(shares) == 5
+    assert shares[0] < min(shares[1:]), "remembering must help"
+    assert (tmp_path / "routing.png").stat().st_size > 10_000
