@@ -7,7 +7,7 @@ import torch
 
 import smile_kernels
 from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs, tuning
+from smile_kernels.ops.triton import common, configs, tuning
 from smile_kernels.testing import Problem
 
 DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
@@ -28,18 +28,17 @@ def parameters(p: Problem) -> tuple:
 
 def record_launches(monkeypatch, tell) -> None:
     """Tell of every launch: the kernel's name and its constants."""
-    for module in ("shrink", "route", "expand", "decode", "grouped", "backward"):
-        namespace = __import__(f"{backend.__name__}.{module}", fromlist=["_"])
-        for name, kernel in vars(namespace).items():
-            if hasattr(kernel, "run") and name.startswith("_"):
-                run = kernel.run
+    kernels = type(common.dot)
+    launcher = kernels.__getitem__
 
-                def record(*args, run=run, name=f"{module}.{name}", **kwargs):
-                    meta = {k: v for k, v in kwargs.items() if k not in ("grid", "warmup")}
-                    tell((name, *sorted(meta.items())))
-                    return run(*args, **kwargs)
+    def record(kernel, grid):
+        def launch(*args, **constants):
+            tell((kernel.fn.__module__, kernel.fn.__name__, *sorted(constants.items())))
+            return launcher(kernel, grid)(*args, **constants)
 
-                monkeypatch.setattr(kernel, "run", record)
+        return launch
+
+    monkeypatch.setattr(kernels, "__getitem__", record)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -104,23 +103,23 @@ def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatc
         choices = configs.tables()[name]
         path = next(v for k, v in choices.items() if k.startswith("apply"))
         tile = next((v for k, v in choices.items() if k.startswith("expand")), {"BLOCK_T": 0})
-        return 1.0 - 0.5 * (path == "tma") - 0.25 * (tile["BLOCK_T"] == 16)
+        return 1.0 - 0.5 * (path == "delta") - 0.25 * (tile["BLOCK_T"] == 16)
 
     monkeypatch.setattr(tuning, "_seconds", seconds)
     best = tuning.tune(*parameters(p), tokens=[40], report=lambda *args: chosen.append(args))
     dims = "32 32 4 4 1"
-    assert best["apply half 64 " + dims] == "tma"
-    assert best["expand half 64 32 32"]["BLOCK_T"] == 16
+    assert best["apply half 64 " + dims] == "delta"
+    assert best["expand half 64 32 16"]["BLOCK_T"] == 16
     assert min(seconds for *_, seconds in chosen) == 0.25
     want = configs.Device(name, "interpreter", 4, False, True), torch.bfloat16, 40, 32, 32, 3, 4, 1
-    assert configs.apply_path(*want) == "tma"
+    assert configs.apply_path(*want) == "delta"
 
     configs.tables.cache_clear()
     assert configs.apply_path(*want) == "fused" if device == "cpu" else True
     tuning.save(p.x.device, {"an older": "choice"})
     tuning.save(p.x.device, best)
     configs.tables.cache_clear()
-    assert configs.apply_path(*want) == "tma"
+    assert configs.apply_path(*want) == "delta"
     table = json.loads(configs.user_table().read_text())
     assert table[name]["an older"] == "choice"
     assert list(configs.user_table().parent.iterdir()) == [configs.user_table()]

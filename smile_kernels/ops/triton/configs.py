@@ -219,10 +219,10 @@ def entries(r: int) -> dict[str, int]:
 
 
 def route(n: int, m: int, width: int) -> dict[str, int]:
-    """Block sizes of the route kernels for n experts, m a token, `width` products an expert: 32 products a thread."""
+    """Block sizes of the route kernels for n experts, m a token, `width` products an expert: 16 products a thread."""
     block_n, block_m = triton.next_power_of_2(n), triton.next_power_of_2(m)
     block_t = min(16, max(1, 256 // max(block_n, block_m)))
-    block_k = min(triton.next_power_of_2(width), max(1, 4096 // (block_t * block_n)))
+    block_k = min(triton.next_power_of_2(width), max(1, 2048 // (block_t * block_n)))
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
 

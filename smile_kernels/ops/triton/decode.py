@@ -75,10 +75,10 @@ def _decode(
                 h = dot(a, b, h, ROUTE_PRECISION)
             at = partial + ((piece // row_blocks) * T + t) * (N * K) + row
             tl.store(at, h, mask=(t < T) & (row < N * K))
-        if EXPAND and pid < slices:
+        if EXPAND:
             # Every thread's stores come before the one arrival of this program.
             tl.debug_barrier()
-            tl.atomic_add(arrivals, 1, sem="release")
+            tl.atomic_add(arrivals, 1, mask=pid < slices, sem="release")
 
     if EXPAND:
         n = tl.arange(0, BLOCK_N)[None, :]
@@ -130,10 +130,11 @@ def _decode(
                 tl.store(weights + t * M + slot, w, mask=(t < T) & (slot < M))
                 tl.store(ids + t * M + slot, e, mask=(t < T) & (slot < M))
 
-        # The last program to leave resets the counters for the next launch that uses them.
-        if SHRINK and tl.atomic_add(arrivals + 1, 1, sem="acq_rel") == programs - 1:
-            tl.store(arrivals, 0)
-            tl.store(arrivals + 1, 0)
+        if SHRINK:
+            # The last program to leave resets the counters for the next launch that uses them.
+            last = tl.atomic_add(arrivals + 1, 1, sem="acq_rel") == programs - 1
+            tl.store(arrivals, 0, mask=last)
+            tl.store(arrivals + 1, 0, mask=last)
 
 
 def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, rank_of_router: int, single: bool):

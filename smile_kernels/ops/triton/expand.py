@@ -39,6 +39,7 @@ def _expand(
     PDL: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -93,7 +94,6 @@ def _expand(
         b = tl.load(u_ptrs, mask=o_inside & (rank[:, None] < R), other=0.0)
         acc = dot(a, b, acc, PRECISION)
     if HAS_EXPERT_BIAS:
-        BLOCK_E: tl.constexpr = max(16, min(64, BLOCK_N))
         for first in range(0, N, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
             a = tl.load(gates + t[:, None] * N + e[None, :], mask=t_inside & (e[None, :] < N), other=0.0)
@@ -119,7 +119,7 @@ def expand(
     alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
-    device = configs.device(x.device)
+    device, block_n = configs.device(x.device), triton.next_power_of_2(n)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
     tma = path == "tma" and _describable(x) and _describable(weight)
@@ -135,7 +135,7 @@ def expand(
         x.stride(0),
         BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
         PRECISION=configs.precision(x.dtype, device), GROUP=8,
-        BLOCK_N=triton.next_power_of_2(n), BLOCK_R=configs.rank_block(r, x.dtype),
+        BLOCK_N=block_n, BLOCK_E=max(16, min(64, block_n)), BLOCK_R=configs.rank_block(r, x.dtype),
         **config, **device.dependent_launch(),
     )  # fmt: skip
     return y.addmm_(x, weight.T) if path == "delta" else y
