@@ -1,4 +1,4 @@
-"""Tables and plots from bench/results: python -m bench.report writes them into README.md and bench/README.md.
+"""Tables and plots from bench/results: python -m bench.report writes them into the documents.
 
 A block is what lies between <!-- bench:NAME --> and <!-- /bench -->. Nothing in it is typed.
 """
@@ -15,10 +15,11 @@ from smile_kernels.benchmark.measure import Record, geometric_mean, summary
 from smile_kernels.benchmark.peers import BASELINE
 
 from .models import tokens_per_second
+from .routing import mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "routing.md")
 NOT_MEASURED = "Not measured yet."
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -172,6 +173,53 @@ def construction_table(part: Record) -> str:
     return "\n\n".join([table, *(["\n".join(notes)] if notes else [])])
 
 
+def svd_table(part: Record) -> str:
+    """Seconds of a truncated SVD, the peers' times over ours, and what ours and the closest peer are worth."""
+    rows = []
+    for record in part["records"]:
+        seconds = {name: median(peer["wall_s"]) for name, peer in record["peers"].items()}
+        ours, randomized = (record["peers"][name] for name in ("smile", "torch.svd_lowrank"))
+        others = [f"{seconds[name] / seconds['smile']:.1f}" for name in seconds if name != "smile"]
+        worth = [f"{max(ours[key], 0):.0e} / {max(randomized[key], 0):.0e}" for key in ("excess", "sine")]
+        rows.append([f"{record['spectrum']}, {record['size']}", f"{seconds['smile']:.3f}", *others, *worth])
+    others = [f"{name} / ours" for name in part["records"][0]["peers"] if name != "smile"]
+    return markdown(["difference", "ours s", *others, "excess error, ours / lowrank", "router's sine"], rows)
+
+
+def streaming_table(part: Record) -> str:
+    """Peak memory of fusing checkpoints on disk."""
+    rows = []
+    for record in part["records"]:
+        above = record["peak_bytes"] - record["idle_bytes"]
+        sizes = [f"{record[name] / 1e6:.0f}" for name in ("base_bytes", "input_bytes")]
+        layers = f"{above / record['largest_layer_bytes']:.0f}"
+        rows.append([*sizes, str(record["workers"]), f"{above / 1e6:.0f}", layers, f"{record['seconds']:.0f}"])
+    header = ["base MB", "read MB", "layers at a time", "peak above idle MB", "in largest layers", "seconds"]
+    return markdown(header, rows)
+
+
+def routing_table(part: Record, tasks: int) -> str:
+    """Accuracy of every way to choose experts on each set of texts, the mean over the seeds."""
+    records = [record for record in part["records"] if len(record["tasks"]) == tasks]
+    rows = []
+    for way in dict.fromkeys(way for record in records for way in record["sets"]["prompted"]):
+        of_sets = [[r["sets"][name][way] for r in records if way in r["sets"][name]] for name in records[0]["sets"]]
+        rows.append([way, *(mean(*measured) for measured in of_sets)])
+    return markdown([f"{tasks} tasks", *records[0]["sets"]], rows)
+
+
+def routing_costs_table(part: Record, what: str) -> str:
+    """Times over the first call's, of models ("batch") or of a layer ("layer")."""
+    rows, names = [], []
+    for record in part["records"]:
+        if what not in record:
+            continue
+        name = f"{record['batch']} × {record['length']} tokens" if what == "batch" else record["name"]
+        names = list(record["peers"])[1:]
+        rows.append([name, *(f"{record['peers'][peer]['over_first']:.2f}" for peer in names)])
+    return markdown(["", *names], rows)
+
+
 def machine_line(part: Record) -> str:
     """The machine, versions, commit and limits of a part."""
     machine = part["machine"]
@@ -248,6 +296,12 @@ BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "refused": ("layers", refused),
     "models": ("models", models_table),
     "construction": ("construction", construction_table),
+    "svd": ("svd", svd_table),
+    "streaming": ("streaming", streaming_table),
+    "routing-6": ("routing", lambda part: routing_table(part, 6)),
+    "routing-8": ("routing", lambda part: routing_table(part, 8)),
+    "routing-models": ("routing_costs", lambda part: routing_costs_table(part, "batch")),
+    "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
     "machine": ("layers", machine_line),
 }
 

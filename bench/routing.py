@@ -1,16 +1,13 @@
-"""Routing policies and further rules on the demo's models, and what they cost: python -m bench.routing.
+"""Routing policies and further rules on the demo's models, and what they cost.
 
 Accuracy is that of validation texts alone. A case is the demo's: its fine-tuned models are read from the cache, or
 trained. Each rule answers four sets of texts: as the demo has them ("prompted"); single words without their prompt
 ("words"); the prompt of another task in front ("misled"); two texts of different tasks in one sequence ("mixed"), where
-each is read out from its own tokens. Costs are times of one thread, interleaved. Results go to
-bench/results/cpu/routing.json, one record after the other; an interrupted run goes on where it stopped.
+each is read out from its own tokens. Costs are times of one thread, interleaved.
 """
 
-import argparse
 import copy
 import dataclasses
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -28,8 +25,6 @@ from smile_kernels.benchmark.measure import Record, interleave
 from smile_kernels.demo.data import MINILM, TASKS
 from smile_kernels.demo.encoder import Lower, Recipe, Upper, by_length, encode_split, load_bert, pad, train_task
 from smile_kernels.demo.run import SHOWN, smile_layers
-
-from .run import folder_of, measure_all
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
 CASES = {  # tasks, recipe, seed, validation texts a task, words a task, misled texts a task, sequences a pair of tasks
@@ -359,19 +354,31 @@ def measure_model(batch: int, length: int) -> Record:
 
 
 @torch.no_grad()
-def measure_layer(in_features: int, out_features: int, tokens: int) -> Record:
-    """One layer: F.linear, with its own router, and with the routing given: one expert for all tokens, or any."""
+def measure_layer(in_features: int, out_features: int, tokens: int, backend: str) -> Record:
+    """One layer on one backend: F.linear; with its own router; with the routing given, as locked layers have it.
+
+    What is given: an expert drawn for each token; one for each of EXPERTS sequences of tokens / EXPERTS, as a policy of
+    scope "sequence" chooses, all different; one for all.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     layer, x = smile_layer(nn.Linear(in_features, out_features)), torch.randn(tokens, in_features)
-    ones, any_ = torch.ones(tokens, 1), torch.randint(0, EXPERTS, (tokens, 1), dtype=torch.int32)
+    weight, bias, vh, s, u = layer.weight, layer.bias, layer.vh, layer.s, layer.u
+    ones, of_sequences = torch.ones(tokens, 1), torch.randperm(EXPERTS).repeat_interleave(tokens // EXPERTS)
+    options = {"num_experts_per_tok": 1, "rank_of_router": ROUTER, "backend": backend}
+
+    def given(ids: Tensor) -> Callable[[], Tensor]:
+        routing = ones, ids.int()[:, None]
+        return lambda: functional.smile_linear(x, weight, bias, vh, s, u, **options, routing=routing)
+
     calls = {
-        "F.linear": lambda: F.linear(x, layer.weight, layer.bias),
-        "own router": lambda: layer(x),
-        "given, any experts": lambda: layer(x, routing=(ones, any_)),
-        "given, one expert": lambda: layer(x, routing=(ones, torch.zeros_like(any_))),
+        "F.linear": lambda: F.linear(x, weight, bias),
+        "own router": lambda: functional.smile_linear(x, weight, bias, vh, s, u, **options),
+        "given, one a token": given(torch.randint(0, EXPERTS, (tokens,))),
+        "given, one a sequence": given(of_sequences),
+        "given, one for all": given(torch.zeros(tokens)),
     }
-    return timed(calls, {"layer": [in_features, out_features], "tokens": tokens})
+    return timed(calls, {"layer": [in_features, out_features], "tokens": tokens, "backend": backend})
 
 
 def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
@@ -384,54 +391,21 @@ def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
     return {**what, "experts": EXPERTS, "rank": RANK, "router": ROUTER, "threads": 1, "peers": peers}
 
 
-def tables(records: list[Record]) -> str:
-    """The Markdown tables of docs/routing.md: accuracy of each case, the mean over its seeds; times over the first."""
-    cases: dict[str, list[Record]] = {}
-    models, layers = {}, {}
-    for record in records:
-        times = {name: f"{peer['over_first']:.2f}" for name, peer in record.get("peers", {}).items()}
-        if "sets" in record:
-            cases.setdefault(f"{len(record['tasks'])} tasks", []).append(record)
-        elif "layer" in record:
-            layers["{} → {}, {} tokens".format(*record["layer"], record["tokens"])] = times
-        else:
-            models[f"{record['batch']} × {record['length']} tokens"] = times
-    parts = []
-    for case, of in cases.items():
-        ways = dict.fromkeys(way for record in of for way in record["sets"]["prompted"])
-        rows = [
-            [way, *(mean(*(r["sets"][name][way] for r in of if way in r["sets"][name])) for name in of[0]["sets"])]
-            for way in ways
-        ]
-        parts.append([[case, *of[0]["sets"]], *rows])
-    for title, of in (("", models), ("routing", layers)):
-        names = list(next(iter(of.values())))[1:]
-        parts.append([[title, *names], *([what, *(times[name] for name in names)] for what, times in of.items())])
-    for part in parts:
-        part.insert(1, ["---", *["---:"] * (len(part[0]) - 1)])
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in part) for part in parts)
-
-
-def main() -> None:
-    plan = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
-    plan |= {
-        f"layer {d} to {o}, {t} tokens": lambda d=d, o=o, t=t: measure_layer(d, o, t)
-        for d, o in ((384, 384), (384, 1536))
-        for t in (16, 64, 256, 2048)
-    }
-    plan |= {
+def plan(device: str) -> dict[str, Callable[[], Record]]:
+    """Name -> what measures the accuracy."""
+    return {
         f"{case}, {kind}": lambda case=case, ways=ways: measure_case(case, ways)
         for case in CASES
         for kind, ways in {"policies": SHIPPED, "rules": RULES}.items()
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="the records with this in their names, of: " + "; ".join(plan))
-    only = parser.parse_args().only
-    file = folder_of("cpu") / "routing.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    measure_all({name: run for name, run in plan.items() if only in name}, file, "cpu", list)
-    print(tables(json.loads(file.read_text())["records"]))
 
 
-if __name__ == "__main__":
-    main()
+def plan_costs(device: str) -> dict[str, Callable[[], Record]]:
+    """Name -> what measures the time."""
+    plan = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
+    return plan | {
+        f"layer {d} to {o}, {t} tokens, {backend}": lambda d=d, o=o, t=t, b=backend: measure_layer(d, o, t, b)
+        for d, o in ((384, 384), (384, 1536))
+        for t in (16, 64, 256, 2048)
+        for backend in ("cpu", "torch")
+    }

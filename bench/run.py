@@ -1,4 +1,4 @@
-"""Measure everything the tables are made of: python -m bench.run [layers models construction] [--device cpu|cuda].
+"""Measure what the tables are made of: python -m bench.run [layers models construction ...] [--device cpu|cuda].
 
 Every record is written to bench/results/<device>/<part>.json as soon as it is measured. Interrupted and started again,
 it goes on where it stopped, unless the commit or the machine has changed: then everything is measured anew.
@@ -17,10 +17,17 @@ import torch
 from smile_kernels.benchmark.command import write_json
 from smile_kernels.benchmark.measure import Record, limits, machine
 
-from . import construction, models, problems
+from . import construction, models, problems, routing, streaming, svd
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {"layers": problems.plan, "models": models.plan, "construction": construction.plan}
+# Measured on a CPU, and longer: only if asked for.
+PARTS_ON_CPU = {
+    "svd": svd.plan,
+    "streaming": streaming.plan,
+    "routing": routing.plan,
+    "routing_costs": routing.plan_costs,
+}
 
 
 def folder_of(device: str) -> Path:
@@ -74,21 +81,23 @@ def measure_limits(device: str) -> list[Record]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; by default all")
+    names = f"some of {', '.join(PARTS)}; on a CPU {', '.join(PARTS_ON_CPU)} too; by default {', '.join(PARTS)}"
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=names)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    for part in options.parts or PARTS:
-        if part not in PARTS:
-            parser.error(f"parts: {part!r} is unknown; expected some of {', '.join(PARTS)}")
+    plans = PARTS | PARTS_ON_CPU if options.device == "cpu" else PARTS
+    for part in options.parts:
+        if part not in plans:
+            parser.error(f"parts: {part!r} is unknown on {options.device}; expected some of {', '.join(plans)}")
     if os.getloadavg()[0] > 0.5:
         print(f"the load is {os.getloadavg()[0]:.1f}: what else runs here will be in the figures")
     folder = folder_of(options.device)
     folder.mkdir(parents=True, exist_ok=True)
-    for part in options.parts or PARTS:
+    for part in options.parts:
         file = folder / f"{part}.json"
         # Only the layers are set against a floor.
         rates = (lambda: measure_limits(options.device)) if part == "layers" else list
-        measure_all(PARTS[part](options.device), file, options.device, rates)
+        measure_all(plans[part](options.device), file, options.device, rates)
 
 
 if __name__ == "__main__":

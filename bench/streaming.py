@@ -1,24 +1,24 @@
-"""Peak memory of `smile-kernels upscale` against the size of the model: python bench/streaming.py [--blocks 2 8 32].
+"""Peak memory of `smile-kernels upscale` against the size of the model.
 
 Random checkpoints of a Llama's shapes (hidden 1024, MLP 2816, bfloat16) and two fine-tuned versions of each are
 written to a temporary folder; each size is fused by a process of its own, whose peak resident memory the kernel
 reports. What an idle process needs is measured on a model of one small layer, and subtracted.
 """
 
-import argparse
-import json
+import functools
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from smile_kernels.files import StoredTensor, read_tensors, write_tensors, write_text
+from smile_kernels.benchmark.measure import Record
+from smile_kernels.files import StoredTensor, read_tensors, write_tensors
 
 HIDDEN, INNER, EXPERTS = 1024, 2816, 2
 SHAPES = {
@@ -68,56 +68,39 @@ def peak_memory(folder: Path, workers: int) -> tuple[int, float]:
     return usage.ru_maxrss * 1024, time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8, 32], help="sizes of model")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="layers at a time")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "cpu" / "streaming.json")
-    options = parser.parse_args()
-    largest = HIDDEN * INNER * 2
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        idle = Path(temporary) / "idle"
+@functools.cache
+def idle_memory() -> int:
+    """Peak resident bytes of a process that fuses a model of one small layer."""
+    with tempfile.TemporaryDirectory() as folder:
         for expert in range(EXPERTS + 1):
-            write_checkpoint(idle / str(expert), 1, {"small": (32, 32)}, expert)
-        idle_bytes = peak_memory(idle, 1)[0]
-        print(f"an idle process: {idle_bytes / 1e6:.0f} MB; the largest layer: {largest / 1e6:.1f} MB in bfloat16")
-        for blocks in options.blocks:
-            folder = Path(temporary) / f"blocks{blocks}"
-            for expert in range(EXPERTS + 1):
-                write_checkpoint(folder / str(expert), blocks, SHAPES, expert)
-            size = sum(tensor.nbytes for tensor in read_tensors(folder / "0").values())
-            for workers in options.workers:
-                peak, seconds = peak_memory(folder, workers)
-                row = {
-                    "blocks": blocks,
-                    "workers": workers,
-                    "base_bytes": size,
-                    "input_bytes": size * (1 + EXPERTS),
-                    "peak_bytes": peak,
-                    "above_idle_bytes": peak - idle_bytes,
-                    "above_idle_largest_layers": (peak - idle_bytes) / largest,
-                    "seconds": seconds,
-                }
-                rows.append(row)
-                print(
-                    f"{blocks:3} blocks, {size / 1e6:7.0f} MB base, {row['input_bytes'] / 1e6:7.0f} MB read, "
-                    f"{workers} at a time: {row['above_idle_bytes'] / 1e6:5.0f} MB above idle, "
-                    f"{row['above_idle_largest_layers']:.1f} largest layers, {seconds:.0f} s",
-                    flush=True,
-                )
-    result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "shapes": SHAPES,
+            write_checkpoint(Path(folder) / str(expert), 1, {"small": (32, 32)}, expert)
+        return peak_memory(Path(folder), 1)[0]
+
+
+def measure_streaming(blocks: int, workers: int) -> Record:
+    """A model of `blocks` Llama blocks, `workers` layers at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for expert in range(EXPERTS + 1):
+            write_checkpoint(Path(folder) / str(expert), blocks, SHAPES, expert)
+        size = sum(tensor.nbytes for tensor in read_tensors(Path(folder) / "0").values())
+        peak, seconds = peak_memory(Path(folder), workers)
+    return {
+        "blocks": blocks,
+        "workers": workers,
         "experts": EXPERTS,
-        "largest_layer_bytes": largest,
-        "idle_bytes": idle_bytes,
-        "rows": rows,
+        "base_bytes": size,
+        "input_bytes": size * (1 + EXPERTS),
+        "largest_layer_bytes": HIDDEN * INNER * 2,
+        "idle_bytes": idle_memory(),
+        "peak_bytes": peak,
+        "seconds": seconds,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.json, json.dumps(result, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def plan(device: str) -> dict[str, Callable[[], Record]]:
+    """Name -> what measures it."""
+    return {
+        f"{blocks} blocks, {workers} at a time": lambda b=blocks, w=workers: measure_streaming(b, w)
+        for blocks in (1, 4, 16)
+        for workers in (1, 2)
+    }

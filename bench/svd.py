@@ -1,12 +1,10 @@
-"""Truncated SVD of one difference of weights, one thread, against what else computes it: python -m bench.svd.
+"""Truncated SVD of one difference of weights, one thread, against what else computes it.
 
 The peers run side by side in one process on the same float32 matrix: fusion_bench's `svd` (the full decomposition which
 its upscaling cuts), `torch.linalg.svd(full_matrices=False)` and `torch.svd_lowrank(q=rank + 16, niter=4)`. Each record
-holds the times and what each peer's factors are worth against the full decomposition. Results go to
-bench/results/cpu/svd.json, one record after the other; an interrupted run goes on where it stopped.
+holds the times and what each peer's factors are worth against the full decomposition.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,8 +14,6 @@ from torch import Tensor
 
 from smile_kernels.benchmark.measure import Record
 from smile_kernels.svd import truncated_svd
-
-from .run import folder_of, measure_all
 
 RANK, ROUTER = 32, 16
 SPECTRA = ("decaying", "power law", "flat")
@@ -83,19 +79,10 @@ def measure_svd(spectrum: str, size: int, rounds: int) -> Record:
     return record
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, nargs="+", default=[1024, 2048, 4096])
-    options = parser.parse_args()
-    plan = {
+def plan(device: str) -> dict[str, Callable[[], Record]]:
+    """Name -> what measures it."""
+    return {
         f"{spectrum} {size}": lambda spectrum=spectrum, size=size: measure_svd(spectrum, size, 1 if size > 2048 else 3)
-        for size in options.size
+        for size in (1024, 2048, 4096)
         for spectrum in SPECTRA
     }
-    folder = folder_of("cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    measure_all(plan, folder / "svd.json", "cpu", list)
-
-
-if __name__ == "__main__":
-    main()

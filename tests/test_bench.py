@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 
-from bench import compare, construction, models, problems, report, run
+from bench import compare, construction, models, problems, report, routing, run, streaming
 from smile_kernels import SmileLinear
 from smile_kernels.benchmark import command, measure
 from smile_kernels.benchmark.peers import BASELINE, PEERS, CannotRunError, Peer
@@ -299,9 +299,10 @@ def test_slower_lists_what_beats_the_best_of_ours():
     assert "Nowhere" in report.slower(layers_part(layers_record("b", 20.0, plain=25.0)))
 
 
-def test_the_documents_hold_only_known_blocks():
+def test_the_documents_show_the_committed_results():
+    results = report.load()
     for document in report.DOCUMENTS:
-        report.fill(document.read_text(), {})
+        assert document.read_text(encoding="utf-8") == report.fill(document.read_text(encoding="utf-8"), results)
     with pytest.raises(ValueError, match="bench:cpu-everything: is unknown"):
         report.fill("<!-- bench:cpu-everything --><!-- /bench -->", {})
 
@@ -366,6 +367,8 @@ def test_compare_tells_changes_from_noise():
 
 
 def test_plans_name_every_run_once_and_fit_their_layers():
+    for make_plan in (run.PARTS | run.PARTS_ON_CPU).values():
+        assert make_plan("cpu")
     for plan in (problems.cpu(), problems.cuda()):
         assert len({r.name for r in plan}) == len(plan)
         for r in plan:
@@ -446,3 +449,31 @@ def test_construction_is_timed_and_checked(monkeypatch):
     assert record["peers"]["smile"]["refused"].startswith("expert 0: error")
     part = layers_part({"name": "layer"} | record)
     assert "- layer: smile refused: expert 0" in report.construction_table(part)
+
+
+def test_given_routing_is_timed_and_every_sequence_has_its_own_expert(monkeypatch):
+    given = []
+    smile_linear = routing.functional.smile_linear
+    monkeypatch.setattr(
+        routing.functional, "smile_linear", lambda *a, **k: given.append(k.get("routing")) or smile_linear(*a, **k)
+    )
+    monkeypatch.setattr(routing, "interleave", lambda calls, device, seconds: measure.interleave(calls, device, 0))
+    record = routing.measure_layer(40, 48, 24, "torch")
+    assert list(record["peers"]) == [
+        *("F.linear", "own router", "given, one a token", "given, one a sequence", "given, one for all")
+    ]
+    experts = {tuple(routing[1][:, 0].tolist()) for routing in given if routing is not None}
+    assert len(experts) == 3
+    assert sum(sorted(set(ids)) == list(range(8)) and ids[::3] == ids[1::3] == ids[2::3] for ids in experts) == 1
+    part = layers_part({"name": "layer", **record})
+    assert report.routing_costs_table(part, "layer").count("\n") == 2
+
+
+def test_streaming_is_measured_above_an_idle_process(monkeypatch):
+    monkeypatch.setattr(streaming, "SHAPES", {"small": (64, 48)})
+    record = streaming.measure_streaming(2, 1)
+    assert record["base_bytes"] == 2 * 64 * 48 * 2
+    assert record["input_bytes"] == 3 * record["base_bytes"]
+    assert record["peak_bytes"] > 50e6
+    assert abs(record["peak_bytes"] - record["idle_bytes"]) < 50e6
+    assert "| 0 | 0 | 1 |" in report.streaming_table(layers_part(record))

@@ -213,14 +213,6 @@ class TestTrials:
         texts = [trials.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states]
         assert trials.answer(model, heads, texts) == trials.answer(shipped, heads, texts)
 
-    def test_the_documentation_shows_the_committed_results(self):
-        """To bring the page up to date: print(trials.tables(records)), and paste the tables."""
-        root = Path(__file__).parents[1]
-        records = json.loads((root / "bench" / "results" / "cpu" / "routing.json").read_text())["records"]
-        page = (root / "docs" / "routing.md").read_text(encoding="utf-8")
-        for table in trials.tables(records).split("\n\n"):
-            assert table in page
-
     def test_the_parts_of_a_text_are_read_out_and_routed_on_their_own(self, case):
         model, _ = upscale(case.base, case.uppers, rank_of_expert=-1, rank_of_router=4, progress=False)
         trials.follow(model, trials.oracle)

@@ -238,7 +238,7 @@ def limits(device: str, dtypes: Sequence[torch.dtype], seconds: float = 1.0) -> 
 
     Returns:
         "bandwidth": [bytes, bytes per second] of reading buffers of growing size, from caches to memory;
-        "matmul": dtype -> FLOP/s of square products, the best of two sizes.
+        "matmul": dtype -> FLOP/s of square products, the best of two sizes; "clock_mhz": seen right after them.
     """
     sizes = [2**20, 2**22, 2**24, 2**26, 2**28] if device == "cpu" else [2**24, 2**26, 2**28, 2**31]
     bandwidth = []
@@ -256,7 +256,8 @@ def limits(device: str, dtypes: Sequence[torch.dtype], seconds: float = 1.0) -> 
             samples = interleave({"matmul": functools.partial(F.linear, a, b)}, device, seconds / 16)
             rates.append(2 * side**3 / min(samples["matmul"]["wall_us"]) * 1e6)
         matmul[str(dtype).removeprefix("torch.")] = round(max(rates))
-    return {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "matmul": matmul}
+    clock = _clock_mhz(device)
+    return {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "matmul": matmul, "clock_mhz": clock}
 
 
 def floor_us(record: Record, limits: Record) -> float:
