@@ -101,6 +101,6 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
     """Name -> what measures it."""
     return {
         f"{blocks} blocks, {workers} at a time": lambda b=blocks, w=workers: measure_streaming(b, w)
-        for blocks in (1, 4, 16)
+        for blocks in (2, 8, 32)
         for workers in (1, 2)
     }
