@@ -81,7 +81,7 @@ Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::c
 #if defined(SMILE_CUDA)
 // On a GPU the kernels of a small batch compute y whole, and read h where they expand it.
 constexpr bool kAlwaysNeedsH = true;
-bool computes_base_product(const smile::Sizes& n) { return smile::is_small(n); }
+bool computes_base_product(const smile::Sizes& n, const Tensor&) { return smile::is_small(n); }
 
 Tensor kernel_input(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
 
@@ -144,7 +144,9 @@ void run(const Tensor& x, const smile::Forward& p) {
 }
 #else
 constexpr bool kAlwaysNeedsH = false;
-bool computes_base_product(const smile::Sizes&) { return false; }
+bool computes_base_product(const smile::Sizes& n, const Tensor& weight) {
+  return smile::cpu_is_small(n) && weight.is_contiguous();  // at::linear takes a transposed one without a copy
+}
 
 Tensor kernel_input(const Tensor& x) { return x; }
 
@@ -184,6 +186,8 @@ struct Call {
   void set_router(const char* name, const Tensor& router, int64_t rank, int64_t num_experts_per_tok) {
     STD_TORCH_CHECK(router.dim() == 3 && rank >= 1 && rank <= router.size(1), name, ": has ", router.dim(),
                     " dimensions; expected [N, rows, in_features] with at least ", rank, " rows");
+    STD_TORCH_CHECK(rank <= p.n.in_features, "rank_of_router: is ", rank, "; expected 1 to ", p.n.in_features,
+                    ", in_features");
     check(name, router, x.scalar_type(), {router.size(0), router.size(1), p.n.in_features});
     p.n.num_experts = router.size(0);
     p.n.rank_of_router = rank;
@@ -212,7 +216,10 @@ struct Call {
     STD_TORCH_CHECK(weight.dim() == 2 && vh.dim() == 3 && s.dim() == 2,
                     "weight, vh, s: expected [out_features, in_features], [N, rows, in_features], [N, r]");
     const auto dtype = x.scalar_type();
-    const int64_t out_features = p.n.out_features = weight.size(0), experts = p.n.num_experts = s.size(0);
+    const int64_t out_features = p.n.out_features = weight.size(0), experts = s.size(0);
+    STD_TORCH_CHECK(p.router == nullptr || p.n.num_experts == experts, "router: has ", p.n.num_experts,
+                    " experts; expected those of s, ", experts);
+    p.n.num_experts = experts;
     p.n.rank_of_expert = s.size(1);
     p.n.vh_rows = vh.size(1);
     STD_TORCH_CHECK(p.n.vh_rows >= p.n.rank_of_expert, "vh: has ", p.n.vh_rows, " rows; expected at least ",
@@ -231,7 +238,7 @@ struct Call {
       h = empty(x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
       p.h = h->mutable_data_ptr();
     }
-    if (computes_base_product(p.n)) {
+    if (computes_base_product(p.n, weight)) {
       p.weight = keep(weight);
       p.bias = bias ? keep(*bias) : nullptr;
       y = empty(x, dtype, {p.n.tokens, out_features});

@@ -43,7 +43,7 @@ SMILE_END_TARGET
 #define SMILE_VECTOR_BYTES 32
 #define SMILE_VECTORS 16
 #define SMILE_BFLOAT16_DOT 0
-SMILE_TARGET("avx2,fma")
+SMILE_TARGET("avx2,fma,f16c")
 #include "cpu_kernels.h"
 SMILE_END_TARGET
 #endif
@@ -72,7 +72,7 @@ static ForwardFunction widest() {
                           __builtin_cpu_supports("avx512dq");
   if (has_avx512 && !avx2_only && !neither)
     return __builtin_cpu_supports("avx512bf16") ? avx512_bfloat16::forward : avx512::forward;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !neither) return avx2::forward;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && !neither) return avx2::forward;
 #endif
   return baseline::forward;
 }

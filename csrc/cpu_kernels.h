@@ -2,9 +2,10 @@
 // set, so there is no include guard. It sets SMILE_NAMESPACE; SMILE_VECTOR_BYTES, the size of a vector; SMILE_VECTORS,
 // how many registers hold one; SMILE_BFLOAT16_DOT, whether there is an instruction for bfloat16 dot products.
 //
-// A chunk of tokens goes through: float copy of x (where needed) -> router products -> top-m -> entries sorted by
-// expert -> the other rows of the selected experts -> expand into y. Every step is split over threads by what it
-// writes, so no two threads write the same number and the result does not depend on how many there are.
+// A chunk of tokens goes through: float copy of x (where needed) -> products with the router's rows, and with W where
+// the tokens are few -> top-m -> entries sorted by expert -> the other rows of the selected experts -> expand into y.
+// Every step is split over threads by what it writes, so no two threads write the same number and the result does not
+// depend on how many there are.
 
 namespace smile {
 namespace SMILE_NAMESPACE {
@@ -46,6 +47,11 @@ SMILE_INLINE Vector<float> load(const bfloat16* p) {
   return bit_cast<Vector<float>>(__builtin_convertvector(load_as<Bits16>(p), Bits32) << 16);
 }
 SMILE_INLINE Vector<float> load(const float16* p) {
+#if SMILE_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_cvtph_ps((__m256i)load_as<Bits16>(p));
+#elif SMILE_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)load_as<Bits16>(p));
+#else
   Bits32 bits = __builtin_convertvector(load_as<Bits16>(p), Bits32);
   Bits32 magnitude = bits & 0x7fff;
   Bits32 normal = (magnitude << 13) + (112u << 23);                                        // rebias the exponent
@@ -53,6 +59,7 @@ SMILE_INLINE Vector<float> load(const float16* p) {
   Bits32 denormal = bit_cast<Bits32>(bit_cast<Vector<float>>(magnitude + (126u << 23)) - 0.5f);  // 0.5 + m 2^-24 - 0.5
   Bits32 value = magnitude >= 0x7c00 ? special : (magnitude < 0x400 ? denormal : normal);
   return bit_cast<Vector<float>>(value | ((bits & 0x8000) << 16));
+#endif
 }
 
 SMILE_INLINE float to_real(float v) { return v; }
@@ -294,13 +301,15 @@ template <class R> void choose(const R* scores, int64_t count, int64_t m, R* wei
   for (int64_t j = 0; j < m; ++j) weights[j] /= sum;
 }
 
-// One product of a block of tokens with a block of rows: out[e] = rows x_e, for the entries e of one expert.
+// One product of a block of tokens with a block of rows: out[e] = rows x_e, for some entries e.
 template <class T, class R> struct Product {
-  const T* rows;        // [row_count, D]
+  const T* rows;              // [row_count, D]
   int64_t row_count;
   const int32_t* entries;
   int64_t count;
-  R* out;               // entry e at out + e * out_stride
+  int64_t entries_per_token;  // entry e multiplies token e / entries_per_token
+  R* out;                     // entry e at out + e * out_stride
+  int64_t out_stride;
 };
 
 template <class T> class Chunk {
@@ -317,9 +326,12 @@ template <class T> class Chunk {
     const int64_t entries_at_once = tokens_at_once * n.num_experts_per_tok;
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
     if (p.router) q.reset(new R[tokens_at_once * n.num_experts * n.rank_of_router]);
+    if (p.weight) base.reset(new R[tokens_at_once * n.out_features]);
     if (p.y) z.reset(new R[entries_at_once * n.rank_of_expert]);
     x.resize(tokens_at_once);
-    entries.resize(std::max(entries_at_once, tokens_at_once));
+    every_token.resize(tokens_at_once);
+    for (int64_t t = 0; t < tokens_at_once; ++t) every_token[t] = int32_t(t);
+    entries.resize(entries_at_once);
     first.resize(n.num_experts + 1);
   }
 
@@ -329,10 +341,16 @@ template <class T> class Chunk {
       weights = static_cast<R*>(p.weights) + begin * n.num_experts_per_tok;
       ids = p.ids + begin * n.num_experts_per_tok;
       read_x();
-      if (p.router) route();
+      if (p.weight) add_base_product();
+      if (p.router) {
+        add_router_products();
+        run_products();
+        choose_experts();
+      }
       if (!p.y) continue;
       sort_entries();
-      shrink();
+      add_shrink_products();
+      run_products();
       scale();
       expand();
     }
@@ -358,15 +376,16 @@ template <class T> class Chunk {
   }
 
   // Splits rows x entries into products small enough for the caches, and many enough for the threads.
-  void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, R* out) {
+  void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, int64_t entries_per_token,
+                    R* out, int64_t out_stride) {
     const int64_t rows_at_once = count <= kTokens ? kRows : 4 * kRows, entries_at_once = 8 * kTokens;
     for (int64_t e = 0; e < count; e += entries_at_once)
       for (int64_t j = 0; j < row_count; j += rows_at_once)
         products.push_back({rows + j * n.in_features, std::min(rows_at_once, row_count - j), list + e,
-                            std::min(entries_at_once, count - e), out + j});
+                            std::min(entries_at_once, count - e), entries_per_token, out + j, out_stride});
   }
 
-  void run_products(int64_t entries_per_token, int64_t out_stride) {
+  void run_products() {
     int64_t work = 0;
     for (const auto& product : products) work += product.row_count * product.count;
     if (work == 0) return;
@@ -376,8 +395,8 @@ template <class T> class Chunk {
         const X* xs[8 * kTokens];
         R* outs[8 * kTokens];
         for (int64_t e = 0; e < product.count; ++e) {
-          xs[e] = x[product.entries[e] / entries_per_token];
-          outs[e] = product.out + product.entries[e] * out_stride;
+          xs[e] = x[product.entries[e] / product.entries_per_token];
+          outs[e] = product.out + product.entries[e] * product.out_stride;
         }
         dots(xs, outs, product.count, product.rows, n.in_features, product.row_count, n.in_features, false);
       }
@@ -385,13 +404,26 @@ template <class T> class Chunk {
     products.clear();
   }
 
-  void route() {
-    const int64_t q_stride = n.num_experts * n.rank_of_router, m = n.num_experts_per_tok;
-    for (int64_t t = 0; t < tokens; ++t) entries[t] = int32_t(t);
+  void add_base_product() {
+    add_products(static_cast<const T*>(p.weight), n.out_features, every_token.data(), tokens, 1, base.get(),
+                 n.out_features);
+  }
+
+  void add_router_products() {
     for (int64_t i = 0; i < n.num_experts; ++i)
-      add_products(static_cast<const T*>(p.router) + i * p.router_expert_stride, n.rank_of_router, entries.data(),
-                   tokens, &q[i * n.rank_of_router]);
-    run_products(1, q_stride);
+      add_products(static_cast<const T*>(p.router) + i * p.router_expert_stride, n.rank_of_router, every_token.data(),
+                   tokens, 1, &q[i * n.rank_of_router], n.num_experts * n.rank_of_router);
+  }
+
+  void add_shrink_products() {
+    for (int64_t i = 0; i < n.num_experts; ++i)
+      add_products(static_cast<const T*>(p.vh) + (i * n.vh_rows + known_rows) * n.in_features,
+                   n.rank_of_expert - known_rows, &entries[first[i]], first[i + 1] - first[i], n.num_experts_per_tok,
+                   &z[known_rows], n.rank_of_expert);
+  }
+
+  void choose_experts() {
+    const int64_t q_stride = n.num_experts * n.rank_of_router, m = n.num_experts_per_tok;
     parallel(parallel_for, tokens, 4 * q_stride + n.num_experts * m, [&](int64_t from, int64_t to) {
       std::vector<R> scores(n.num_experts);
       for (int64_t t = from; t < to; ++t) {
@@ -411,13 +443,6 @@ template <class T> class Chunk {
     for (int64_t e = 0; e < count; ++e) entries[first[ids[e]]++] = int32_t(e);
     for (int64_t i = n.num_experts; i > 0; --i) first[i] = first[i - 1];
     first[0] = 0;
-  }
-
-  void shrink() {
-    for (int64_t i = 0; i < n.num_experts; ++i)
-      add_products(static_cast<const T*>(p.vh) + (i * n.vh_rows + known_rows) * n.in_features,
-                   n.rank_of_expert - known_rows, &entries[first[i]], first[i + 1] - first[i], &z[known_rows]);
-    run_products(n.num_experts_per_tok, n.rank_of_expert);
   }
 
   // z = w s h; the rows that the router has computed are h as well.
@@ -443,13 +468,23 @@ template <class T> class Chunk {
       for (int64_t block = from; block < to; ++block) {
         const int64_t o = block * kWidth, width = std::min(kWidth, n.out_features - o);
         T* y = static_cast<T*>(p.y) + begin * n.out_features + o;
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int64_t c = 0; c < width; ++c) sums[t * kWidth + c] = to_real(y[t * n.out_features + c]);
+        for (int64_t t = 0; t < tokens; ++t) begin_sums(t, o, width, y + t * n.out_features, &sums[t * kWidth]);
         for (int64_t i = 0; i < n.num_experts; ++i) expand_expert(i, o, width, sums.get(), panel.get());
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t c = 0; c < width; ++c) y[t * n.out_features + c] = from_real<T>(sums[t * kWidth + c]);
       }
     });
+  }
+
+  // sums = x W^T + b for `width` outputs from o on.
+  void begin_sums(int64_t t, int64_t o, int64_t width, const T* y, R* sums) {
+    if (!p.weight) {
+      for (int64_t c = 0; c < width; ++c) sums[c] = to_real(y[c]);
+      return;
+    }
+    std::copy_n(&base[t * n.out_features + o], width, sums);
+    if (p.bias)
+      for (int64_t c = 0; c < width; ++c) sums[c] += to_real(static_cast<const T*>(p.bias)[o + c]);
   }
 
   void expand_expert(int64_t i, int64_t o, int64_t width, R* sums, R* panel) {
@@ -492,9 +527,9 @@ template <class T> class Chunk {
   R* weights;
   int32_t* ids;
   std::unique_ptr<X[]> x_copy;         // [tokens, D]
-  std::unique_ptr<R[]> q, z;           // [tokens, N, g], [tokens * m, r]
+  std::unique_ptr<R[]> base, q, z;     // [tokens, O], [tokens, N, g], [tokens * m, r]
   std::vector<const X*> x;
-  std::vector<int32_t> entries;
+  std::vector<int32_t> every_token, entries;
   std::vector<int64_t> first;
   std::vector<Product<T, R>> products;
 };

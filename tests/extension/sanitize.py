@@ -12,7 +12,7 @@ from smile_kernels.testing import Problem
 def check_cpu() -> None:
     for dtype in cases.DTYPES:
         for shape in cases.SHAPES:
-            problem = Problem.random(*shape, dtype=dtype, router=shape[0] % 2 == 0)
+            problem = Problem.random(*shape, dtype=dtype, router=shape[0] % 2 == 0, bias=shape[0] % 5 != 0)
             problem.x = torch.cat([problem.x, problem.x], 1)[:, 1 : shape[1] + 1]  # rows start between cache lines
             cases.check_forward(torch.ops.smile_kernels_ext, problem)
 
