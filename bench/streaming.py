@@ -2,11 +2,10 @@
 
 Random checkpoints of a Llama's shapes (hidden 1024, MLP 2816, bfloat16) and two fine-tuned versions of each are
 written to a temporary folder; each size is fused by a process of its own, whose peak resident memory the kernel
-reports. What an idle process needs is measured on a model of one small layer, and subtracted.
+reports to it. What an idle process needs is measured on a model of one small layer, and subtracted.
 """
 
 import functools
-import os
 import subprocess
 import sys
 import tempfile
@@ -54,18 +53,28 @@ def write_checkpoint(folder: Path, blocks: int, shapes: dict[str, tuple[int, int
     write_tensors(folder, tensors, max_shard_size="200MB")
 
 
+# A process reports its own peak: what its parent learns from wait4 is at least the parent's own size.
+PROGRAM = r"""
+import re
+from smile_kernels.cli import app
+try:
+    app()
+finally:
+    print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
 def peak_memory(folder: Path, workers: int) -> tuple[int, float]:
     """Peak resident bytes and seconds of a process that fuses the checkpoints in `folder`."""
     experts = [option for i in range(1, EXPERTS + 1) for option in ("--expert", str(folder / str(i)))]
-    command = [sys.executable, "-m", "smile_kernels", "upscale", "--base", str(folder / "0"), *experts]
+    command = [sys.executable, "-c", PROGRAM, "upscale", "--base", str(folder / "0"), *experts]
     command += ["--rank-of-expert", "16", "--rank-of-router", "8", "--workers", str(workers)]
     command += ["--out", str(folder / f"out{workers}"), "--out-shard-size", "200MB"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)}: status {status}")
-    return usage.ru_maxrss * 1024, time.perf_counter() - start
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: status {process.returncode}: {process.stderr[-2000:]}")
+    return int(process.stdout.split()[-1]) * 1024, time.perf_counter() - start
 
 
 @functools.cache
