@@ -381,11 +381,11 @@ class _Pass:
         # Autocast leaves some inputs in another dtype than the parameters: the router works in the latter.
         scores = router_scores(x.detach().to(rows.dtype), rows, rank_of_router=layer.rank_of_router)
         batch, length = self.tokens.shape(x)
-        shares = _shares(scores).view(batch, length, -1)
+        shares = energy_shares(scores).view(batch, length, -1)
         real = self.tokens.real_of(x)
         if real is not None:
             shares = torch.where(real[..., None].to(shares.device), shares, 0)
-        logs = _log_evidence(self._pool(key, shares), self.policy.accumulate)
+        logs = log_evidence(self._pool(key, shares), self.policy.accumulate)
         if self.policy.accumulate and self.evidence is not None:
             if self.evidence.shape != logs.shape:
                 raise RuntimeError(
@@ -568,7 +568,7 @@ def _boundaries_from_lengths(cu_seq_lens: Tensor, length: int) -> Tensor:
     return (at[:, None] == cu_seq_lens[None]).any(1)[None]
 
 
-def _shares(scores: Tensor) -> Tensor:
+def energy_shares(scores: Tensor) -> Tensor:
     """p_i = score_i^2 / sum_j score_j^2 over the last dimension; all 0 where the scores are. NaN counts as 0."""
     scores = scores.nan_to_num(nan=0.0)
     ratio = scores / scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
@@ -581,7 +581,7 @@ def _shares(scores: Tensor) -> Tensor:
 _LEAST = 1e-30
 
 
-def _log_evidence(sums: Tensor, accumulate: bool) -> Tensor:
+def log_evidence(sums: Tensor, accumulate: bool) -> Tensor:
     """log P up to a constant, [..., N]: finite, with the stand-in for experts that have no evidence at this layer."""
     logs = sums.clamp_min(_LEAST).log()
     if accumulate:

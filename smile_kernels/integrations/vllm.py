@@ -20,6 +20,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..checkpoint import QUANT_METHOD, SmileConfig, SmileModuleConfig
 from ..functional import select_experts, smile_linear
+from .vllm_routing import RememberedRouting
 
 
 class SmileQuantizationConfig(QuantizationConfig):
@@ -29,6 +30,10 @@ class SmileQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.modules = config.modules
+        self.num_experts_per_tok = config.routing.num_experts_per_tok or config.num_experts_per_tok
+        self.routing = None
+        if config.routing.remembers:
+            self.routing = RememberedRouting(config.routing, config.num_local_experts, self.num_experts_per_tok)
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -52,11 +57,6 @@ class SmileQuantizationConfig(QuantizationConfig):
                 f"base_model_name_or_path: is {smile.base_model_name_or_path!r}; vLLM reads one folder, so expected a "
                 "whole checkpoint (load_pretrained, then save_pretrained, makes one)"
             )
-        if smile.routing.remembers:
-            raise NotImplementedError(
-                f"routing: the checkpoint asks for {smile.routing}, which needs state for each request; expected scope "
-                "'token' in vLLM, so remove routing from its quantization_config to serve it with the published routing"
-            )
         return cls(smile)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
@@ -72,19 +72,25 @@ class SmileQuantizationConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise ValueError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
-        return SmileLinearMethod(parts, self.config.num_local_experts, self.config.num_experts_per_tok)
+        return SmileLinearMethod(parts, self.config.num_local_experts, self.num_experts_per_tok, self.routing)
 
 
 class SmileLinearMethod(UnquantizedLinearMethod):
     """Creates, loads and applies one layer's experts; `parts` has one entry for each router, None for a dense part."""
 
-    def __init__(self, parts: dict[str, SmileModuleConfig | None], num_local_experts: int, num_experts_per_tok: int):
+    def __init__(
+        self,
+        parts: dict[str, SmileModuleConfig | None],
+        num_local_experts: int,
+        num_experts_per_tok: int,
+        routing: RememberedRouting | None = None,
+    ):
         super().__init__()
         self.names, self.parts = list(parts), list(parts.values())
-        self.n, self.m = num_local_experts, num_experts_per_tok
-        present = [part for part in self.parts if part]
-        self.r = max(part.rank_of_expert for part in present)
-        self.g = max(part.rank_of_router for part in present)
+        self.n, self.m, self.routing = num_local_experts, num_experts_per_tok, routing
+        self.present = [i for i, part in enumerate(self.parts) if part]
+        self.r = max(self.parts[i].rank_of_expert for i in self.present)
+        self.g = max(self.parts[i].rank_of_router for i in self.present)
 
     def create_weights(
         self,
@@ -96,6 +102,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
+        load = extra_weight_attrs.pop("weight_loader")
         super().create_weights(
             layer,
             input_size_per_partition,
@@ -103,12 +110,14 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             input_size,
             output_size,
             params_dtype,
+            weight_loader=functools.partial(self._load_weight, load),
             **extra_weight_attrs,
         )
-        load = extra_weight_attrs["weight_loader"]
         d, o, p = input_size_per_partition, sum(output_partition_sizes), len(self.parts)
         self.rows = [o] if p == 1 else output_partition_sizes
-        present = [part for part in self.parts if part]
+        present = [self.parts[i] for i in self.present]
+        if self.routing is not None:
+            self.first = self.routing.add(len(present))
         k = max(self.r, *(part.rank_of_router for part in present if not part.router), 0)
 
         def register(name: str, shape: tuple[int, ...], loader: Callable, dtype=params_dtype, **attributes) -> None:
@@ -126,8 +135,20 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         if any(part.router for part in present):
             register("router", (p, self.n, self.g, d), functools.partial(_load_part, layer))
 
+    def _load_weight(self, load: Callable, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
+        """One part of weight [O, D], which the checkpoint stores as [D, O] where it says fan_in_fan_out.
+
+        Some models of vLLM transpose what they read, as GPT-2 does for its Conv1D layers, whatever a checkpoint says.
+        """
+        part = self.parts[_index(len(self.parts), *shard)]
+        if part is not None and loaded.dim() == 2:
+            transposed = loaded.stride(0) == 1 and loaded.shape[1] > 1
+            if transposed != part.fan_in_fan_out:
+                loaded = loaded.t()
+        load(parameter, loaded, *shard)
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        p, n = len(self.parts), self.n
+        n = self.n
         expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
         ends = torch.tensor(self.rows).cumsum(0).tolist()
         missing = []
@@ -146,21 +167,19 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                     missing.append(f"{self.names[i]}.{name}")
         if missing:
             raise ValueError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
-        tensors = {"vh": layer.vh.flatten(0, 1), "s": layer.s.flatten(0, 1)}
-        uniform = all(part and not part.router and part.rank_of_router == self.g for part in self.parts)
-        rows = None if uniform else layer.vh.new_zeros(p, n, self.g, layer.vh.shape[-1])
-        if rows is not None:
-            for i, part in enumerate(self.parts):
-                if part:
-                    own = layer.router[i] if part.router else layer.vh[i]
-                    rows[i, :, : part.rank_of_router] = own[:, : part.rank_of_router]
+        tensors = {name: getattr(layer, name)[self.present].flatten(0, 1) for name in ("vh", "s")}
+        if any(self.parts[i].router or self.parts[i].rank_of_router != self.g for i in self.present):
+            rows = layer.vh.new_zeros(len(self.present), n, self.g, layer.vh.shape[-1])
+            for to, i in zip(rows, self.present, strict=True):
+                own = layer.router[i] if self.parts[i].router else layer.vh[i]
+                to[:, : self.parts[i].rank_of_router] = own[:, : self.parts[i].rank_of_router]
             tensors["router"] = rows.flatten(0, 1)
         for name in ("u", "expert_bias"):
             if name in expected:
                 t = expected[name]
-                spread = t.new_zeros(p, *t.shape)
-                for i, end in enumerate(ends):
-                    spread[i, :, end - self.rows[i] : end] = t[:, end - self.rows[i] : end]
+                spread = t.new_zeros(len(self.present), *t.shape)
+                for to, i in zip(spread, self.present, strict=True):
+                    to[:, ends[i] - self.rows[i] : ends[i]] = t[:, ends[i] - self.rows[i] : ends[i]]
                 tensors[name] = spread.flatten(0, 1)
         for name in ("vh", "s", "u", "expert_bias", "router"):
             t = tensors.get(name)
@@ -168,18 +187,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
-        expert_bias = layer.expert_bias if not split or layer.tp_rank == 0 else None
-        routing = None
-        if split or len(self.parts) > 1:
-            rows = layer.vh[:, : self.g] if layer.router is None else layer.router
-            projections = F.linear(x.float(), rows.flatten(0, 1).float())
-            if split:
-                # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
-                projections = tensor_model_parallel_all_reduce(projections)
-            scores = torch.linalg.vector_norm(projections.unflatten(-1, (len(self.parts), self.n, self.g)), dim=-1)
-            weights, ids = select_experts(scores, self.m)
-            first = torch.arange(0, len(self.parts) * self.n, self.n, device=x.device, dtype=ids.dtype)
-            routing = weights.flatten(-2), (ids + first[:, None]).flatten(-2)
+        alone = self.routing is None and len(self.present) == 1 and not split  # then the kernel routes by itself
         return smile_linear(
             x,
             layer.weight,
@@ -187,18 +195,43 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             layer.vh,
             layer.s,
             layer.u,
-            expert_bias,
-            layer.router if routing is None else None,
+            layer.expert_bias if not split or layer.tp_rank == 0 else None,
+            layer.router if alone else None,
             num_experts_per_tok=self.m,
-            rank_of_router=self.g if routing is None else 1,
-            routing=routing,
+            rank_of_router=self.g if alone else 1,
+            routing=None if alone else self._route(layer, x, split),
         )
 
+    def _route(self, layer: nn.Module, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
+        """The choices of all the layer's routers, side by side: weights and ids [..., P x m]."""
+        p = len(self.present)
+        scored = p if self.routing is None else self.routing.count(self.first, p)
+        if scored:
+            rows = (layer.vh[:, : self.g] if layer.router is None else layer.router)[: scored * self.n]
+            projections = F.linear(x.float(), rows.flatten(0, 1).float())
+            if split:
+                # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
+                projections = tensor_model_parallel_all_reduce(projections)
+            scores = torch.linalg.vector_norm(projections.unflatten(-1, (scored, self.n, self.g)), dim=-1)
+        else:
+            scores = x.new_empty(*x.shape[:-1], 0, self.n)
+        if self.routing is None:
+            weights, ids = select_experts(scores, self.m)
+        else:
+            weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p)
+        first = torch.arange(0, p * self.n, self.n, device=x.device, dtype=ids.dtype)
+        shape = (*x.shape[:-1], p * self.m)
+        return weights.reshape(shape), (ids + first[:, None]).reshape(shape)
 
-def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
+
+def _index(parts: int, shard: Any = None) -> int:
+    """The number of one of a layer's parts, by vLLM's name for it; a layer of one part may be read by any name."""
+    return 0 if parts == 1 else {"q": 0, "k": 1, "v": 2}.get(shard, shard)
+
+
+def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
     """One part of vh, s or router [P, N, ranks, D]; a shorter rank ends in zeros, D is cut for tensor parallelism."""
-    index = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard, shard)
-    target = parameter.data[index]
+    target = parameter.data[_index(len(parameter), *shard)]
     if target.dim() == 3 and loaded.shape[-1] != target.shape[-1]:
         loaded = loaded.narrow(-1, layer.tp_rank * target.shape[-1], target.shape[-1])
     target.zero_()

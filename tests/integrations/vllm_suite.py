@@ -7,6 +7,7 @@ there is one engine for each architecture and number of ranks, and each of them 
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,15 +28,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from smile_kernels import RoutingPolicy, SmileLinear
+from smile_kernels import RoutingPolicy, SmileLinear, get_routing
 from smile_kernels.checkpoint import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.vllm import SmileQuantizationConfig
+from smile_kernels.integrations.vllm_routing import RememberedRouting
 from smile_kernels.streaming import upscale_checkpoints
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
 tiny_models.CONFIGS["GPT2LMHeadModel"] = lambda: transformers.GPT2Config(
     n_embd=128, n_layer=2, n_head=4, vocab_size=96, **tiny_models.SPECIAL
+)
+tiny_models.CONFIGS["MistralForCausalLM"] = lambda: transformers.MistralConfig(
+    **tiny_models.GROUPED, **tiny_models.SPECIAL, sliding_window=48
 )
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_generate.py"
@@ -48,6 +53,11 @@ ENVIRONMENT = {
 }
 TOKENS = 12
 PROMPTS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
+# Longer than a block of the KV cache, or a chunk of prefill, of 32 tokens; the last begins as the one before it.
+LONG = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 40, 3, 150, 21)]
+LONG.append(LONG[3][:100] + LONG[1])
+BLOCK = 128  # tokens, in vLLM's KV cache on a CPU
+CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 3, "block_size": 32, "max_model_len": 256}
 
 
 class Served(NamedTuple):
@@ -116,13 +126,13 @@ def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[in
     return ids[0, len(prompt) :].tolist()
 
 
-def in_vllm(folder, loras: tuple = (None,), **options) -> list[list[list[int]]]:
+def in_vllm(folder, loras: tuple = (None,), prompts: list = PROMPTS, **options) -> list[list[list[int]]]:
     """Greedy tokens by one engine, in a process of its own: for each adapter, for each prompt."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_in_vllm, str(folder), loras, options).result()
+        return pool.submit(_in_vllm, str(folder), loras, prompts, options).result()
 
 
-def _in_vllm(folder: str, loras: tuple, options: dict) -> list[list[list[int]]]:
+def _in_vllm(folder: str, loras: tuple, prompts: list, options: dict) -> list[list[list[int]]]:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -130,12 +140,19 @@ def _in_vllm(folder: str, loras: tuple, options: dict) -> list[list[list[int]]]:
     options = {"enforce_eager": True, "dtype": "float32", "max_model_len": 64, **options}
     engine = LLM(folder, skip_tokenizer_init=True, **options)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
     answers = []
     for lora in loras:
         request = LoRARequest("adapter", 1, lora) if lora else None
         outputs = engine.generate(prompts, sampling, lora_request=request)
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
+    if len(prompts[-1]["prompt_token_ids"]) > BLOCK:  # asked again, with its prefix in the cache
+        (again,) = engine.generate(prompts[-1:], sampling, lora_request=request)
+        assert again.num_cached_tokens >= BLOCK
+        assert list(again.outputs[0].token_ids) == answers[-1][-1]
+    if not options.get("disable_log_stats", True):
+        (preemptions,) = (metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert preemptions > 0
     return answers
 
 
@@ -159,9 +176,61 @@ def test_the_same_tokens(architecture, options, served):
     assert in_vllm(case.folder, **options) == [case.tokens]
 
 
-def test_the_same_tokens_with_and_without_a_lora_adapter(served, tmp_path):
+def test_conv1d_layers_saved_from_memory(served, tmp_path):
+    """transformers stores them as it holds them, unlike the base's checkpoint; some of them are square."""
+    case = served("GPT2LMHeadModel")
+    case.model.save_pretrained(tmp_path)
+    stored, base = (load_file(folder / "model.safetensors") for folder in (tmp_path, case.folder))
+    square = "transformer.h.0.attn.c_proj.weight"
+    assert torch.equal(stored[square], base[square].T)
+    assert not torch.equal(stored[square], base[square])
+    assert in_vllm(tmp_path) == [case.tokens]
+
+
+def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
+    """The checkpoint with another policy in `to`, and the model that transformers loads from there."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    config = json.loads((to / "config.json").read_text())
+    config["quantization_config"]["routing"] = policy.to_dict()
+    (to / "config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(to)
+    assert get_routing(model) == policy
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "policy", "options"),
+    [
+        (
+            "LlamaForCausalLM",
+            RoutingPolicy("causal", accumulate=True),
+            # Room for one of the longest prompts and little more: requests are preempted.
+            {**CHUNKS, "num_gpu_blocks_override": 9, "disable_log_stats": False},
+        ),
+        (
+            "LlamaForCausalLM",
+            RoutingPolicy("causal", accumulate=True, lock_after=2),
+            {"tensor_parallel_size": 2, **CHUNKS},
+        ),
+        ("LlamaForCausalLM", RoutingPolicy(accumulate=True, lock_after=9), {"model_impl": "transformers", **CHUNKS}),
+        ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"tensor_parallel_size": 2, **CHUNKS}),
+        ("MistralForCausalLM", RoutingPolicy("causal", num_experts_per_tok=3), {"max_model_len": 256}),
+    ],
+    ids=["preempted", "locked-tp2", "transformers", "parts-tp2", "sliding-window"],
+)
+def test_routing_that_remembers(architecture, policy, options, served, tmp_path):
+    case = served(architecture)
+    model = with_routing(case.folder, tmp_path, policy)
+    want = [greedy(model, prompt) for prompt in LONG]
+    assert want != [greedy(case.model, prompt) for prompt in LONG]
+    assert in_vllm(tmp_path, prompts=LONG, **options) == [want]
+
+
+@pytest.mark.parametrize("policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True)], ids=["token", "causal"])
+def test_the_same_tokens_with_and_without_a_lora_adapter(policy, served, tmp_path):
     case = served("LlamaForCausalLM")
-    model, generator, tensors = transformers.LlamaForCausalLM.from_pretrained(case.folder), torch.Generator(), {}
+    model, generator, tensors = with_routing(case.folder, tmp_path / "model", policy), torch.Generator(), {}
+    want = [greedy(model, prompt) for prompt in PROMPTS]
     for i, layer in enumerate(model.model.layers):
         for name in ("q_proj", "o_proj"):
             a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((8, 128), (128, 8)))
@@ -171,23 +240,26 @@ def test_the_same_tokens_with_and_without_a_lora_adapter(served, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj"], "bias": "none"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    plain, adapted = in_vllm(case.folder, (None, str(tmp_path)), enable_lora=True, max_lora_rank=8)
-    assert plain == case.tokens
-    assert adapted == [greedy(model, prompt) for prompt in PROMPTS] != case.tokens
+    plain, adapted = in_vllm(tmp_path / "model", (None, str(tmp_path)), enable_lora=True, max_lora_rank=8)
+    assert plain == want
+    assert adapted == [greedy(model, prompt) for prompt in PROMPTS] != want
 
 
-def test_the_example_compiles_the_model(served, tmp_path):
-    case = served("LlamaForCausalLM")
+@pytest.mark.parametrize(
+    "policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True, lock_after=3)], ids=["token", "causal"]
+)
+def test_the_example_compiles_the_model(policy, served, tmp_path):
+    model = with_routing(served("LlamaForCausalLM").folder, tmp_path / "model", policy)
     prompt = " ".join(f"t{token}" for token in PROMPTS[0])
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(case.folder), "--prompt", prompt, "--dtype", "float32"],
+        [sys.executable, str(EXAMPLE), str(tmp_path / "model"), "--prompt", prompt, "--dtype", "float32"],
         env={**os.environ, **ENVIRONMENT, "VLLM_CACHE_ROOT": str(tmp_path), "VLLM_LOGGING_LEVEL": "INFO"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "saved AOT compiled function" in done.stdout + done.stderr
-    want = greedy(case.model, PROMPTS[0], 32)
+    want = greedy(model, PROMPTS[0], 32)
     want = want[: want.index(2)] if 2 in want else want
     assert done.stdout.splitlines()[-1].split() == [f"t{token}" for token in want]
 
@@ -241,9 +313,29 @@ def vllm_config(**options) -> QuantizationConfig:
     return SmileQuantizationConfig.from_config(SmileConfig(3, 1, 4, 2, modules, **options).to_dict())
 
 
-def test_routing_that_remembers_is_refused():
-    with pytest.raises(NotImplementedError, match=r"routing: .*'sequence'.* expected scope 'token' in vLLM"):
+def test_routing_by_whole_sequences_is_refused():
+    with pytest.raises(
+        NotImplementedError, match=r"routing: has scope 'sequence'.* expected scope 'causal' or 'token'"
+    ):
         vllm_config(routing=RoutingPolicy("sequence"))
+
+
+def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
+    with_routing(served("LlamaForCausalLM").folder, tmp_path, RoutingPolicy("causal"))
+    ports = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with pytest.raises(NotImplementedError, match=r"kv_transfer_config: does not go with .*scope='causal'"):
+        in_vllm(tmp_path, kv_transfer_config=ports)
+
+
+def test_layers_in_another_order_than_they_were_built_are_refused():
+    routing = RememberedRouting(RoutingPolicy(accumulate=True), 3, 1)
+    routing.evidence = torch.full((4, 3), torch.nan)
+    for first in (0, 1, 0, 1, 2):  # a pass that failed, and a whole one
+        weights, ids = routing.choose(torch.rand(4, 1, 3), first, 1)
+        assert weights.shape == ids.shape == (4, 1, 1)
+        assert not routing.evidence.isnan().any()
+    with pytest.raises(RuntimeError, match="routing: router 1 runs where router 3 is due"):
+        routing.choose(torch.rand(4, 1, 3), 1, 1)
 
 
 def test_experts_without_their_base_are_refused():
