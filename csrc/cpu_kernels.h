@@ -141,6 +141,19 @@ SMILE_INLINE Vector<R> merge(Vector<R> a, Vector<R> b, std::integer_sequence<int
   return SMILE_SHUFFLE(a, b, from(I, 0)...) + SMILE_SHUFFLE(a, b, from(I, 1)...);
 }
 
+// Transposes blocks of Size x Size within squares of 2 Size x 2 Size, then smaller ones: from kLanes / 2, all of `rows`.
+template <int Size, class R, int... I>
+SMILE_INLINE void transpose(Vector<R>* rows, std::integer_sequence<int, I...> lanes) {
+  constexpr int count = kLanes<R>;
+  const auto exchange = [](Vector<R>& a, Vector<R>& b) __attribute__((always_inline)) {
+    const Vector<R> above = a;
+    a = SMILE_SHUFFLE(above, b, (I & Size ? count + I - Size : I)...);
+    b = SMILE_SHUFFLE(above, b, (I & Size ? count + I : I + Size)...);
+  };
+  ((I & Size ? void() : exchange(rows[I], rows[(I + Size) % count])), ...);
+  if constexpr (Size > 1) transpose<Size / 2, R>(rows, lanes);
+}
+
 // Adds the upper half of v to its lower half until 16 bytes are left.
 template <class R, int Bytes = SMILE_VECTOR_BYTES>
 SMILE_INLINE typename VectorOf<R, 16>::type fold(typename VectorOf<R, Bytes>::type v) {
@@ -248,6 +261,23 @@ void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_
 }
 
 constexpr int kPanel = 4;  // vectors of outputs in one packed panel of u
+
+// panel[k][c] = u[c][k] for `width` rows of u, at most those of a panel; what is past `width` is of no use.
+template <class T, class R> void pack(const T* u, int64_t width, int64_t depth, R* panel) {
+  constexpr int lanes = kLanes<R>;
+  for (int64_t c = 0; c < width; c += lanes)
+    for (int64_t k = 0; k < depth; k += lanes) {
+      const int left = int(std::min<int64_t>(lanes, depth - k));
+      Vector<R> square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const T* row = u + std::min(c + i, width - 1) * depth + k;
+        __builtin_prefetch(row + kPanel * lanes * depth);  // where the next panel will read
+        square[i] = left == lanes ? load(row) : load_first<R>(row, left);
+      }
+      transpose<lanes / 2, R>(square, std::make_integer_sequence<int, lanes>());
+      for (int i = 0; i < left; ++i) std::memcpy(panel + (k + i) * kPanel * lanes + c, &square[i], sizeof(square[i]));
+    }
+}
 
 // out_t[0:panel] += sum_k z_t[k] panel[k] for M tokens.
 template <int M, class R> SMILE_INLINE void panel_tile(const R* const* z, const R* panel, int64_t depth, R* const* out) {
@@ -464,7 +494,7 @@ template <class T> class Chunk {
     constexpr int64_t kWidth = kPanel * kLanes<R>;
     const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok, blocks = (n.out_features + kWidth - 1) / kWidth;
     parallel(parallel_for, blocks, kWidth * tokens * m * r, [&](int64_t from, int64_t to) {
-      std::unique_ptr<R[]> sums(new R[tokens * kWidth]), panel(new R[r * kWidth]());
+      std::unique_ptr<R[]> sums(new R[tokens * kWidth]), panel(new R[r * kWidth]);
       for (int64_t block = from; block < to; ++block) {
         const int64_t o = block * kWidth, width = std::min(kWidth, n.out_features - o);
         T* y = static_cast<T*>(p.y) + begin * n.out_features + o;
@@ -479,6 +509,7 @@ template <class T> class Chunk {
   // sums = x W^T + b for `width` outputs from o on.
   void begin_sums(int64_t t, int64_t o, int64_t width, const T* y, R* sums) {
     if (!p.weight) {
+      for (int64_t at = 0; at < kPanel * kLanes<R>; at += 64 / sizeof(T)) __builtin_prefetch(y + width + at, 1);
       for (int64_t c = 0; c < width; ++c) sums[c] = to_real(y[c]);
       return;
     }
@@ -499,10 +530,7 @@ template <class T> class Chunk {
         for (int64_t c = 0; c < width; ++c) sums[list[e] / m * kWidth + c] += weights[list[e]] * to_real(bias[c]);
     }
     const bool packs = count >= kPackFrom;
-    if (packs) {
-      for (int64_t c = 0; c < width; ++c)
-        for (int64_t k = 0; k < r; ++k) panel[k * kWidth + c] = to_real(u[c * r + k]);
-    }
+    if (packs) pack(u, width, r, panel);
     for (int64_t e = 0; e < count; e += kTokens) {
       const int group = int(std::min<int64_t>(kTokens, count - e));
       const R* zs[kTokens];
