@@ -31,6 +31,9 @@ from .routing import RoutingPolicy, get_routing, set_routing
 __all__ = ["SmileConfig", "SmileModuleConfig", "load_pretrained", "save_pretrained"]
 
 QUANT_METHOD = "smile"
+# A whole checkpoint tells transformers that its weights are in this file alone, and our quantizer takes the name away:
+# where it does not run, no such file is found, instead of the base model being loaded with a warning.
+NO_WEIGHTS = "needs_smile_kernels.safetensors"
 FACTORS = ("vh", "s", "u", "expert_bias", "router")
 
 
@@ -249,7 +252,8 @@ def save_pretrained(
     work.mkdir(parents=True)
     try:
         if base is None and hasattr(model, "save_pretrained"):
-            _save_transformers(model, work, config, max_shard_size)
+            model.save_pretrained(work, max_shard_size=max_shard_size)
+            write_config(work, read_config(work), config)
         else:
             names = _untied(model) if base is None else _factor_names(config)
             state = model.state_dict()
@@ -360,7 +364,19 @@ def _smile_config(folder: str | Path) -> SmileConfig:
 
 def write_config(folder: Path, config: Mapping[str, Any], smile: SmileConfig) -> None:
     """config.json: the base's, and what is SMILE about the checkpoint."""
+    if smile.base_model_name_or_path is None:
+        config = _without_weights(config)
     write_text(folder / "config.json", json.dumps({**config, "quantization_config": smile.to_dict()}, indent=2) + "\n")
+
+
+def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model, and those of the models in it, as those of weights that only our quantizer finds."""
+    parts = {
+        name: _without_weights(part)
+        for name, part in config.items()
+        if isinstance(part, Mapping) and "model_type" in part
+    }
+    return {**config, **parts, "transformers_weights": NO_WEIGHTS}
 
 
 def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[str] = ()) -> str:
@@ -398,7 +414,7 @@ def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[s
     ]
     if whole:
         lines += [
-            "**Without `import smile_kernels`, transformers loads the base model alone, with no more than a warning.**",
+            f"Without `import smile_kernels`, transformers finds no weights: it looks for `{NO_WEIGHTS}`.",
         ]
     else:
         lines += [f"This folder holds the experts only; the base is read from `{config.base_model_name_or_path}`."]
@@ -417,18 +433,6 @@ def _untied(model: nn.Module) -> list[str]:
             seen.add(id(tensor))
             names.append(name)
     return names
-
-
-def _save_transformers(model: nn.Module, work: Path, config: SmileConfig, max_shard_size: int | str) -> None:
-    quantization_config = getattr(model.config, "quantization_config", None)
-    try:
-        model.config.quantization_config = config.to_dict()
-        model.save_pretrained(work, max_shard_size=max_shard_size)
-    finally:
-        if quantization_config is None:
-            del model.config.quantization_config
-        else:
-            model.config.quantization_config = quantization_config
 
 
 def _transformers_class(config: Mapping[str, Any]) -> type:

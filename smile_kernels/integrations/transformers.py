@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import QUANT_METHOD, SmileConfig, stored_routing
+from ..checkpoint import NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
 from ..routing import set_routing
 
 
@@ -49,6 +49,12 @@ class SmileQuantizer(HfQuantizer):
         if policy.remembers:
             self.quantization_config.routing = policy.to_dict()
         return super().get_state_dict_and_metadata(model)
+
+    def update_attn_implementation(self, config):
+        # The one hook that is given the config before the files of the weights are looked for.
+        if getattr(config, "transformers_weights", None) == NO_WEIGHTS:
+            del config.transformers_weights
+        return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if getattr(model.config, "distributed_config", None) is not None:

@@ -87,35 +87,60 @@ def test_made_by_upscale_from_folders(architecture, tmp_path):
 
 
 def test_with_and_without_the_import(fused, tmp_path):
-    """Ours first, without importing transformers; or theirs alone, which says what it leaves out, or cannot load."""
-    _, model = fused("LlamaForCausalLM")
-    model.save_pretrained(tmp_path / "whole")
+    """Ours first, without importing transformers; or theirs alone, which finds nothing to load."""
+    base, model = fused("LlamaForCausalLM")
+    sk.save_pretrained(model, tmp_path / "saved")
     sk.save_pretrained(model, tmp_path / "experts", base=tmp_path)
-    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'whole')!r})"
-    check = "assert type(model.model.layers[0].mlp.up_proj).__name__ == "
+    base.save_pretrained(tmp_path / "base")
+    fine_tuned(base, 1).save_pretrained(tmp_path / "expert")
+    options = {"rank_of_expert": 4, "rank_of_router": 2}
+    upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "upscaled", **options)
+    load = f"""
+def load(name):
+    return transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name)
+"""
+    check = """
+for name in ("saved", "upscaled"):
+    assert type(load(name).model.layers[0].mlp.up_proj).__name__ == "SmileLinear"
+"""
     ours = f"""
 import sys, smile_kernels
 assert not {{"transformers", "peft"}} & {{*sys.modules}}
 import transformers
-{load}; {check}"SmileLinear"
-"""
+{load}{check}"""
     theirs = f"""
 import sys, transformers
-{load}; {check}"Linear"
-try:
-    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "experts")!r})
-except OSError as error:
-    print(error)
+{load}
+for name in ("saved", "upscaled", "experts"):
+    try:
+        load(name)
+    except OSError as error:
+        print(error)
 assert "smile_kernels" not in sys.modules
 import smile_kernels
-{load}; {check}"SmileLinear"
-"""
+{check}"""
     for program, warned in ((ours, False), (theirs, True)):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("Unknown quantization type, got smile" in done.stderr) == warned
-        assert ("UNEXPECTED" in done.stderr) == warned
+        assert done.stdout.count("needs_smile_kernels.safetensors") == 2 * warned
         assert ("no file named model.safetensors" in done.stdout) == warned
+
+
+def test_what_transformers_saves_warns_without_the_import(fused, tmp_path):
+    """Its own save_pretrained leaves out the name of a file of weights, so there the base model is loaded."""
+    _, model = fused("LlamaForCausalLM")
+    sk.save_pretrained(model, tmp_path / "ours")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    program = f"""
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "theirs")!r})
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Unknown quantization type, got smile" in done.stderr
+    assert "UNEXPECTED" in done.stderr
 
 
 @pytest.mark.parametrize("lost", ["u", "vh", "expert_bias", "weight"])
@@ -188,7 +213,9 @@ def test_a_part_of_a_checkpoint(fused, tmp_path):
     assert len(smile_layers(transformers.AutoModel.from_pretrained(tmp_path / "body"))) == 14
 
     _, clip = fused("CLIPModel")
-    clip.save_pretrained(tmp_path / "clip")
+    sk.save_pretrained(clip, tmp_path / "clip")
+    with pytest.raises(FileNotFoundError, match=r"needs_smile_kernels\.safetensors"):
+        transformers.CLIPVisionModel.from_pretrained(tmp_path / "clip")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "clip")
     tower = transformers.CLIPVisionModel.from_pretrained(
         tmp_path / "clip", quantization_config=config.quantization_config
