@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from scipy.stats import mannwhitneyu
 
@@ -16,7 +16,7 @@ from smile_kernels.benchmark.command import describe
 from smile_kernels.benchmark.measure import Record
 from smile_kernels.benchmark.peers import BASELINE
 
-# A change counts if it is at least this large and as improbable as this under the same distribution.
+# A change counts if it is at least this large, larger than both spreads, and as improbable under one distribution.
 LEAST, PROBABILITY = 0.05, 0.01
 
 
@@ -35,7 +35,8 @@ def compare(old: Record, new: Record) -> tuple[list[str], list[str]]:
                 continue
             ratios = [_over_linear(peers, name) for peers in (before[_key(record)], record["peers"])]
             change = median(ratios[1]) / median(ratios[0]) - 1
-            if abs(change) >= LEAST and mannwhitneyu(*ratios).pvalue <= PROBABILITY:
+            noise = max(LEAST, sum(map(_spread, ratios)))
+            if abs(change) >= noise and mannwhitneyu(*ratios).pvalue <= PROBABILITY:
                 line = f"{change:+.0%} {name}, {describe(record)}: {median(ratios[0]):.2f} to {median(ratios[1]):.2f}"
                 (worse if change > 0 else better).append(line)
     return worse, better
@@ -47,6 +48,12 @@ def _key(record: Record) -> str:
 
 def _over_linear(peers: Record, name: str) -> list[float]:
     return [a / b for a, b in zip(peers[name]["wall_us"], peers[BASELINE]["wall_us"])]
+
+
+def _spread(values: list[float]) -> float:
+    """Half the interquartile range over the median."""
+    low, middle, high = quantiles(values, n=4)
+    return (high - low) / 2 / middle
 
 
 def main() -> None:

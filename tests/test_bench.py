@@ -341,10 +341,11 @@ def test_results_survive_an_interruption_and_change_with_the_commit(tmp_path, mo
     assert json.loads(file.read_text())["machine"]["commit"] == "another"
 
 
-def noisy(record: dict, factor: float, seed: int) -> dict:
+def noisy(record: dict, factor: float, seed: int, by: float = 0.03) -> dict:
     generator = torch.Generator().manual_seed(seed)
     record = copy.deepcopy(record)
-    noise = 1 + 0.03 * torch.randn(9, generator=generator)
+    noise = 1 + by * torch.randn(30, generator=generator)
+    record["peers"][BASELINE]["wall_us"] = [10.0] * 30
     record["peers"]["smile:torch"]["wall_us"] = (20 * factor * noise).tolist()
     return record
 
@@ -359,7 +360,9 @@ def test_compare_tells_changes_from_noise():
     assert not better
     worse, better = compare.compare(old, layers_part(noisy(layers_record(), 0.5, 1)))
     assert not worse
-    assert "1.98 to 1.00" in better[0]
+    assert "2.00 to 0.99" in better[0]
+    busy, busier = (layers_part(noisy(layers_record(), factor, 2, by=0.2)) for factor in (1.0, 1.2))
+    assert compare.compare(busy, busier) == ([], [])
     lost = layers_part(layers_record())
     lost["records"][0]["peers"]["smile:torch"] = {"refused": "y: off by 3"}
     worse, _ = compare.compare(old, lost)
