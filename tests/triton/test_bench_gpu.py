@@ -23,6 +23,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(gpu, "interleave", interleave)
     monkeypatch.setattr(gpu, "graphed", lambda call: call)
+    monkeypatch.setitem(gpu.PEERS, "fusion_bench", gpu.PEERS["smile:torch"])
     monkeypatch.setattr(gpu, "LAYERS", ["40x32"])
     monkeypatch.setattr(gpu, "SETTINGS", [Setting(3, 4, 2, 2)])
     monkeypatch.setattr(gpu, "TOKENS", [3, 70])
@@ -36,7 +37,7 @@ def test_every_row_of_the_grid_is_measured(small, device):
     records = [{"name": name, **run()} for name, run in gpu.plan(600).items()]
     assert [(r["tokens"], r["mode"]) for r in records] == [
         *((tokens, mode) for tokens in (3, 70) for mode in ("graph", "eager")),
-        (5, "forward+backward"),
+        *((5, mode) for mode in ("training graph", "training eager")),
     ]
     few, many = records[1]["us"].keys(), records[2]["us"].keys()
     assert {"F.linear", "chosen", "decode fused", "single fused", "together tma", "first fused"} < few
@@ -51,8 +52,8 @@ def test_every_row_of_the_grid_is_measured(small, device):
     assert gpu.over_linear(records[1])["fusion_bench"] == 12 / 8
     lines = gpu.aims(records)
     assert lines[0].startswith("MISSED: 40x32 N3 r4 g2 top-2 T3 eager: 2.0 times as fast as fusion_bench, at least 10")
-    assert len(lines) == 2
-    assert "forward+backward: 0.75, at most" in lines[1]
+    assert len(lines) == 3
+    assert all("T5 training" in line and ": 0.75, at most" in line for line in lines[1:])
 
 
 def test_a_wrong_path_is_not_timed(small, device, monkeypatch):

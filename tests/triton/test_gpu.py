@@ -4,6 +4,7 @@ The CUDA kernels of the compiled extension go through the same tests, where thei
 """
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,9 +98,9 @@ def check_captured(p: Problem, name: str) -> None:
     linear(p, name)
     with no_waiting_for_the_host():
         eager = linear(p, name)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = linear(p, name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = linear(p, name)
     for t in captured:
         t.fill_(-1)
     graph.replay()
@@ -121,6 +122,21 @@ def test_a_captured_graph_gives_the_bits_of_eager_calls(linear_path, apply_path,
 @pytest.mark.parametrize("tokens", [1, 16, 64, 1000])
 def test_a_captured_graph_of_the_chosen_path_gives_the_bits_of_eager_calls(tokens, name):
     check_captured(problem(tokens, 1024, 1536, SETTINGS[2]), name)
+
+
+@pytest.mark.parametrize(("linear_path", "apply_path", "many"), PATHS)
+def test_launches_that_overlap_give_the_bits_of_those_that_do_not(linear_path, apply_path, many, take, monkeypatch):
+    monkeypatch.undo()  # Poisoning launches kernels in between, and nothing overlaps.
+    take(linear_path, apply_path)
+    problems = [problem(1000 if many else 16, 1024, 1536, SETTINGS[0], seed=i) for i in range(2)]
+    device = configs.device(problems[0].x.device)
+    with monkeypatch.context() as patch:
+        patch.setattr(configs, "device", lambda _: replace(device, pdl=False))
+        want = [linear(p) for p in problems]
+    for _ in range(100):
+        for p, outputs in zip(problems, want):
+            for a, b in zip(linear(p), outputs):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[4]], ids=str)

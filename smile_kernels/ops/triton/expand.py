@@ -106,7 +106,9 @@ def _expand(
 
 def _describable(t: Tensor) -> bool:
     """Whether the tensor memory accelerator can read the rows of t."""
-    return TensorDescriptor is not None and t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0
+    if TensorDescriptor is None or t.stride(0) < t.shape[1]:
+        return False
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0
 
 
 def expand(

@@ -69,7 +69,8 @@ def tune(
     for t in tokens:
         x = torch.randn(t, weight.shape[1], device=weight.device).to(weight.dtype)
         arguments = x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, False
-        _, choices = _search(lambda arguments=arguments: linear(*arguments), table, {}, report)
+        with torch.cuda.device_of(x):
+            _, choices = _search(lambda arguments=arguments: linear(*arguments), table, {}, report)
         best |= choices
     table |= best
     return best
