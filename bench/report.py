@@ -174,10 +174,10 @@ def construction_table(part: Record) -> str:
 
 
 def svd_table(part: Record) -> str:
-    """Seconds of a truncated SVD, the peers' times over ours, and what ours and the closest peer are worth."""
+    """Process time of a truncated SVD, the peers' over ours, and what ours and the closest peer are worth."""
     rows = []
     for record in part["records"]:
-        seconds = {name: median(peer["wall_s"]) for name, peer in record["peers"].items()}
+        seconds = {name: median(peer["process_s"]) for name, peer in record["peers"].items()}
         ours, randomized = (record["peers"][name] for name in ("smile", "torch.svd_lowrank"))
         others = [f"{seconds[name] / seconds['smile']:.1f}" for name in seconds if name != "smile"]
         worth = [f"{max(ours[key], 0):.0e} / {max(randomized[key], 0):.0e}" for key in ("excess", "sine")]
