@@ -79,6 +79,8 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
         pytest.param((19, 40, 36, 4, 6, 3, 2), torch.bfloat16, {"router": True}, id="separate-bfloat16"),
         pytest.param((7, 17, 21, 3, 5, 9, 1), torch.float16, {}, id="top-1-float16"),
         pytest.param((17, 16, 35, 3, 70, 4, 3), torch.bfloat16, {"expert_bias": False, "bias": False}, id="large-rank"),
+        pytest.param((5, 16, 17, 2, 515, 16, 1), torch.float16, {}, id="rank-above-features"),
+        pytest.param((4, 16, 16, 256, 1, 1, 2), torch.float32, {}, id="256-experts"),
     ],
 )
 def test_backward(shape, dtype, options, device, take):
