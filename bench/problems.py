@@ -53,7 +53,11 @@ def cpu() -> list[Run]:
     float32, bfloat16, everyone = torch.float32, torch.bfloat16, tuple(PEERS)
     runs = [
         Run(Case(layer, setting, t, dtype), CPU_PEERS, threads)
-        for layer, tokens in (("clip-b32.attn", (1, 8, 64, 2048)), ("mistral-7b.q", (1, 8)), ("mistral-7b.up", (512,)))
+        for layer, tokens in (
+            ("clip-b32.attn", (1, 4, 8, 64, 2048)),
+            ("mistral-7b.q", (1, 8)),
+            ("mistral-7b.up", (512,)),
+        )
         for t in tokens
         for threads in (1, 2)
         for dtype in (float32, bfloat16)

@@ -372,11 +372,9 @@ template <class T> class Chunk {
       ids = p.ids + begin * n.num_experts_per_tok;
       read_x();
       if (p.weight) add_base_product();
-      if (p.router) {
-        add_router_products();
-        run_products();
-        choose_experts();
-      }
+      if (p.router) add_router_products();
+      run_products();
+      if (p.router) choose_experts();
       if (!p.y) continue;
       sort_entries();
       add_shrink_products();

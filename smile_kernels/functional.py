@@ -75,8 +75,9 @@ def smile_linear(
 
     Source: SMILE, arXiv 2408.10174.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias, vh, u, expert_bias, router = (
             t.to(dtype) if t is not None and t.dtype != torch.float64 else t
             for t in (x, weight, bias, vh, u, expert_bias, router)

@@ -166,18 +166,19 @@ class SmileLinear(nn.Module):
             routing = attached.choose(index, self, x)
         return smile_linear(
             x,
-            self.weight,
-            self.bias,
-            self.vh,
-            self.s,
-            self.u,
-            self.expert_bias,
-            self.router,
+            *self._tensors(),
             num_experts_per_tok=self.num_experts_per_tok,
             rank_of_router=self.rank_of_router,
             routing=routing,
             routing_weights=routing_weights,
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        p = self._parameters
+        try:  # an attribute that is a parameter takes 0.4 us to look up, and a small layer is called in tens of them
+            return p["weight"], p["bias"], p["vh"], p["s"], p["u"], p["expert_bias"], p["router"]
+        except KeyError:  # one of them is computed, as by torch.nn.utils.parametrize
+            return self.weight, self.bias, self.vh, self.s, self.u, self.expert_bias, self.router
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(bfloat16) and half() would round the singular values: they stay float32 beside low precision.

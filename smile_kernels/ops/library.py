@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import extension, rules
+from . import rules
 
 # Backend name -> module of this package that implements it, best first.
 _MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
@@ -239,7 +239,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def _compiled(backend: str, x: Tensor) -> bool:
     """Inference calls the extension's own operators, which are C++, so that an exported program runs without Python.
 
-    DTensor has sharding rules for the operators here only.
+    Choosing the backend has loaded them. DTensor has sharding rules for the operators here only.
     """
     return backend in ("cuda", "cpu") and not is_traceable_wrapper_subclass(x)
 
@@ -251,7 +251,7 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | No
     if training:
         return _Route.apply(x, router, num_experts_per_tok, backend)
     if _compiled(backend, x):
-        return extension.route(x, router, num_experts_per_tok)
+        return torch.ops.smile_kernels_ext.route.default(x, router, num_experts_per_tok)
     return _route(x, router, num_experts_per_tok, backend)
 
 
@@ -263,7 +263,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     if training:
         return _Apply.apply(*arguments, ids, backend)[0]
     if _compiled(backend, x):
-        return extension.apply(*arguments, ids, False)[0]
+        return torch.ops.smile_kernels_ext.apply.default(*arguments, ids, False)[0]
     return _apply(*arguments, ids, False, backend)[0]
 
 
@@ -275,5 +275,5 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     if training:
         return _Linear.apply(*arguments, num_experts_per_tok, rank_of_router, backend)[0]
     if _compiled(backend, x):
-        return extension.linear(*arguments, num_experts_per_tok, rank_of_router, False)[0]
+        return torch.ops.smile_kernels_ext.linear.default(*arguments, num_experts_per_tok, rank_of_router, False)[0]
     return _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[0]

@@ -167,6 +167,19 @@ def test_layer_uses_it_for_inference_and_the_composition_for_training():
     assert sk.ops.library.choose_backend(None, "cpu", training=True) == "torch"
 
 
+def test_layer_whose_parameter_is_computed():
+    class Double(torch.nn.Module):
+        def forward(self, s):
+            return 2 * s
+
+    layer, x = sk.SmileLinear(24, 16, 3, 4, 2), torch.randn(5, 24)
+    torch.nn.utils.parametrize.register_parametrization(layer, "s", Double())
+    with torch.no_grad():
+        got = layer(x)
+        torch.nn.utils.parametrize.remove_parametrizations(layer, "s")
+        assert torch.equal(got, layer(x))
+
+
 def test_clean_under_sanitizers():
     """AddressSanitizer and UBSan find nothing, on each instruction set that this machine has."""
     assert run_sanitized(cpu_library(*SANITIZERS), "cpu").split()[-1] == "clean"
