@@ -26,12 +26,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, fine_tuned, smile_layers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing
 from smile_kernels.checkpoint import SmileConfig, SmileModuleConfig
-from smile_kernels.integrations.vllm import SmileQuantizationConfig
+from smile_kernels.integrations import vllm_routing
+from smile_kernels.integrations.vllm import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm_routing import RememberedRouting
+from smile_kernels.ops import library
 from smile_kernels.streaming import upscale_checkpoints
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
@@ -327,12 +332,87 @@ def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
         in_vllm(tmp_path, kv_transfer_config=ports)
 
 
+def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRouting:
+    """A policy's state without an engine, 3 experts of which 2 are chosen, its buffers poisoned."""
+    routing = RememberedRouting(policy, 3, 2)
+    routing.cache_name, routing.routers = "smile_routing.1", routers
+    routing.evidence, routing.weights = torch.full((tokens, 3), torch.nan), torch.full((tokens, 2), torch.nan)
+    routing.ids = torch.full((tokens, 2), -1, dtype=torch.int32)
+    return routing
+
+
+@pytest.mark.parametrize(
+    ("parts", "policy", "op"),
+    [
+        (1, None, "smile_kernels.linear"),
+        (3, None, "smile_kernels.apply"),
+        (3, RoutingPolicy("causal", accumulate=True, lock_after=2), "smile_kernels.apply"),
+    ],
+    ids=["one", "merged", "causal"],
+)
+@torch.no_grad()
+def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypatch):
+    """Traced as vLLM traces it, for any number of tokens: a read on the host or a shape in the data would break it."""
+    monkeypatch.setattr(library, "choose_backend", lambda *_: "triton")  # as on a GPU
+    routing = policy and remembered(policy, 16, parts)
+    entry = SmileModuleConfig(4, 2, expert_bias=True)
+    method = SmileLinearMethod({f"part{i}": entry for i in range(parts)}, 3, 2, routing)
+    method.first, layer, n, graphs = 0, nn.Module(), 3 * parts, []
+    shapes = {"weight": (64, 32), "vh": (n, 4, 32), "u": (n, 64, 4), "expert_bias": (n, 64)}
+    layer.__dict__ |= {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    layer.__dict__ |= {"s": torch.empty(n, 4), "router": None}
+
+    def record(graph, inputs):
+        graphs.append(graph.graph)
+        (outputs,) = graph.graph.output_node().args
+        return lambda *_: [torch.empty(0)] * len(outputs)
+
+    x = torch.empty(7, 32, dtype=torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.reset()
+    torch.compile(method.apply, fullgraph=True, backend=record)(layer, x)
+    (graph,) = graphs
+    assert not {"item", "tolist", "cpu", "nonzero"} & {node.target for node in graph.nodes}
+    calls = [node for node in graph.nodes if str(node.target).startswith(("smile_kernels.", "vllm."))]
+    names = [str(call.target).removesuffix(".default") for call in calls]
+    assert names == (["vllm.smile_running_sums"] if policy else []) + [op]
+    assert calls[-1].args[-1] == "triton"
+    y = calls[-1].meta["example_value"][0]
+    assert isinstance(y.shape[0], torch.SymInt)
+    assert y.shape[1] == 64
+
+
+def test_sums_read_nothing_on_the_host(monkeypatch):
+    """What runs between CUDA graphs, on tensors without values: three requests, two of them continued, and padding."""
+    with FakeTensorMode():
+        slots, blocks, lengths = (torch.empty(n, dtype=torch.int32) for n in (9, 6, 3))
+        common = CommonAttentionMetadata(
+            query_start_loc=torch.empty(4, dtype=torch.int32),
+            query_start_loc_cpu=torch.empty(4, dtype=torch.int32),
+            seq_lens=lengths,
+            num_reqs=3,
+            num_actual_tokens=8,
+            max_query_len=5,
+            max_seq_len=40,
+            block_table_tensor=blocks.view(3, 2),
+            slot_mapping=slots.long(),
+        )
+        spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=6, head_size_v=0, dtype=torch.float32)
+        metadata = vllm_routing.SumsMetadataBuilder(spec, [], None, torch.device("cpu")).build(0, common)
+        pages = torch.empty(5, 1, 32, 6)
+        monkeypatch.setattr(
+            vllm_routing, "get_attention_context", lambda name: (metadata, None, pages, common.slot_mapping)
+        )
+        sums = vllm_routing.smile_running_sums(torch.empty(9, 1, 3), 1, "smile_routing.1")
+        assert sums.shape == (9, 1, 3)
+        assert sums.dtype == torch.float32
+
+
 def test_layers_in_another_order_than_they_were_built_are_refused():
-    routing = RememberedRouting(RoutingPolicy(accumulate=True), 3, 1)
-    routing.evidence = torch.full((4, 3), torch.nan)
+    routing = remembered(RoutingPolicy(accumulate=True), 4, 3)
     for first in (0, 1, 0, 1, 2):  # a pass that failed, and a whole one
         weights, ids = routing.choose(torch.rand(4, 1, 3), first, 1)
-        assert weights.shape == ids.shape == (4, 1, 1)
+        assert weights.shape == ids.shape == (4, 1, 2)
         assert not routing.evidence.isnan().any()
     with pytest.raises(RuntimeError, match="routing: router 1 runs where router 3 is due"):
         routing.choose(torch.rand(4, 1, 3), 1, 1)
