@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -213,6 +214,11 @@ def test_offsets_beyond_32_bits(device, take):
     rows = p.x.new_zeros(0).set_(storage, 0, (3, 16), (1_200_000_000, 1))
     rows.copy_(p.x)
     assert torch.equal(call(Problem(**{**vars(p), "x": rows})), call(p))
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert backend.why_not("cuda") == "it needs Triton 3.3 or newer, not 3.2.0"
 
 
 def test_float64_is_refused(device):

@@ -4,6 +4,7 @@ T tokens, D in_features, O out_features, N experts, m experts a token, r rank of
 """
 
 import torch
+import triton
 from torch import Tensor
 
 from . import backward, configs, grouped
@@ -19,6 +20,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def why_not(device_type: str) -> str | None:
     """Why this backend cannot serve tensors on `device_type`; None if it can."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        return f"it needs Triton 3.3 or newer, not {triton.__version__}"
     if INTERPRETED.value:
         return None if device_type == "cpu" else f"Triton's interpreter serves cpu tensors, not {device_type} tensors"
     if device_type != "cuda":
