@@ -152,10 +152,12 @@ def test_one_expert_for_all_tokens(dtype, monkeypatch):
     for name, (want, plain_error) in expectations(p, ids, weights=weights, dy=dy).items():
         assert_close(name, got[name], want, plain_error)
     monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(composed.EVERY_TOKEN, 0))  # however large the problem
-    monkeypatch.delattr(composed, "_present")  # what groups tokens by expert
-    with torch.no_grad():
-        y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], ids), backend="torch")
-    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
+    for chosen, groups in ((ids, False), (torch.arange(9, dtype=torch.int32)[:, None] % 5, True)):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], chosen), backend="torch")
+        assert_close("y", y, *expectations(p, chosen, weights=weights)["y"])
+        names = {event.name for event in profile.events()}
+        assert bool(names & {"aten::sort", "aten::index_select", "aten::index_add_"}) == groups
 
 
 @by_name(POLICIES | {"token": RoutingPolicy()})
