@@ -1,9 +1,10 @@
 """A SMILE layer composed of ordinary torch operators: runs on every device, forward and closed-form backward.
 
-Only selected experts are computed. On a CPU the tokens are sorted by expert and the experts present are looped over
-(reading the counts costs nothing there). On other devices nothing may wait for the host, so the same sorted tokens are
-padded to blocks of one expert each, whose number depends on shapes alone, and every block is one entry of a batched
-product. An "entry" is one (token, slot) pair: entry e belongs to token e // m.
+Only selected experts are computed. On a CPU the experts present are looped over (reading ids costs nothing there), each
+on its own tokens: picked out, or where they lie if tokens that follow each other chose alike. On other devices nothing
+may wait for the host, so the same sorted tokens are padded to blocks of one expert each, whose number depends on shapes
+alone, and every block is one entry of a batched product. An "entry" is one (token, slot) pair: entry e belongs to token
+e // m.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ BLOCK = 64
 EVERY_TOKEN = {torch.float64: 2**20, torch.float32: 2**20, torch.bfloat16: 2**23, torch.float16: 2**20}
 # ... and in bfloat16, below so many (experts x rank x (in + out features)) and rows of h, all experts are one product.
 EVERY_EXPERT, EVERY_EXPERT_ROWS = 2**21, 2**16
+# Tokens that a run of like choices has on average, from which on its experts take it as a slice.
+LONG_RUN = 128
 # Up to so many tokens, copying the router's rows into one matrix takes longer than a batched product saves.
 FEW_TOKENS = 8
 # From so many (tokens x rows of the router x in_features) on, two bfloat16 products take less time than one of float32.
@@ -94,53 +97,43 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save):
             delta.addcmul_(w.to(x.dtype), expert_bias[i, None])
         y += blocks.scatter(delta).view(tokens, m, -1).sum(1)
         return blocks.scatter(hi).view(tokens, m, r) if save else h
-    if tokens == 1:
-        for j, i in enumerate(ids[0].tolist()):
-            w = 1.0 if weights is None else weights[0, j].item()
-            hi = torch.mv(vh[i, :r], x[0])
-            y[0].addmv_(u[i], (hi * (w * s[i])).to(x.dtype))
-            if expert_bias is not None:
-                y[0].add_(expert_bias[i], alpha=w)
-            if save:
-                h[0, j] = hi
-        return h
-    present = [i for i, count in enumerate(ids.reshape(-1).bincount().tolist()) if count]
+    runs = _runs(ids)
     size = r * (x.shape[1] + y.shape[1])
-    # One expert for all, as routing policies give a sequence, has no tokens to pick out.
-    if len(present) == 1 or tokens * size <= EVERY_TOKEN[x.dtype]:
-        slots = ids.long()
-        ones = s.new_ones(()).expand(slots.shape)
-        w = s.new_zeros(tokens, s.shape[0]).scatter_add_(1, slots, ones if weights is None else weights)
+    if not runs and tokens * size <= EVERY_TOKEN[x.dtype]:
+        w = ids[:, :, None] == torch.arange(s.shape[0], dtype=ids.dtype)
+        w = w[:, 0] if weights is None else (w * weights[:, :, None]).sum(1)
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
-        if (
-            x.dtype == torch.bfloat16
-            and len(present) > 1
-            and s.shape[0] * size < EVERY_EXPERT
-            and tokens * s.numel() < EVERY_EXPERT_ROWS
-        ):
+        scale = w[:, :, None] * s
+        if x.dtype == torch.bfloat16 and s.shape[0] * size < EVERY_EXPERT and tokens * s.numel() < EVERY_EXPERT_ROWS:
             hi = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
-            y.addmm_((hi * (w[:, :, None] * s)).to(x.dtype).flatten(1), u.transpose(0, 1).flatten(1).T)
-            return hi.gather(1, slots[..., None].expand(-1, -1, r)).to(s.dtype) if save else h
-        for i in present:
-            hi = F.linear(x, vh[i, :r])
-            y.addmm_((hi * (w[:, i, None] * s[i])).to(x.dtype), u[i].T)
             if save:
-                h = torch.where(slots[..., None] == i, hi[:, None].to(s.dtype), h)
+                h = hi.gather(1, ids.long()[:, :, None].expand(-1, -1, r)).to(s.dtype)
+            y.addmm_(hi.mul_(scale).flatten(1), u.transpose(0, 1).flatten(1).T)
+            return h
+        for i in sorted(set(ids.view(-1).tolist())):
+            hi = F.linear(x, vh[i, :r])
+            if save:
+                h = torch.where(ids[:, :, None] == i, hi[:, None].to(s.dtype), h)
+            y.addmm_(hi.mul_(scale[:, i]), u[i].T)
         return h
-    for i, entries, rows in _present(ids):
-        hi = F.linear(x.index_select(0, rows), vh[i, :r])
-        bias = None if expert_bias is None else expert_bias[i]
-        if weights is None:
-            delta = F.linear((hi * s[i]).to(x.dtype), u[i], bias)
-        else:
-            w = weights.view(-1).index_select(0, entries)[:, None]
-            delta = F.linear((hi * (w * s[i])).to(x.dtype), u[i])
-            if bias is not None:
-                delta.addcmul_(w.to(x.dtype), bias)
-        y.index_add_(0, rows, delta)
+    for i, entries, rows in runs or _sorted(ids):
+        hi = F.linear(_take(x, rows), vh[i, :r])
         if save:
-            h.view(-1, r).index_copy_(0, entries, hi.to(s.dtype))
+            h.view(-1, r)[entries] = hi.to(s.dtype)
+        w = None if weights is None else _take(weights.view(-1), entries)[:, None]
+        z = hi.mul_(s[i] if w is None else w * s[i])
+        bias = None if expert_bias is None else expert_bias[i]
+        if isinstance(rows, slice):
+            delta = y[rows].addmm_(z, u[i].T)
+            if bias is not None and w is None:
+                delta += bias
+        else:
+            delta = F.linear(z, u[i], bias if w is None else None)
+        if bias is not None and w is not None:
+            delta.addcmul_(w.to(x.dtype), bias)
+        if not isinstance(rows, slice):
+            y.index_add_(0, rows, delta)
     return h
 
 
@@ -158,29 +151,31 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     if tokens == 0 or not (needs[0] or any(needs[3:])):
         pass
     elif _host_reads_are_free(x):
-        for i, entries, rows in _present(ids):
-            w = weights.view(-1).index_select(0, entries)[:, None]
-            hi = h.view(-1, r).index_select(0, entries)
-            dyi = dy.index_select(0, rows)
+        for i, entries, rows in _runs(ids) or _sorted(ids):
+            w = _take(weights.view(-1), entries)[:, None]
+            hi = _take(h.view(-1, r), entries)
+            dyi = _take(dy, rows)
             a = F.linear(dyi, u[i].T).to(acc)
             z = hi * s[i]
             dz = w * a
             dh = (dz * s[i]).to(x.dtype)
-            if needs[0]:
+            if needs[0] and isinstance(rows, slice):
+                dx[rows].addmm_(dh, vh[i, :r])
+            elif needs[0]:
                 dx.index_add_(0, rows, dh @ vh[i, :r])
             if needs[3]:
-                dvh[i, :r] = dh.T @ x.index_select(0, rows)
+                dvh[i, :r] += dh.T @ _take(x, rows)
             if needs[4]:
-                ds[i] = (dz * hi).sum(0)
+                ds[i] += (dz * hi).sum(0)
             if needs[5]:
-                du[i] = dyi.T @ (w * z).to(x.dtype)
+                du[i] += dyi.T @ (w * z).to(x.dtype)
             if needs[6]:
-                dexpert_bias[i] = (dyi * w).sum(0)
+                dexpert_bias[i] += (dyi * w).sum(0)
             if needs[7]:
                 dw = (a * z).sum(-1)
                 if expert_bias is not None:
                     dw += (dyi @ expert_bias[i]).to(acc)
-                dweights.view(-1).index_copy_(0, entries, dw)
+                dweights.view(-1)[entries] = dw
     else:
         blocks = _Blocks(ids, n)
         i, w = blocks.experts, blocks.gather(weights.reshape(-1, 1))
@@ -213,8 +208,28 @@ def _host_reads_are_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _present(ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, its entries, their rows of x) for each expert that any token chose."""
+# (expert, its entries, their rows of x), each of these a slice or indices.
+_Chosen = tuple[int, slice | Tensor, slice | Tensor]
+
+
+def _runs(ids: Tensor) -> list[_Chosen]:
+    """The experts of each run of tokens that chose alike, as slices; none at all where runs are short."""
+    tokens, m = ids.shape
+    starts = [0]
+    if tokens > 1:
+        changes = (ids[1:] != ids[:-1]).any(1)
+        if tokens < LONG_RUN * int(changes.count_nonzero()):
+            return []
+        starts += (changes.nonzero()[:, 0] + 1).tolist()
+    return [
+        (i, slice(a * m + j, b * m, m), slice(a, b))
+        for a, b in zip(starts, [*starts[1:], tokens])
+        for j, i in enumerate(ids[a].tolist())
+    ]
+
+
+def _sorted(ids: Tensor) -> Iterator[_Chosen]:
+    """Each expert that any token chose once, with indices."""
     m = ids.shape[1]
     flat = ids.reshape(-1)
     entries = flat.argsort(stable=True)
@@ -223,6 +238,10 @@ def _present(ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     for i, (e, t) in enumerate(zip(entries.split(counts), rows.split(counts))):
         if counts[i]:
             yield i, e, t
+
+
+def _take(rows: Tensor, at: slice | Tensor) -> Tensor:
+    return rows[at] if isinstance(at, slice) else rows.index_select(0, at)
 
 
 class _Blocks:
