@@ -45,14 +45,11 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("router", [False, True], ids=["tied", "separate"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_backward_match_the_oracle(way, shape, dtype, router):
-    p = problem(shape, dtype=dtype, router=router, bias=shape != "rank-1", expert_bias=shape != "all")
+def agrees_with_the_oracle(p: Problem) -> None:
+    """y and the gradient of every tensor."""
     leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}
     y = call(p)
-    dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+    dy = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
     gradients = torch.autograd.grad(y, leaves.values(), dy)
     _, ids = reference.route(p.x.detach(), p.rows().detach(), p.num_experts_per_tok)
     expected = expectations(p, ids, dy=dy)
@@ -60,6 +57,28 @@ def test_forward_and_backward_match_the_oracle(way, shape, dtype, router):
     for name, gradient in zip(leaves, gradients):
         assert gradient.dtype == leaves[name].dtype
         assert_close(f"d{name}", gradient, *expected[name])
+
+
+@pytest.mark.parametrize("router", [False, True], ids=["tied", "separate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_backward_match_the_oracle(way, shape, dtype, router):
+    p = problem(shape, dtype=dtype, router=router, bias=shape != "rank-1", expert_bias=shape != "all")
+    agrees_with_the_oracle(p)
+
+
+@pytest.mark.parametrize("shape", ["top-1", "top-2", "all", "many-tokens"])
+def test_one_product_for_router_and_experts(monkeypatch, shape):
+    """What pays in bfloat16 from a few tokens on, on layers wide enough."""
+    t, d, o, n, r, _, m = SHAPES[shape]
+    p = Problem.random(t, d, o, n, r, r, m, dtype=torch.bfloat16)
+    assert not composed._one_product_pays(p.x, p.vh, p.u, m, r)
+    monkeypatch.setattr(composed, "TWO_PRODUCTS", 0)
+    assert composed._one_product_pays(p.x, p.vh, p.u, m, r)
+    monkeypatch.setattr(composed, "route", None)
+    for every_expert in (0, 2**62):
+        monkeypatch.setattr(composed, "EVERY_EXPERT", every_expert)
+        agrees_with_the_oracle(p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,6 +95,26 @@ def test_given_routing_with_duplicate_experts(way, dtype):
     assert_close("y", y, *expected["y"])
     for name, leaf in {**leaves, "weights": weights}.items():
         gradient = torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+        assert_close(f"d{name}", gradient, *expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2])
+def test_runs_of_tokens_that_chose_alike(monkeypatch, dtype, m):
+    """As routing policies give sequences: an expert may have several runs; a change of one slot ends a run."""
+    monkeypatch.setattr(composed, "LONG_RUN", 3)
+    monkeypatch.setattr(composed, "_sorted", None)
+    monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(DTYPES, 0))
+    p = problem("top-2", dtype=dtype)
+    ids = torch.tensor([[2, 0], [1, 0], [2, 3], [0, 1]])[:, :m].repeat_interleave(torch.tensor([6, 1, 5, 5]), 0)
+    weights = torch.rand(17, m, dtype=p.s.dtype, requires_grad=True)
+    leaves = {name: v.requires_grad_() for name, v in p.tensors().items()}
+    y = call(p, routing=(weights, ids))
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, [*leaves.values(), weights], dy)
+    expected = expectations(p, ids, weights=weights, dy=dy)
+    assert_close("y", y, *expected["y"])
+    for name, gradient in zip([*leaves, "weights"], gradients):
         assert_close(f"d{name}", gradient, *expected[name])
 
 

@@ -27,7 +27,7 @@ EVERY_EXPERT, EVERY_EXPERT_ROWS = 2**21, 2**16
 LONG_RUN = 128
 # Up to so many tokens, copying the router's rows into one matrix takes longer than a batched product saves.
 FEW_TOKENS = 8
-# From so many (tokens x rows of the router x in_features) on, two bfloat16 products take less time than one of float32.
+# From so many (tokens x rows x in_features) on, two bfloat16 products take less time than one of float32.
 TWO_PRODUCTS = 2**22
 
 
@@ -43,14 +43,20 @@ def _project(x: Tensor, router: Tensor) -> Tensor:
         # The rows of a tied router are a part of each expert's: a batched product takes them where they lie.
         return torch.bmm(x.to(acc).expand(router.shape[0], *x.shape), router.to(acc).mT).transpose(0, 1)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] * router.numel() >= TWO_PRODUCTS:
-        # A bfloat16 product sums in float32 and rounds once; a second one recovers what that rounding took (relative
-        # error 2^-17).
-        rows = router.reshape(-1, router.shape[-1])
-        q = x @ rows.T
-        q = q.float() + torch.addmm(q, x, rows.T, beta=-1)
-    else:
-        q = F.linear(x.to(acc), router.to(acc).reshape(-1, router.shape[-1]))
+        return _two_products(x, router)[1]
+    q = F.linear(x.to(acc), router.to(acc).reshape(-1, router.shape[-1]))
     return q.view(-1, *router.shape[:2])
+
+
+def _two_products(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, D], rows [N, R, D] in bfloat16 -> their product [T, N, R], and the same in float32.
+
+    A bfloat16 product sums in float32 and rounds once; a second one recovers what that took (relative error 2^-17).
+    """
+    flat = rows.reshape(-1, rows.shape[-1]).T
+    q = x @ flat
+    exact = q.float() + torch.addmm(q, x, flat, beta=-1)
+    return q.view(-1, *rows.shape[:2]), exact.view(-1, *rows.shape[:2])
 
 
 def route_backward(dweights, x, router, weights, ids, needs):
@@ -69,10 +75,33 @@ def route_backward(dweights, x, router, weights, ids, needs):
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
     """Route, then apply."""
-    weights, ids = route(x, vh[:, :rank_of_router] if router is None else router, num_experts_per_tok)
+    every_h = None
+    if router is None and _one_product_pays(x, vh, u, num_experts_per_tok, rank_of_router):
+        every_h, q = _two_products(x, vh)
+        weights, ids = select(torch.linalg.vector_norm(q[:, :, :rank_of_router], dim=-1), num_experts_per_tok)
+    else:
+        weights, ids = route(x, vh[:, :rank_of_router] if router is None else router, num_experts_per_tok)
     y = F.linear(x, weight, bias)
-    h = _add_experts(y, x, vh, s, u, expert_bias, weights if num_experts_per_tok > 1 else None, ids, save)
-    return y, weights, ids, h
+    w = weights if num_experts_per_tok > 1 else None
+    return y, weights, ids, _add_experts(y, x, vh, s, u, expert_bias, w, ids, save, every_h)
+
+
+def _one_product_pays(x: Tensor, vh: Tensor, u: Tensor, num_experts_per_tok: int, rank_of_router: int) -> bool:
+    """Whether to multiply x by all of vh, for the router and every expert: few rows of it would be of no use."""
+    tokens, n = x.shape[0], vh.shape[0]
+    return (
+        _host_reads_are_free(x)
+        and x.dtype == torch.bfloat16
+        and tokens * vh.numel() >= TWO_PRODUCTS
+        and _every_token_pays(x, u)
+        and n <= tokens * num_experts_per_tok
+        and vh.shape[1] <= 2 * rank_of_router
+    )
+
+
+def _every_token_pays(x: Tensor, u: Tensor) -> bool:
+    (tokens, d), (_, o, r) = x.shape, u.shape
+    return tokens * r * (d + o) <= EVERY_TOKEN[x.dtype]
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
@@ -81,8 +110,11 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     return y, _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save)
 
 
-def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save):
-    """Add the selected experts to y in place and return h; weights None means all of them are 1."""
+def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
+    """Add the selected experts to y in place and return h.
+
+    weights None means all of them are 1; every_h [T, N, >= r] is V^T x of every expert, where it is known.
+    """
     (tokens, m), r = ids.shape, s.shape[1]
     h = s.new_empty((tokens, m, r) if save else 0)
     if tokens == 0:
@@ -98,21 +130,27 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save):
         y += blocks.scatter(delta).view(tokens, m, -1).sum(1)
         return blocks.scatter(hi).view(tokens, m, r) if save else h
     runs = _runs(ids)
-    size = r * (x.shape[1] + y.shape[1])
-    if not runs and tokens * size <= EVERY_TOKEN[x.dtype]:
+    if not runs and _every_token_pays(x, u):
         w = ids[:, :, None] == torch.arange(s.shape[0], dtype=ids.dtype)
         w = w[:, 0] if weights is None else (w * weights[:, :, None]).sum(1)
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
         scale = w[:, :, None] * s
-        if x.dtype == torch.bfloat16 and s.shape[0] * size < EVERY_EXPERT and tokens * s.numel() < EVERY_EXPERT_ROWS:
-            hi = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
+        one_product = (
+            x.dtype == torch.bfloat16
+            and s.numel() * (x.shape[1] + y.shape[1]) < EVERY_EXPERT
+            and tokens * s.numel() < EVERY_EXPERT_ROWS
+        )
+        if one_product and every_h is None:
+            every_h = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
+        if one_product:
+            hi = every_h[:, :, :r]
             if save:
                 h = hi.gather(1, ids.long()[:, :, None].expand(-1, -1, r)).to(s.dtype)
-            y.addmm_(hi.mul_(scale).flatten(1), u.transpose(0, 1).flatten(1).T)
+            y.addmm_((hi * scale).to(x.dtype).flatten(1), u.transpose(0, 1).flatten(1).T)
             return h
         for i in sorted(set(ids.view(-1).tolist())):
-            hi = F.linear(x, vh[i, :r])
+            hi = F.linear(x, vh[i, :r]) if every_h is None else every_h[:, i, :r]
             if save:
                 h = torch.where(ids[:, :, None] == i, hi[:, None].to(s.dtype), h)
             y.addmm_(hi.mul_(scale[:, i]), u[i].T)
