@@ -398,6 +398,8 @@ def test_backend_choice(monkeypatch):
         library.choose_backend("fast", "cpu", False)
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run here"):
         library.choose_backend("cuda", "cpu", False)
+    monkeypatch.setenv("SMILE_KERNELS_BACKEND", "")
+    assert library.choose_backend(None, "cpu", True) == "torch"
     monkeypatch.setenv("SMILE_KERNELS_BACKEND", "torch")
     assert library.choose_backend(None, "cpu", False) == "torch"
     monkeypatch.setenv("SMILE_KERNELS_BACKEND", "cuda")

@@ -143,17 +143,20 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
         )
         if one_product and every_h is None:
             every_h = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
-        if one_product:
+        if every_h is not None:
             hi = every_h[:, :, :r]
             if save:
                 h = hi.gather(1, ids.long()[:, :, None].expand(-1, -1, r)).to(s.dtype)
-            y.addmm_((hi * scale).to(x.dtype).flatten(1), u.transpose(0, 1).flatten(1).T)
+            z = (hi * scale).to(x.dtype)
+        if one_product:
+            y.addmm_(z.flatten(1), u.transpose(0, 1).flatten(1).T)
             return h
         for i in sorted(set(ids.view(-1).tolist())):
-            hi = F.linear(x, vh[i, :r]) if every_h is None else every_h[:, i, :r]
-            if save:
-                h = torch.where(ids[:, :, None] == i, hi[:, None].to(s.dtype), h)
-            y.addmm_(hi.mul_(scale[:, i]), u[i].T)
+            if every_h is None:
+                hi = F.linear(x, vh[i, :r])
+                if save:
+                    h = torch.where(ids[:, :, None] == i, hi[:, None].to(s.dtype), h)
+            y.addmm_(hi.mul_(scale[:, i]) if every_h is None else z[:, i], u[i].T)
         return h
     for i, entries, rows in runs or _sorted(ids):
         hi = F.linear(_take(x, rows), vh[i, :r])
@@ -253,12 +256,16 @@ _Chosen = tuple[int, slice | Tensor, slice | Tensor]
 def _runs(ids: Tensor) -> list[_Chosen]:
     """The experts of each run of tokens that chose alike, as slices; none at all where runs are short."""
     tokens, m = ids.shape
-    starts = [0]
-    if tokens > 1:
+    if tokens < LONG_RUN:  # then there is one run or none: that is seen on the host in less time
+        first, *others = ids.tolist()
+        starts = [0]
+        if any(other != first for other in others):
+            return []
+    else:
         changes = (ids[1:] != ids[:-1]).any(1)
         if tokens < LONG_RUN * int(changes.count_nonzero()):
             return []
-        starts += (changes.nonzero()[:, 0] + 1).tolist()
+        starts = [0, *(changes.nonzero()[:, 0] + 1).tolist()]
     return [
         (i, slice(a * m + j, b * m, m), slice(a, b))
         for a, b in zip(starts, [*starts[1:], tokens])

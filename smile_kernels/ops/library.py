@@ -73,7 +73,7 @@ def choose_backend(backend: str | None, device_type: str, training: bool) -> str
 
     A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another.
     """
-    return _choose(backend or os.environ.get("SMILE_KERNELS_BACKEND"), device_type, training)
+    return _choose(backend or os.environ.get("SMILE_KERNELS_BACKEND") or None, device_type, training)
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile's machinery, a second.
