@@ -72,7 +72,9 @@ static ForwardFunction widest() {
                           __builtin_cpu_supports("avx512dq");
   if (has_avx512 && !avx2_only && !neither)
     return __builtin_cpu_supports("avx512bf16") ? avx512_bfloat16::forward : avx512::forward;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && !neither) return avx2::forward;
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2 && !neither) return avx2::forward;
 #endif
   return baseline::forward;
 }

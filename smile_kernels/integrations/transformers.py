@@ -22,6 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
 from ..routing import set_routing
 
+if not hasattr(HfQuantizer, "update_attn_implementation"):
+    raise ImportError("5.18 or newer is needed")
+
 
 @register_quantization_config(QUANT_METHOD)
 class SmileQuantizationConfig(QuantizationConfigMixin):
