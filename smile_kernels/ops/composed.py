@@ -104,6 +104,12 @@ def _every_token_pays(x: Tensor, u: Tensor) -> bool:
     return tokens * r * (d + o) <= EVERY_TOKEN[x.dtype]
 
 
+def _every_expert_pays(x: Tensor, u: Tensor) -> bool:
+    (tokens, d), (n, o, r) = x.shape, u.shape
+    small = n * r * (d + o) < EVERY_EXPERT and tokens * n * r < EVERY_EXPERT_ROWS
+    return x.dtype == torch.bfloat16 and small and _every_token_pays(x, u)
+
+
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     """y = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x of each slot if `save`."""
     y = F.linear(x, weight, bias)
@@ -136,11 +142,7 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
         scale = w[:, :, None] * s
-        one_product = (
-            x.dtype == torch.bfloat16
-            and s.numel() * (x.shape[1] + y.shape[1]) < EVERY_EXPERT
-            and tokens * s.numel() < EVERY_EXPERT_ROWS
-        )
+        one_product = _every_expert_pays(x, u)
         if one_product and every_h is None:
             every_h = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
         if every_h is not None:
@@ -191,6 +193,29 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     dweights = weights.new_zeros(tokens, m) if needs[7] else None
     if tokens == 0 or not (needs[0] or any(needs[3:])):
         pass
+    elif _host_reads_are_free(x) and _every_expert_pays(x, u):
+        slots = ids.long()
+        w = s.new_zeros(tokens, n).scatter_add_(1, slots, weights)
+        hi = s.new_zeros(tokens, n, r).scatter_(1, slots[:, :, None].expand(-1, -1, r), h)
+        a = (dy @ u.transpose(0, 1).flatten(1)).to(acc).view(tokens, n, r)
+        z = hi * s
+        dz = w[:, :, None] * a
+        dh = (dz * s).to(x.dtype).flatten(1)
+        if needs[0]:
+            dx.addmm_(dh, vh[:, :r].flatten(0, 1))
+        if needs[3]:
+            dvh[:, :r] = (dh.T @ x).view(n, r, -1)
+        if needs[4]:
+            ds = (dz * hi).sum(0)
+        if needs[5]:
+            du.copy_((dy.T @ (w[:, :, None] * z).to(x.dtype).flatten(1)).view(-1, n, r).transpose(0, 1))
+        if needs[6]:
+            dexpert_bias = w.T @ dy.to(acc)
+        if needs[7]:
+            dw = (a * z).sum(-1)
+            if expert_bias is not None:
+                dw += (dy @ expert_bias.T).to(acc)
+            dweights = dw.gather(1, slots)
     elif _host_reads_are_free(x):
         for i, entries, rows in _runs(ids) or _sorted(ids):
             w = _take(weights.view(-1), entries)[:, None]
