@@ -137,8 +137,7 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
         return blocks.scatter(hi).view(tokens, m, r) if save else h
     runs = _runs(ids)
     if not runs and _every_token_pays(x, u):
-        w = ids[:, :, None] == torch.arange(s.shape[0], dtype=ids.dtype)
-        w = w[:, 0] if weights is None else (w * weights[:, :, None]).sum(1)
+        w = _weight_of_every_expert(weights, ids, s.shape[0])
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
         scale = w[:, :, None] * s
@@ -158,7 +157,10 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
                 hi = F.linear(x, vh[i, :r])
                 if save:
                     h = torch.where(ids[:, :, None] == i, hi[:, None].to(s.dtype), h)
-            y.addmm_(hi.mul_(scale[:, i]) if every_h is None else z[:, i], u[i].T)
+                zi = hi.mul_(scale[:, i])
+            else:
+                zi = z[:, i]
+            y.addmm_(zi, u[i].T)
         return h
     for i, entries, rows in runs or _sorted(ids):
         hi = F.linear(_take(x, rows), vh[i, :r])
@@ -194,8 +196,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     if tokens == 0 or not (needs[0] or any(needs[3:])):
         pass
     elif _host_reads_are_free(x) and _every_expert_pays(x, u):
-        slots = ids.long()
-        w = s.new_zeros(tokens, n).scatter_add_(1, slots, weights)
+        slots, w = ids.long(), _weight_of_every_expert(weights, ids, n)
         hi = s.new_zeros(tokens, n, r).scatter_(1, slots[:, :, None].expand(-1, -1, r), h)
         a = (dy @ u.transpose(0, 1).flatten(1)).to(acc).view(tokens, n, r)
         z = hi * s
@@ -272,6 +273,12 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
 
 def _host_reads_are_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
+
+
+def _weight_of_every_expert(weights: Tensor | None, ids: Tensor, num_experts: int) -> Tensor:
+    """weights, ids [T, m] -> [T, N], 0 for an expert that was not chosen; weights None where m and each weight are 1."""
+    chosen = ids[:, :, None] == torch.arange(num_experts, dtype=ids.dtype)
+    return chosen[:, 0] if weights is None else (chosen * weights[:, :, None]).sum(1)
 
 
 # (expert, its entries, their rows of x), each of these a slice or indices.
