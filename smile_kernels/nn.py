@@ -175,7 +175,7 @@ class SmileLinear(nn.Module):
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         p = self._parameters
-        try:  # as attributes they would be looked up one by one, by Module.__getattr__
+        try:  # as attributes they would be looked up by Module.__getattr__, one by one
             return p["weight"], p["bias"], p["vh"], p["s"], p["u"], p["expert_bias"], p["router"]
         except KeyError:  # one of them is computed, as by torch.nn.utils.parametrize
             return self.weight, self.bias, self.vh, self.s, self.u, self.expert_bias, self.router

@@ -276,7 +276,7 @@ def _host_reads_are_free(x: Tensor) -> bool:
 
 
 def _weight_of_every_expert(weights: Tensor | None, ids: Tensor, num_experts: int) -> Tensor:
-    """weights, ids [T, m] -> [T, N], 0 for an expert that was not chosen; weights None where m and each weight are 1."""
+    """weights, ids [T, m] -> [T, N], 0 where an expert was not chosen; weights None where m and each weight are 1."""
     chosen = ids[:, :, None] == torch.arange(num_experts, dtype=ids.dtype)
     return chosen[:, 0] if weights is None else (chosen * weights[:, :, None]).sum(1)
 
