@@ -31,15 +31,23 @@ DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
 BANDWIDTH, RATE = 4.3e12, 780e12
 # Seconds that a kernel of a CUDA graph takes besides its work, unless it starts before the one ahead of it has ended.
 RAMP = 1.5e-6
-OVERLAPPED = {"stream", "route", "route and scale", "scale", "expand", "tail"}
+OVERLAPPED = {"stream", "route", "route and scale", "scale", "expand", "tail", "dh", "dx tail"}
 # Seconds of the host for a launch of a Triton kernel, for a call of an operator with its outputs, and for F.linear.
 LAUNCH, OPERATOR, LINEAR = 5e-6, 10e-6, 5e-6
 
 
-def _low_rank(case: Case, rows: int, splits: int) -> Work:
-    """x and `rows` rows are read, the partial sums are written in float32."""
-    (d, _, _), t = case.shape, case.tokens
+def _low_rank(case: Case, rows: int, splits: int, depth: int | None = None) -> Work:
+    """x, or dy of another depth, and `rows` rows are read, the partial sums are written in float32."""
+    d, t = depth or case.shape[0], case.tokens
     return Work(case.dtype.itemsize * (t + rows) * d + 4 * splits * t * rows, product(t, d, rows))
+
+
+def _tail(case: Case, columns: int, biases: int, block: int) -> Work:
+    """The scaled products, zeros for experts a token did not choose, times the factors of the experts present."""
+    t, size, (n, r, _, _) = case.tokens, case.dtype.itemsize, astuple(case.setting)
+    present, chosen = round(case.present(min(t, block))), round(case.present())
+    read = size * (t * (present * r + n * biases) + (chosen * r + n * biases) * columns)
+    return Work(read, product(t, present * r + n * biases, columns))
 
 
 def _group(case: Case, entries: int) -> dict[str, Work]:
@@ -107,56 +115,60 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
     # Experts a token did not choose are zeros in the scaled products.
     last = list(found)[-1]
     found[last] += Work(4 * splits * t * m * r + size * t * n * (r + bias), t * m * r)
-    present = round(case.present(min(t, block)))
-    tail = Work(
-        size * (t * (present * r + n * bias) + (chosen * r + n * bias) * o), product(t, present * r + n * bias, o)
-    )
+    tail = _tail(case, o, bias, block)
     # "together" forms every product, so nothing is left to group.
     if apply in ("delta", "grouped"):
         return {**found, "tail": tail + again, "base": base + again}
     return {**found, "expand": base + tail}
 
 
-def backward(case: Case) -> dict[str, Work]:
-    """The launches of the backward for every gradient, in their order: name -> work."""
+def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
+    """The launches of the backward for every gradient, in their order: name -> work.
+
+    Args:
+        case: the layer and the batch; the router is the first rows of each expert, and no more than the expert has.
+        apply: as the forward's; "grouped" groups the tokens here too, with the others each expert takes all tokens.
+        block: tokens of a block of the tail, which covers all experts present in it.
+    """
     (d, o, bias), t, size = case.shape, case.tokens, case.dtype.itemsize
     n, r, g, m = astuple(case.setting)
+    if g > r:
+        raise ValueError(f"case: has a router of rank {g}; expected at most {r}, that of its experts")
+    grouped = apply == "grouped"
     chosen, entries, product_of = round(case.present()), t * m, case.dense()
-
-    def gather(depth: int, rank: int) -> Work:
-        return Work(size * (entries + chosen * rank) * depth + 4 * entries * rank, product(entries, depth, rank))
+    columns, taken = (m, entries) if grouped else (n, t * n)
 
     def outer(rank: int, columns: int) -> Work:
-        return Work(size * (entries * (rank + columns) + n * rank * columns), product(entries, rank, columns))
+        reads = entries * (rank + columns) if grouped else t * (n * rank + columns)
+        return Work(size * (reads + n * rank * columns), product(taken, rank, columns))
+
+    def products(rank: int) -> Work:
+        if grouped:
+            return Work(size * (entries + chosen * rank) * o + 4 * entries * rank, product(entries, o, rank))
+        return _low_rank(case, n * rank, 1, o)
 
     found = {"dweight": product_of}
     if bias:
         found["dbias"] = Work(size * (t + 1) * o, t * o)
-    found |= _group(case, entries) | {"a": gather(o, r)}
+    if grouped:
+        found |= _group(case, entries)
+    found["a"] = products(r)
     if bias and m > 1:
-        found["a of the biases"] = gather(o, 1)
-    found |= {
-        "dh": Work((4 * 3 + size) * entries * r, 4 * entries * r),
-        **_scatter(case, "dx tail", r, d, 0),
-        "dx": product_of + Work(size * t * d, 0),
-        "dvh": outer(r, d),
-        "ds": Work(4 * (entries + n) * r, entries * r),
-        "scaled": Work((4 + size) * entries * r, entries * r),
-        "du": outer(r, o),
-    }
+        found["a of the biases"] = products(1)
+    # The router's gradient takes a and h once more; what is written are dh, the scaled products and shares of ds.
+    shares = 4 * (entries if grouped else t / 16 * n) * r
+    found["dh"] = Work(round(4 * 2 * entries * r + 2 * size * t * columns * r + shares), 6 * entries * r)
+    if grouped:
+        found |= _scatter(case, "dx tail", r, d, 0)
+    else:
+        found["dx tail"] = _tail(case, d, 0, block) + Work(size * t * d, 0)
+    found |= {"dx": product_of + Work(size * t * d, 0), "dvh": outer(r, d)}
+    found["ds"] = Work(round(shares + 4 * n * r), entries * r)
+    found["du"] = outer(r, o)
+    if not grouped:
+        found["du transposed"] = Work(2 * size * n * r * o, 0)
     if bias:
-        found["weights cast"] = Work((4 + size) * entries, 0)
         found["dexpert_bias"] = outer(1, o)
-    if m > 1:
-        found |= {f"{name} again": work for name, work in _group(case, entries).items()}
-        found |= {
-            "q": gather(d, g),
-            "dq": Work((4 + size) * entries * g, 4 * entries * g),
-            **_scatter(case, "dx of the router", g, d, 0),
-            "drouter": outer(g, d),
-            "dx sum": Work(3 * size * t * d, t * d),
-            "dvh sum": Work(3 * size * n * g * d, n * g * d),
-        }
     return found
 
 
@@ -212,7 +224,8 @@ def tables() -> dict[str, str]:
         found[mode] = _table(["layer", "setting", *(f"T {t}" for t in columns)], rows)
     rows = []
     for case in TRAINED:
-        ours = seconds(kernels(case, *chosen_paths(case, DEVICE, save=True)) | backward(case))
+        linear, apply = chosen_paths(case, DEVICE, save=True)
+        ours = seconds(kernels(case, linear, apply)) + seconds(backward(case, apply))
         dense = seconds(dict.fromkeys(("y", "dx", "dweight"), case.dense()))
         ratio = floor_ratio(case, training=True)
         rows.append([case.layer, str(case.setting), str(case.tokens), f"{ratio:.2f}", f"{ours / dense:.2f}"])

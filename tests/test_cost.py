@@ -102,10 +102,17 @@ def _scatters(works: dict[str, Work]) -> dict[str, Work]:
 
 
 def test_backward_costs_two_dense_products_and_little_more():
-    works = backward(case(8192, 8, 32, 16))
-    # a, dx, dvh and du: each 32 of 4096 ranks.
-    flops = total(works).flops
-    assert flops == 2 * case(8192, 8, 32, 16).dense().flops + 4 * 2 * 8192 * 32 * 4096 + 6 * 8192 * 32
+    small = case(8192, 8, 32, 16)
+    # a, dx, dvh and du: each 32 of 4096 ranks, or those of all eight experts.
+    for apply, ranks in (("grouped", 32), ("delta", 8 * 32)):
+        flops = total(backward(small, apply)).flops
+        assert flops == 2 * small.dense().flops + 4 * 2 * 8192 * ranks * 4096 + 7 * 8192 * 32
+
+
+def test_two_experts_a_token_cost_as_one_where_every_expert_takes_all_tokens():
+    one, two = (total(backward(case(8192, 8, 32, 16, m), "delta")) for m in (1, 2))
+    assert two.flops - one.flops == 7 * 8192 * 32
+    assert two.bytes - one.bytes == 4 * 2 * 8192 * 32
 
 
 @pytest.mark.parametrize("m", [1, 2])
@@ -133,12 +140,12 @@ def test_every_launch_is_counted(linear, apply, m, monkeypatch):
     assert len(launches) == len(kernels(small, linear, apply))
     if h.numel():
         launches.clear()
-        needs = [True] * 7 + [m > 1]
-        backend.apply_backward(y, *p.arguments()[:2], *p.arguments()[3:7], weights, ids, h, needs)
-        if m > 1:
-            backend.route_backward(weights, p.x, p.rows(), weights, ids, [True, True])
-        by_torch = {"dweight", "dbias", "weights cast", "dx sum", "dvh sum"}
-        assert len(launches) == len(backward(small).keys() - by_torch)
+        factors = *p.arguments()[:2], *p.arguments()[3:7]
+        backend.linear_backward(y, *factors, None, weights, ids, h, 2, [True] * 7 + [False])
+        by_torch = {"dweight", "dbias"}
+        if apply != "grouped":
+            by_torch |= {"dvh", "ds", "du", "du transposed", "dexpert_bias"}
+        assert len(launches) == len(backward(small, apply).keys() - by_torch)
 
 
 def test_predictions_name_every_case():

@@ -303,6 +303,7 @@ def test_operators_pass_opcheck(shape):
         (ops.apply, (*args[:7], weights, ids, True)),
         (ops.route_backward, (torch.randn_like(weights), x, p.rows(), weights, ids, [True, False])),
         (ops.apply_backward, (dy, x, weight, vh, s, u, expert_bias, weights, ids, h, [True, False] * 4)),
+        (ops.linear_backward, (dy, x, weight, vh, s, u, expert_bias, None, weights, ids, h, g, [True, False] * 4)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op.default, (*arguments, "torch"))

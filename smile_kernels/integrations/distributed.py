@@ -287,6 +287,23 @@ def _shard_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h,
     ]
 
 
+@register_sharding(torch.ops.smile_kernels.linear_backward.default)
+def _shard_linear_backward(
+    dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, needs, backend
+):
+    r, t, p, column = Replicate(), Shard(0), Partial(), Shard(1)
+    whole, split = (None, None) if expert_bias is None else (r, column)
+    rows = None if router is None else r
+    return [
+        ([r] * 8, [r, r, r, r, r, r, whole, rows, r, r, r, None, None, None]),
+        (_needed([t, p, p, p, p, p, p, p], needs), [t, t, r, r, r, r, whole, rows, t, t, t, None, None, None]),
+        (
+            _needed([p, Shard(0), Shard(0), p, p, column, column, p], needs),
+            [column, r, Shard(0), r, r, column, split, rows, r, r, r, None, None, None],
+        ),
+    ]
+
+
 def _needed(placements: list[Placement], needs: list[bool]) -> list[Placement]:
     """A gradient that is not asked for comes back without elements."""
     return [placement if needed else Replicate() for placement, needed in zip(placements, needs)]

@@ -7,12 +7,14 @@ alone, and every block is one entry of a batched product. An "entry" is one (tok
 e // m.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import rules
 from .reference import accumulate_dtype, select
 
 # Entries per block of the padded layout.
@@ -269,6 +271,9 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
             dweights = blocks.scatter(dw).view(tokens, m)
     cast = [None if t is None else t.to(x.dtype) for t in (dvh, du, dexpert_bias)]
     return dx, dweight, dbias, cast[0], ds, cast[1], cast[2], dweights
+
+
+linear_backward = functools.partial(rules.linear_backward, apply_backward, route_backward)
 
 
 def _host_reads_are_free(x: Tensor) -> bool:

@@ -93,5 +93,8 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     return tuple(g if needed else None for g, needed in zip(gradients, needs))
 
 
+linear_backward = functools.partial(rules.linear_backward, apply_backward, route_backward)
+
+
 def _bits(needs: Sequence[bool]) -> int:
     return sum(1 << i for i, needed in enumerate(needs) if needed)

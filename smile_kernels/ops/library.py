@@ -1,13 +1,13 @@
 """The operators `smile_kernels::*`: schemas, kernels, autograd, and the choice of a backend.
 
-Five operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
+Six operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
 
     route           x, router -> weights, ids                           the routing half
     apply           x, parameters, weights, ids -> y, h                 the expert half
     linear          both in one pass -> y, weights, ids, h
-    route_backward, apply_backward                                      their closed-form gradients
+    route_backward, apply_backward, linear_backward                     their closed-form gradients
 
-A backend is a module with these five as functions over 2-D x. `h` [T, m, r] is what the backward needs of the forward
+A backend is a module with these six as functions over 2-D x. `h` [T, m, r] is what the backward needs of the forward
 (V^T x of the selected experts); it has no elements unless `save` is set, nor has a gradient that is not needed.
 """
 
@@ -106,8 +106,8 @@ def _fake_gradients(inputs, needs):
     return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs))
 
 
-def _fake_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, backend):
-    like = (x, weight, x.new_empty(weight.shape[0]), vh, s, u, expert_bias, weights)
+def _fake_layer_gradients(x, weight, vh, s, u, expert_bias, last, needs):
+    like = (x, weight, x.new_empty(weight.shape[0]), vh, s, u, expert_bias, last)
     return _fake_gradients([x if t is None else t for t in like], needs)
 
 
@@ -138,7 +138,9 @@ _apply_backward = _define(
     "Tensor ids, Tensor h, bool[] needs",
     8,
     lambda *args: _defined(_implementation(args[-1]).apply_backward(*args[:-1]), args[0]),
-    _fake_apply_backward,
+    lambda dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, backend: _fake_layer_gradients(
+        x, weight, vh, s, u, expert_bias, weights, needs
+    ),
 )
 _linear = _define(
     "linear",
@@ -146,6 +148,16 @@ _linear = _define(
     4,
     lambda *args: _implementation(args[-1]).linear(*args[:-1]),
     _any_backend(rules.fake_linear),
+)
+_linear_backward = _define(
+    "linear_backward",
+    "Tensor dy, Tensor x, Tensor weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor? router, "
+    "Tensor weights, Tensor ids, Tensor h, int rank_of_router, bool[] needs",
+    8,
+    lambda *args: _defined(_implementation(args[-1]).linear_backward(*args[:-1]), args[0]),
+    lambda dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, g, needs, backend: _fake_layer_gradients(
+        x, weight, vh, s, u, expert_bias, router, needs
+    ),
 )
 
 
@@ -209,27 +221,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        x, weight, vh, s, u, expert_bias, router, weights, ids, h = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])
-        tied = router is None
-        # One selected expert has weight 1 whatever its score: the router gets no gradient.
-        routed = ids.shape[1] > 1 and (needs[0] or needs[3] if tied else needs[0] or needs[7])
-        wanted = [*needs[:7], routed]
-        out = list(_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, wanted, ctx.backend))
-        dweights, out[7] = out[7], None
-        if routed:
-            rows = vh[:, : ctx.rank_of_router] if tied else router
-            needs_rows = needs[3] if tied else needs[7]
-            dx, drouter = _route_backward(dweights, x, rows, weights, ids, [needs[0], needs_rows], ctx.backend)
-            if needs[0]:
-                out[0] = out[0] + dx
-            if needs_rows and tied:
-                out[3][:, : ctx.rank_of_router] += drouter
-            elif needs_rows:
-                out[7] = drouter
-        elif needs[7]:
-            out[7] = torch.zeros_like(router)
-        return (*(g if needed else None for g, needed in zip(out, needs)), None, None, None)
+        gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.rank_of_router, needs, ctx.backend)
+        return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None, None)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -1,5 +1,7 @@
 """What PyTorch must know of an operator besides its kernels: the tensors it returns, its vmap and autocast rules.
 
+And how the backward of `linear` follows from those of its halves.
+
 The operators of `library` and the compiled ones of `extension`, whose arguments are the same, share them.
 """
 
@@ -51,3 +53,38 @@ def _without_autocast(op: Callable, device_type: str, *args):
     """Autocast chooses the dtype of an operator's inputs, not of the arithmetic inside (routing stays in float32)."""
     with torch.autocast(device_type, enabled=False):
         return op(*args)
+
+
+def linear_backward(
+    apply_backward: Callable,
+    route_backward: Callable,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    router: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    h: Tensor,
+    rank_of_router: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and router from a backend's two halves."""
+    rows, needs_rows = (vh[:, :rank_of_router], needs[3]) if router is None else (router, needs[7])
+    # One selected expert has weight 1 whatever its score: the router gets no gradient.
+    routed = ids.shape[1] > 1 and (needs[0] or needs_rows)
+    wanted = [*needs[:7], routed]
+    *gradients, dweights = apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, wanted)
+    drouter = torch.zeros_like(router) if needs[7] else None
+    if routed:
+        dx, drows = route_backward(dweights, x, rows, weights, ids, [needs[0], needs_rows])
+        if needs[0]:
+            gradients[0] += dx
+        if needs[7]:
+            drouter = drows
+        elif needs_rows:
+            gradients[3][:, :rank_of_router] += drows
+    return (*gradients, drouter)

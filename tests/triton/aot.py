@@ -181,15 +181,17 @@ class Layer:
         with taking("first", apply):
             backend.apply(self.empty(tokens, self.d), *self.parameters, *self.routing(tokens), save)
 
-    def backward(self, tokens: int) -> None:
+    def backward(self, tokens: int, apply: str = "delta") -> None:
         x, dy = self.empty(tokens, self.d), self.empty(tokens, self.o)
         weight, _, vh, s, u, expert_bias = self.parameters
         weights, ids = self.routing(tokens)
         h = self.empty(tokens, self.m, self.r, dtype=torch.float32)
-        needs = [True] * 7 + [self.m > 1]
-        backend.apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
-        if self.m > 1:
-            backend.route_backward(weights, x, vh[:, : self.g], weights, ids, [True, True])
+        layer, needs = (dy, x, weight, vh, s, u, expert_bias), [True] * 7
+        with taking("first", apply):
+            backend.apply_backward(*layer, weights, ids, h, [*needs, self.m > 1])
+            backend.linear_backward(*layer, None, weights, ids, h, self.g, [*needs, False])
+            if self.m > 1:
+                backend.route_backward(weights, x, vh[:, : self.g], weights, ids, [True, True])
 
 
 @contextlib.contextmanager
@@ -224,11 +226,13 @@ def recorded(name: str) -> dict[str, dict]:
             layer.apply(16)
             Layer(64, 64, 8).linear(2048, "first", "grouped")
             Layer(8, 32, 16, 2).backward(2048)
+            Layer(64, 64, 8).backward(2048, "grouped")
             for tf32 in (False, True):
                 with _allow_tf32(tf32):
                     Layer(8, 32, 16, dtype=torch.float32).linear(2048)
         elif name in ("sm80", "sm100"):
             layer.backward(2048)
+            layer.backward(2048, "grouped")
     return found
 
 
@@ -254,10 +258,13 @@ def every(name: str) -> dict[str, dict]:
                             tma = TARGETS[name].tma and operands == "half"
                             for apply in ("fused", "delta", *(["tma"] if tma else [])):
                                 layer.linear(2048, apply=apply)
+                            # Few tokens read the rows of the chosen experts alone.
+                            layer.apply(64)
                             # Blocks of entries of every size that the grouped kernels have.
                             for tokens in sorted({t[0] * layer.n for t in kernels["gather"]}):
                                 layer.apply(tokens, "grouped", save=True)
-                                layer.backward(tokens)
+                                layer.backward(tokens, "grouped")
+                            layer.backward(2048)
     finally:
         configs.tile = tile
     return found

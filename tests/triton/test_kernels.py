@@ -73,10 +73,12 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
     check(Problem.random(tokens, d, o, n, r, g, m, dtype=torch.bfloat16, device=device, **options), backward=False)
 
 
+@pytest.mark.parametrize("apply", ["fused", "grouped"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "options"),
     [
         pytest.param((19, 40, 36, 4, 6, 3, 2), torch.float32, {}, id="tied-float32"),
+        pytest.param((18, 33, 20, 5, 3, 7, 3), torch.float32, {}, id="router-rank-above-expert-rank"),
         pytest.param((19, 40, 36, 4, 6, 3, 2), torch.bfloat16, {"router": True}, id="separate-bfloat16"),
         pytest.param((7, 17, 21, 3, 5, 9, 1), torch.float16, {}, id="top-1-float16"),
         pytest.param((17, 16, 35, 3, 70, 4, 3), torch.bfloat16, {"expert_bias": False, "bias": False}, id="large-rank"),
@@ -84,27 +86,28 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
         pytest.param((4, 16, 16, 256, 1, 1, 2), torch.float32, {}, id="256-experts"),
     ],
 )
-def test_backward(shape, dtype, options, device, take):
-    take("together", "fused")
+def test_backward(shape, dtype, options, apply, device, take):
+    take("first" if apply == "grouped" else "together", apply)
     check(Problem.random(*shape, dtype=dtype, device=device, **options), backward=True)
 
 
-def test_backward_after_the_grouped_forward(device, take):
-    take("first", "grouped")
-    check(Problem.random(21, 33, 40, 5, 6, 3, 2, device=device), backward=True)
-
-
-@pytest.mark.parametrize("needed", ["x", "weight", "bias", "vh", "s", "u", "expert_bias", "router"])
-def test_each_gradient_alone_equals_that_of_all(needed, device, take):
-    take("first", "fused")
-    p = Problem.random(9, 16, 18, 3, 4, 2, 2, router=True, device=device)
+@pytest.mark.parametrize("apply", ["fused", "grouped"])
+@pytest.mark.parametrize(
+    ("needed", "router"),
+    [
+        *((name, True) for name in ("x", "weight", "bias", "vh", "s", "u", "expert_bias", "router")),
+        *((name, False) for name in ("x", "vh", "s", "u")),
+    ],
+)
+def test_each_gradient_alone_equals_that_of_all(needed, router, apply, device, take):
+    take("first", apply)
+    p = Problem.random(9, 16, 18, 3, 4, 2, 2, router=router, device=device)
     dy = torch.randn(9, 18, device=device)
 
     def gradients(names):
-        leaves = [t.detach().requires_grad_(name in names) for name, t in p.tensors().items()]
-        y = call(Problem(*leaves, p.num_experts_per_tok, p.rank_of_router))
-        y.backward(dy)
-        return {name: t.grad for name, t in zip(p.tensors(), leaves)}
+        leaves = {name: t.detach().requires_grad_(name in names) for name, t in p.tensors().items()}
+        call(Problem(**{**vars(p), **leaves})).backward(dy)
+        return {name: t.grad for name, t in leaves.items()}
 
     alone, together = gradients([needed]), gradients(list(p.tensors()))
     assert torch.equal(alone.pop(needed), together[needed])

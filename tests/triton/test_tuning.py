@@ -41,9 +41,9 @@ def record_launches(monkeypatch, tell) -> None:
     monkeypatch.setattr(kernels, "__getitem__", record)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
-    p = Problem.random(3, 16, 18, 3, 4, 2, 2, device=device)
+@pytest.mark.parametrize(("training", "router"), [(False, False), (True, False), (True, True)])
+def test_after_warmup_a_layer_compiles_nothing(training, router, device, monkeypatch):
+    p = Problem.random(3, 16, 18, 3, 4, 2, 2, router=router, device=device)
     launched = []
     record_launches(monkeypatch, launched.append)
     tuning.warmup(*parameters(p), tokens=[3], training=training)
@@ -51,8 +51,9 @@ def test_after_warmup_a_layer_compiles_nothing(training, device, monkeypatch):
     launched.clear()
     y, weights, ids, h = backend.linear(*p.arguments(), 2, 2, training)
     if training:
-        backend.apply_backward(y, *p.arguments()[:2], *p.arguments()[3:7], weights, ids, h, [True] * 8)
-        backend.route_backward(weights, p.x, p.rows(), weights, ids, [True, True])
+        factors = *p.arguments()[:2], *p.arguments()[3:7]
+        backend.apply_backward(y, *factors, weights, ids, h, [True] * 8)
+        backend.linear_backward(y, *factors, p.router, weights, ids, h, 2, [True] * 7 + [router])
     assert launched
     assert set(launched) <= warm
 

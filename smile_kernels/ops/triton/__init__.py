@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import rules
 from . import backward, configs, grouped
 from .common import INTERPRETED
 from .decode import decode
@@ -94,15 +95,19 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
         return expand(x, weight, bias, tail, u, expert_bias, path), h
 
 
-def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
-    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so."""
+def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
+
+    With rank_of_router, the weights come from the first rank_of_router products in h, and their gradient goes on there.
+    """
     if x.shape[0] == 0:
         like = (x, weight, weight[:, 0], vh, s, u, expert_bias, weights)
         return tuple(torch.zeros_like(t) if needed else None for t, needed in zip(like, needs))
     dy, x = _rows(dy), _rows(x)
     vh, s, u, expert_bias, weights, ids = _contiguous(vh, s, u, expert_bias, weights, ids)
+    arguments = dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router
     with torch.cuda.device_of(x):
-        return backward.apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
+        return backward.apply_backward(*arguments)
 
 
 def route_backward(dweights, x, router, weights, ids, needs):
@@ -112,3 +117,15 @@ def route_backward(dweights, x, router, weights, ids, needs):
     dweights, weights, ids = _contiguous(dweights, weights, ids)
     with torch.cuda.device_of(x):
         return backward.route_backward(dweights, _rows(x), router, weights, ids, needs)
+
+
+def linear_backward(dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, needs):
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and router; None where `needs` says so."""
+    halves = dy, x, weight, vh, s, u, expert_bias
+    if router is None and rank_of_router <= h.shape[-1] and ids.shape[1] > 1:
+        # h holds the router's products: one pass serves both.
+        wanted = [*needs[:7], False]
+        return apply_backward(*halves, weights, ids, h, wanted, rank_of_router)
+    return rules.linear_backward(
+        apply_backward, route_backward, *halves, router, weights, ids, h, rank_of_router, needs
+    )

@@ -1,4 +1,8 @@
-"""Gradients of a SMILE layer, each only if asked for; sums have a fixed order, so that equal inputs give equal bits."""
+"""Gradients of a SMILE layer, each only if asked for; sums have a fixed order, so that equal inputs give equal bits.
+
+As in the forward, every expert takes every token, those that it was not chosen by as zeros, or tokens are grouped by
+expert.
+"""
 
 import torch
 import triton
@@ -6,58 +10,123 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, grouped
-from .common import cast, dot, sum_splits
+from .common import cast, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .expand import expand
 from .grouped import Groups
-from .route import add_squares, finite_norm
+from .route import Tail, add_squares, by_expert, finite_norm, of_slot
+from .shrink import shrink
 
 
 @triton.jit(do_not_specialize=["T", "SPLITS", "BIAS_SPLITS"])
 def _scale_backward(
-    partial,  # [SPLITS, T, M, R] float32: a_i = u_i^T dy
-    partial_bias,  # [BIAS_SPLITS, T, M, 1] float32: dy . expert_bias_i
+    partial,  # [SPLITS, T, C, R] float32: a_i = u_i^T dy
+    partial_bias,  # [BIAS_SPLITS, T, C, 1] float32: dy . expert_bias_i
     h,  # [T, M, R] float32
     weights,  # [T, M] float32
     ids,  # [T, M] int32
     s,  # [N, R] float32
-    dh,  # [T, M, R]
-    dzh,  # [T, M, R] float32: each entry's share of ds
+    dh,  # [T, C, R]
+    scaled,  # [T, C, R]: w_i s_i h_i
+    gates,  # [T, C]: w_i
+    ds,  # [T, M, R] float32 if GROUPED, else [T / BLOCK_T, N, R]: shares of ds
+    present,  # [T / BLOCK_T, N] int8, unless GROUPED
     dweights,  # [T, M] float32
     # dimensions
     T,
     SPLITS,
     BIAS_SPLITS,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
     # meta-parameters
+    GROUPED: tl.constexpr,
     NEEDS_H: tl.constexpr,
     NEEDS_S: tl.constexpr,
+    NEEDS_U: tl.constexpr,
+    NEEDS_EXPERT_BIAS: tl.constexpr,
     NEEDS_WEIGHTS: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    entry = (tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E))[:, None]
-    entries = T.to(tl.int64) * M
-    w = tl.load(weights + entry, mask=entry < entries, other=0.0)
-    expert = tl.load(ids + entry, mask=entry < entries, other=0)
-    dw = tl.zeros((BLOCK_E, BLOCK_K), tl.float32)
-    for first in range(0, R, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[None, :]
-        mask = (entry < entries) & (k < R)
-        a = sum_splits(partial, entry * R + k, mask, SPLITS, entries * R)
-        sv = tl.load(s + expert * R + k, mask=mask, other=0.0)
-        if NEEDS_H:
-            tl.store(dh + entry * R + k, cast(w * a * sv, dh.dtype.element_ty), mask=mask)
-        if NEEDS_S or NEEDS_WEIGHTS:
-            ah = a * tl.load(h + entry * R + k, mask=mask, other=0.0)
-            dw += ah * sv
-            if NEEDS_S:
-                tl.store(dzh + entry * R + k, w * ah, mask=mask)
-    if NEEDS_WEIGHTS:
-        total = tl.sum(dw, 1)[:, None]
+    # A token's columns are its slots if GROUPED, else all experts, of which those it did not choose are zero.
+    start_next_kernel(PDL)
+    block_t = tl.program_id(0).to(tl.int64)
+    t = (block_t * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    slot = tl.arange(0, BLOCK_M)[None, :]
+    inside = (t < T) & (c < C)
+    slot_inside = (t < T) & (slot < M)
+    wait_for_previous_kernel(PDL)
+    w = tl.load(weights + t * M + slot, mask=slot_inside, other=0.0)
+    e = tl.load(ids + t * M + slot, mask=slot_inside, other=0)
+    if GROUPED:
+        chosen, gate, expert, at = inside, w, e, c
+    else:
+        chosen, gate = by_expert(w, e, c, slot, M)
+        chosen = chosen & inside
+        expert = c
+        at = tl.zeros((BLOCK_T, BLOCK_C), tl.int32)
+        for j in range(M):
+            at = tl.where(of_slot(e, slot, j) == c, j, at)
+        seen = tl.max(chosen.to(tl.int32), 0)[None, :]
+        tl.store(present + block_t * N + c, seen.to(tl.int8), mask=c < N)
+    columns = (t * C + c)[:, :, None] * R
+    rows = (t * M + at)[:, :, None] * R
+    scales = expert[:, :, None] * R
+    split_stride = T.to(tl.int64) * (C * R)
+    if NEEDS_EXPERT_BIAS:
+        tl.store(gates + t * C + c, cast(gate, gates.dtype.element_ty), mask=inside)
+
+    if NEEDS_WEIGHTS or G > 0:
+        dw = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        peak = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
         if HAS_EXPERT_BIAS:
-            total += sum_splits(partial_bias, entry, entry < entries, BIAS_SPLITS, entries)
-        tl.store(dweights + entry, total, mask=entry < entries)
+            dw += sum_splits(partial_bias, t * C + c, chosen, BIAS_SPLITS, T.to(tl.int64) * C)
+        for first in range(0, R, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            mask = chosen[:, :, None] & (k < R)
+            a = sum_splits(partial, columns + k, mask, SPLITS, split_stride)
+            value = tl.load(h + rows + k, mask=mask, other=0.0)
+            dw += tl.sum(a * tl.load(s + scales + k, mask=mask, other=0.0) * value, 2)
+            peak, squares = add_squares(peak, squares, tl.where(k < G, value, 0.0))
+        if NEEDS_WEIGHTS:
+            if GROUPED:
+                tl.store(dweights + t * M + c, dw, mask=inside)
+            else:
+                for j in range(M):
+                    share = tl.sum(tl.where(of_slot(e, slot, j) == c, dw, 0.0), 1)[:, None]
+                    tl.store(dweights + t * M + j, share, mask=t < T)
+        dscore = (gate * (dw - tl.sum(gate * dw, 1)[:, None]))[:, :, None]
+        norm = finite_norm(peak, squares)[:, :, None]
+
+    for first in range(0, R, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        mask = chosen[:, :, None] & (k < R)
+        written = inside[:, :, None] & (k < R)
+        sv = tl.load(s + scales + k, mask=mask, other=0.0)
+        value = tl.load(h + rows + k, mask=mask, other=0.0)
+        if NEEDS_U:
+            tl.store(scaled + columns + k, cast(gate[:, :, None] * sv * value, scaled.dtype.element_ty), mask=written)
+        if NEEDS_H or NEEDS_S:
+            wa = gate[:, :, None] * sum_splits(partial, columns + k, mask, SPLITS, split_stride)
+            if NEEDS_S and GROUPED:
+                tl.store(ds + columns + k, wa * value, mask=written)
+            if NEEDS_S and not GROUPED:
+                share = tl.sum(wa * value, 0)[None, :, :]
+                tl.store(ds + (block_t * N + c)[:, :, None] * R + k, share, mask=(c < N)[:, :, None] & (k < R))
+            if NEEDS_H:
+                wa *= sv
+                if G > 0:
+                    q = tl.where((k < G) & (norm > 0), value / tl.where(norm > 0, norm, 1.0), 0.0)
+                    wa += dscore * q
+                tl.store(dh + columns + k, cast(wa, dh.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -146,52 +215,88 @@ def _sum(
     tl.store(out + expert * R + k, tl.sum(acc, 0)[None, :], mask=k < R)
 
 
-def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
+def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
 
     With a_i = u_i^T dy and z_i = s_i h_i: dw_i = a_i . z_i + dy . expert_bias_i, dh_i = w_i s_i a_i,
     dx = dy W + sum_i V_i dh_i; and summed over tokens, dvh_i = dh_i x^T, ds_i = w_i a_i h_i, du_i = w_i dy z_i^T,
     dexpert_bias_i = w_i dy.
+
+    With rank_of_router, the weights are the softmax of the norms of the first rank_of_router products in h, q_i, and
+    their gradient goes on to x and vh: dh_i gains w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i||.
     """
-    (tokens, m), (n, r) = ids.shape, s.shape
+    (tokens, d), (n, o, r), m = x.shape, u.shape, ids.shape[1]
     needs_x, needs_weight, needs_bias, needs_vh, needs_s, needs_u, needs_expert_bias, needs_weights = needs
     dweight = dy.T @ x if needs_weight else None
     dbias = dy.sum(0) if needs_bias else None
     dx = dvh = ds = du = dexpert_bias = dweights = None
-    if needs_x or any(needs[3:]):
+    if not (needs_x or any(needs[3:])):
+        return dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights
+
+    device = configs.device(x.device)
+    groups = None
+    if configs.apply_path(device, x.dtype, tokens, d, o, n, r, m) == "grouped":
         groups = grouped.group(ids, n, x.dtype)
-    if needs_x or needs_vh or needs_s or needs_weights:
-        partial = grouped.shrink(dy, u.mT, groups)
-        partial_bias = None
-        if needs_weights and expert_bias is not None:
-            partial_bias = grouped.shrink(dy, expert_bias[:, None], groups)
-        needs_h = needs_x or needs_vh
-        dh = torch.empty(tokens, m, r, dtype=x.dtype, device=x.device) if needs_h else None
-        dzh = torch.empty_like(h) if needs_s else None
-        dweights = torch.empty_like(weights) if needs_weights else None
-        config = configs.entries(r)
-        _scale_backward[(triton.cdiv(tokens * m, config["BLOCK_E"]),)](
-            partial, partial_bias, h, weights, ids, s, dh, dzh, dweights,
-            tokens, len(partial), 0 if partial_bias is None else len(partial_bias), r, m,
-            NEEDS_H=needs_h, NEEDS_S=needs_s, NEEDS_WEIGHTS=needs_weights, HAS_EXPERT_BIAS=partial_bias is not None,
-            **config,
-        )  # fmt: skip
-    if needs_x:
+
+    def products(rows: Tensor) -> Tensor:
+        """dy rows^T of the columns that the kernel takes: rows [N, r, O] -> [splits, T, m or N, r]."""
+        return grouped.shrink(dy, rows, groups) if groups else shrink(dy, rows, ids if tokens <= 64 else None)
+
+    columns = m if groups else n
+    config = configs.route(columns, m, r)
+    config["BLOCK_C"] = config.pop("BLOCK_N")
+    blocks = triton.cdiv(tokens, config["BLOCK_T"])
+    needs_h = needs_x or needs_vh
+    routed = rank_of_router if needs_h else 0
+    partial = products(u.mT) if needs_h or needs_s or needs_weights else None
+    partial_bias = None
+    if expert_bias is not None and (needs_weights or routed):
+        partial_bias = products(expert_bias[:, None])
+
+    def empty(needed: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=x.device) if needed else None
+
+    dh, scaled = empty(needs_h, tokens, columns, r), empty(needs_u, tokens, columns, r)
+    gates = empty(needs_expert_bias, tokens, columns)
+    shares = empty(needs_s, *((tokens, m, r) if groups else (blocks, n, r)), dtype=torch.float32)
+    present = empty(groups is None, blocks, n, dtype=torch.int8)
+    dweights = empty(needs_weights, tokens, m, dtype=torch.float32)
+    _scale_backward[(blocks,)](
+        partial, partial_bias, h, weights, ids, s, dh, scaled, gates, shares, present, dweights,
+        tokens, 0 if partial is None else len(partial), 0 if partial_bias is None else len(partial_bias),
+        columns, n, routed, r, m,
+        GROUPED=groups is not None, NEEDS_H=needs_h, NEEDS_S=needs_s, NEEDS_U=needs_u,
+        NEEDS_EXPERT_BIAS=needs_expert_bias, NEEDS_WEIGHTS=needs_weights, HAS_EXPERT_BIAS=partial_bias is not None,
+        **config, **device.dependent_launch(),
+    )  # fmt: skip
+
+    if needs_x and groups:
         dx = grouped.expand(dh, vh[:, :r], groups).addmm_(dy, weight)
+    elif needs_x:
+        tail = Tail(dh, None, present, config["BLOCK_T"])
+        dx = expand(dy, weight.T, None, tail, vh[:, :r].mT, None, "delta")
     if needs_vh:
         dvh = torch.empty_like(vh) if vh.shape[1] == r else torch.zeros_like(vh)
-        outer(dh, x, groups, dvh[:, :r])
-    if needs_s:
+        if groups:
+            outer(dh, x, groups, dvh[:, :r])
+        else:
+            dvh[:, :r] = (dh.view(tokens, n * r).T @ x).view(n, r, d)
+    if needs_s and groups:
         ds = torch.empty_like(s)
-        config = configs.entries(r)
-        _sum[triton.cdiv(r, config["BLOCK_K"]), n](dzh, groups.order, groups.start, ds, tokens, n, r, m, **config)
-    if needs_u:
+        entries = configs.entries(r)
+        _sum[triton.cdiv(r, entries["BLOCK_K"]), n](shares, groups.order, groups.start, ds, tokens, n, r, m, **entries)
+    elif needs_s:
+        ds = shares.sum(0)
+    if needs_u and groups:
         du = torch.empty_like(u)
-        scaled, _ = grouped.scale(h[None], s, weights, ids, x.dtype, save=False)
         outer(scaled, dy, groups, du.mT)
-    if needs_expert_bias:
+    elif needs_u:
+        du = (dy.T @ scaled.view(tokens, n * r)).view(o, n, r).transpose(0, 1).contiguous()
+    if needs_expert_bias and groups:
         dexpert_bias = torch.empty_like(expert_bias)
-        outer(weights.to(x.dtype)[..., None], dy, groups, dexpert_bias[:, None])
+        outer(gates[..., None], dy, groups, dexpert_bias[:, None])
+    elif needs_expert_bias:
+        dexpert_bias = gates.T @ dy
     return dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights
 
 

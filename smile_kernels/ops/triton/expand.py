@@ -18,7 +18,7 @@ def _expand(
     scaled,  # [T, N, R]
     gates,  # [T, N]
     present,  # [T / SEEN_T, N] int8
-    u,  # [N, O, R]
+    u,  # [N, O, R] by its strides
     expert_bias,  # [N, O]
     y,  # [T, O]
     # dimensions
@@ -30,6 +30,9 @@ def _expand(
     SEEN_T: tl.constexpr,
     # strides
     x_stride_t,
+    u_stride_n,
+    U_STRIDE_O: tl.constexpr,
+    u_stride_r,
     # meta-parameters
     BASE: tl.constexpr,
     TMA: tl.constexpr,
@@ -90,7 +93,7 @@ def _expand(
         rank = (i % chunks) * BLOCK_R + k
         a_ptrs = scaled + t[:, None] * (N * R) + expert * R + rank[None, :]
         a = tl.load(a_ptrs, mask=t_inside & (rank[None, :] < R), other=0.0)
-        u_ptrs = u + expert.to(tl.int64) * O * R + o[None, :] * R + rank[:, None]
+        u_ptrs = u + expert.to(tl.int64) * u_stride_n + o[None, :] * U_STRIDE_O + rank[:, None] * u_stride_r
         b = tl.load(u_ptrs, mask=o_inside & (rank[:, None] < R), other=0.0)
         acc = dot(a, b, acc, PRECISION)
     if HAS_EXPERT_BIAS:
@@ -116,9 +119,9 @@ def expand(
 ) -> Tensor:
     """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
 
-    x [T, D], weight [O, D], bias [O], u [N, O, r], expert_bias [N, O]. `path` is how the base product is made: "fused"
-    in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator unless their
-    alignment forbids it; "delta" by cuBLAS on top of the rest.
+    x [T, D], weight [O, D], bias [O], u [N, O, r] of any strides, expert_bias [N, O]. `path` is how the base product is
+    made: "fused" in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator
+    unless their alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
     device, block_n = configs.device(x.device), triton.next_power_of_2(n)
@@ -134,7 +137,7 @@ def expand(
     _expand[(triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(o, config["BLOCK_O"]),)](
         *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y,
         tokens, d, o, n, r, tail.tokens_per_block,
-        x.stride(0),
+        x.stride(0), *u.stride(),
         BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
         PRECISION=configs.precision(x.dtype, device), GROUP=8,
         BLOCK_N=block_n, BLOCK_E=max(16, min(64, block_n)), BLOCK_R=configs.rank_block(r, x.dtype),

@@ -12,7 +12,7 @@ from .common import dot, start_next_kernel
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
 def _shrink(
     x,  # [T, D]
-    rows,  # [N, K, D]
+    rows,  # [N, K, D] by its strides
     ids,  # [T, M] int32
     partial,  # [splits, T, N, K] float32
     # dimensions
@@ -25,6 +25,8 @@ def _shrink(
     # strides
     x_stride_t,
     rows_stride_n,
+    rows_stride_k,
+    ROWS_STRIDE_D: tl.constexpr,
     # meta-parameters
     SELECTED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -52,8 +54,8 @@ def _shrink(
 
     d = first_d + tl.arange(0, BLOCK_D)
     x_ptrs = x + t[:, None] * x_stride_t + d[None, :]
-    row_ptrs = rows + (row // K).to(tl.int64) * rows_stride_n + (row % K).to(tl.int64) * D
-    row_ptrs = row_ptrs[None, :] + d[:, None]
+    row_ptrs = rows + (row // K).to(tl.int64) * rows_stride_n + (row % K).to(tl.int64) * rows_stride_k
+    row_ptrs = row_ptrs[None, :] + d[:, None].to(tl.int64) * ROWS_STRIDE_D
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for i in range(chunks):
         inside = d < D - i * BLOCK_D
@@ -61,7 +63,7 @@ def _shrink(
         b = tl.load(row_ptrs, mask=(row < N * K)[None, :] & inside[:, None], other=0.0)
         acc = dot(a, b, acc, PRECISION)
         x_ptrs += BLOCK_D
-        row_ptrs += BLOCK_D
+        row_ptrs += BLOCK_D * ROWS_STRIDE_D
     out = partial + (split.to(tl.int64) * T + t[:, None]) * (N * K) + row[None, :]
     # Triton 3.9's interpreter cannot combine a block of truth values with a single one.
     written_t = tl.where(chunks > 0, T, first_t)
@@ -69,7 +71,7 @@ def _shrink(
 
 
 def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Partial sums over D of x rows^T: x [T, D], rows [N, K, D] -> [splits, T, N, K] float32.
+    """Partial sums over D of x rows^T: x [T, D], rows [N, K, D] of any strides -> [splits, T, N, K] float32.
 
     With ids [T, m] int32, only products of experts that some token of the same block chose are written. The number of
     splits depends on the shapes alone, so the sums are the same on every run.
@@ -79,12 +81,14 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
     programs = triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(n * k, config["BLOCK_R"])
     splits, chunks = configs.split(d, config["BLOCK_D"], programs, device)
+    # Of small tiles ptxas would make room for more blocks than shared memory has.
+    registers = device.all_registers() if config["num_warps"] == 4 else {}
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     m = 1 if ids is None else ids.shape[1]
     _shrink[programs, splits](
         x, rows, ids, partial,
         tokens, d, chunks, n, k, m,
-        x.stride(0), rows.stride(0),
+        x.stride(0), *rows.stride(),
         SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True), PDL=device.pdl,
         BLOCK_M=triton.next_power_of_2(m), **config,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from . import apply, apply_backward, configs, linear, route_backward
+from . import apply, apply_backward, configs, linear, linear_backward
 
 
 def warmup(
@@ -32,17 +32,18 @@ def warmup(
     With its own routing and with a given one; with `training` the backward too. Triton keeps what it compiles on disk,
     so another process only loads it.
     """
-    rows = vh[:, :rank_of_router] if router is None else router
+    m = num_experts_per_tok
     for t in tokens:
         x = weight.new_zeros(t, weight.shape[1])
         parameters = x, weight, bias, vh, s, u, expert_bias
-        y, weights, ids, h = linear(*parameters, router, num_experts_per_tok, rank_of_router, training)
+        y, weights, ids, h = linear(*parameters, router, m, rank_of_router, training)
         apply(*parameters, weights, ids, training)
         if training:
-            needs = [True] * 6 + [expert_bias is not None, num_experts_per_tok > 1]
-            apply_backward(y, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
-            if num_experts_per_tok > 1:
-                route_backward(weights, x, rows, weights, ids, [True, True])
+            factors = x, weight, vh, s, u, expert_bias
+            needs = [True] * 6 + [expert_bias is not None]
+            apply_backward(y, *factors, weights, ids, h, [*needs, m > 1])
+            wanted = [*needs, router is not None]
+            linear_backward(y, *factors, router, weights, ids, h, rank_of_router, wanted)
 
 
 def tune(
