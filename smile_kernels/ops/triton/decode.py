@@ -85,7 +85,6 @@ def _decode(
         k = tl.arange(0, BLOCK_K)
         slot = tl.arange(0, BLOCK_M)[None, :]
         nk = tl.arange(0, BLOCK_N * BLOCK_K)[:, None]
-        sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
         for tile in range(pid, tl.cdiv(O, BLOCK_O), programs):
             o = tile * BLOCK_O + tl.arange(0, BLOCK_O)[None, :].to(tl.int64)
             # All experts' factors are read before the choice is known: that is less than to wait for them afterwards.
@@ -114,6 +113,8 @@ def _decode(
                 wait_for_previous_kernel(PDL)
             offsets = t[:, :, None] * (N * K) + n[:, :, None] * K + k
             inside = (t < T)[:, :, None] & (n < N)[:, :, None] & (k < K)
+            # Read beside h, not ahead of the loop, which has no registers to spare.
+            sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
             h = sum_splits(partial, offsets, inside, SPLITS, T * (N * K))
             zero = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             peak, squares = add_squares(zero, zero, tl.where(k < G, h, 0.0))

@@ -167,13 +167,11 @@ def _launch(partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
     r = 0 if s is None else s.shape[1]
     scaled, gates, present, _ = tail or (None, None, None, None)
     device, config = configs.device(partial.device), configs.route(n, m, max(g, r))
-    # Without a limit of its own ptxas spills so that more warps fit.
-    limit = {} if device.family == "gfx942" else {"maxnreg": 255}
     _route[(triton.cdiv(tokens, config["BLOCK_T"]),)](
         partial, weights, ids, s, scaled, gates, present, h,
         tokens, splits, n, k, g, r, m,
         ROUTE=routes, SCALE=tail is not None, GATES=gates is not None, SAVE=h is not None,
-        **config, **limit, **device.dependent_launch(),
+        **config, **device.all_registers(), **device.dependent_launch(),
     )  # fmt: skip
 
 

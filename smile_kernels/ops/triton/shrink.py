@@ -90,6 +90,6 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
         tokens, d, chunks, n, k, m,
         x.stride(0), *rows.stride(),
         SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True), PDL=device.pdl,
-        BLOCK_M=triton.next_power_of_2(m), **config,
+        BLOCK_M=triton.next_power_of_2(m), **config, **registers,
     )  # fmt: skip
     return partial
