@@ -31,7 +31,8 @@ DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
 BANDWIDTH, RATE = 4.3e12, 780e12
 # Seconds that a kernel of a CUDA graph takes besides its work, unless it starts before the one ahead of it has ended.
 RAMP = 1.5e-6
-OVERLAPPED = {"stream", "route", "route and scale", "scale", "expand", "tail", "dh", "dx tail"}
+OVERLAPPED = ("stream", "route", "scale", "expand", "tail", "dh", "dx tail")
+OVERLAPPED_GROUPED = ("schedule", "sort", "gather", "scaled", "scatter", "a", "ds", "du", "dexpert_bias")
 # Seconds of the host for a launch of a Triton kernel, for a call of an operator with its outputs, and for F.linear.
 LAUNCH, OPERATOR, LINEAR = 5e-6, 10e-6, 5e-6
 
@@ -186,7 +187,8 @@ def chosen_paths(case: Case, device: configs.Device, save: bool = False) -> tupl
 
 def seconds(works: dict[str, Work]) -> float:
     """The time of launches one after another in a CUDA graph: the floor of each, and the ramps that nothing hides."""
-    return sum(work.floor(BANDWIDTH, RATE) + RAMP * (name not in OVERLAPPED) for name, work in works.items())
+    overlapped = OVERLAPPED + OVERLAPPED_GROUPED if "sort" in works else OVERLAPPED
+    return sum(work.floor(BANDWIDTH, RATE) + RAMP * (not name.startswith(overlapped)) for name, work in works.items())
 
 
 def predicted(case: Case, graph: bool = True) -> float:

@@ -274,7 +274,8 @@ def test_heuristics_choose_what_can_run():
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 1) == "grouped"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 3, 512, 1) == "grouped"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 64) == "delta"
-    assert configs.apply_path(device, half, 2048, 768, 768, 8, 128, 1) == "delta"
+    assert configs.apply_path(device, half, 2048, 768, 768, 8, 128, 1) == "fused"
+    assert configs.apply_path(device, torch.float32, 2048, 768, 768, 8, 128, 1) == "delta"
 
 
 def test_compiled_without_graph_breaks(device, take):

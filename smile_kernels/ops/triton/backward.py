@@ -149,10 +149,13 @@ def _outer(
     out_stride_d,
     # meta-parameters
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     k = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     d = (tl.program_id(0) // rank_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -183,7 +186,7 @@ def outer(left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
         left, right, groups.order, groups.start, out,
         tokens, d, n, r, m,
         right.stride(0), *out.stride(),
-        PRECISION=configs.precision(left.dtype, device), **config,
+        PRECISION=configs.precision(left.dtype, device), **config, **device.dependent_launch(),
     )  # fmt: skip
 
 
@@ -199,9 +202,12 @@ def _sum(
     R: tl.constexpr,
     M: tl.constexpr,
     # meta-parameters
+    PDL: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     expert = tl.program_id(1)
     acc = tl.zeros((BLOCK_E, BLOCK_K), tl.float32)
@@ -284,7 +290,9 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
     if needs_s and groups:
         ds = torch.empty_like(s)
         entries = configs.entries(r)
-        _sum[triton.cdiv(r, entries["BLOCK_K"]), n](shares, groups.order, groups.start, ds, tokens, n, r, m, **entries)
+        _sum[triton.cdiv(r, entries["BLOCK_K"]), n](
+            shares, groups.order, groups.start, ds, tokens, n, r, m, **entries, **device.dependent_launch()
+        )
     elif needs_s:
         ds = shares.sum(0)
     if needs_u and groups:
@@ -312,10 +320,13 @@ def _score_backward(
     G: tl.constexpr,
     M: tl.constexpr,
     # meta-parameters
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     slot = tl.arange(0, BLOCK_M)[None, :]
     inside = (t < T) & (slot < M)
@@ -350,17 +361,11 @@ def route_backward(dweights, x, router, weights, ids, needs):
     partial = grouped.shrink(x, router, groups, routes=True)
     dq = torch.empty(tokens, m, g, dtype=x.dtype, device=x.device)
     blocks = configs.route(1, m, g)
+    blocks.pop("BLOCK_N")
     _score_backward[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
-        partial,
-        weights,
-        dweights,
-        dq,
-        tokens,
-        len(partial),
-        g,
-        m,
-        **{k: v for k, v in blocks.items() if k != "BLOCK_N"},
-    )
+        partial, weights, dweights, dq, tokens, len(partial), g, m,
+        **blocks, **configs.device(x.device).dependent_launch(),
+    )  # fmt: skip
     dx = grouped.expand(dq, router, groups) if needs[0] else None
     drouter = None
     if needs[1]:

@@ -251,7 +251,9 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     unchosen = (n - m) * r
     if tokens > 64 and unchosen > 512 and 2 * tokens * unchosen * (d + o) > 8e9:
         return "grouped"
-    return "fused" if tokens <= 64 else "delta"
+    # Below as many FLOPs a launch and a pass over y cost more than cuBLAS gains on tensor cores.
+    small = dtype.itemsize == 2 and 2 * tokens * d * o <= 8e9
+    return "fused" if tokens <= 64 or small else "delta"
 
 
 def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> list[str]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, dot, sum_splits
+from .common import cast, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -23,9 +23,12 @@ def _count(
     T,
     N: tl.constexpr,
     M: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     block, j = tl.program_id(0), tl.program_id(1)
     t = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
@@ -44,10 +47,13 @@ def _schedule(
     BLOCKS,
     SCHEDULE,
     N: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     j = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.int32)
@@ -85,9 +91,12 @@ def _sort(
     T,
     N: tl.constexpr,
     M: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     block, j = tl.program_id(0), tl.program_id(1)
     t = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
@@ -114,7 +123,8 @@ def group(ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
     The blocks are of the size that the grouped kernels take for operands of `dtype`.
     """
     tokens, m = ids.shape
-    block_n, block = triton.next_power_of_2(n), configs.group_block(tokens, n, configs.device(ids.device), dtype)
+    device = configs.device(ids.device)
+    block_n, block = triton.next_power_of_2(n), configs.group_block(tokens, n, device, dtype)
     block_c = max(16, 4096 // block_n)
     blocks, schedule = triton.cdiv(tokens, block_c), triton.cdiv(tokens, block) + min(n, tokens) - 1
 
@@ -123,7 +133,7 @@ def group(ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
 
     counts, offsets = empty(m, blocks, n), empty(m, blocks, n)
     groups = Groups(empty(m, tokens), empty(m, n + 1), empty(m, schedule), empty(m, schedule), block)
-    shape = {"N": n, "BLOCK_N": block_n}
+    shape = {"N": n, "BLOCK_N": block_n, **device.dependent_launch()}
     _count[blocks, m](ids, counts, tokens, M=m, BLOCK_C=block_c, **shape)
     _schedule[(m,)](
         counts, offsets, groups.start, groups.experts, groups.firsts, tokens, blocks, schedule,
@@ -166,10 +176,13 @@ def _shrink(
     factors_stride_d,
     # meta-parameters
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     block, j, split = tl.program_id(0) // rank_blocks, tl.program_id(1), tl.program_id(2)
     expert, t, real = _block_of_entries(order, start, experts, firsts, j, block, T, SCHEDULE, N, BLOCK_T)
@@ -205,7 +218,7 @@ def shrink(x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) 
         x, factors, *groups[:4], partial,
         tokens, d, schedule, chunks, n, r, m,
         x.stride(0), *factors.stride(),
-        PRECISION=configs.precision(x.dtype, device, routes=routes), **config,
+        PRECISION=configs.precision(x.dtype, device, routes=routes), **config, **device.dependent_launch(),
     )  # fmt: skip
     return partial
 
@@ -225,9 +238,12 @@ def _scale(
     M: tl.constexpr,
     # meta-parameters
     SAVE: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     entry = (tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E))[:, None]
     entries = T.to(tl.int64) * M
     w = tl.load(weights + entry, mask=entry < entries, other=0.0)
@@ -271,10 +287,13 @@ def _expand(
     HAS_BIAS: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    start_next_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     column_blocks = tl.cdiv(O, BLOCK_O)
     block = tl.program_id(0) // column_blocks
     expert, t, real = _block_of_entries(order, start, experts, firsts, j, block, T, SCHEDULE, N, BLOCK_T)
@@ -325,7 +344,7 @@ def expand(
             j, tokens, o, schedule, n, r, m,
             *factors.stride(),
             ADD=j > 0, HAS_BIAS=bias is not None and j == 0, HAS_EXPERT_BIAS=expert_bias is not None,
-            PRECISION=configs.precision(scaled.dtype, device), **config,
+            PRECISION=configs.precision(scaled.dtype, device), **config, **device.dependent_launch(),
         )  # fmt: skip
     return y
 
@@ -334,13 +353,14 @@ def scale(
     partial: Tensor, s: Tensor, weights: Tensor, ids: Tensor, dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor]:
     """The scaled products w_i s_i h_i [T, m, r], and h [T, m, r] float32 if `save`, from partial [splits, T, m, r]."""
-    (splits, tokens, m, r), device = partial.shape, s.device
-    scaled = torch.empty(tokens, m, r, dtype=dtype, device=device)
-    h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=device)
+    splits, tokens, m, r = partial.shape
     config = configs.entries(r)
+    scaled = torch.empty(tokens, m, r, dtype=dtype, device=s.device)
+    h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
     _scale[(triton.cdiv(tokens * m, config["BLOCK_E"]),)](
-        partial, weights, ids, s, scaled, h if save else None, tokens, splits, r, m, SAVE=save, **config
-    )
+        partial, weights, ids, s, scaled, h if save else None, tokens, splits, r, m,
+        SAVE=save, **config, **configs.device(s.device).dependent_launch(),
+    )  # fmt: skip
     return scaled, h
 
 
