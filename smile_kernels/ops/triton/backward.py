@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, grouped
-from .common import cast, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .common import cast, cdiv, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
 from .expand import expand
 from .grouped import Groups
 from .route import Tail, add_squares, by_expert, finite_norm, of_slot
@@ -182,7 +182,7 @@ def outer(left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
     (tokens, m, r), (n, _, d) = left.shape, out.shape
     device = configs.device(left.device)
     config = configs.tile("outer", device, left.dtype, r, d, tokens, copies=n)
-    _outer[triton.cdiv(r, config["BLOCK_R"]) * triton.cdiv(d, config["BLOCK_D"]), n](
+    _outer[cdiv(r, config["BLOCK_R"]) * cdiv(d, config["BLOCK_D"]), n](
         left, right, groups.order, groups.start, out,
         tokens, d, n, r, m,
         right.stride(0), *out.stride(),
@@ -251,7 +251,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
     columns = m if groups else n
     config = configs.route(columns, m, r)
     config["BLOCK_C"] = config.pop("BLOCK_N")
-    blocks = triton.cdiv(tokens, config["BLOCK_T"])
+    blocks = cdiv(tokens, config["BLOCK_T"])
     needs_h = needs_x or needs_vh
     routed = rank_of_router if needs_h else 0
     partial = products(u.mT) if needs_h or needs_s or needs_weights else None
@@ -290,7 +290,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
     if needs_s and groups:
         ds = torch.empty_like(s)
         entries = configs.entries(r)
-        _sum[triton.cdiv(r, entries["BLOCK_K"]), n](
+        _sum[cdiv(r, entries["BLOCK_K"]), n](
             shares, groups.order, groups.start, ds, tokens, n, r, m, **entries, **device.dependent_launch()
         )
     elif needs_s:
@@ -360,9 +360,9 @@ def route_backward(dweights, x, router, weights, ids, needs):
     groups = grouped.group(ids, n, x.dtype)
     partial = grouped.shrink(x, router, groups, routes=True)
     dq = torch.empty(tokens, m, g, dtype=x.dtype, device=x.device)
-    blocks = configs.route(1, m, g)
+    blocks = configs.route(m, m, g)
     blocks.pop("BLOCK_N")
-    _score_backward[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
+    _score_backward[(cdiv(tokens, blocks["BLOCK_T"]),)](
         partial, weights, dweights, dq, tokens, len(partial), g, m,
         **blocks, **configs.device(x.device).dependent_launch(),
     )  # fmt: skip

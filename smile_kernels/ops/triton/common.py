@@ -1,4 +1,4 @@
-"""What the kernels share: products and casts that the interpreter gets right too, and the overlap of launches."""
+"""What the kernels share: products and casts that the interpreter gets right too, overlap of launches, and sizes."""
 
 import triton
 import triton.language as tl
@@ -11,6 +11,17 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
+
+
+# Triton's own serve kernels too, and take microseconds of the host for each call.
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is no less than n, from 1 on."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit

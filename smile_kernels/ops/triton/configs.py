@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
-from .common import TensorDescriptor, gdc_wait
+from .common import TensorDescriptor, gdc_wait, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,12 @@ def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> st
 
     Products that choose experts keep float32's accuracy even then, as three TF32 products.
     """
+    if dtype != torch.float32 or device.family in ("interpreter", "gfx942"):
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9 reading `allow_tf32` raises where the newer attribute was set; the newer one knows of both.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    if dtype != torch.float32 or not allowed or device.family in ("interpreter", "gfx942"):
+    if not allowed:
         return "ieee"
     return "tf32x3" if routes else "tf32"
 
@@ -178,8 +179,10 @@ def candidates(kernel: str, device: Device, dtype: torch.dtype, rows: int, colum
     if kernel in _GROUPED:
         tiles = [t for t in tiles if t[0] == rows]
     else:
-        tiles = [t for t in tiles if t[0] <= max(16, triton.next_power_of_2(rows))]
-    fitting = [t for t in tiles if t[1] <= max(16, triton.next_power_of_2(columns))] or tiles[-1:]
+        most = max(16, next_power_of_2(rows))
+        tiles = [t for t in tiles if t[0] <= most]
+    most = max(16, next_power_of_2(columns))
+    fitting = [t for t in tiles if t[1] <= most] or tiles[-1:]
     return [dict(zip((*BLOCKS[kernel], "num_warps", "num_stages"), t)) for t in fitting]
 
 
@@ -218,21 +221,21 @@ def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
 
 def entries(r: int) -> dict[str, int]:
     """Block sizes of kernels that take each entry's r values by themselves: 4 a thread."""
-    block_k = min(64, triton.next_power_of_2(r))
+    block_k = min(64, next_power_of_2(r))
     return {"BLOCK_E": 512 // block_k, "BLOCK_K": block_k}
 
 
 def route(n: int, m: int, width: int) -> dict[str, int]:
     """Block sizes of the route kernels for n experts, m a token, `width` products an expert: 16 products a thread."""
-    block_n, block_m = triton.next_power_of_2(n), triton.next_power_of_2(m)
+    block_n, block_m = next_power_of_2(n), next_power_of_2(m)
     block_t = min(16, max(1, 256 // max(block_n, block_m)))
-    block_k = min(triton.next_power_of_2(width), max(1, 2048 // (block_t * block_n)))
+    block_k = min(next_power_of_2(width), max(1, 2048 // (block_t * block_n)))
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
 
 def rank_block(r: int, dtype: torch.dtype) -> int:
     """How much of an expert's rank one product of a tail takes: up to 128 bytes."""
-    return min(128 // dtype.itemsize, max(16, triton.next_power_of_2(r)))
+    return min(128 // dtype.itemsize, max(16, next_power_of_2(r)))
 
 
 def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> str:
@@ -259,7 +262,7 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
 def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> list[str]:
     """The ways in which a layer of n experts of k rows can be routed; see `linear_path`."""
     # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
-    held = triton.next_power_of_2(n) * max(16, triton.next_power_of_2(k))
+    held = next_power_of_2(n) * max(16, next_power_of_2(k))
     few = tokens <= 16 and n <= 16 and held <= 256 and not save and bool(_tiles("decode", device, dtype))
     return [*(["decode", "single"] if few else []), "together", "first"]
 
@@ -311,12 +314,16 @@ def tables() -> dict[str, dict]:
 asked: dict[str, list] | None = None
 
 
+@functools.lru_cache(maxsize=4096)
+def _key(kind: str, numbers: str, dimensions: tuple[int, ...]) -> str:
+    return " ".join([kind, numbers, *(str(next_power_of_2(n)) for n in dimensions)])
+
+
 def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[int, ...], choices: list):
     """The table's choice for these dimensions, each rounded up to a power of two; None if it has none."""
     if asked is None and device.name not in tables():
         return None
-    numbers = "half" if dtype.itemsize == 2 else precision(dtype, device)
-    key = " ".join([kind, numbers, *(str(triton.next_power_of_2(n)) for n in dimensions)])
+    key = _key(kind, "half" if dtype.itemsize == 2 else precision(dtype, device), dimensions)
     if asked is not None:
         asked[key] = choices
     return tables().get(device.name, {}).get(key)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .common import cast, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, sum_splits, wait_for_previous_kernel
 from .route import add_squares, by_expert, empty_routing, finite_norm, select
 
 
@@ -59,6 +59,7 @@ def _decode(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     t = tl.arange(0, BLOCK_T)[:, None]
+    x_rows = x + t.to(tl.int64) * x_stride_t
     row_blocks: tl.constexpr = (N * K + BLOCK_O - 1) // BLOCK_O
     slices = row_blocks * SPLITS
     if SHRINK:
@@ -70,7 +71,7 @@ def _decode(
             h = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
             for i in range(tl.minimum(CHUNKS, tl.cdiv(D - first, BLOCK_D))):
                 inside = d < D - i * BLOCK_D
-                a = tl.load(x + t * x_stride_t + d[None, :] + i * BLOCK_D, mask=(t < T) & inside[None, :], other=0.0)
+                a = tl.load(x_rows + d[None, :] + i * BLOCK_D, mask=(t < T) & inside[None, :], other=0.0)
                 b = tl.load(vh + row * D + d[:, None] + i * BLOCK_D, mask=(row < N * K) & inside[:, None], other=0.0)
                 h = dot(a, b, h, ROUTE_PRECISION)
             at = partial + ((piece // row_blocks) * T + t) * (N * K) + row
@@ -101,7 +102,7 @@ def _decode(
             d = tl.arange(0, BLOCK_D)
             for start in range(0, D, BLOCK_D):
                 inside = d < D - start
-                a = tl.load(x + t * x_stride_t + d[None, :] + start, mask=(t < T) & inside[None, :], other=0.0)
+                a = tl.load(x_rows + d[None, :] + start, mask=(t < T) & inside[None, :], other=0.0)
                 b_mask = (o < O) & inside[:, None]
                 b = tl.load(weight + o * D + d[:, None] + start, mask=b_mask, other=0.0, eviction_policy="evict_first")
                 acc = dot(a, b, acc, PRECISION)
@@ -146,22 +147,24 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
     (tokens, d), (n, o, r), k, m = x.shape, u.shape, vh.shape[1], num_experts_per_tok
     device = configs.device(x.device)
     config = configs.tile("decode", device, x.dtype, tokens, o, d)
-    row_blocks, tiles = triton.cdiv(n * k, config["BLOCK_O"]), triton.cdiv(o, config["BLOCK_O"])
+    row_blocks, tiles = cdiv(n * k, config["BLOCK_O"]), cdiv(o, config["BLOCK_O"])
     splits, chunks = configs.split(d, config["BLOCK_D"], row_blocks, device)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     weights, ids = empty_routing(x, m)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
 
+    numbers = tokens, d, o, splits, chunks, n, k, rank_of_router, r, m, x.stride(0)
+    constants = {
+        "HAS_BIAS": bias is not None, "HAS_EXPERT_BIAS": expert_bias is not None,
+        "PRECISION": configs.precision(x.dtype, device),
+        "ROUTE_PRECISION": configs.precision(x.dtype, device, routes=True),
+        "BLOCK_N": next_power_of_2(n), "BLOCK_M": next_power_of_2(m), "BLOCK_K": next_power_of_2(max(k, 16)), **config,
+    }  # fmt: skip
+
     def launch(programs, arrivals, shrink, expand, **options):
         _decode[(programs,)](
-            x, weight, bias, vh, s, u, expert_bias, partial, arrivals, y, weights, ids,
-            tokens, d, o, splits, chunks, n, k, rank_of_router, r, m,
-            x.stride(0),
-            SHRINK=shrink, EXPAND=expand, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
-            PRECISION=configs.precision(x.dtype, device),
-            ROUTE_PRECISION=configs.precision(x.dtype, device, routes=True),
-            BLOCK_N=triton.next_power_of_2(n), BLOCK_M=triton.next_power_of_2(m),
-            BLOCK_K=triton.next_power_of_2(max(k, 16)), **config, **options,
+            x, weight, bias, vh, s, u, expert_bias, partial, arrivals, y, weights, ids, *numbers,
+            SHRINK=shrink, EXPAND=expand, **constants, **options,
         )  # fmt: skip
 
     if single:

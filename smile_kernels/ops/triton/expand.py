@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import TensorDescriptor, cast, dot, wait_for_previous_kernel
+from .common import TensorDescriptor, cast, cdiv, dot, next_power_of_2, wait_for_previous_kernel
 from .route import Tail
 
 
@@ -124,7 +124,7 @@ def expand(
     unless their alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
-    device, block_n = configs.device(x.device), triton.next_power_of_2(n)
+    device, block_n = configs.device(x.device), next_power_of_2(n)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
     tma = path == "tma" and _describable(x) and _describable(weight)
@@ -134,7 +134,7 @@ def expand(
             TensorDescriptor.from_tensor(x, [config["BLOCK_T"], config["BLOCK_D"]]),
             TensorDescriptor.from_tensor(weight, [config["BLOCK_O"], config["BLOCK_D"]]),
         )
-    _expand[(triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(o, config["BLOCK_O"]),)](
+    _expand[(cdiv(tokens, config["BLOCK_T"]) * cdiv(o, config["BLOCK_O"]),)](
         *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y,
         tokens, d, o, n, r, tail.tokens_per_block,
         x.stride(0), *u.stride(),

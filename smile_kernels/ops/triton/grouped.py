@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, sum_splits, wait_for_previous_kernel
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -124,9 +124,9 @@ def group(ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
     """
     tokens, m = ids.shape
     device = configs.device(ids.device)
-    block_n, block = triton.next_power_of_2(n), configs.group_block(tokens, n, device, dtype)
+    block_n, block = next_power_of_2(n), configs.group_block(tokens, n, device, dtype)
     block_c = max(16, 4096 // block_n)
-    blocks, schedule = triton.cdiv(tokens, block_c), triton.cdiv(tokens, block) + min(n, tokens) - 1
+    blocks, schedule = cdiv(tokens, block_c), cdiv(tokens, block) + min(n, tokens) - 1
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids.device)
@@ -211,7 +211,7 @@ def shrink(x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) 
     (tokens, d), (n, r, _), (m, schedule) = x.shape, factors.shape, groups.experts.shape
     device = configs.device(x.device)
     config = configs.tile("gather", device, x.dtype, groups.block, r, d)
-    programs = schedule * triton.cdiv(r, config["BLOCK_R"])
+    programs = schedule * cdiv(r, config["BLOCK_R"])
     splits, chunks = configs.split(d, config["BLOCK_D"], programs * m, device)
     partial = torch.empty(splits, tokens, m, r, dtype=torch.float32, device=x.device)
     _shrink[programs, m, splits](
@@ -339,7 +339,7 @@ def expand(
     config = configs.tile("scatter", device, scaled.dtype, groups.block, o, r)
     schedule = groups.experts.shape[1]
     for j in range(m):
-        _expand[(schedule * triton.cdiv(o, config["BLOCK_O"]),)](
+        _expand[(schedule * cdiv(o, config["BLOCK_O"]),)](
             scaled, factors, weights, expert_bias, bias, *groups[:4], y,
             j, tokens, o, schedule, n, r, m,
             *factors.stride(),
@@ -357,7 +357,7 @@ def scale(
     config = configs.entries(r)
     scaled = torch.empty(tokens, m, r, dtype=dtype, device=s.device)
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
-    _scale[(triton.cdiv(tokens * m, config["BLOCK_E"]),)](
+    _scale[(cdiv(tokens * m, config["BLOCK_E"]),)](
         partial, weights, ids, s, scaled, h if save else None, tokens, splits, r, m,
         SAVE=save, **config, **configs.device(s.device).dependent_launch(),
     )  # fmt: skip

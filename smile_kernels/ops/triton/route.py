@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .common import cast, cdiv, start_next_kernel, sum_splits, wait_for_previous_kernel
 from .shrink import shrink
 
 
@@ -167,7 +167,7 @@ def _launch(partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
     r = 0 if s is None else s.shape[1]
     scaled, gates, present, _ = tail or (None, None, None, None)
     device, config = configs.device(partial.device), configs.route(n, m, max(g, r))
-    _route[(triton.cdiv(tokens, config["BLOCK_T"]),)](
+    _route[(cdiv(tokens, config["BLOCK_T"]),)](
         partial, weights, ids, s, scaled, gates, present, h,
         tokens, splits, n, k, g, r, m,
         ROUTE=routes, SCALE=tail is not None, GATES=gates is not None, SAVE=h is not None,
@@ -213,7 +213,7 @@ def scale(
     tail = Tail(
         scaled=torch.empty(tokens, n, r, dtype=dtype, device=s.device),
         gates=torch.empty(tokens, n, dtype=dtype, device=s.device) if gates else None,
-        present=torch.empty(triton.cdiv(tokens, block), n, dtype=torch.int8, device=s.device),
+        present=torch.empty(cdiv(tokens, block), n, dtype=torch.int8, device=s.device),
         tokens_per_block=block,
     )
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)

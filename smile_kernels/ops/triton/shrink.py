@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import dot, start_next_kernel
+from .common import cdiv, dot, next_power_of_2, start_next_kernel
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -79,7 +79,7 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     (tokens, d), (n, k, _) = x.shape, rows.shape
     device = configs.device(x.device)
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
-    programs = triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(n * k, config["BLOCK_R"])
+    programs = cdiv(tokens, config["BLOCK_T"]) * cdiv(n * k, config["BLOCK_R"])
     splits, chunks = configs.split(d, config["BLOCK_D"], programs, device)
     # Of small tiles ptxas would make room for more blocks than shared memory has.
     registers = device.all_registers() if config["num_warps"] == 4 else {}
@@ -90,6 +90,6 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
         tokens, d, chunks, n, k, m,
         x.stride(0), *rows.stride(),
         SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True), PDL=device.pdl,
-        BLOCK_M=triton.next_power_of_2(m), **config, **registers,
+        BLOCK_M=next_power_of_2(m), **config, **registers,
     )  # fmt: skip
     return partial
