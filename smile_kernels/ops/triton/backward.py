@@ -273,7 +273,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
         columns, n, routed, r, m,
         GROUPED=groups is not None, NEEDS_H=needs_h, NEEDS_S=needs_s, NEEDS_U=needs_u,
         NEEDS_EXPERT_BIAS=needs_expert_bias, NEEDS_WEIGHTS=needs_weights, HAS_EXPERT_BIAS=partial_bias is not None,
-        **config, **device.dependent_launch(),
+        **config, **device.all_registers(), **device.dependent_launch(),
     )  # fmt: skip
 
     if needs_x and groups:

@@ -81,8 +81,8 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
     programs = cdiv(tokens, config["BLOCK_T"]) * cdiv(n * k, config["BLOCK_R"])
     splits, chunks = configs.split(d, config["BLOCK_D"], programs, device)
-    # Of small tiles ptxas would make room for more blocks than shared memory has.
-    registers = device.all_registers() if config["num_warps"] == 4 else {}
+    # Small tiles alone: larger ones do not spill, and on sm_100 would lose their second block.
+    registers = device.all_registers() if config["BLOCK_T"] <= 64 else {}
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     m = 1 if ids is None else ids.shape[1]
     _shrink[programs, splits](
