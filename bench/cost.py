@@ -77,7 +77,7 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
         case: the layer and the batch; the router is the first rows of each expert.
         linear: how it is routed: "decode", "single", "together" or "first" (see `configs.linear_path`).
         apply: how the experts are applied: "fused", "tma", "delta" or "grouped" (see `configs.apply_path`).
-        splits: parts into which the sum over D of the low-rank products is cut.
+        splits: parts into which the sum over D of the first low-rank product is cut.
         block: tokens of a block of the tail, which covers all experts present in it.
     """
     for name, value, known in (("linear", linear, LINEAR_PATHS), ("apply", apply, APPLY_PATHS)):
@@ -88,10 +88,10 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
     k, chosen, base = max(r, g), round(case.present()), case.dense()
     routing = 8 * t * m
     if linear in ("decode", "single"):
-        # All of u is read before the choice is known; u and the partial sums are in the cache after the first program.
-        shrink = _low_rank(case, n * k, splits)
-        read = size * n * o * (r + bias) + 4 * n * r + 4 * splits * t * n * k
-        stream = base + Work(read + routing, product(t, n * r, o))
+        # The first half also adds its partial sums and scales them; the second reads all of u, chosen or not.
+        handed_on = Work(size * t * n * r + 4 * t * n * bias, 0)
+        shrink = _low_rank(case, n * k, splits) + Work(4 * splits * t * n * k + 4 * n * r + routing, 0) + handed_on
+        stream = base + Work(size * n * o * (r + bias), product(t, n * r, o)) + handed_on
         return {"shrink": shrink, "stream": stream} if linear == "decode" else {"shrink, stream": shrink + stream}
 
     again = Work(size * t * o, 0)  # what one kernel wrote of y, another reads
@@ -104,8 +104,8 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
             return {
                 **found,
                 **_group(case, t * m),
-                "gather": gather + Work(4 * splits * t * m * r, 0),
-                "scaled": Work((4 * splits + size) * t * m * r, t * m * r),
+                "gather": gather + Work(4 * t * m * r, 0),
+                "scaled": Work((4 + size) * t * m * r, t * m * r),
                 **_scatter(case, "scatter", r, o, bias),
                 "base": base + again,
             }
@@ -186,6 +186,20 @@ def chosen_paths(case: Case, device: configs.Device, save: bool = False) -> tupl
     return linear, configs.apply_path(device, case.dtype, t, d, o, n, r, m)
 
 
+def splits(case: Case, linear: str, device: configs.Device) -> int:
+    """Parts into which the launchers cut the sum over D of the first low-rank product."""
+    (d, o, _), t = case.shape, case.tokens
+    n, r, g, _ = astuple(case.setting)
+    rows = n * (g if linear == "first" else max(r, g))
+    if linear in ("decode", "single"):
+        tile = configs.tile("decode", device, case.dtype, t, o, d)
+        programs = configs.cdiv(rows, tile["BLOCK_O"])
+    else:
+        tile = configs.tile("shrink", device, case.dtype, t, rows, d)
+        programs = configs.cdiv(t, tile["BLOCK_T"]) * configs.cdiv(rows, tile["BLOCK_R"])
+    return configs.split(d, tile["BLOCK_D"], programs, device)[0]
+
+
 def seconds(works: dict[str, Work]) -> float:
     """The time of launches one after another in a CUDA graph: the floor of each, and the ramps that nothing hides."""
     overlapped = OVERLAPPED + OVERLAPPED_GROUPED if "sort" in works else OVERLAPPED
@@ -194,7 +208,8 @@ def seconds(works: dict[str, Work]) -> float:
 
 def predicted(case: Case, graph: bool = True) -> float:
     """The time of the paths that the heuristics take, over that of F.linear: in CUDA graphs or as the host launches."""
-    works = kernels(case, *chosen_paths(case, DEVICE))
+    linear, apply = chosen_paths(case, DEVICE)
+    works = kernels(case, linear, apply, splits(case, linear, DEVICE))
     ours, dense = seconds(works), seconds({"dense": case.dense()})
     if graph:
         return ours / dense
@@ -228,7 +243,8 @@ def tables() -> dict[str, str]:
     rows = []
     for case in TRAINED:
         linear, apply = chosen_paths(case, DEVICE, save=True)
-        ours = seconds(kernels(case, linear, apply)) + seconds(backward(case, apply))
+        forward = kernels(case, linear, apply, splits(case, linear, DEVICE))
+        ours = seconds(forward) + seconds(backward(case, apply))
         dense = seconds(dict.fromkeys(("y", "dx", "dweight"), case.dense()))
         ratio = floor_ratio(case, training=True)
         rows.append([case.layer, str(case.setting), str(case.tokens), f"{ratio:.2f}", f"{ours / dense:.2f}"])

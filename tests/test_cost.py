@@ -65,10 +65,12 @@ def test_the_launches_of_a_small_layer():
     small = case(2, 2, 2, 1, layer="8x4")
     shrink = Work(2 * (2 + 4) * 8 + 4 * 3 * 2 * 4, 2 * 2 * 8 * 4)
     base = Work(2 * (16 + 32 + 4 + 8), 2 * 2 * 8 * 4)
-    # u [2, 4, 2] and expert_bias [2, 4], s [2, 2], the partial sums; weights and ids.
-    stream = base + Work(2 * (16 + 8) + 4 * 4 + 4 * 3 * 2 * 4 + 16, 2 * 2 * 4 * 4)
-    assert kernels(small, "decode", "fused", splits=3) == {"shrink": shrink, "stream": stream}
-    assert kernels(small, "single", "fused", splits=3) == {"shrink, stream": shrink + stream}
+    # The partial sums once more, s [2, 2], weights and ids; scaled [2, 2, 2] and gates [2, 2], which are read again.
+    first = shrink + Work(4 * 3 * 2 * 4 + 4 * 4 + 16 + 2 * 8 + 4 * 4, 0)
+    # u [2, 4, 2] and expert_bias [2, 4].
+    stream = base + Work(2 * (16 + 8) + 2 * 8 + 4 * 4, 2 * 2 * 4 * 4)
+    assert kernels(small, "decode", "fused", splits=3) == {"shrink": first, "stream": stream}
+    assert kernels(small, "single", "fused", splits=3) == {"shrink, stream": first + stream}
     fused = kernels(small, "together", "fused", splits=3)
     assert fused["shrink"] == shrink
     # One router row of each of two experts, then two rows of the chosen one; weights and ids; scaled and gates written.

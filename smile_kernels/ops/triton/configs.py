@@ -10,7 +10,6 @@ run time. The first of these that knows the bucket decides:
 
 import functools
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .common import TensorDescriptor, gdc_wait, next_power_of_2
+from .common import TensorDescriptor, cdiv, gdc_wait, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,10 @@ BLOCKS = {
     "scatter": ("BLOCK_T", "BLOCK_O", "BLOCK_R"),
     "outer": ("BLOCK_R", "BLOCK_D", "BLOCK_T"),
 }
-# Kernels that split their sum to fill the device can do with few tiles.
+# Kernels that split their sum to fill the device can do with fewer tiles. What comes next adds the splits one after
+# another, and waits for memory at each: they are few.
 _SPLITTING = {"shrink", "gather"}
+_MOST_SPLITS = 4
 # Kernels over blocks of entries take exactly the block that `group_block` chose.
 _GROUPED = {"gather", "scatter"}
 
@@ -131,7 +132,7 @@ _SM90_HALF = {
         (16, 32, 256, 4, 4),
         (16, 16, 256, 4, 4),
     ],
-    "decode": [(16, 32, 128, 4, 6), (16, 32, 128, 8, 6), (16, 16, 256, 4, 4)],
+    "decode": [(16, 32, 256, 4, 5), (16, 32, 128, 8, 6), (16, 16, 256, 4, 4)],
     "gather": [
         (128, 64, 64, 8, 3),
         (128, 32, 64, 4, 3),
@@ -144,7 +145,7 @@ _SM90_HALF = {
 }
 _SM100_HALF = {
     **_SM90_HALF,
-    "decode": [(16, 32, 128, 8, 6), (16, 32, 128, 8, 4), (16, 16, 256, 4, 4)],
+    "decode": [(16, 32, 256, 8, 5), (16, 32, 128, 8, 4), (16, 16, 256, 4, 4)],
     "gather": [(128, 64, 64, 4, 3), *_SM90_HALF["gather"][1:]],
 }
 # With 64 rows the products of TF32 spill there.
@@ -191,26 +192,27 @@ def tile(
 ) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of `kernel` for `copies` products [rows, depth] x [depth, columns].
 
-    Unless a table knows better, the largest tile that fits and gives nine in ten multiprocessors work, else the
-    smallest.
+    Unless a table knows better, the largest tile that fits and gives nine in ten multiprocessors work, after its sum is
+    split where the kernel does that, else the smallest.
     """
     fitting = candidates(kernel, device, dtype, rows, columns)
     measured = _measured(device, dtype, kernel, (rows, columns, depth), fitting)
     if measured in fitting:
         return measured
+    if kernel in _SPLITTING:
+        copies *= _MOST_SPLITS
     for config in fitting:
         block_rows, block_columns, _ = (config[name] for name in BLOCKS[kernel])
-        tiles = math.ceil(rows / block_rows) * math.ceil(columns / block_columns) * copies
-        if kernel in _SPLITTING or tiles >= 0.9 * device.multiprocessors:
+        if cdiv(rows, block_rows) * cdiv(columns, block_columns) * copies >= 0.9 * device.multiprocessors:
             break
     return config
 
 
 def split(depth: int, block: int, programs: int, device: Device) -> tuple[int, int]:
     """Into how many splits to cut a sum over `depth` so that `programs` times them fill the device; blocks of each."""
-    blocks = math.ceil(depth / block)
-    chunks = math.ceil(blocks / max(1, device.multiprocessors // programs))
-    return math.ceil(blocks / chunks), chunks
+    blocks = cdiv(depth, block)
+    chunks = cdiv(blocks, min(_MOST_SPLITS, max(1, device.multiprocessors // programs)))
+    return cdiv(blocks, chunks), chunks
 
 
 def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
@@ -226,9 +228,12 @@ def entries(r: int) -> dict[str, int]:
 
 
 def route(n: int, m: int, width: int) -> dict[str, int]:
-    """Block sizes of the route kernels for n experts, m a token, `width` products an expert: 16 products a thread."""
+    """Block sizes of the route kernels for n experts, m a token, `width` products an expert.
+
+    Few tokens a program and up to 16 products a thread, so that many programs wait for their partial sums at once.
+    """
     block_n, block_m = next_power_of_2(n), next_power_of_2(m)
-    block_t = min(16, max(1, 256 // max(block_n, block_m)))
+    block_t = min(16, max(1, 32 // max(block_n, block_m)))
     block_k = min(next_power_of_2(width), max(1, 2048 // (block_t * block_n)))
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
@@ -329,7 +334,7 @@ def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[i
     return tables().get(device.name, {}).get(key)
 
 
-# Counters of `decode`'s single launch, two for each launch in flight; every launch leaves its own at zero again.
+# Counters of `decode`, two for each call in flight, which leaves them at zero again.
 _COUNTERS = 1 << 16
 _counters: dict[torch.device, tuple[Tensor, dict[str, int]]] = {}
 

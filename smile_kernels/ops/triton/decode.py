@@ -1,8 +1,8 @@
 """A SMILE layer for few tokens, bound by memory: the weight streams once, and all else hides behind it.
 
 Two launches, the second of which starts before the first has ended, or one launch whose programs wait for each other.
-The first half forms h = x V^T in slices. In the second each program streams its rows of the weight, then routes (each
-for itself: that is N * k numbers a token), and adds the chosen experts and the biases in the same accumulator.
+The first half forms h = x V^T in slices; the last of its programs to arrive adds them up, routes, and scales h. In the
+second each program streams its rows of the weight, then adds the chosen experts and the biases in the same accumulator.
 """
 
 import torch
@@ -25,6 +25,8 @@ def _decode(
     expert_bias,  # [N, O]
     partial,  # [SPLITS, T, N, K] float32
     arrivals,  # [2] int32, zero before and after
+    scaled,  # [T, N, R]: w_i s_i h_i, zero where a token did not choose the expert
+    gates,  # [T, N] float32: w_i likewise
     y,  # [T, O]
     weights,  # [T, M] float32
     ids,  # [T, M] int32
@@ -52,6 +54,7 @@ def _decode(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,6 +62,7 @@ def _decode(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     t = tl.arange(0, BLOCK_T)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
     x_rows = x + t.to(tl.int64) * x_stride_t
     row_blocks: tl.constexpr = (N * K + BLOCK_O - 1) // BLOCK_O
     slices = row_blocks * SPLITS
@@ -76,27 +80,49 @@ def _decode(
                 h = dot(a, b, h, ROUTE_PRECISION)
             at = partial + ((piece // row_blocks) * T + t) * (N * K) + row
             tl.store(at, h, mask=(t < T) & (row < N * K))
-        if EXPAND:
-            # Every thread's stores come before the one arrival of this program.
-            tl.debug_barrier()
-            tl.atomic_add(arrivals, 1, mask=pid < slices, sem="release")
+        # Every thread's stores come before the one arrival of this program.
+        tl.debug_barrier()
+        owners = tl.minimum(slices, programs)
+        arrived = tl.atomic_add(arrivals, 1, mask=pid < slices, sem="acq_rel")
+        if (pid < slices) & (arrived == owners - 1):
+            k = tl.arange(0, BLOCK_K)
+            slot = tl.arange(0, BLOCK_M)[None, :]
+            inside = (t < T)[:, :, None] & (n < N)[:, :, None]
+            offsets = t[:, :, None] * (N * K) + n[:, :, None] * K + k
+            h = sum_splits(partial, offsets, inside & (k < K), SPLITS, T * (N * K))
+            zero = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            peak, squares = add_squares(zero, zero, tl.where(k < G, h, 0.0))
+            w, e = select(finite_norm(peak, squares), n, slot, N, M)
+            tl.store(weights + t * M + slot, w, mask=(t < T) & (slot < M))
+            tl.store(ids + t * M + slot, e, mask=(t < T) & (slot < M))
+            chosen, gate = by_expert(w, e, n, slot, M)
+            if HAS_EXPERT_BIAS:
+                tl.store(gates + t * N + n, gate, mask=(t < T) & (n < N))
+            sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
+            z = tl.where(chosen[:, :, None], gate[:, :, None] * sv * h, 0.0)
+            at = scaled + (t * N + n)[:, :, None] * R + k
+            tl.store(at, cast(z, scaled.dtype.element_ty), mask=inside & (k < R))
+            if EXPAND:
+                tl.debug_barrier()
+                tl.atomic_add(arrivals, 1, sem="release")
+            else:
+                tl.store(arrivals, 0)
 
     if EXPAND:
-        n = tl.arange(0, BLOCK_N)[None, :]
-        k = tl.arange(0, BLOCK_K)
-        slot = tl.arange(0, BLOCK_M)[None, :]
-        nk = tl.arange(0, BLOCK_N * BLOCK_K)[:, None]
+        nr = tl.arange(0, BLOCK_N * BLOCK_R)
+        expert, rank = nr // BLOCK_R, nr % BLOCK_R
+        real = (expert < N) & (rank < R)
         for tile in range(pid, tl.cdiv(O, BLOCK_O), programs):
             o = tile * BLOCK_O + tl.arange(0, BLOCK_O)[None, :].to(tl.int64)
             # All experts' factors are read before the choice is known: that is less than to wait for them afterwards.
-            u_mask = (nk // BLOCK_K < N) & (nk % BLOCK_K < R) & (o < O)
-            factors = tl.load(u + (nk // BLOCK_K).to(tl.int64) * O * R + o * R + nk % BLOCK_K, mask=u_mask, other=0.0)
+            u_ptrs = u + expert[:, None].to(tl.int64) * O * R + o * R + rank[:, None]
+            factors = tl.load(u_ptrs, mask=real[:, None] & (o < O), other=0.0)
             constant = tl.zeros((1, BLOCK_O), tl.float32)
             if HAS_BIAS:
                 constant += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
             if HAS_EXPERT_BIAS:
-                expert = tl.arange(0, BLOCK_N)[:, None]
-                delta = tl.load(expert_bias + expert * O + o, mask=(expert < N) & (o < O), other=0.0).to(tl.float32)
+                each = tl.arange(0, BLOCK_N)[:, None]
+                delta = tl.load(expert_bias + each * O + o, mask=(each < N) & (o < O), other=0.0).to(tl.float32)
 
             acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
             d = tl.arange(0, BLOCK_D)
@@ -108,29 +134,17 @@ def _decode(
                 acc = dot(a, b, acc, PRECISION)
 
             if SHRINK:
-                while tl.atomic_add(arrivals, 0, sem="acquire") < tl.minimum(slices, programs):
+                while tl.atomic_add(arrivals, 0, sem="acquire") <= tl.minimum(slices, programs):
                     pass
             else:
                 wait_for_previous_kernel(PDL)
-            offsets = t[:, :, None] * (N * K) + n[:, :, None] * K + k
-            inside = (t < T)[:, :, None] & (n < N)[:, :, None] & (k < K)
-            # Read beside h, not ahead of the loop, which has no registers to spare.
-            sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
-            h = sum_splits(partial, offsets, inside, SPLITS, T * (N * K))
-            zero = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-            peak, squares = add_squares(zero, zero, tl.where(k < G, h, 0.0))
-            w, e = select(finite_norm(peak, squares), n, slot, N, M)
-            chosen, gate = by_expert(w, e, n, slot, M)
-            z = tl.where(chosen[:, :, None], gate[:, :, None] * sv * h, 0.0)
-            z = cast(tl.reshape(z, (BLOCK_T, BLOCK_N * BLOCK_K)), factors.dtype)
+            z = tl.load(scaled + (t * N + expert) * R + rank, mask=(t < T) & real, other=0.0)
             acc = dot(z, factors, acc, PRECISION) + constant
             if HAS_EXPERT_BIAS:
+                gate = tl.load(gates + t * N + n, mask=(t < T) & (n < N), other=0.0)[:, :, None]
                 # Without the `where` Triton would make this sum of products a TF32 one.
-                acc += tl.sum(tl.where(chosen[:, :, None], gate[:, :, None] * delta[None, :, :], 0.0), 1)
+                acc += tl.sum(tl.where(gate != 0, gate * delta[None, :, :], 0.0), 1)
             tl.store(y + t.to(tl.int64) * O + o, cast(acc, y.dtype.element_ty), mask=(t < T) & (o < O))
-            if tile == 0:
-                tl.store(weights + t * M + slot, w, mask=(t < T) & (slot < M))
-                tl.store(ids + t * M + slot, e, mask=(t < T) & (slot < M))
 
         if SHRINK:
             # The last program to leave resets the counters for the next launch that uses them.
@@ -152,25 +166,29 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     weights, ids = empty_routing(x, m)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
+    scaled = torch.empty(tokens, n, r, dtype=x.dtype, device=x.device)
+    gates = None if expert_bias is None else torch.empty(tokens, n, dtype=torch.float32, device=x.device)
+    arrivals = configs.arrivals(x.device)
 
     numbers = tokens, d, o, splits, chunks, n, k, rank_of_router, r, m, x.stride(0)
     constants = {
         "HAS_BIAS": bias is not None, "HAS_EXPERT_BIAS": expert_bias is not None,
         "PRECISION": configs.precision(x.dtype, device),
         "ROUTE_PRECISION": configs.precision(x.dtype, device, routes=True),
-        "BLOCK_N": next_power_of_2(n), "BLOCK_M": next_power_of_2(m), "BLOCK_K": next_power_of_2(max(k, 16)), **config,
+        "BLOCK_N": next_power_of_2(n), "BLOCK_M": next_power_of_2(m), "BLOCK_K": next_power_of_2(k),
+        "BLOCK_R": next_power_of_2(max(r, 16)), **config,
     }  # fmt: skip
 
-    def launch(programs, arrivals, shrink, expand, **options):
+    def launch(programs, shrink, expand, **options):
         _decode[(programs,)](
-            x, weight, bias, vh, s, u, expert_bias, partial, arrivals, y, weights, ids, *numbers,
-            SHRINK=shrink, EXPAND=expand, **constants, **options,
+            x, weight, bias, vh, s, u, expert_bias, partial, arrivals, scaled, gates, y, weights, ids, *numbers,
+            SHRINK=shrink, EXPAND=expand, **constants, **device.all_registers(), **options,
         )  # fmt: skip
 
     if single:
         programs = 1 if device.family == "interpreter" else min(device.multiprocessors, max(tiles, row_blocks * splits))
-        launch(programs, configs.arrivals(x.device), True, True, PDL=False, launch_cooperative_grid=True)
+        launch(programs, True, True, PDL=False, launch_cooperative_grid=True)
     else:
-        launch(row_blocks * splits, None, True, False, PDL=device.pdl)
-        launch(tiles, None, False, True, **device.dependent_launch())
+        launch(row_blocks * splits, True, False, PDL=device.pdl)
+        launch(tiles, False, True, **device.dependent_launch())
     return y, weights, ids

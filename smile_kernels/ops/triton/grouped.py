@@ -210,7 +210,7 @@ def shrink(x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) 
     -> [splits, T, m, r] float32."""
     (tokens, d), (n, r, _), (m, schedule) = x.shape, factors.shape, groups.experts.shape
     device = configs.device(x.device)
-    config = configs.tile("gather", device, x.dtype, groups.block, r, d)
+    config = configs.tile("gather", device, x.dtype, groups.block, r, d, copies=schedule * m)
     programs = schedule * cdiv(r, config["BLOCK_R"])
     splits, chunks = configs.split(d, config["BLOCK_D"], programs * m, device)
     partial = torch.empty(splits, tokens, m, r, dtype=torch.float32, device=x.device)
