@@ -139,6 +139,27 @@ def test_launches_that_overlap_give_the_bits_of_those_that_do_not(linear_path, a
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("apply", ["delta", "grouped"])
+def test_launches_of_the_backward_that_overlap_give_the_bits_of_those_that_do_not(apply, take, monkeypatch):
+    monkeypatch.undo()  # As above.
+    take("first" if apply == "grouped" else "together", apply)
+    problems = [problem(1000, 1024, 1536, SETTINGS[2], seed=i) for i in range(2)]
+    leaves = [[t.requires_grad_() for t in p.tensors().values()] for p in problems]
+    dy = torch.randn(1000, 1536, device="cuda", dtype=torch.bfloat16)
+
+    def gradients(i):
+        return torch.autograd.grad(call(problems[i], "triton"), leaves[i], dy)
+
+    device = configs.device(problems[0].x.device)
+    with monkeypatch.context() as patch:
+        patch.setattr(configs, "device", lambda _: replace(device, pdl=False))
+        want = [gradients(i) for i in range(2)]
+    for _ in range(50):
+        for i in range(2):
+            for a, b in zip(gradients(i), want[i]):
+                assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[4]], ids=str)
 def test_forward_and_backward_give_the_same_bits_again(setting, name):
     p = problem(2000, 1024, 1536, setting, router=True)
@@ -157,8 +178,10 @@ def test_forward_and_backward_give_the_same_bits_again(setting, name):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("apply", ["delta", "grouped"])
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[3]], ids=str)
-def test_backward_matches_the_oracle(setting, name):
+def test_backward_matches_the_oracle(setting, apply, name, take):
+    take("first" if apply == "grouped" else "together", apply)
     p = problem(400, 512, 768, setting)
     leaves = {tensor: t.requires_grad_() for tensor, t in p.tensors().items()}
     y = call(p, name)
@@ -170,8 +193,9 @@ def test_backward_matches_the_oracle(setting, name):
         assert_close(f"d{tensor}", gradient, *expected[tensor])
 
 
-def test_the_single_launch_never_mixes_two_streams(take):
-    take("single")
+@pytest.mark.parametrize("path", ["decode", "single"])
+def test_decode_never_mixes_two_streams(path, take):
+    take(path)
     problems = [problem(8, 2048, 4096, SETTINGS[0], seed=i) for i in range(2)]
     want = [linear(p)[0] for p in problems]
     streams = [torch.cuda.Stream() for _ in problems]

@@ -142,7 +142,19 @@ def test_a_broken_table_is_named():
         configs.tables()
 
 
-def test_counters_of_the_single_launch_are_not_shared(device):
+def test_counters_of_decode_are_not_shared(device):
     slots = [configs.arrivals(torch.device(device, 0) if device == "cuda" else torch.device(device)) for _ in range(3)]
     assert len({t.data_ptr() for t in slots}) == 3
     assert all((t == 0).all() for t in slots)
+
+
+@pytest.mark.parametrize("linear", ["decode", "single"])
+def test_decode_leaves_its_counters_at_zero(linear, device, take, monkeypatch):
+    counters = torch.zeros(2, dtype=torch.int32, device=device)
+    monkeypatch.setattr(configs, "arrivals", lambda _: counters)
+    take(linear)
+    p = Problem.random(5, 70, 90, 4, 16, 3, 2, dtype=torch.bfloat16, device=device)
+    first = backend.linear(*p.arguments(), 2, 3, False)
+    assert counters.tolist() == [0, 0]
+    for a, b in zip(first, backend.linear(*p.arguments(), 2, 3, False)):
+        assert torch.equal(a, b)
