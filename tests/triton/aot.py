@@ -1,9 +1,10 @@
 """Compile the kernels ahead of time, for devices that are not here, and report what they use.
 
-    python tests/triton/aot.py [usual | recorded | every] [FAMILY ...]
+    python tests/triton/aot.py [usual | recorded | every | extreme] [FAMILY ...]
     python tests/triton/aot.py --write
 
-prints one JSON line a kernel: those of decode and prefill; of one layer in every regime; or every tile of every kernel.
+prints one JSON line a kernel: those of decode and prefill; of one layer in every regime; every tile of every kernel; or
+those of the largest layers.
 --write keeps the second as what this version of Triton makes of them, in tests/triton/resources.json, which the tests
 compare with. The backend's own launchers run on tensors without storage, and Triton compiles what they launch instead
 of running it.
@@ -270,17 +271,28 @@ def every(name: str) -> dict[str, dict]:
     return found
 
 
+def extreme(name: str) -> dict[str, dict]:
+    """What layers of the most experts, and of the largest ranks, choose by themselves."""
+    with compiling(name) as found:
+        for layer in (Layer(256, 64, 256, 256), Layer(256, 1024, 16, 2), Layer(2, 1024, 256, 2)):
+            for tokens in (1, 64, 2048):
+                x = layer.empty(tokens, layer.d)
+                backend.linear(x, *layer.parameters, None, layer.m, layer.g, True)
+                layer.backward(tokens)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("which", nargs="?", choices=("usual", "recorded", "every"), default="recorded")
+    parser.add_argument("which", nargs="?", choices=("usual", "recorded", "every", "extreme"), default="recorded")
     parser.add_argument("families", nargs="*", default=list(TARGETS), metavar="FAMILY")
     options = parser.parse_args()
     if options.write and (options.which, options.families) != ("recorded", list(TARGETS)):
         parser.error("--write: takes neither a set of kernels nor families")
     found = {}
     for name in options.families:
-        kernels = {"usual": usual, "recorded": recorded, "every": every}[options.which](name)
+        kernels = {"usual": usual, "recorded": recorded, "every": every, "extreme": extreme}[options.which](name)
         for key, used in kernels.items():
             print(json.dumps({key: used}), flush=True)
         found |= kernels

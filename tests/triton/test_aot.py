@@ -97,6 +97,12 @@ def test_every_tile_fits_the_device(device):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("device", ["sm80", "gfx942"])
+def test_the_largest_layers_fit_the_device(device):
+    check(compiled("extreme", device))
+
+
+@pytest.mark.exhaustive
 def test_another_process_finds_what_was_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     first = compiled("usual", "sm90")

@@ -84,6 +84,7 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
         pytest.param((17, 16, 35, 3, 70, 4, 3), torch.bfloat16, {"expert_bias": False, "bias": False}, id="large-rank"),
         pytest.param((5, 16, 17, 2, 515, 16, 1), torch.float16, {}, id="rank-above-features"),
         pytest.param((4, 16, 16, 256, 1, 1, 2), torch.float32, {}, id="256-experts"),
+        pytest.param((2, 16, 17, 20, 2, 16, 20), torch.float16, {"router": True}, id="all-of-20-experts"),
     ],
 )
 def test_backward(shape, dtype, options, apply, device, take):
@@ -209,14 +210,26 @@ def test_no_tokens(device):
         assert torch.equal(gradient, torch.zeros_like(leaves[name])), name
 
 
-def test_offsets_beyond_32_bits(device, take):
-    """Rows of x further apart than 2^31 elements; memory is reserved, and only the rows are touched."""
-    take("together", "fused")
-    p = Problem.random(3, 16, 18, 2, 4, 2, dtype=torch.float16, device=device)
-    storage = torch.UntypedStorage(2 * (2 * 1_200_000_000 + 16), device=device)
-    rows = p.x.new_zeros(0).set_(storage, 0, (3, 16), (1_200_000_000, 1))
+@pytest.mark.parametrize(
+    ("linear", "apply"),
+    [("decode", "fused"), ("single", "fused"), ("together", "fused"), ("together", "tma"), ("first", "grouped")],
+)
+def test_offsets_beyond_32_bits(linear, apply, device, take):
+    """Over 2^31 elements from the first row of x to the last; memory is reserved, and only the rows are touched."""
+    if linear not in possible(torch.float16, device):
+        pytest.skip(f"no tiles of float16 for {linear} on this device")
+    take(linear, apply)
+    p = Problem.random(13, 16, 18, 2, 4, 2, dtype=torch.float16, device=device)
+    gap = 200_000_000
+    storage = torch.UntypedStorage(2 * (12 * gap + 16), device=device)
+    rows = p.x.new_zeros(0).set_(storage, 0, (13, 16), (gap, 1))
     rows.copy_(p.x)
-    assert torch.equal(call(Problem(**{**vars(p), "x": rows})), call(p))
+    p.vh.requires_grad_(linear not in ("decode", "single"))
+    far, near = call(Problem(**{**vars(p), "x": rows})), call(p)
+    assert torch.equal(far, near)
+    if near.requires_grad:
+        dy = torch.randn_like(near)
+        assert torch.equal(*(torch.autograd.grad(y, p.vh, dy)[0] for y in (far, near)))
 
 
 def test_an_old_triton_is_named(monkeypatch):
