@@ -31,7 +31,7 @@ DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
 BANDWIDTH, RATE = 4.3e12, 780e12
 # Seconds that a kernel of a CUDA graph takes besides its work, unless it starts before the one ahead of it has ended.
 RAMP = 1.5e-6
-OVERLAPPED = ("stream", "route", "scale", "expand", "tail", "dh", "dx tail")
+OVERLAPPED = ("stream", "route", "selected", "scale", "expand", "tail", "dh", "dx tail")
 OVERLAPPED_GROUPED = ("schedule", "sort", "gather", "scaled", "scatter", "a", "ds", "du", "dexpert_bias")
 # Seconds of the host for a launch of a Triton kernel and for what a call takes besides, as seen on a 2-core machine
 # with a driver that does nothing; and for F.linear, assumed.
@@ -109,7 +109,7 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
                 **_scatter(case, "scatter", r, o, bias),
                 "base": base + again,
             }
-        found["shrink"] = _low_rank(case, chosen * r, splits)
+        found["selected shrink"] = _low_rank(case, chosen * r, splits)
         found["scale"] = Work(routing, 0)
     else:
         found["shrink"] = _low_rank(case, n * k, splits)

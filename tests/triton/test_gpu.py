@@ -23,6 +23,7 @@ SETTINGS = [(8, 32, 16, 1), (8, 128, 16, 1), (8, 32, 16, 2), (3, 512, 8, 1), (64
 PATHS = [
     ("decode", "fused", False),
     ("single", "fused", False),
+    ("first", "fused", False),
     ("together", "fused", True),
     ("together", "tma", True),
     ("together", "delta", True),

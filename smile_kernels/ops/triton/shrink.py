@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cdiv, dot, next_power_of_2, start_next_kernel
+from .common import cdiv, dot, next_power_of_2, start_next_kernel, wait_for_previous_kernel
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -46,6 +46,7 @@ def _shrink(
     first_d = split * CHUNKS * BLOCK_D
     chunks = tl.minimum(CHUNKS, tl.cdiv(D - first_d, BLOCK_D))
     if SELECTED:
+        wait_for_previous_kernel(PDL)
         # Rows of experts that no token of the block chose are neither read nor written.
         slot = tl.arange(0, BLOCK_M)
         chosen = tl.load(ids + t[:, None] * M + slot, mask=(t[:, None] < T) & (slot < M), other=-1)
@@ -85,11 +86,13 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     registers = device.all_registers() if config["BLOCK_T"] <= 64 else {}
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     m = 1 if ids is None else ids.shape[1]
+    # What chose the experts may be a kernel of ours; what made x is not.
+    launch = {"PDL": device.pdl} if ids is None else device.dependent_launch()
     _shrink[programs, splits](
         x, rows, ids, partial,
         tokens, d, chunks, n, k, m,
         x.stride(0), *rows.stride(),
-        SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True), PDL=device.pdl,
-        BLOCK_M=next_power_of_2(m), **config, **registers,
+        SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True),
+        BLOCK_M=next_power_of_2(m), **config, **registers, **launch,
     )  # fmt: skip
     return partial
