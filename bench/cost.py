@@ -158,7 +158,7 @@ def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
     if bias and m > 1:
         found["a of the biases"] = products(1)
     # The router's gradient takes a and h once more; what is written are dh, the scaled products and shares of ds.
-    shares = 4 * (entries if grouped else t / 16 * n) * r
+    shares = 4 * (entries if grouped else t / configs.route(n, m, r)["BLOCK_T"] * n) * r
     found["dh"] = Work(round(4 * 2 * entries * r + 2 * size * t * columns * r + shares), 6 * entries * r)
     if grouped:
         found |= _scatter(case, "dx tail", r, d, 0)

@@ -1,7 +1,7 @@
 """Gradients of a SMILE layer, each only if asked for; sums have a fixed order, so that equal inputs give equal bits.
 
-As in the forward, every expert takes every token, those that it was not chosen by as zeros, or tokens are grouped by
-expert.
+As in the forward, either every expert takes every token, with zeros for those that did not choose it, or tokens are
+grouped by expert.
 """
 
 import torch
@@ -281,12 +281,13 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
     elif needs_x:
         tail = Tail(dh, None, present, config["BLOCK_T"])
         dx = expand(dy, weight.T, None, tail, vh[:, :r].mT, None, "delta")
-    if needs_vh:
+    if needs_vh and groups:
         dvh = torch.empty_like(vh) if vh.shape[1] == r else torch.zeros_like(vh)
-        if groups:
-            outer(dh, x, groups, dvh[:, :r])
-        else:
-            dvh[:, :r] = (dh.view(tokens, n * r).T @ x).view(n, r, d)
+        outer(dh, x, groups, dvh[:, :r])
+    elif needs_vh:
+        dvh = (dh.view(tokens, n * r).T @ x).view(n, r, d)
+        if vh.shape[1] > r:
+            dvh = torch.nn.functional.pad(dvh, (0, 0, 0, vh.shape[1] - r))
     if needs_s and groups:
         ds = torch.empty_like(s)
         entries = configs.entries(r)
