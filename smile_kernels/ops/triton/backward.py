@@ -186,7 +186,7 @@ def outer(left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
         left, right, groups.order, groups.start, out,
         tokens, d, n, r, m,
         right.stride(0), *out.stride(),
-        PRECISION=configs.precision(left.dtype, device), **config, **device.dependent_launch(),
+        PRECISION=configs.precision(left.dtype, device), **config, **device.launch(),
     )  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
         columns, n, routed, r, m,
         GROUPED=groups is not None, NEEDS_H=needs_h, NEEDS_S=needs_s, NEEDS_U=needs_u,
         NEEDS_EXPERT_BIAS=needs_expert_bias, NEEDS_WEIGHTS=needs_weights, HAS_EXPERT_BIAS=partial_bias is not None,
-        **config, **device.all_registers(), **device.dependent_launch(),
+        **config, **device.launch(),
     )  # fmt: skip
 
     if needs_x and groups:
@@ -292,7 +292,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
         ds = torch.empty_like(s)
         entries = configs.entries(r)
         _sum[cdiv(r, entries["BLOCK_K"]), n](
-            shares, groups.order, groups.start, ds, tokens, n, r, m, **entries, **device.dependent_launch()
+            shares, groups.order, groups.start, ds, tokens, n, r, m, **entries, **device.launch()
         )
     elif needs_s:
         ds = shares.sum(0)
@@ -365,7 +365,7 @@ def route_backward(dweights, x, router, weights, ids, needs):
     blocks.pop("BLOCK_N")
     _score_backward[(cdiv(tokens, blocks["BLOCK_T"]),)](
         partial, weights, dweights, dq, tokens, len(partial), g, m,
-        **blocks, **configs.device(x.device).dependent_launch(),
+        **blocks, **configs.device(x.device).launch(),
     )  # fmt: skip
     dx = grouped.expand(dq, router, groups) if needs[0] else None
     drouter = None

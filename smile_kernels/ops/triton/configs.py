@@ -30,13 +30,11 @@ class Device:
     pdl: bool  # programmatic dependent launch: a kernel may start before the one it depends on has ended
     tma: bool  # tensor memory accelerator
 
-    def dependent_launch(self) -> dict[str, bool]:
-        """Launch options of a kernel that calls `wait_for_previous_kernel`."""
-        return {"PDL": True, "launch_pdl": True} if self.pdl else {"PDL": False}
-
-    def all_registers(self) -> dict[str, int]:
-        """Launch option of a kernel in which ptxas would spill a few values so that more warps fit."""
-        return {} if self.family == "gfx942" else {"maxnreg": 255}
+    def launch(self, *, waits: bool = True) -> dict[str, bool | int]:
+        """Launch options of a kernel that calls `wait_for_previous_kernel`, or does not."""
+        # Without a limit of its own ptxas spills a few values so that more warps fit.
+        options: dict[str, bool | int] = {} if self.family == "gfx942" else {"maxnreg": 255}
+        return options | ({"PDL": True, "launch_pdl": waits} if self.pdl else {"PDL": False})
 
 
 # Compute capability -> family. The others (8.x, 12.x) multiply by single warps and have 99 KB of shared memory a block.
@@ -95,7 +93,7 @@ _GROUPED = {"gather", "scatter"}
 # "half": bfloat16 and float16; "tf32": float32 on tensor cores; "ieee": float32 on scalar units.
 _IEEE = {
     "shrink": [(64, 64, 32, 8, 3), (32, 32, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
-    "expand": [(64, 64, 32, 8, 2), (32, 64, 32, 8, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
+    "expand": [(64, 64, 16, 8, 3), (32, 64, 32, 8, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3)],
     "gather": [(64, 32, 32, 8, 2), (16, 32, 32, 4, 2)],
     "scatter": [(64, 64, 16, 8, 2), (16, 64, 16, 4, 2)],
     "outer": [(32, 64, 16, 4, 2), (16, 64, 16, 4, 2)],
@@ -112,7 +110,7 @@ _SM80_HALF = {
     "expand": [(128, 128, 32, 8, 4), (64, 64, 64, 4, 4), (32, 32, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 256, 4, 4)],
     "decode": [(16, 32, 128, 4, 4), (16, 16, 128, 4, 4)],
     "gather": [(128, 64, 32, 8, 4), (64, 64, 64, 4, 3), (16, 32, 128, 4, 4)],
-    "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (16, 64, 32, 4, 2)],
+    "scatter": [(128, 128, 32, 8, 2), (64, 128, 32, 8, 2), (16, 64, 32, 4, 2)],
     "outer": [(64, 128, 64, 4, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 3)],
 }
 _SM90_HALF = {

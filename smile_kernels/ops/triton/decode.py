@@ -182,13 +182,14 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
     def launch(programs, shrink, expand, **options):
         _decode[(programs,)](
             x, weight, bias, vh, s, u, expert_bias, partial, arrivals, scaled, gates, y, weights, ids, *numbers,
-            SHRINK=shrink, EXPAND=expand, **constants, **device.all_registers(), **options,
+            SHRINK=shrink, EXPAND=expand, **constants, **options,
         )  # fmt: skip
 
     if single:
         programs = 1 if device.family == "interpreter" else min(device.multiprocessors, max(tiles, row_blocks * splits))
-        launch(programs, True, True, PDL=False, launch_cooperative_grid=True)
+        options = {**device.launch(waits=False), "PDL": False, "launch_cooperative_grid": True}
+        launch(programs, True, True, **options)
     else:
-        launch(row_blocks * splits, True, False, PDL=device.pdl)
-        launch(tiles, False, True, **device.dependent_launch())
+        launch(row_blocks * splits, True, False, **device.launch(waits=False))
+        launch(tiles, False, True, **device.launch())
     return y, weights, ids

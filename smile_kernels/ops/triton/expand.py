@@ -141,6 +141,6 @@ def expand(
         BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
         PRECISION=configs.precision(x.dtype, device), GROUP=8,
         BLOCK_N=block_n, BLOCK_E=max(16, min(64, block_n)), BLOCK_R=configs.rank_block(r, x.dtype),
-        **config, **device.dependent_launch(),
+        **config, **device.launch(),
     )  # fmt: skip
     return y.addmm_(x, weight.T) if path == "delta" else y

@@ -133,7 +133,7 @@ def group(ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
 
     counts, offsets = empty(m, blocks, n), empty(m, blocks, n)
     groups = Groups(empty(m, tokens), empty(m, n + 1), empty(m, schedule), empty(m, schedule), block)
-    shape = {"N": n, "BLOCK_N": block_n, **device.dependent_launch()}
+    shape = {"N": n, "BLOCK_N": block_n, **device.launch()}
     _count[blocks, m](ids, counts, tokens, M=m, BLOCK_C=block_c, **shape)
     _schedule[(m,)](
         counts, offsets, groups.start, groups.experts, groups.firsts, tokens, blocks, schedule,
@@ -218,7 +218,7 @@ def shrink(x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) 
         x, factors, *groups[:4], partial,
         tokens, d, schedule, chunks, n, r, m,
         x.stride(0), *factors.stride(),
-        PRECISION=configs.precision(x.dtype, device, routes=routes), **config, **device.dependent_launch(),
+        PRECISION=configs.precision(x.dtype, device, routes=routes), **config, **device.launch(),
     )  # fmt: skip
     return partial
 
@@ -344,7 +344,7 @@ def expand(
             j, tokens, o, schedule, n, r, m,
             *factors.stride(),
             ADD=j > 0, HAS_BIAS=bias is not None and j == 0, HAS_EXPERT_BIAS=expert_bias is not None,
-            PRECISION=configs.precision(scaled.dtype, device), **config, **device.dependent_launch(),
+            PRECISION=configs.precision(scaled.dtype, device), **config, **device.launch(),
         )  # fmt: skip
     return y
 
@@ -359,7 +359,7 @@ def scale(
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
     _scale[(cdiv(tokens * m, config["BLOCK_E"]),)](
         partial, weights, ids, s, scaled, h if save else None, tokens, splits, r, m,
-        SAVE=save, **config, **configs.device(s.device).dependent_launch(),
+        SAVE=save, **config, **configs.device(s.device).launch(),
     )  # fmt: skip
     return scaled, h
 

@@ -171,7 +171,7 @@ def _launch(partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
         partial, weights, ids, s, scaled, gates, present, h,
         tokens, splits, n, k, g, r, m,
         ROUTE=routes, SCALE=tail is not None, GATES=gates is not None, SAVE=h is not None,
-        **config, **device.all_registers(), **device.dependent_launch(),
+        **config, **device.launch(),
     )  # fmt: skip
 
 

@@ -82,17 +82,14 @@ def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
     programs = cdiv(tokens, config["BLOCK_T"]) * cdiv(n * k, config["BLOCK_R"])
     splits, chunks = configs.split(d, config["BLOCK_D"], programs, device)
-    # Small tiles alone: larger ones do not spill, and on sm_100 would lose their second block.
-    registers = device.all_registers() if config["BLOCK_T"] <= 64 else {}
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     m = 1 if ids is None else ids.shape[1]
-    # What chose the experts may be a kernel of ours; what made x is not.
-    launch = {"PDL": device.pdl} if ids is None else device.dependent_launch()
     _shrink[programs, splits](
         x, rows, ids, partial,
         tokens, d, chunks, n, k, m,
         x.stride(0), *rows.stride(),
         SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True),
-        BLOCK_M=next_power_of_2(m), **config, **registers, **launch,
+        # What chose the experts may be a kernel of ours; what made x is not.
+        BLOCK_M=next_power_of_2(m), **config, **device.launch(waits=ids is not None),
     )  # fmt: skip
     return partial
