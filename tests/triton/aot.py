@@ -73,6 +73,10 @@ INSTRUCTIONS = {
 }
 
 
+# What reads and writes the memory of the device. ACQBULK waits for the kernel ahead.
+LOAD, STORE = r"\b(LDG|LDGSTS|UTMALDG)\b", r"\b(STG|ATOMG|RED|UTMASTG)\b"
+
+
 class _Driver:
     """Stands in for the driver of a device that is not here."""
 
@@ -131,6 +135,9 @@ def resources(kernel) -> dict:
         sass = _tool("nvdisasm", cubin.name)
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
     counts["griddepcontrol"] = kernel.asm["ptx"].count("griddepcontrol.")
+    if len(halves := re.split(r"\bACQBULK\b", sass)) == 2:
+        counts |= {"early loads": len(re.findall(LOAD, halves[0])), "late loads": len(re.findall(LOAD, halves[1]))}
+        counts["early stores"] = len(re.findall(STORE, halves[0]))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared": kernel.metadata.shared,

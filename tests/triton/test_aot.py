@@ -46,9 +46,14 @@ def check(kernels: dict[str, dict]) -> None:
         if key.split()[1] in ("shrink._shrink", "decode._decode") or "BASE=True" in key:
             assert "UTMALDG" in used or used.get("LDGSTS.128", 0) >= 0.8 * used["LDGSTS"] > 0, (key, used)
             assert used["in loops"], (key, used)
-        # A kernel that starts early waits for what it depends on, and the one before it lets it start.
+        # A kernel that starts early waits for what it depends on, and the one before it lets it start. Only the weight
+        # and what else no kernel of ours made is read before that, and nothing is written.
         if "PDL=True" in key:
             assert used.get("griddepcontrol", 0) > 0, (key, used)
+        if "late loads" in used:
+            streams = "BASE=True" in key or "EXPAND=True" in key
+            assert ("early loads" in used) == streams, (key, used)
+            assert "early stores" not in used, (key, used)
 
 
 def check_prefill(kernels: dict[str, dict]) -> None:
