@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -56,17 +57,17 @@ Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t
   int64_t strides[3], stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const auto raw_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides, raw_dtype, device,
-                                                         like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides, raw_dtype, device,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
 Tensor dispatch(const char* name, std::initializer_list<StableIValue> arguments) {
   std::vector<StableIValue> stack(arguments);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -95,7 +96,7 @@ struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
   explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
   void check() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 #endif
@@ -155,7 +156,7 @@ void run(const Tensor& x, const smile::Forward& p) {
     STD_TORCH_CHECK(p.ids[e] >= 0 && p.ids[e] < p.n.num_experts, "ids: holds ", p.ids[e], "; expected 0 to ",
                     p.n.num_experts - 1);
   smile::cpu_forward(dtype_of(x), p, [](int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
   });
 }
 #endif
