@@ -120,7 +120,7 @@ class RowwiseSmile(ColwiseSmile):
         with torch.autocast(x.device.type, enabled=False):
             projections = F.linear(x.to(acc), rows.flatten(0, 1).to(acc)).unflatten(-1, rows.shape[:2])
         whole = DTensor.from_local(projections, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()])
-        scores = torch.linalg.vector_norm(whole.to_local(grad_placements=[Partial()]), dim=-1)
+        scores = torch.linalg.vector_norm(_summed_gradient(whole), dim=-1)
         # Biases enter the sum over ranks once; the product keeps every rank in the backward's all-reduce.
         first = float(mesh.get_local_rank() == 0)
         bias, expert_bias = (
