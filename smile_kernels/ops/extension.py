@@ -21,6 +21,8 @@ def why_not(device_type: str) -> str | None:
     """Why the extension cannot serve tensors on `device_type`, in one sentence; None where it can."""
     if device_type not in ("cpu", "cuda"):
         return f"the compiled extension has no kernels for {device_type} tensors"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        return f"it needs PyTorch 2.10 or later, not {torch.__version__}"
     for kind in dict.fromkeys(["cpu", device_type]):  # the CPU library defines the operators
         path = Path(__file__).with_name(f"_extension_{kind}.so")
         if not path.exists():

@@ -20,6 +20,11 @@ def _built():
     assert extension.why_not("cpu") is None, extension.why_not("cpu")
 
 
+def test_an_old_pytorch_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert extension.why_not.__wrapped__("cpu") == "it needs PyTorch 2.10 or later, not 2.9.1+cu128"
+
+
 def linear(problem: Problem, save: bool = False):
     return extension.linear(*problem.arguments(), problem.num_experts_per_tok, problem.rank_of_router, save)
 
