@@ -281,7 +281,8 @@ def test_fullgraph_compile_with_dynamic_tokens(training):
 def test_export_with_dynamic_tokens():
     module = layer()
     tokens = torch.export.Dim("tokens")
-    program = torch.export.export(module, (torch.randn(4, module.in_features),), dynamic_shapes=({0: tokens},))
+    x = torch.randn(4, module.in_features)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},), strict=False)  # as from torch 2.8 on
     x = torch.randn(9, module.in_features)
     torch.testing.assert_close(program.module()(x), module(x))
 

@@ -24,10 +24,10 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "interleave", interleave)
     monkeypatch.setattr(gpu, "graphed", lambda call: call)
     monkeypatch.setitem(gpu.PEERS, "fusion_bench", gpu.PEERS["smile:torch"])
-    monkeypatch.setattr(gpu, "LAYERS", ["40x32"])
+    monkeypatch.setattr(gpu, "LAYERS", ["48x32"])
     monkeypatch.setattr(gpu, "SETTINGS", [Setting(3, 4, 2, 2)])
     monkeypatch.setattr(gpu, "TOKENS", [3, 70])
-    monkeypatch.setattr(gpu, "TRAINED", [Case("40x32", Setting(3, 4, 2, 2), 5, torch.bfloat16)])
+    monkeypatch.setattr(gpu, "TRAINED", [Case("48x32", Setting(3, 4, 2, 2), 5, torch.bfloat16)])
     gpu._largest.cache_clear()
     yield
     gpu._largest.cache_clear()
@@ -51,7 +51,7 @@ def test_every_row_of_the_grid_is_measured(small, device):
     # 12 letters to 8; the layer is too small for the aim of decode.
     assert gpu.over_linear(records[1])["fusion_bench"] == 12 / 8
     lines = gpu.aims(records)
-    assert lines[0].startswith("MISSED: 40x32 N3 r4 g2 top-2 T3 eager: 2.0 times as fast as fusion_bench, at least 10")
+    assert lines[0].startswith("MISSED: 48x32 N3 r4 g2 top-2 T3 eager: 2.0 times as fast as fusion_bench, at least 10")
     assert len(lines) == 3
     assert all("T5 training" in line and ": 0.75, at most" in line for line in lines[1:])
 
@@ -60,7 +60,7 @@ def test_a_wrong_path_is_not_timed(small, device, monkeypatch):
     linear = gpu.backend.linear
     monkeypatch.setattr(gpu.backend, "linear", lambda *args: (linear(*args)[0] * 1.5, None))
     with pytest.raises(AssertionError, match=r"chosen is 0\.[45].* from the oracle"):
-        gpu.forward(Case("40x32", Setting(3, 4, 2, 2), 3, torch.bfloat16), graph=False)
+        gpu.forward(Case("48x32", Setting(3, 4, 2, 2), 3, torch.bfloat16), graph=False)
 
 
 def test_rows_are_refused_when_the_time_is_over(small):

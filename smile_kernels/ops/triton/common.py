@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-try:
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # Triton before 3.5
+else:  # Triton 3.3 has none, those of 3.4 do not compile
     gdc_launch_dependents = gdc_wait = None
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
