@@ -94,7 +94,8 @@ def _scale_backward(
             mask = chosen[:, :, None] & (k < R)
             a = sum_splits(partial, columns + k, mask, SPLITS, split_stride)
             value = tl.load(h + rows + k, mask=mask, other=0.0)
-            dw += tl.sum(a * tl.load(s + scales + k, mask=mask, other=0.0) * value, 2)
+            sv = tl.load(tl.broadcast_to(s + scales + k, (BLOCK_T, BLOCK_C, BLOCK_K)), mask=mask, other=0.0)
+            dw += tl.sum(a * sv * value, 2)
             peak, squares = add_squares(peak, squares, tl.where(k < G, value, 0.0))
         if NEEDS_WEIGHTS:
             if GROUPED:
@@ -110,7 +111,7 @@ def _scale_backward(
         k = first + tl.arange(0, BLOCK_K)
         mask = chosen[:, :, None] & (k < R)
         written = inside[:, :, None] & (k < R)
-        sv = tl.load(s + scales + k, mask=mask, other=0.0)
+        sv = tl.load(tl.broadcast_to(s + scales + k, (BLOCK_T, BLOCK_C, BLOCK_K)), mask=mask, other=0.0)
         value = tl.load(h + rows + k, mask=mask, other=0.0)
         if NEEDS_U:
             tl.store(scaled + columns + k, cast(gate[:, :, None] * sv * value, scaled.dtype.element_ty), mask=written)
