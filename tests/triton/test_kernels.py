@@ -73,6 +73,12 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
     check(Problem.random(tokens, d, o, n, r, g, m, dtype=torch.bfloat16, device=device, **options), backward=False)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_many_experts_are_not_rounded_as_the_base_product_is(seed, device, take):
+    take("first", "fused")
+    check(Problem.random(1, 33, 8, 64, 33, 33, 47, router=True, seed=seed, device=device), backward=False)
+
+
 @pytest.mark.parametrize("apply", ["fused", "grouped"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "options"),

@@ -228,11 +228,11 @@ def entries(r: int) -> dict[str, int]:
 def route(n: int, m: int, width: int) -> dict[str, int]:
     """Block sizes of the route kernels for n experts, m a token, `width` products an expert.
 
-    Few tokens a program and up to 16 products a thread, so that many programs wait for their partial sums at once.
+    Few tokens a program and up to 8 products a thread, so that many programs wait for their partial sums at once.
     """
     block_n, block_m = next_power_of_2(n), next_power_of_2(m)
     block_t = min(16, max(1, 32 // max(block_n, block_m)))
-    block_k = min(next_power_of_2(width), max(1, 2048 // (block_t * block_n)))
+    block_k = min(next_power_of_2(width), max(1, 1024 // (block_t * block_n)))
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
 

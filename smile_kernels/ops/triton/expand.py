@@ -80,6 +80,12 @@ def _expand(
             weight_ptrs += BLOCK_D
 
     wait_for_previous_kernel(PDL)
+    # Exact sums of many experts have an accumulator of their own: in that of the base product each would be rounded
+    # as that large number is.
+    OWN: tl.constexpr = PRECISION == "ieee" and y.dtype.element_ty == tl.float32
+    base = acc
+    if OWN:
+        acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     n = tl.arange(0, BLOCK_N)
     seen = block_t.to(tl.int64) * (BLOCK_T // SEEN_T) + tl.arange(0, BLOCK_T // SEEN_T)
     seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
@@ -102,6 +108,8 @@ def _expand(
             a = tl.load(gates + t[:, None] * N + e[None, :], mask=t_inside & (e[None, :] < N), other=0.0)
             b = tl.load(expert_bias + e[:, None] * O + o[None, :], mask=(e[:, None] < N) & o_inside, other=0.0)
             acc = dot(a, b, acc, PRECISION)
+    if OWN:
+        acc += base
     if HAS_BIAS:
         acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     tl.store(y + t[:, None] * O + o[None, :], cast(acc, y.dtype.element_ty), mask=t_inside & o_inside)
