@@ -42,6 +42,7 @@ def _expand(
     PDL: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -87,9 +88,12 @@ def _expand(
     if OWN:
         acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     n = tl.arange(0, BLOCK_N)
-    seen = block_t.to(tl.int64) * (BLOCK_T // SEEN_T) + tl.arange(0, BLOCK_T // SEEN_T)
-    seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
-    here = tl.max(tl.load(present + seen[:, None] * N + n[None, :], mask=seen_inside, other=0).to(tl.int32), 0)
+    here = tl.zeros((BLOCK_N,), tl.int32)
+    for first in range(0, BLOCK_T // SEEN_T, BLOCK_S):
+        seen = block_t.to(tl.int64) * (BLOCK_T // SEEN_T) + first + tl.arange(0, BLOCK_S)
+        seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
+        some = tl.load(present + seen[:, None] * N + n[None, :], mask=seen_inside, other=0).to(tl.int32)
+        here = tl.maximum(here, tl.max(some, 0))
     k = tl.arange(0, BLOCK_R)
     expert = -1
     chunks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -148,7 +152,9 @@ def expand(
         x.stride(0), *u.stride(),
         BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
         PRECISION=configs.precision(x.dtype, device), GROUP=8,
-        BLOCK_N=block_n, BLOCK_E=max(16, min(64, block_n)), BLOCK_R=configs.rank_block(r, x.dtype),
+        BLOCK_N=block_n, BLOCK_S=min(config["BLOCK_T"] // tail.tokens_per_block, max(1, 4096 // block_n)),
+        BLOCK_E=max(16, min(config["BLOCK_D"], 64, block_n)),
+        BLOCK_R=min(config["BLOCK_D"], configs.rank_block(r, x.dtype)),
         **config, **device.launch(),
     )  # fmt: skip
     return y.addmm_(x, weight.T) if path == "delta" else y
