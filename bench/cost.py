@@ -17,6 +17,7 @@ import torch
 
 from smile_kernels.benchmark.problems import Case, Setting, Work, product
 from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton.common import cdiv
 
 NOTES = Path(__file__).with_name("NOTES.md")
 
@@ -33,8 +34,7 @@ BANDWIDTH, RATE = 4.3e12, 780e12
 RAMP = 1.5e-6
 OVERLAPPED = ("stream", "route", "selected", "scale", "expand", "tail", "dh", "dx tail")
 OVERLAPPED_GROUPED = ("schedule", "sort", "gather", "scaled", "scatter", "a", "ds", "du", "dexpert_bias")
-# Seconds of the host for a launch of a Triton kernel and for what a call takes besides, as seen on a 2-core machine
-# with a driver that does nothing; and for F.linear, assumed.
+# Seconds of the host for a launch of a Triton kernel, for what a call takes besides, and for F.linear.
 LAUNCH, OPERATOR, LINEAR = 16e-6, 32e-6, 5e-6
 
 
@@ -193,10 +193,10 @@ def splits(case: Case, linear: str, device: configs.Device) -> int:
     rows = n * (g if linear == "first" else max(r, g))
     if linear in ("decode", "single"):
         tile = configs.tile("decode", device, case.dtype, t, o, d)
-        programs = configs.cdiv(rows, tile["BLOCK_O"])
+        programs = cdiv(rows, tile["BLOCK_O"])
     else:
         tile = configs.tile("shrink", device, case.dtype, t, rows, d)
-        programs = configs.cdiv(t, tile["BLOCK_T"]) * configs.cdiv(rows, tile["BLOCK_R"])
+        programs = cdiv(t, tile["BLOCK_T"]) * cdiv(rows, tile["BLOCK_R"])
     return configs.split(d, tile["BLOCK_D"], programs, device)[0]
 
 

@@ -275,31 +275,32 @@ def _shard_route_backward(dweights, x, router, weights, ids, needs, backend):
 
 @register_sharding(torch.ops.smile_kernels.apply_backward.default)
 def _shard_apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, backend):
-    r, t, p, column = Replicate(), Shard(0), Partial(), Shard(1)
-    whole, split = (None, None) if expert_bias is None else (r, column)
-    return [
-        ([r] * 8, [r, r, r, r, r, r, whole, r, r, r, None, None]),
-        (_needed([t, p, p, p, p, p, p, t], needs), [t, t, r, r, r, r, whole, t, t, t, None, None]),
-        (
-            _needed([p, Shard(0), Shard(0), p, p, column, column, p], needs),
-            [column, r, Shard(0), r, r, column, split, r, r, r, None, None],
-        ),
-    ]
+    return _shard_gradients(expert_bias, needs, Shard(0), [], 2)
 
 
 @register_sharding(torch.ops.smile_kernels.linear_backward.default)
 def _shard_linear_backward(
     dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, needs, backend
 ):
+    return _shard_gradients(expert_bias, needs, Partial(), [None if router is None else Replicate()], 3)
+
+
+def _shard_gradients(
+    expert_bias: Tensor | None, needs: list[bool], last: Placement, router: list[Placement | None], numbers: int
+) -> list[tuple[list[Placement], list[Placement | None]]]:
+    """Placements of the gradients and of dy, x, the layer, `router`, weights, ids and h; `numbers` more arguments.
+
+    last: the last gradient where the tokens are split.
+    """
     r, t, p, column = Replicate(), Shard(0), Partial(), Shard(1)
     whole, split = (None, None) if expert_bias is None else (r, column)
-    rows = None if router is None else r
+    rest = [None] * numbers
     return [
-        ([r] * 8, [r, r, r, r, r, r, whole, rows, r, r, r, None, None, None]),
-        (_needed([t, p, p, p, p, p, p, p], needs), [t, t, r, r, r, r, whole, rows, t, t, t, None, None, None]),
+        ([r] * 8, [r, r, r, r, r, r, whole, *router, r, r, r, *rest]),
+        (_needed([t, p, p, p, p, p, p, last], needs), [t, t, r, r, r, r, whole, *router, t, t, t, *rest]),
         (
             _needed([p, Shard(0), Shard(0), p, p, column, column, p], needs),
-            [column, r, Shard(0), r, r, column, split, rows, r, r, r, None, None, None],
+            [column, r, Shard(0), r, r, column, split, *router, r, r, r, *rest],
         ),
     ]
 

@@ -121,11 +121,8 @@ def route_backward(dweights, x, router, weights, ids, needs):
 
 def linear_backward(dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, needs):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and router; None where `needs` says so."""
-    halves = dy, x, weight, vh, s, u, expert_bias
+    layer = dy, x, weight, vh, s, u, expert_bias
     if router is None and rank_of_router <= h.shape[-1] and ids.shape[1] > 1:
         # h holds the router's products: one pass serves both.
-        wanted = [*needs[:7], False]
-        return apply_backward(*halves, weights, ids, h, wanted, rank_of_router)
-    return rules.linear_backward(
-        apply_backward, route_backward, *halves, router, weights, ids, h, rank_of_router, needs
-    )
+        return apply_backward(*layer, weights, ids, h, [*needs[:7], False], rank_of_router)
+    return rules.linear_backward(apply_backward, route_backward, *layer, router, weights, ids, h, rank_of_router, needs)
