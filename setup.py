@@ -1,7 +1,8 @@
 """Builds the compiled extension where it can be built; everything else about the package is in pyproject.toml.
 
 _extension_cpu.so needs PyTorch 2.10 and GCC 9 or Clang 10, or later; _extension_cuda.so also a CUDA toolkit and a
-PyTorch built for CUDA. No GPU is asked for, nothing is downloaded. Without them the package is installed all the same.
+PyTorch built for CUDA of the same major version. No GPU is asked for, nothing is downloaded. Without them the package
+is installed all the same, with a text file in place of a missing library that says why for `smile_kernels.backends()`.
 
     SMILE_KERNELS_SKIP_BUILD=1          build neither
     SMILE_KERNELS_FORCE_CUDA_BUILD=1    build both whatever PyTorch was built for, and fail where that is impossible
@@ -10,6 +11,7 @@ PyTorch built for CUDA. No GPU is asked for, nothing is downloaded. Without them
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 FORCE = os.environ.get("SMILE_KERNELS_FORCE_CUDA_BUILD") == "1"
-# One binary for each major architecture; the last one's PTX serves what comes after it.
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0;10.0;12.0+PTX")
+# One binary for each major architecture, as far as nvcc knows them; the last one's PTX serves what comes after it.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 
 
 def find_torch() -> tuple[str, tuple[int, int], str | None] | None:
@@ -41,44 +43,85 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin")) or shutil.which("nvcc")
 
 
-def gencode(architectures: str) -> str:
+def architectures(nvcc: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, else those of ARCHITECTURES that nvcc compiles for."""
+    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return chosen
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
+    if unknown := [name for name in ARCHITECTURES if name not in known]:
+        print(f"smile_kernels: {nvcc} does not compile for {', '.join(unknown)}; PTX serves them", file=sys.stderr)
+    return ";".join(known) + "+PTX"
+
+
+def gencode(names: str) -> str:
     """nvcc's flags for a list as TORCH_CUDA_ARCH_LIST has it."""
     flags = ""
-    for name in architectures.replace(";", " ").split():
+    for name in names.replace(";", " ").split():
         number = name.removesuffix("+PTX").replace(".", "")
         kinds = ("sm", "compute") if name.endswith("+PTX") else ("sm",)
         flags += "".join(f" -gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds)
     return flags
 
 
-def buildable() -> tuple[list[str], str]:
-    """The libraries that can be built here, and why no more than these."""
-    torch, nvcc = find_torch(), find_nvcc()
-    missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
+def missing() -> dict[str, str]:
+    """The libraries that cannot be built here, each with the reason."""
+    torch, nvcc, cxx = find_torch(), find_nvcc(), os.environ.get("CXX", "c++")
+    absent = [tool for tool in (cxx, "ninja") if shutil.which(tool) is None]
+    both = None
     if os.environ.get("SMILE_KERNELS_SKIP_BUILD") == "1":
-        return [], "SMILE_KERNELS_SKIP_BUILD is set"
-    if torch is None or torch[1] < (2, 10):
-        return [], "the build sees no PyTorch 2.10 or later (pip install --no-build-isolation shows it)"
-    if missing:
-        return [], f"there is no {' and no '.join(missing)}"
+        both = "SMILE_KERNELS_SKIP_BUILD was set"
+    elif sys.platform == "win32":
+        both = "it is not built on Windows"
+    elif torch is None or torch[1] < (2, 10):
+        both = "the build saw no PyTorch 2.10 or later (pip install --no-build-isolation shows it)"
+    elif absent:
+        both = f"there was no {' and no '.join(absent)}"
+    if both is not None:
+        return {"cpu": both, "cuda": both}
     if nvcc is None:
-        return ["cpu"], "there is no nvcc"
-    if torch[2] is None and not FORCE:
-        return ["cpu"], "this PyTorch is built without CUDA"
-    return ["cpu", "cuda"], "all are built"
+        return {"cuda": "there was no nvcc"}
+    if FORCE:
+        return {}
+    if torch[2] is None:
+        return {"cuda": "PyTorch was one built without CUDA"}
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    toolkit = re.search(r"release (\d+)", version).group(1)
+    if toolkit != torch[2].split(".")[0]:
+        return {"cuda": f"{nvcc} was of CUDA {toolkit} and PyTorch was built for CUDA {torch[2]}"}
+    return {}
 
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name: str) -> str:
         return name.replace(".", os.sep) + ".so"  # no Python module: one library serves every Python
 
+    def run(self) -> None:
+        self.reasons = missing()
+        super().run()
+        for kind in ("cpu", "cuda"):
+            library = Path(self.get_ext_fullpath(f"smile_kernels.ops._extension_{kind}"))
+            reason = library.with_suffix(".txt")
+            reason.unlink(missing_ok=True)
+            if kind in self.reasons:
+                reason.write_text(self.reasons[kind] + "\n")
+        if "cpu" in self.reasons:  # a wheel without a library serves every platform
+            self.distribution.ext_modules = []
+            if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
+                wheel.root_is_pure, wheel.py_limited_api = True, False
+
     def build_extension(self, extension: Extension) -> None:
+        kind = extension.name.rpartition("_")[2]
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         try:
-            build(extension.name.rpartition("_")[2], target, Path(self.build_temp, extension.name).resolve())
+            build(kind, target, Path(self.build_temp, extension.name).resolve())
         except subprocess.CalledProcessError as error:
-            raise CompileError(str(error)) from error  # which an optional extension may end in
+            print(error.output, file=sys.stderr)
+            said = next((line for line in (error.output or "").splitlines() if "error" in line), str(error))
+            self.reasons[kind] = f"compiling it failed: {said.strip()}"
+            raise CompileError(said) from error  # which an optional extension may end in
 
 
 def build(kind: str, target: Path, folder: Path) -> None:
@@ -88,14 +131,16 @@ def build(kind: str, target: Path, folder: Path) -> None:
     flags = f"-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020a000000000000 -I{torch / 'include'}"  # the ABI of 2.10
     if kind == "cuda":
         sources = ["forward.cu", "backward.cu", "bindings.cpp"]
-        flags += f" -DUSE_CUDA -DSMILE_CUDA{gencode(ARCHITECTURES)}"
+        flags += f" -DUSE_CUDA -DSMILE_CUDA{gencode(architectures(nvcc))}"
         compiler = f"{nvcc} {flags} -Xcompiler -fPIC,-fvisibility=hidden"
         # Where PyTorch has no libtorch_cuda.so an empty one stands in for it while linking.
         stub = ["-shared", "-Wl,-soname,libtorch_cuda.so", "-o", folder / "libtorch_cuda.so", "-xc", os.devnull]
-        subprocess.run([cxx, *stub], check=True)
-        linker = f"{nvcc} -shared --cudart static -Xlinker --no-as-needed -L{folder} -ltorch_cuda"
+        run([cxx, *stub])
+        linker = f"{nvcc} -shared --cudart static -Xlinker --no-as-needed,--strip-all -L{folder} -ltorch_cuda"
     else:
-        sources, linker = ["cpu.cpp", "bindings.cpp"], f"{cxx} -shared"
+        sources = ["cpu.cpp", "bindings.cpp"]
+        strip = "" if sys.platform == "darwin" else " -Wl,--strip-all"
+        linker = f"{cxx} -shared{strip}"
         compiler = f"{cxx} {flags} -fPIC -fvisibility=hidden -Wno-psabi"
     lines = [
         f"rule compile\n  command = {compiler} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d",
@@ -104,13 +149,20 @@ def build(kind: str, target: Path, folder: Path) -> None:
         f"build {target}: link {' '.join(f'{source}.o' for source in sources)}",
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run(["ninja", "-C", str(folder)], check=True)
+    run(["ninja", "-C", folder])
+
+
+def run(command: list[str | Path]) -> None:
+    """Like subprocess.run(check=True), with all output in the error."""
+    subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 if __name__ == "__main__":
-    kinds, reason = buildable()
-    print(f"smile_kernels: compiled kernels for {' and '.join(kinds) or 'nothing'}: {reason}", file=sys.stderr)
-    if FORCE and kinds != ["cpu", "cuda"]:
+    reasons = missing()
+    kinds = [kind for kind in ("cpu", "cuda") if kind not in reasons]
+    why = "".join(f"; no {kind} library: {reason}" for kind, reason in reasons.items())
+    print(f"smile_kernels: building compiled kernels for {' and '.join(kinds) or 'nothing'}{why}", file=sys.stderr)
+    if FORCE and reasons:
         sys.exit("SMILE_KERNELS_FORCE_CUDA_BUILD is set, but the CUDA kernels cannot be built")
     setup(
         ext_modules=[Extension(f"smile_kernels.ops._extension_{kind}", [], optional=not FORCE) for kind in kinds],

@@ -3,6 +3,9 @@
 // CUDA library adds its kernels to them, so it is loaded after it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#if __has_include(<torch/csrc/stable/macros.h>)
+#include <torch/csrc/stable/macros.h>  // STD_CUDA_KERNEL_LAUNCH_CHECK, which the other headers of 2.11 do not include
+#endif
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>

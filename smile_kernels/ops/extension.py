@@ -27,9 +27,11 @@ def why_not(device_type: str) -> str | None:
         path = Path(__file__).with_name(f"_extension_{kind}.so")
         if not path.exists():
             tools = "a C++ compiler" if kind == "cpu" else "a CUDA toolkit and a PyTorch built for CUDA"
+            recorded = path.with_suffix(".txt")  # written by setup.py where the build went that far
+            reason = f" ({recorded.read_text().strip()})" if recorded.exists() else ""
             return (
-                f"its {kind} library was not built when smile_kernels was installed: that takes PyTorch 2.10 or later, "
-                f"ninja and {tools}, and `pip install --no-build-isolation` so that the build sees them"
+                f"its {kind} library was not built when smile_kernels was installed{reason}: that takes PyTorch 2.10 "
+                f"or later, ninja and {tools}, and `pip install --no-build-isolation` so that the build sees them"
             )
         try:
             _load(path)
