@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import SmileConfig, SmileModuleConfig, model_card, read_config, write_config
+from .checkpoint import model_card
+from .config import SmileConfig, SmileModuleConfig, read_config, write_config
 from .files import (
     StoredTensor,
     check_output,

@@ -14,12 +14,11 @@ from torch import nn
 
 from smile_kernels import SmileLinear
 from smile_kernels.checkpoint import (
-    SmileConfig,
-    SmileModuleConfig,
     describe,
     load_pretrained,
     save_pretrained,
 )
+from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.files import StoredTensor, parse_size, read_tensors, write_shard, write_tensors
 
 CONFIG = SmileConfig(3, 1, 32, 16, {"a.b": SmileModuleConfig(32, 16, expert_bias=True)})
@@ -309,7 +308,7 @@ def test_load_errors_name_what_is_wrong(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path / "a", Block(smile=False))
     (tmp_path / "a" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no SMILE checkpoint"):
+    with pytest.raises(ValueError, match="is not a SMILE checkpoint"):
         load_pretrained(tmp_path / "a", Block(smile=False))
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: is not JSON"):

@@ -526,7 +526,7 @@ def test_inspect(tmp_path, folders):
     assert (tmp_path / "i.png").read_bytes().startswith(b"\x89PNG")
     result = CliRunner().invoke(app, ["inspect", str(folders[0])])
     assert result.exit_code == 1
-    assert "is no SMILE checkpoint" in result.output
+    assert "is not a SMILE checkpoint" in result.output
 
 
 def test_doctor_says_what_would_run_and_why_not(monkeypatch):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import SmileConfig
+from ..config import SmileConfig
 from ..nn import SmileLinear
 
 __all__ = ["convert_state_dict", "from_fusion_bench", "holds_fusion_bench_layers"]

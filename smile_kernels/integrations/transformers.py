@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
+from ..config import NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
 from ..routing import set_routing
 
 if not hasattr(HfQuantizer, "update_attn_implementation"):

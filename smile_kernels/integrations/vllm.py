@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from ..checkpoint import QUANT_METHOD, SmileConfig, SmileModuleConfig
+from ..config import QUANT_METHOD, SmileConfig, SmileModuleConfig
 from ..functional import select_experts, smile_linear
 from .vllm_routing import RememberedRouting
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smile_kernels import SmileLinear
-from smile_kernels.checkpoint import SmileConfig
+from smile_kernels.config import SmileConfig
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 GROUPED = {**TEXT, "num_key_value_heads": 2}

@@ -32,7 +32,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing
-from smile_kernels.checkpoint import SmileConfig, SmileModuleConfig
+from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations import vllm_routing
 from smile_kernels.integrations.vllm import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm_routing import RememberedRouting

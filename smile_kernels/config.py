@@ -1,0 +1,240 @@
+"""What is stored about a SMILE checkpoint in its config.json, under `quantization_config`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .files import read_json, write_text
+from .nn import SmileLinear
+from .routing import RoutingPolicy, get_routing
+
+__all__ = ["SmileConfig", "SmileModuleConfig"]
+
+QUANT_METHOD = "smile"
+# A whole checkpoint tells transformers that its weights are in this file alone, and our quantizer takes the name away:
+# where it does not run, no such file is found, instead of the base model being loaded with a warning.
+NO_WEIGHTS = "needs_smile_kernels.safetensors"
+FACTORS = ("vh", "s", "u", "expert_bias", "router")
+
+
+@dataclass(frozen=True)
+class SmileModuleConfig:
+    """One converted layer of a checkpoint.
+
+    Args:
+        rank_of_expert: r; may differ from layer to layer.
+        rank_of_router: g.
+        expert_bias: whether `<layer>.expert_bias` is stored.
+        router: whether `<layer>.router` is stored; without it the router's rows are the first g of `vh`.
+        fan_in_fan_out: whether this checkpoint stores `<layer>.weight` as [in_features, out_features], as transformers'
+            Conv1D does.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+
+    rank_of_expert: int
+    rank_of_router: int
+    expert_bias: bool = False
+    router: bool = False
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self):
+        for name in ("rank_of_expert", "rank_of_router"):
+            _check_integer(name, getattr(self, name), 1)
+
+    def build(
+        self,
+        in_features: int,
+        out_features: int,
+        num_local_experts: int,
+        num_experts_per_tok: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SmileLinear:
+        """The layer this entry describes, ready for its tensors to be loaded."""
+        return SmileLinear(
+            in_features,
+            out_features,
+            num_local_experts,
+            self.rank_of_expert,
+            self.rank_of_router,
+            num_experts_per_tok,
+            bias=bias,
+            expert_bias=self.expert_bias,
+            router=self.router,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class SmileConfig:
+    """What is SMILE about a checkpoint: `quantization_config` in its config.json.
+
+    Args:
+        num_local_experts: N, the same in every layer.
+        num_experts_per_tok: m, 1 to N.
+        rank_of_expert: as asked for: r, -1 for full rank, or a fraction in (0, 1), the energy to hold in each layer.
+        rank_of_router: g as asked for.
+        modules: every converted layer by its name, with its own ranks.
+        base_model_name_or_path: where the other tensors are, when the checkpoint holds the experts only.
+        routing: the policy that the loaded model follows; num_experts_per_tok is the one above.
+
+    Raises:
+        ValueError: a key that is missing or unknown, or a value out of range; the message names it.
+    """
+
+    num_local_experts: int
+    num_experts_per_tok: int
+    rank_of_expert: int | float
+    rank_of_router: int
+    modules: dict[str, SmileModuleConfig]
+    base_model_name_or_path: str | None = None
+    routing: RoutingPolicy = field(default=RoutingPolicy())
+
+    def __post_init__(self):
+        _check_integer("num_local_experts", self.num_local_experts, 1)
+        _check_integer("num_experts_per_tok", self.num_experts_per_tok, 1)
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok: is {self.num_experts_per_tok}; expected 1 to {self.num_local_experts}, "
+                "the number of experts"
+            )
+        _check_integer("rank_of_router", self.rank_of_router, 1)
+        check_rank_of_expert(self.rank_of_expert)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "SmileConfig":
+        """From the `quantization_config` of a config.json."""
+        config = dict(config)
+        method = config.pop("quant_method", None)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method: is {method!r}; expected {QUANT_METHOD!r}")
+        modules = config.get("modules")
+        if not isinstance(modules, Mapping):
+            raise ValueError(f"modules: is {modules!r}; expected a mapping from layer names to their ranks")
+        config["modules"] = {
+            name: _from_mapping(SmileModuleConfig, module, f"modules[{name!r}]") for name, module in modules.items()
+        }
+        if "routing" in config:
+            config["routing"] = RoutingPolicy.from_dict(config["routing"])
+        return _from_mapping(cls, config, "quantization_config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads; fits JSON."""
+        config = {"quant_method": QUANT_METHOD, **asdict(self)}
+        if not self.routing.remembers:
+            del config["routing"]
+        if self.base_model_name_or_path is None:
+            del config["base_model_name_or_path"]
+        return config
+
+    @classmethod
+    def from_layers(cls, layers: Mapping[str, SmileLinear]) -> "SmileConfig":
+        """The config of the layers by their names.
+
+        Raises:
+            ValueError: no layer, or layers that differ in num_local_experts or num_experts_per_tok.
+        """
+        if not layers:
+            raise ValueError("model: holds no SmileLinear; expected a model made by upscale()")
+        shared = {}
+        for key in ("num_local_experts", "num_experts_per_tok"):
+            values = {getattr(layer, key) for layer in layers.values()}
+            if len(values) > 1:
+                raise ValueError(f"{key}: differs between layers, {sorted(values)}; expected one value in a checkpoint")
+            shared[key] = values.pop()
+        modules = {
+            name: SmileModuleConfig(
+                layer.rank_of_expert, layer.rank_of_router, layer.expert_bias is not None, layer.router is not None
+            )
+            for name, layer in layers.items()
+        }
+        return cls(
+            **shared,
+            rank_of_expert=max(module.rank_of_expert for module in modules.values()),
+            rank_of_router=max(module.rank_of_router for module in modules.values()),
+            modules=modules,
+        )
+
+
+def stored_routing(model: nn.Module) -> RoutingPolicy:
+    """The model's policy as its config stores it: the number of experts per token is the layers' own."""
+    return replace(get_routing(model), num_experts_per_tok=None)
+
+
+def check_rank_of_expert(rank: int | float) -> None:
+    """Raises ValueError unless `rank` is an integer of 1 or more, -1, or a fraction in (0, 1)."""
+    integer = isinstance(rank, int) and not isinstance(rank, bool)
+    if not (integer and (rank >= 1 or rank == -1)) and not (isinstance(rank, float) and 0 < rank < 1):
+        raise ValueError(
+            f"rank_of_expert: is {rank!r}; expected an integer of 1 or more, -1 for full rank, or a fraction in (0, 1)"
+        )
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: is {value!r}; expected an integer of {least} or more")
+
+
+def _from_mapping(cls: type, values: Any, where: str) -> Any:
+    """A dataclass from a mapping whose keys are all fields of it."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: is {values!r}; expected a mapping")
+    known = {entry.name: entry for entry in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
+    for name, entry in known.items():
+        if entry.default is MISSING and name not in values:
+            raise ValueError(f"{where}: {name} is missing")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder; {} where there is none."""
+    file = Path(folder) / "config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def read_smile_config(folder: str | Path) -> SmileConfig:
+    """The SMILE settings of a checkpoint folder.
+
+    Raises:
+        ValueError: is not a SMILE checkpoint, or its settings do not fit; the message names the file.
+    """
+    config = read_config(folder).get("quantization_config")
+    if config is None:
+        raise ValueError(f"{folder}: is not a SMILE checkpoint; expected quantization_config in its config.json")
+    try:
+        return SmileConfig.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from None
+
+
+def write_config(folder: Path, config: Mapping[str, Any], smile: SmileConfig) -> None:
+    """config.json: the base's, and what is SMILE about the checkpoint."""
+    if smile.base_model_name_or_path is None:
+        config = _without_weights(config)
+    write_text(folder / "config.json", json.dumps({**config, "quantization_config": smile.to_dict()}, indent=2) + "\n")
+
+
+def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model, and those of the models in it, as those of weights that only our quantizer finds."""
+    parts = {
+        name: _without_weights(part)
+        for name, part in config.items()
+        if isinstance(part, Mapping) and "model_type" in part
+    }
+    return {**config, **parts, "transformers_weights": NO_WEIGHTS}
