@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from smile_kernels.benchmark.measure import Record
-from smile_kernels.files import StoredTensor, read_tensors, write_tensors
+from smile_kernels.storage import StoredTensor, read_tensors, write_tensors
 
 HIDDEN, INNER, EXPERTS = 1024, 2816, 2
 SHAPES = {

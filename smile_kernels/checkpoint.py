@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
-from .files import (
+from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
+from .nn import SmileLinear, replace_linear
+from .routing import set_routing
+from .storage import (
     StoredTensor,
     check_output,
     parse_size,
@@ -25,9 +28,6 @@ from .files import (
     write_tensors,
     write_text,
 )
-from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
-from .nn import SmileLinear, replace_linear
-from .routing import set_routing
 
 __all__ = ["describe", "load_pretrained", "save_pretrained"]
 

@@ -167,7 +167,7 @@ def inspect(
         description = describe(folder)
         _show(description, Console())
         if json_path:
-            from .files import write_text
+            from .storage import write_text
 
             write_text(json_path, json.dumps(description, indent=1) + "\n")
         if plot:

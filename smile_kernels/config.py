@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import read_json, write_text
 from .nn import SmileLinear
 from .routing import RoutingPolicy, get_routing
+from .storage import read_json, write_text
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import model_card
 from .config import SmileConfig, SmileModuleConfig, read_config, write_config
-from .files import (
+from .integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from .routing import RoutingPolicy
+from .storage import (
     StoredTensor,
     check_output,
     parse_size,
@@ -39,8 +41,6 @@ from .files import (
     write_shard,
     write_text,
 )
-from .integrations.peft import LowRankDelta, adapter_deltas, is_adapter
-from .routing import RoutingPolicy
 from .svd import check_ranks, decompose_linear
 from .upscale import (
     LayerReport,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import write_text
 from .nn import SmileLinear, replace_linear
 from .routing import RoutingPolicy, set_routing
+from .storage import write_text
 from .svd import Certificate, check_ranks, decompose_linear
 
 __all__ = ["LayerReport", "UpscaleReport", "upscale"]

@@ -19,7 +19,7 @@ from smile_kernels.checkpoint import (
     save_pretrained,
 )
 from smile_kernels.config import SmileConfig, SmileModuleConfig
-from smile_kernels.files import StoredTensor, parse_size, read_tensors, write_shard, write_tensors
+from smile_kernels.storage import StoredTensor, parse_size, read_tensors, write_shard, write_tensors
 
 CONFIG = SmileConfig(3, 1, 32, 16, {"a.b": SmileModuleConfig(32, 16, expert_bias=True)})
 
@@ -203,7 +203,7 @@ class FullDisk:
 @pytest.fixture
 def full_disk(monkeypatch):
     monkeypatch.setattr(
-        "smile_kernels.files.open",
+        "smile_kernels.storage.open",
         lambda *a: FullDisk(open(*a), 900),  # noqa: SIM115
         raising=False,
     )

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from smile_kernels import SmileLinear
 from smile_kernels.checkpoint import load_pretrained
 from smile_kernels.cli import app
-from smile_kernels.files import StoredTensor, read_tensors, write_tensors
+from smile_kernels.storage import StoredTensor, read_tensors, write_tensors
 from smile_kernels.streaming import upscale_checkpoints
 from smile_kernels.upscale import upscale
 
@@ -404,7 +404,7 @@ def test_a_full_disk(tmp_path, folders, monkeypatch):
         __getattr__ = lambda self, name: getattr(self.file, name)  # noqa: E731
 
     with monkeypatch.context() as patch:
-        patch.setattr("smile_kernels.files.open", Full, raising=False)
+        patch.setattr("smile_kernels.storage.open", Full, raising=False)
         with pytest.raises(OSError, match="disk is full"):
             upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
     assert not (tmp_path / "out").exists()
