@@ -3,15 +3,16 @@
 `import smile_kernels` imports neither Triton nor the compiled extension; each is loaded by the first call that uses it.
 """
 
+__version__ = "0.1.0"
+
 from . import functional, integrations
 from .checkpoint import load_pretrained, save_pretrained
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
 from .routing import RoutingPolicy, get_routing, set_routing, watch_routing
-from .upscale import upscale
+from .upscaling import upscale, upscale_checkpoints
 
-__version__ = "0.1.0"
 __all__ = [
     "RoutingPolicy",
     "SmileLinear",
@@ -23,6 +24,7 @@ __all__ = [
     "save_pretrained",
     "set_routing",
     "upscale",
+    "upscale_checkpoints",
     "warmup",
     "watch_routing",
 ]

@@ -117,7 +117,7 @@ def upscale(
         import torch
 
         from .routing import RoutingPolicy
-        from .streaming import upscale_checkpoints
+        from .upscaling import upscale_checkpoints
 
         if "routing" in settings:
             settings["routing"] = RoutingPolicy.from_dict(settings["routing"])

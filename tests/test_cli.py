@@ -20,8 +20,7 @@ from smile_kernels import SmileLinear
 from smile_kernels.checkpoint import load_pretrained
 from smile_kernels.cli import app
 from smile_kernels.storage import StoredTensor, read_tensors, write_tensors
-from smile_kernels.streaming import upscale_checkpoints
-from smile_kernels.upscale import upscale
+from smile_kernels.upscaling import upscale, upscale_checkpoints
 
 RANKS = {"rank_of_expert": 4, "rank_of_router": 2}
 N = 3
@@ -474,15 +473,15 @@ def test_in_memory_gives_the_same_bits_whatever_the_threads(deep, tmp_path):
 # Says which layer it is done with, and does not go on from the one that it is told to stop at.
 WATCHED = """
 import sys, time
-import smile_kernels.streaming as streaming
+from smile_kernels.upscaling import disk
 from smile_kernels.cli import app
-stop, write = sys.argv.pop(1), streaming.write_text
+stop, write = sys.argv.pop(1), disk.write_text
 def watched(file, text):
     write(file, text)
     if file.parent.name == "layers":
         print(file.stem, flush=True)
         time.sleep(600 if file.stem == stop else 0)
-streaming.write_text = watched
+disk.write_text = watched
 app(sys.argv[1:])
 """
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import smile_kernels as sk
 from smile_kernels.integrations.peft import LowRankDelta, ModuleDelta
-from smile_kernels.streaming import upscale_checkpoints
-from smile_kernels.upscale import upscale
+from smile_kernels.upscaling import upscale, upscale_checkpoints
 
 RANKS = {"rank_of_expert": 4, "rank_of_router": 2, "progress": False}
 

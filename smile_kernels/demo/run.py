@@ -23,7 +23,7 @@ from transformers import BertModel
 from ..nn import SmileLinear
 from ..ops import library
 from ..routing import RoutingPolicy, set_routing, watch_routing
-from ..upscale import upscale
+from ..upscaling import upscale
 from . import merge
 from .data import MINILM, QUICK, SRE, TASKS, appears_whole
 from .encoder import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task

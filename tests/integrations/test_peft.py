@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import smile_kernels as sk
 from smile_kernels import cli
 from smile_kernels.integrations.peft import LowRankDelta, adapter_deltas, is_adapter
-from smile_kernels.streaming import upscale_checkpoints
 from smile_kernels.svd import lora_svd
+from smile_kernels.upscaling import upscale_checkpoints
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

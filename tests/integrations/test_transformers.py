@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers,
 from transformers.distributed import DistributedConfig
 
 import smile_kernels as sk
-from smile_kernels.streaming import upscale_checkpoints
+from smile_kernels.upscaling import upscale_checkpoints
 
 LAYERS = {
     "MistralForCausalLM": 14,

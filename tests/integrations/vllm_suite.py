@@ -37,7 +37,7 @@ from smile_kernels.integrations import vllm_routing
 from smile_kernels.integrations.vllm import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm_routing import RememberedRouting
 from smile_kernels.ops import library
-from smile_kernels.streaming import upscale_checkpoints
+from smile_kernels.upscaling import upscale_checkpoints
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
-from .checkpoint import model_card
-from .config import SmileConfig, SmileModuleConfig, read_config, write_config
-from .integrations.peft import LowRankDelta, adapter_deltas, is_adapter
-from .routing import RoutingPolicy
-from .storage import (
+from .. import __version__
+from ..checkpoint import model_card
+from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
+from ..integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from ..routing import RoutingPolicy
+from ..storage import (
     StoredTensor,
     check_output,
     parse_size,
@@ -41,17 +41,10 @@ from .storage import (
     write_shard,
     write_text,
 )
-from .svd import check_ranks, decompose_linear
-from .upscale import (
-    LayerReport,
-    UpscaleReport,
-    _is_conv1d,
-    average_tensors,
-    fused_experts,
-    in_threads,
-    linear_layers,
-    select_layers,
-)
+from ..svd import check_ranks, decompose_linear
+from .decompose import average_tensors, in_threads
+from .layers import fused_experts, is_conv1d, linear_layers, select_layers
+from .report import LayerReport, UpscaleReport
 
 __all__ = ["upscale_checkpoints"]
 
@@ -400,9 +393,9 @@ def _layers_of(model: nn.Module, matrices: Sequence[str]) -> dict[str, _Layer]:
     layers = {}
     for name, linear in linear_layers(model).items():
         if weight := own.get(f"{name}.weight"):
-            layers[name] = _Layer(weight.removesuffix(".weight"), weight, _is_conv1d(linear))
+            layers[name] = _Layer(weight.removesuffix(".weight"), weight, is_conv1d(linear))
         elif weight := tied.get(id(linear.weight)):
-            layers[name] = _Layer(name, weight, _is_conv1d(linear))
+            layers[name] = _Layer(name, weight, is_conv1d(linear))
     return layers
 
 

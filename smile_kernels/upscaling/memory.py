@@ -1,141 +1,21 @@
 """A model and its fine-tuned versions -> the model with SMILE layers in place of its linear layers, and a report."""
 
 import copy
-import fnmatch
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .nn import SmileLinear, replace_linear
-from .routing import RoutingPolicy, set_routing
-from .storage import write_text
-from .svd import Certificate, check_ranks, decompose_linear
+from ..nn import SmileLinear, replace_linear
+from ..routing import RoutingPolicy, set_routing
+from ..svd import check_ranks, decompose_linear
+from .decompose import average_tensors, in_threads
+from .layers import fused_experts, is_conv1d, linear_layers, select_layers
+from .report import LayerReport, UpscaleReport
 
-__all__ = ["LayerReport", "UpscaleReport", "upscale"]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one linear layer.
-
-    Attributes:
-        name: the layer's name in the model.
-        rank: r, the rank of its experts; 0 where it was left alone.
-        energy: per expert, the share of ||W_i - W||_F^2 that its factors hold.
-        error: per expert, ||W_i - W - U_i diag(s_i) V_i^T||_F / ||W_i - W||_F.
-        seconds: the time its decomposition took.
-        skipped: why it was left alone, or None.
-        untrained: the experts whose weight equals the shared one: their score is 0, so they take no tokens.
-    """
-
-    name: str
-    rank: int
-    energy: list[float]
-    error: list[float]
-    seconds: float
-    skipped: str | None = None
-    untrained: Sequence[int] = ()
-
-    @classmethod
-    def of(
-        cls, name: str, factors: Mapping[str, Tensor | None], certificates: Sequence[Certificate], seconds: float
-    ) -> "LayerReport":
-        """The report of what `svd.decompose_linear` returned; `skipped` where every weight equals the base's."""
-        untrained = [i for i, c in enumerate(certificates) if c.directions == 0]
-        skipped = None
-        if len(untrained) == len(certificates) and factors["expert_bias"] is None:
-            skipped = "every expert equals the base"
-        elif len(untrained) == len(certificates) > 1:
-            skipped = "experts differ in their biases only, by which no token can be routed"
-        return cls(
-            name,
-            0 if skipped else factors["s"].shape[1],
-            [c.energy for c in certificates],
-            [c.error for c in certificates],
-            seconds,
-            skipped,
-            untrained,
-        )
-
-
-@dataclass(frozen=True)
-class UpscaleReport:
-    """The report of every layer; printed as a table, saved as JSON."""
-
-    layers: list[LayerReport]
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON; the file appears whole or not at all."""
-        write_text(Path(path), json.dumps({"layers": [asdict(layer) for layer in self.layers]}, indent=1) + "\n")
-
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        done = [layer for layer in self.layers if not layer.skipped]
-        table = Table("layer", "rank", "energy held", "largest error", "seconds", "note")
-        for layer in self.layers:
-            note = layer.skipped or ", ".join(f"expert {i} untrained" for i in layer.untrained)
-            held = "" if layer.skipped else f"{min(layer.energy):.4f} to {max(layer.energy):.4f}"
-            error = "" if layer.skipped else f"{max(layer.error):.4f}"
-            table.add_row(layer.name, str(layer.rank or ""), held, error, f"{layer.seconds:.2f}", note)
-        table.caption = f"{len(done)} of {len(self.layers)} layers upscaled"
-        console = Console(width=120)
-        with console.capture() as text:
-            console.print(table)
-        return text.get().rstrip("\n")
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear, and transformers' Conv1D, by its first name in the model.
-
-    Left out are those whose weight is not floating point, or is computed (weight norm, parametrizations).
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or _is_conv1d(module))
-        and isinstance(module.weight, nn.Parameter)
-        and module.weight.is_floating_point()
-    }
-
-
-def fused_experts(model: nn.Module) -> list[LayerReport]:
-    """The tensors [experts, ..., ...] that hold all experts of a mixture, reported as left alone."""
-    return [
-        LayerReport(name, 0, [], [], 0.0, "fused experts of a mixture, left alone")
-        for name, p in model.named_parameters()
-        if p.dim() == 3 and "expert" in name
-    ]
-
-
-def select_layers(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
-    """The names that match a pattern of `include` (all, where there is none) and none of `exclude`, in their order.
-
-    A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
-    """
-    return [
-        name
-        for name in names
-        if (not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ())
-    ]
-
-
-def average_tensors(tensors: Iterable[Tensor]) -> Tensor:
-    """The mean of tensors of one shape and dtype, summed in float32 (float64 for float64)."""
-    total, count = None, 0
-    for tensor in tensors:
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        total, count = wide.clone() if total is None else total.add_(wide), count + 1
-    return (total / count).to(tensor.dtype)
+__all__ = ["upscale"]
 
 
 @torch.no_grad()
@@ -221,7 +101,7 @@ def upscale(
     @torch.no_grad()
     def decompose(name: str) -> tuple[dict[str, Tensor | None], LayerReport]:
         start = time.perf_counter()
-        conv1d = _is_conv1d(linears[name])
+        conv1d = is_conv1d(linears[name])
         weight, bias = linears[name].weight, linears[name].bias
         experts = [_expert(expert, name, linears[name]) for expert in finetuned]
         try:
@@ -257,23 +137,18 @@ def upscale(
                 tensor.copy_(average_tensors([*(e.get(name, none).to(tensor.device) for e in whole), *same]))
     for name, factors in layers.items():
         linear = linears[name]
-        weight = linear.weight.T.contiguous() if _is_conv1d(linear) else linear.weight
+        weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
         options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
         layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
         # The very parameters of the linear layer: what was tied to them stays tied.
         layer.bias = linear.bias
-        if not _is_conv1d(linear):
+        if not is_conv1d(linear):
             layer.weight = linear.weight
         for place in [place for place, module in places.items() if module is linear]:
             replace_linear(model, place, layer)
     if routing is not None:
         set_routing(model, routing)
     return model, UpscaleReport(reports)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def _expert(expert: nn.Module | Mapping[str, Any], name: str, linear: nn.Module) -> tuple[Any, Tensor | None]:
@@ -317,7 +192,7 @@ def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], names: 
                 f"{list(parameter.shape)} as in the base model"
             )
     for name in names:
-        if name not in known or _is_conv1d(known[name]) != _is_conv1d(linears[name]):
+        if name not in known or is_conv1d(known[name]) != is_conv1d(linears[name]):
             kinds = (type(expert.get_submodule(name)).__name__, type(linears[name]).__name__)
             raise ValueError(f"{where}: {name} is a {kinds[0]}; expected a {kinds[1]} as in the base model")
 
@@ -342,27 +217,6 @@ def _tensors(expert: nn.Module | Mapping[str, Any]) -> Iterator[tuple[str, Tenso
             yield f"{name}.lora_A", delta.weight.a
         if delta.bias is not None:
             yield f"{name}.bias", delta.bias
-
-
-def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], workers: int | None = None) -> Iterator[Any]:
-    """function(each) for each of the arguments, in their order; some at a time, each by one thread.
-
-    torch's own threads would share one call between them, and another number of threads gives other bits.
-
-    Args:
-        workers: calls at a time; by default as many as torch has threads, at most 4.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers or min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                yield from pool.map(function, arguments)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterator[Any]:
