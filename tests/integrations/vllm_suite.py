@@ -33,9 +33,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing
 from smile_kernels.config import SmileConfig, SmileModuleConfig
-from smile_kernels.integrations import vllm_routing
-from smile_kernels.integrations.vllm import SmileLinearMethod, SmileQuantizationConfig
-from smile_kernels.integrations.vllm_routing import RememberedRouting
+from smile_kernels.integrations.vllm import kv_sums
+from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
+from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.ops import library
 from smile_kernels.upscaling import upscale_checkpoints
 
@@ -398,12 +398,10 @@ def test_sums_read_nothing_on_the_host(monkeypatch):
             slot_mapping=slots.long(),
         )
         spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=6, head_size_v=0, dtype=torch.float32)
-        metadata = vllm_routing.SumsMetadataBuilder(spec, [], None, torch.device("cpu")).build(0, common)
+        metadata = kv_sums.SumsMetadataBuilder(spec, [], None, torch.device("cpu")).build(0, common)
         pages = torch.empty(5, 1, 32, 6)
-        monkeypatch.setattr(
-            vllm_routing, "get_attention_context", lambda name: (metadata, None, pages, common.slot_mapping)
-        )
-        sums = vllm_routing.smile_running_sums(torch.empty(9, 1, 3), 1, "smile_routing.1")
+        monkeypatch.setattr(kv_sums, "get_attention_context", lambda name: (metadata, None, pages, common.slot_mapping))
+        sums = kv_sums.smile_running_sums(torch.empty(9, 1, 3), 1, "smile_routing.1")
         assert sums.shape == (9, 1, 3)
         assert sums.dtype == torch.float32
 

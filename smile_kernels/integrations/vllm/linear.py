@@ -1,8 +1,8 @@
-"""SMILE checkpoints in vLLM: `vllm serve directory`, for any architecture built of vLLM's linear layers.
+"""SMILE layers in vLLM, for any architecture built of vLLM's linear layers.
 
-vLLM finds `register` through the entry point group `vllm.general_plugins`. It merges the projections that read one x
-(q, k and v; gate and up) into one layer of P parts. Each part keeps its own router: the merged layer is a SMILE layer
-of P x N experts, of which each part selects m, and whose `u` and `expert_bias` are zero outside their part's rows.
+vLLM merges the projections that read one x (q, k and v; gate and up) into one layer of P parts. Each part keeps its own
+router: the merged layer is a SMILE layer of P x N experts, of which each part selects m, and whose `u` and
+`expert_bias` are zero outside their part's rows.
 """
 
 import functools
@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from ..config import QUANT_METHOD, SmileConfig, SmileModuleConfig
-from ..functional import select_experts, smile_linear
-from .vllm_routing import RememberedRouting
+from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig
+from ...functional import select_experts, smile_linear
+from .routing import RememberedRouting
 
 
 class SmileQuantizationConfig(QuantizationConfig):
@@ -241,8 +240,3 @@ def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, *shard: Any
 def _load_rows(load: Callable, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
     """One part of u [N, O, r], placed by vLLM's own loader; a shorter rank ends in zeros."""
     load(parameter, F.pad(loaded, (0, parameter.shape[-1] - loaded.shape[-1])), *shard)
-
-
-def register() -> None:
-    """Make vLLM know SMILE checkpoints; called by vLLM in each of its processes."""
-    register_quantization_config(QUANT_METHOD)(SmileQuantizationConfig)

@@ -1,0 +1,11 @@
+"""SMILE checkpoints in vLLM: `vllm serve directory`. vLLM finds `register` through its entry points."""
+
+from vllm.model_executor.layers.quantization import register_quantization_config
+
+from ...config import QUANT_METHOD
+from .linear import SmileQuantizationConfig
+
+
+def register() -> None:
+    """Make vLLM know SMILE checkpoints; called by vLLM in each of its processes."""
+    register_quantization_config(QUANT_METHOD)(SmileQuantizationConfig)

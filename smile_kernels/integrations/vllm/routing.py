@@ -1,0 +1,118 @@
+"""Routing policies in vLLM: evidence of the layers below beside the model, sums over tokens in the KV cache.
+
+The equations are those of `smile_kernels.routing`.
+"""
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+
+from ...functional import select_experts
+from ...routing import RoutingPolicy, energy_shares, log_evidence
+from .kv_sums import SumsCache
+
+
+class RememberedRouting:
+    """A model's policy: numbers its routers in the order their layers are built, and chooses as they run.
+
+    Raises:
+        NotImplementedError: a policy, or (from `add`) an engine, that vLLM cannot carry; the message names it.
+    """
+
+    def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
+        if policy.scope == "sequence":
+            raise NotImplementedError(
+                "routing: has scope 'sequence', where the last token of a prompt changes the choice of its first; vLLM "
+                "computes prompts in chunks and shares what is cached of a prefix, so expected scope 'causal' or "
+                "'token' in the checkpoint's quantization_config"
+            )
+        self.policy, self.n, self.m = policy, num_local_experts, num_experts_per_tok
+        self.routers = 0
+        self.due = 0  # the router that runs next
+
+    def add(self, routers: int) -> int:
+        """Makes room for the routers of one more layer -> the number of its first."""
+        if self.routers == 0:
+            self._start(get_current_vllm_config())
+        self.routers += routers
+        return self.routers - routers
+
+    def _start(self, config: VllmConfig) -> None:
+        model, parallel = config.model_config, config.parallel_config
+        refused = {
+            "pipeline_parallel_size": (parallel.pipeline_parallel_size > 1, "a stage sees no other's evidence"),
+            "decode_context_parallel_size": (parallel.decode_context_parallel_size > 1, "a rank sees some tokens only"),
+            "prefill_context_parallel_size": (
+                parallel.prefill_context_parallel_size > 1,
+                "a rank sees some tokens only",
+            ),
+            "enable_dbo": (parallel.use_ubatching, "two batches would share one evidence"),
+            "kv_transfer_config": (config.kv_transfer_config is not None, "the sums are not transferred with the keys"),
+            "model": (model.is_multimodal_model or model.is_encoder_decoder, "its parts route their tokens apart"),
+        }
+        for name, (given, reason) in refused.items():
+            if given:
+                raise NotImplementedError(
+                    f"{name}: does not go with the checkpoint's routing, {self.policy}: {reason}; expected one without "
+                    "it, or no routing in the quantization_config, which means the published routing"
+                )
+        tokens = config.scheduler_config.max_num_batched_tokens
+        self.evidence = torch.zeros(tokens, self.n)  # L of the router that ran last
+        self.weights = torch.zeros(tokens, self.m)  # the choice of the last router that scored
+        self.ids = torch.zeros(tokens, self.m, dtype=torch.int32)
+        if self.policy.scope == "causal":
+            # vLLM reads a layer's number from its name.
+            self.cache_name = f"smile_routing.{model.get_total_num_hidden_layers()}"
+            compilation = config.compilation_config
+            compilation.static_forward_context[self.cache_name] = SumsCache(
+                lambda: self.count(0, self.routers) * self.n
+            )
+            # The op needs each pass's metadata: it runs between CUDA graphs, as attention does.
+            compilation.splitting_ops = [*(compilation.splitting_ops or ()), "vllm::smile_running_sums"]
+
+    def count(self, first: int, routers: int) -> int:
+        """How many of the routers from number `first` on compute scores; those after `lock_after` do not."""
+        lock = self.policy.lock_after
+        return routers if lock is None else min(max(lock - first, 0), routers)
+
+    def width(self) -> int:
+        """Sums of one token: N for each router that scores."""
+        return self.count(0, self.routers) * self.n
+
+    def choose(self, scores: Tensor, first: int, routers: int) -> tuple[Tensor, Tensor]:
+        """The choices of the layer whose first router has number `first`.
+
+        Args:
+            scores: [T, count(first, routers), N] float32.
+
+        Returns:
+            weights [T, routers, m] float32 and ids [T, routers, m] int32.
+
+        Raises:
+            RuntimeError: layers run in another order than they were built in.
+        """
+        if first not in (0, self.due):
+            raise RuntimeError(
+                f"routing: router {first} runs where router {self.due} is due; expected layers that run once each, in "
+                "the order in which the model builds them, since each builds on the evidence below it"
+            )
+        self.due = first + routers
+        tokens, scored = scores.shape[:2]
+        if scored:
+            sums = energy_shares(scores)
+            if self.policy.scope == "causal":
+                sums = torch.ops.vllm.smile_running_sums(sums, first, self.cache_name)
+            logs = log_evidence(sums, self.policy.accumulate)
+            if self.policy.accumulate:
+                logs = logs.cumsum(1)
+                if first > 0:
+                    logs = logs + self.evidence[:tokens, None]
+                logs = logs - logs.amax(-1, keepdim=True)
+                self.evidence[:tokens] = logs[:, -1]
+            weights, ids = select_experts(logs, self.m)
+            if self.policy.lock_after is not None:
+                self.weights[:tokens], self.ids[:tokens] = weights[:, -1], ids[:, -1]
+        else:
+            weights, ids = self.weights[:tokens, None], self.ids[:tokens, None]
+        locked = routers - max(scored, 1)
+        return tuple(torch.cat([t, t[:, -1:].expand(-1, locked, -1)], 1) for t in (weights, ids))
