@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,7 @@ class AttachedRouting:
         self.users = users
         self.root_name = type(root).__name__
         self.argument_names = tuple(inspect.signature(root.forward).parameters)
+        self.takes_cache = any("cache" in name or "past" in name for name in self.argument_names)
         self.handles = (
             root.register_forward_pre_hook(self._open, with_kwargs=True),
             root.register_forward_hook(self._close, with_kwargs=True, always_call=True),
@@ -294,7 +296,7 @@ class AttachedRouting:
         """
 
         def reached(_, state=state):
-            task = torch._C._current_graph_task_id()
+            task = _backward_pass()
             other = self.replayed.get(task)
             if other not in (None, state) and len(state.devices) > 1:
                 raise RuntimeError(
@@ -303,6 +305,8 @@ class AttachedRouting:
                 )
             self.replayed[task] = state
 
+        if not hasattr(torch._C, "_current_graph_task_id"):
+            return
         for tensor in torch.utils._pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.register_hook(reached)
@@ -310,7 +314,7 @@ class AttachedRouting:
 
     def _passed(self) -> "_Pass":
         """The forward pass that a layer called outside of one is recomputed for."""
-        task = torch._C._current_graph_task_id()
+        task = _backward_pass()
         if task == -1:
             raise RuntimeError(
                 f"routing: a SMILE layer was called outside of a forward pass of {self.root_name}, whose policy "
@@ -327,6 +331,21 @@ class AttachedRouting:
         return state
 
 
+def _backward_pass() -> int:
+    """The number of the backward pass this thread is in, -1 outside of one.
+
+    Raises:
+        NotImplementedError: this PyTorch does not tell.
+    """
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    if current is None:
+        raise NotImplementedError(
+            f"routing: a SMILE layer was called outside of a forward pass, and PyTorch {torch.__version__} does not "
+            "tell which backward pass it is recomputed for; expected 2.10 to 2.13, or no gradient checkpointing"
+        )
+    return current()
+
+
 class _Pass:
     """The state of one forward pass: evidence so far, the last choice, and what a KV cache remembers."""
 
@@ -334,7 +353,8 @@ class _Pass:
         self.policy, self.root_name = attached.policy, attached.root_name
         self.tokens = _Tokens(arguments, self.policy.scope, self.root_name)
         self.memory = None
-        if self.policy.scope != "token" and self.tokens.starts is None and "past_key_values" in attached.argument_names:
+        caches = attached.takes_cache or self.tokens.cache is not None
+        if self.policy.scope != "token" and self.tokens.starts is None and caches:
             self.memory = _Memory.beside(self.tokens, attached)
         self.held = self.memory is not None and bool(self.memory.choices)  # the prompt has voted in an earlier pass
         self.calls: dict[int, int] = {}  # layer -> how often it has run
@@ -443,11 +463,7 @@ class _Tokens:
 
     def __init__(self, arguments: dict, scope: str, root_name: str):
         self.scope, self.root_name = scope, root_name
-        self.cache = arguments.get("past_key_values")
-        if self.cache is not None and not hasattr(self.cache, "get_seq_length"):
-            raise TypeError(f"past_key_values: is a {type(self.cache).__name__}; expected a transformers Cache")
-        if self.cache is None and arguments.get("cache") is not None:
-            raise NotImplementedError("routing: a paged cache keeps no routing state yet; expected past_key_values")
+        self.cache, self.cache_name = _cache_argument(arguments, root_name)
         self.past = 0 if self.cache is None else self.cache.get_seq_length()
         if isinstance(self.past, Tensor):
             self.past = self.past.clone()  # static caches count in place
@@ -526,6 +542,43 @@ class _Tokens:
     def _is_encoders(self, x: Tensor) -> bool:
         return self.encoder_states is not None and x is self.encoder_states
 
+
+def _is_cache(value: object) -> bool:
+    """Whether `value` is a KV cache of transformers, under whatever name a model takes it."""
+    return all(callable(getattr(value, name, None)) for name in ("get_seq_length", "update", "get_mask_sizes"))
+
+
+def _cache_argument(arguments: dict, root_name: str) -> tuple[Any, str]:
+    """The KV cache among a forward pass's arguments (None without one), and the name it came under.
+
+    Raises:
+        NotImplementedError: two caches, or an argument about caches, masks or positions that no policy can follow.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    caches = {name: value for name, value in given.items() if _is_cache(value)}
+    if len({id(value) for value in caches.values()}) > 1:
+        raise NotImplementedError(
+            f"routing: {root_name} is given {len(caches)} KV caches, {sorted(caches)}; expected one"
+        )
+    for name, value in given.items():
+        concerns = any(part in name for part in ("mask", "position", "cache", "past", "seq_idx", "seq_len"))
+        if not concerns or name in caches or name in _KNOWN or isinstance(value, (bool, int, float, str)):
+            continue
+        raise NotImplementedError(
+            f"{name}: is a {type(value).__name__}, which routing policies do not follow; expected a KV cache with "
+            f"get_seq_length (no paged cache), or masks and positions among {', '.join(sorted(_KNOWN))}"
+        )
+    return next(iter(caches.values()), None), next(iter(caches), "cache")
+
+
+# Arguments about masks and positions that a policy follows, or that say nothing about whose token is whose.
+_KNOWN = frozenset(
+    (
+        *("attention_mask", "encoder_attention_mask", "head_mask", "cross_attn_head_mask", "bool_masked_pos"),
+        *("position_ids", "position_bias", "position_embeddings", "cache_position", "mask_time_indices"),
+        *("cu_seq_lens_q", "cu_seq_lens_k"),
+    )
+)
 
 # Arguments whose first dimension is no batch of inputs.
 _ASIDE = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position", "labels")
@@ -626,14 +679,20 @@ class _Memory:
             return memory
         if int(past) != 0:
             raise RuntimeError(
-                f"past_key_values: holds {int(past)} tokens that {attached.root_name} has not seen under its present "
-                "routing policy (or that were packed); expected an empty cache, or one filled since set_routing"
+                f"{tokens.cache_name}: holds {int(past)} tokens that {attached.root_name} has not seen under its "
+                "present routing policy (or that were packed); expected an empty cache, or one filled since set_routing"
             )
         return cls(attached.serial, _capacity(tokens.cache))
 
     def attach(self, cache) -> None:
         """Keep this beside `cache`, and follow what is done to its batch rows."""
         if getattr(cache, "routing_memory", None) is None:
+            gone = [name for name in _FOLLOWERS if not callable(getattr(type(cache), name, None))]
+            if gone:
+                raise NotImplementedError(
+                    f"cache: {type(cache).__name__} has no method {gone[0]}, by which its rows would be followed; "
+                    "expected a Cache as transformers 5.18 to 5.24 have it"
+                )
             for name, follow in _FOLLOWERS.items():
                 setattr(cache, name, types.MethodType(functools.partial(_then, name, follow), cache))
         if getattr(cache, "routing_memory", None) is not self:
@@ -661,7 +720,7 @@ class _Memory:
             if self.capacity > 0 and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(buffer)  # so that CUDA graphs may write to it
         elif buffer.shape[0] != batch:
-            raise RuntimeError(f"past_key_values: holds {buffer.shape[0]} sequences; expected {batch}, as in the input")
+            raise RuntimeError(f"cache: holds {buffer.shape[0]} sequences; expected {batch}, as in the input")
         elif isinstance(past, int) and past + length > buffer.shape[1]:
             buffer = self.sums[key] = F.pad(buffer, (0, 0, 0, max(past + length, 2 * buffer.shape[1])))
         positions = torch.arange(length, device=sums.device) + past
@@ -703,4 +762,4 @@ def _capacity(cache) -> int:
 def _cache_in(output):
     """The KV cache a root has made and returned, if any."""
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+    return next((value for value in values if _is_cache(value)), None)

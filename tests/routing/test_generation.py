@@ -146,7 +146,7 @@ def test_a_cache_the_policy_has_not_seen_is_refused():
             set_routing(model, RoutingPolicy())
             logits(model, input_ids=tokens(1, 3), past_key_values=cache)
             set_routing(model, policy)
-            with pytest.raises(RuntimeError, match=r"past_key_values: holds 3 tokens"):
+            with pytest.raises(RuntimeError, match="holds 3 tokens"):
                 logits(model, input_ids=tokens(1, 1), past_key_values=cache)
 
 
@@ -157,9 +157,9 @@ def test_caches_of_packed_sequences_and_paged_ones_are_refused():
         kv = tf.DynamicCache(config=model.config)
         packed = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}
         logits(model, input_ids=tokens(1, 5), past_key_values=kv, **packed)
-        with pytest.raises(RuntimeError, match=r"past_key_values: holds 5 tokens"):
+        with pytest.raises(RuntimeError, match="holds 5 tokens"):
             logits(model, input_ids=tokens(1, 1), past_key_values=kv)
-        with pytest.raises(NotImplementedError, match="paged cache"):
+        with pytest.raises(NotImplementedError, match=r"^cache: is a object"):
             logits(model, input_ids=tokens(1, 5), cache=object(), use_cache=False)
 
 

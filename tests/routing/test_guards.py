@@ -1,0 +1,110 @@
+"""What policies read of other libraries: changes on the other side are followed, or refused by name, never ignored."""
+
+import inspect
+
+import pytest
+import torch
+import transformers as tf
+from definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, tokens
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from smile_kernels import SmileLinear
+from smile_kernels.routing import set_routing, watch_routing
+
+TWO = {name: POLICIES[name] for name in ("sequence+layers", "causal+layers")}
+# Public methods of transformers' Cache, 5.18 to 5.24. Those that move or repeat batch rows are followed.
+CACHE_METHODS = {
+    *("activate_past_recording", "batch_repeat_interleave", "batch_select_indices", "crop", "early_initialization"),
+    *("get_conv_state", "get_mask_sizes", "get_max_cache_shape", "get_max_length", "get_query_offset"),
+    *("get_recurrent_state", "get_seq_length", "has_previous_state", "is_recording_past", "offload", "prefetch"),
+    *("reorder_cache", "reset", "update", "update_conv_state", "update_indexer", "update_recurrent_state"),
+}
+
+
+class Renamed(nn.Module):
+    """A model whose KV cache has a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(SmileLinear(8, 8, N, R, G) for _ in range(3))
+
+    def forward(self, inputs_embeds, kv_store=None, window_mask=None):
+        if kv_store is not None:
+            kv_store.update(inputs_embeds[:, None], inputs_embeds[:, None], 0)
+        h = inputs_embeds
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        return h
+
+
+@torch.no_grad()
+@by_name({"causal+layers": POLICIES["causal+layers"], "causal": POLICIES["causal"]})
+@pytest.mark.parametrize("positional", [False, True])
+def test_caches_are_recognised_by_what_they_are(policy, positional):
+    model, x = Renamed(), torch.randn(2, 7, 8)
+    set_routing(model, policy)
+    cache = tf.DynamicCache(config=tf.LlamaConfig(**SIZES))
+    parts = x.split([4, 1, 2], dim=1)
+    got = torch.cat([model(p, cache) if positional else model(p, kv_store=cache) for p in parts], dim=1)
+    torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="2 KV caches"):
+        model(x, kv_store=cache, window_mask=tf.DynamicCache(config=tf.LlamaConfig(**SIZES)))
+
+
+@by_name(TWO)
+def test_arguments_no_policy_knows_are_refused_by_name(policy):
+    model, x = Renamed(), torch.randn(2, 7, 8)
+    set_routing(model, policy)
+    with pytest.raises(NotImplementedError, match=r"^window_mask: is a Tensor"):
+        model(x, window_mask=torch.ones(2, 7))
+    with watch_routing(model), pytest.raises(NotImplementedError, match=r"^window_mask"):
+        model(x, window_mask=torch.ones(2, 7))
+    with pytest.raises(NotImplementedError, match=r"^past_key_values: is a tuple"):
+        logits(llama_with(policy), input_ids=tokens(1, 3), past_key_values=((torch.ones(1, 1, 2, 8),) * 2,))
+
+
+def llama_with(policy):
+    model = llama()
+    set_routing(model.model, policy)
+    return model.model
+
+
+@by_name(TWO)
+def test_a_cache_whose_rows_cannot_be_followed_is_refused(policy):
+    class Changed(tf.DynamicCache):
+        reorder_cache = None
+
+    model = llama()
+    set_routing(model, policy)
+    with pytest.raises(NotImplementedError, match=r"^cache: Changed has no method reorder_cache"):
+        logits(model, input_ids=tokens(2, 4), past_key_values=Changed(config=model.config))
+
+
+def test_caches_have_the_methods_that_are_known():
+    """A new one may move batch rows: look at it, follow it or not, and add it here."""
+    methods = {name for name, _ in inspect.getmembers(tf.Cache, inspect.isfunction) if not name.startswith("_")}
+    assert methods <= CACHE_METHODS, f"unknown: {sorted(methods - CACHE_METHODS)}"
+
+
+@by_name(TWO)
+def test_a_pytorch_that_does_not_number_backward_passes(policy, monkeypatch):
+    """Training goes on; recomputation, which needs the number, is refused."""
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    model = bert()
+    set_routing(model, policy)
+    model(input_ids=tokens(2, 5)).last_hidden_state.sum().backward()
+
+    class Recomputed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = SmileLinear(8, 8, N, R, G)
+
+        def forward(self, inputs_embeds):
+            return checkpoint(self.layer, inputs_embeds, use_reentrant=True)
+
+    model = Recomputed()
+    set_routing(model, policy)
+    y = model(torch.randn(2, 3, 8, requires_grad=True))
+    with pytest.raises(NotImplementedError, match="does not tell which backward pass"):
+        y.sum().backward()
