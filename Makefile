@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all test-vllm bench-cpu lint clean
 
 demo: .venv/ready
-	$(BIN)/smile-kernels demo $(DEMO)
+	$(BIN)/python -m studies.encoder $(DEMO)
 
 test: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import smile_kernels as sk
 from smile_kernels import RoutingPolicy, SmileLinear, functional
 from smile_kernels.benchmark.measure import Record, interleave
-from smile_kernels.demo.data import MINILM, TASKS
-from smile_kernels.demo.encoder import Lower, Recipe, Upper, by_length, encode_split, load_bert, pad, train_task
-from smile_kernels.demo.run import SHOWN, smile_layers
+from smile_kernels.nn import smile_layers
+from studies.data import MINILM, TASKS
+from studies.encoder.model import Lower, Recipe, Upper, by_length, encode_split, load_bert, pad, train_task
+from studies.encoder.run import SHOWN
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
 CASES = {  # tasks, recipe, seed, validation texts a task, words a task, misled texts a task, sequences a pair of tasks

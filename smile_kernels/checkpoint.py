@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
-from .nn import SmileLinear, replace_linear
+from .nn import replace_linear, smile_layers
 from .routing import set_routing
 from .storage import (
     StoredTensor,
@@ -56,7 +56,7 @@ def save_pretrained(
         FileExistsError: the folder is not empty.
         OSError: the disk is full.
     """
-    config = SmileConfig.from_layers({n: m for n, m in model.named_modules() if isinstance(m, SmileLinear)})
+    config = SmileConfig.from_layers(smile_layers(model))
     config = replace(config, routing=stored_routing(model))
     if base is not None:
         config = replace(config, base_model_name_or_path=os.path.abspath(base))

@@ -1,7 +1,6 @@
-"""The command line: `smile-kernels upscale | inspect | bench | demo | doctor | tune`, or `python -m smile_kernels`."""
+"""The command line: `smile-kernels upscale | inspect | bench | doctor | tune`, or `python -m smile_kernels`."""
 
 import json
-import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -224,30 +223,6 @@ def bench(
 
 
 @app.command()
-def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Four tasks, under three minutes on two cores.")] = False,
-    seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
-    tasks: Annotated[int, typer.Option(help="6, or 8 for the hard case.")] = 6,
-    cache: Annotated[Path | None, typer.Option(help="Folder for packages and fine-tuned models.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
-) -> None:
-    """Fine-tune a small encoder on real tasks, merge the results in each way, and compare what is left of them.
-
-    \b
-    Example:
-      smile-kernels demo --quick --plot demo.png
-    """
-    # transformers imports torchao where it is installed, which speaks of kernels for other machines.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with _errors(RuntimeError):
-        from .demo.run import demo as run
-
-        run(quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot)
-
-
-@app.command()
 def tune(
     shape: Annotated[list[str], typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; give one or more.")],
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a call.  [default: 1 4 16 64 512 2048]")] = None,
@@ -466,10 +441,10 @@ def _plot(description: dict[str, Any], file: Path) -> None:
 
 
 @contextmanager
-def _errors(*expected: type[Exception]) -> Iterator[None]:
+def _errors() -> Iterator[None]:
     """What the caller can put right ends in a line on stderr and status 1; all else is a bug, and shows where."""
     try:
         yield
-    except (ValueError, OSError, ImportError, *expected) as error:
+    except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -197,6 +197,11 @@ class SmileLinear(nn.Module):
         )
 
 
+def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
+    """The SMILE layers of a model by their first names; "" is the model itself."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
+
+
 def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
     """Put a SMILE layer at the place `name` of a model, where PyTorch must not read its weight past the experts.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import router_scores, select_experts
-from ..nn import SmileLinear
+from ..nn import SmileLinear, smile_layers
 
 __all__ = ["SmileBesideLinear", "split_base"]
 
@@ -56,7 +56,7 @@ def split_base(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model holds no SmileLinear.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
+    layers = smile_layers(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
     for name, layer in layers.items():

@@ -4,7 +4,7 @@ import copy
 
 import torch
 import torch.distributed as dist
-from tiny_models import build, fine_tuned, fuse, inputs, smile_layers
+from tiny_models import build, fine_tuned, fuse, inputs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -17,6 +17,7 @@ from smile_kernels.integrations.distributed import (
     replicate_singular_values,
     tensor_parallel_plan,
 )
+from smile_kernels.nn import smile_layers
 
 
 def full(t: torch.Tensor) -> torch.Tensor:

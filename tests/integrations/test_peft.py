@@ -6,13 +6,14 @@ import warnings
 import peft
 import pytest
 import torch
-from tiny_models import build, fine_tuned, output, smile_layers
+from tiny_models import build, fine_tuned, output
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 import smile_kernels as sk
 from smile_kernels import cli
 from smile_kernels.integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from smile_kernels.nn import smile_layers
 from smile_kernels.svd import lora_svd
 from smile_kernels.upscaling import upscale_checkpoints
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers, output, smile_layers
+from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers, output
 from transformers.distributed import DistributedConfig
 
 import smile_kernels as sk
+from smile_kernels.nn import smile_layers
 from smile_kernels.upscaling import upscale_checkpoints
 
 LAYERS = {

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smile_kernels import SmileLinear
 from smile_kernels.config import SmileConfig
+from smile_kernels.nn import smile_layers
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 GROUPED = {**TEXT, "num_key_value_heads": 2}
@@ -53,11 +54,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model by name, without the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
-
-
-def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
-    """The SMILE layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
 
 
 def fine_tuned(model: nn.Module, seed: int, rank: int = 3) -> nn.Module:

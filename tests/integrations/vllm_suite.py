@@ -23,7 +23,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import build, fine_tuned, smile_layers
+from tiny_models import build, fine_tuned
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +36,7 @@ from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.vllm import kv_sums
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
+from smile_kernels.nn import smile_layers
 from smile_kernels.ops import library
 from smile_kernels.upscaling import upscale_checkpoints
 

@@ -1,4 +1,4 @@
-"""The demo: fine-tune one encoder on several tasks, merge the results in each way, and measure what is left of them."""
+"""Fine-tune one encoder on several tasks, merge the results in each way, and measure what is left of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import BertModel
 
-from ..nn import SmileLinear
-from ..ops import library
-from ..routing import RoutingPolicy, set_routing, watch_routing
-from ..upscaling import upscale
-from . import merge
-from .data import MINILM, QUICK, SRE, TASKS, appears_whole
-from .encoder import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
-from .report import draw, show
+from smile_kernels import RoutingPolicy, SmileLinear, set_routing, upscale, watch_routing
+from smile_kernels.nn import smile_layers
+from smile_kernels.ops import library
+
+from .. import merge
+from ..data import MINILM, QUICK, SRE, TASKS, appears_whole
+from ..report import draw, show
+from .model import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
 
 SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
 SHOWN = (16, 32)  # the setting that oracle routing and routing policies are shown for
@@ -51,11 +51,6 @@ class Variant:
     copies: int = 1  # how many such modules serve all tasks
     timed: bool = False
     details: dict = field(default_factory=dict)  # chosen settings, captured energy
-
-
-def smile_layers(module: nn.Module) -> dict[str, SmileLinear]:
-    """The SMILE layers of a module by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SmileLinear)}
 
 
 def with_own_expert(model: nn.Module, expert: int) -> nn.Module:
@@ -220,7 +215,7 @@ def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]
     return rows
 
 
-def demo(
+def study(
     quick: bool = False,
     seeds: int = 1,
     tasks: int = 6,

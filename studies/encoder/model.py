@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from .data import MINILM, Package, Rows, Task, appears_whole, read_member
+from ..data import MINILM, Package, Rows, Task, appears_whole, read_member
 
 
 def load_bert(package: Package, folder: Path, member: str) -> tuple[BertModel, Tokenizer]:

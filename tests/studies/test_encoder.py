@@ -11,7 +11,10 @@ from transformers import BertConfig, BertModel
 
 from bench import routing as trials
 from smile_kernels import set_routing, upscale, watch_routing
-from smile_kernels.demo import data, encoder, merge, report, run
+from smile_kernels.nn import smile_layers
+from studies import data, merge, report
+from studies.encoder import model as encoder
+from studies.encoder import run
 
 
 def words(count: int, labels: str = "ab") -> data.Rows:
@@ -238,7 +241,7 @@ class TestEvaluation:
             with watch_routing(own) as counts:
                 encoder.features(own, task.test)
             tokens = sum(map(len, task.test.tokens))
-            assert list(counts) == list(run.smile_layers(model))
+            assert list(counts) == list(smile_layers(model))
             assert all(count[i] == count.sum() == tokens for count in counts.values())
 
     def test_every_variant_is_evaluated(self, case, monkeypatch):
@@ -296,11 +299,11 @@ class TestEvaluation:
     )
     def test_bad_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            run.demo(**arguments)
+            run.study(**arguments)
 
 
 def results() -> dict:
-    """Two tasks, two seeds, four rows of made-up numbers in the form that the demo writes."""
+    """Two tasks, two seeds, four rows of made-up numbers in the form that the study writes."""
 
     def row(name: str, parameters: float, *runs: dict) -> dict:
         return {"name": name, "parameters": parameters, "runs": list(runs)}
@@ -389,9 +392,9 @@ class TestReport:
 
     def test_the_documentation_shows_the_committed_results(self):
         """To bring the page up to date: page.write_text(report.update_page(page, sources))."""
-        root = Path(__file__).parents[1]
-        page, folder = root / "docs" / "demo.md", root / "bench" / "results" / "cpu"
-        sources = {"easy": folder / "demo.json", "hard": folder / "demo_hard.json"}
+        root = Path(__file__).parents[2]
+        page, folder = root / "docs" / "demo.md", root / "studies" / "results"
+        sources = {"easy": folder / "encoder.json", "hard": folder / "encoder_hard.json"}
         assert report.update_page(page, sources) == page.read_text(encoding="utf-8")
 
     def test_plot(self, tmp_path):

@@ -1,0 +1,30 @@
+"""`python -m studies.encoder [--quick] ...`, as `make demo` runs it."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Four tasks, under three minutes on two cores.")] = False,
+    seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
+    tasks: Annotated[int, typer.Option(help="6, or 8 for the hard case.")] = 6,
+    cache: Annotated[Path | None, typer.Option(help="Folder for packages and fine-tuned models.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Fine-tune a small encoder on real tasks, merge the results in each way, and compare what is left of them."""
+    # transformers imports torchao where it is installed, which logs what it lacks on this machine.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from .run import study
+
+    try:
+        study(quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+typer.run(main)
