@@ -1,0 +1,344 @@
+"""Files and folders that appear whole or not at all, and replace nothing that smile-kernels did not write.
+
+A folder `out` is written in these steps. Each can be interrupted; a later run continues or cleans up:
+
+    .out.lock           locked while a process writes `out`; the lock ends with that process, however it ends
+    out.partial/        the work folder: settings.json, what the job keeps for a restart, and output/
+    out.partial/output  gets its manifest, then becomes `out` by one rename
+    .out.old-*          the folder that `force` replaces: deleted after that rename, or put back if it did not happen
+
+The manifest, smile_manifest.json, holds the settings and the files that smile-kernels wrote, with sizes or hashes.
+`force` replaces a folder only if it holds these files and no others.
+"""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["MANIFEST", "OutputFolder", "check_folder", "new_file", "output_folder", "work_folder", "write_text"]
+
+MANIFEST = "smile_manifest.json"
+SETTINGS = "settings.json"
+_HASHED_BYTES = 1 << 20  # larger files are compared by size: nobody edits weights by hand
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears under its name once it is complete and flushed to disk.
+
+    Raises:
+        OSError: the disk is full, or a device error; no partial file is left.
+    """
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(temporary, "xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(file.parent).free
+            raise OSError(
+                error.errno, f"disk is full ({free:,} bytes free); no half-written file is left", str(file)
+            ) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with new_file(file) as f:
+        f.write(text.encode())
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """An output folder being written.
+
+    Attributes:
+        folder: the folder to appear, symbolic links resolved.
+        settings: what the result depends on.
+        replaces: a folder that smile-kernels wrote stands there and may be replaced.
+        complete: `folder` is already the complete result of these settings; there is nothing to do.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    replaces: bool = False
+    complete: bool = False
+
+    @property
+    def work(self) -> Path:
+        return work_folder(self.folder)
+
+    @property
+    def output(self) -> Path:
+        return self.work / "output"
+
+    def publish(self) -> None:
+        """Make the finished `output` the folder, and remove the work folder.
+
+        Raises:
+            FileExistsError: something else now stands in `folder`; `output` is kept.
+        """
+        _write_manifest(self.output, self.settings)
+        old = self.folder.with_name(f".{self.folder.name}.old-{uuid.uuid4().hex[:12]}")
+        if self.replaces:
+            _check_replaceable(self.folder, force=True)
+            os.rename(self.folder, old)
+        try:
+            os.rename(self.output, self.folder)  # fails unless the folder is absent or empty
+        except OSError as error:
+            if self.replaces and not self.folder.exists():
+                os.rename(old, self.folder)
+            raise FileExistsError(
+                f"{self.folder}: cannot be written ({error.strerror}); the finished output is kept in {self.output}"
+            ) from None
+        _sync_folder(self.folder.parent)
+        self.discard()
+        if self.replaces:
+            _remove_old(old)
+
+    def discard(self) -> None:
+        """Delete the work folder, its settings last, so that what an interruption leaves of it is recognised."""
+        for name in ("output", "layers"):
+            if (self.work / name).exists():
+                shutil.rmtree(self.work / name)
+        for file in self.work.glob(f"*{SETTINGS}*"):
+            file.unlink()
+        self.work.rmdir()
+
+
+def work_folder(folder: Path) -> Path:
+    """Where the intermediate files of an output folder are kept."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None = None) -> Path:
+    """The folder to write, symbolic links resolved.
+
+    Args:
+        folder: where the output is to appear.
+        inputs: the folders that are read, by argument name. The output may not be, hold or lie in any of these.
+
+    Raises:
+        ValueError: an empty path, a mount point, or a folder that overlaps with an input.
+        FileExistsError: a file of that name.
+    """
+    if not str(folder).strip():
+        raise ValueError(f"out: is {str(folder)!r}; expected the path of a folder to write")
+    path = Path(os.path.realpath(folder))
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: is a file; expected a new or empty folder")
+    if os.path.ismount(path):
+        raise ValueError(f"out: {path} is a mount point; expected a folder inside it")
+    for name, source in (inputs or {}).items():
+        source = Path(os.path.realpath(source))
+        if path == source or path in source.parents or source in path.parents:
+            how = "is" if path == source else "contains" if path in source.parents else "lies inside"
+            raise ValueError(f"out: {path} {how} {name}, {source}; expected a folder apart from every input")
+    return path
+
+
+@contextmanager
+def output_folder(folder: Path, settings: Mapping[str, Any], *, force: bool) -> Iterator[OutputFolder]:
+    """Lock `folder` (from `check_folder`) and prepare its work folder, new or left by a run with equal settings.
+
+    Args:
+        folder: where the output is to appear.
+        settings: what the result depends on; fits JSON.
+        force: replace a folder that smile-kernels wrote, and work begun there with other settings.
+
+    Raises:
+        FileExistsError: the folder holds files that may not be replaced, another process writes it, or work with
+            other settings was begun there. Nothing is changed then.
+    """
+    settings = json.loads(json.dumps(settings))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        yield _prepare(folder, settings, force)
+
+
+def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFolder:
+    output = OutputFolder(folder, settings)
+    begun = _begun_settings(output.work, force)
+    olds = [old for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*") if _wrote(old) or _empty(old)]
+    if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
+        os.rename(whole[0], folder)  # a run was interrupted between its two renames
+        olds.remove(whole[0])
+    complete = _wrote(folder) and not _missing_files(folder) and _read_manifest(folder)["settings"] == settings
+    if not complete:
+        _check_replaceable(folder, force)
+    if begun and begun != settings and not complete and not force:
+        changed = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
+        raise FileExistsError(
+            f"{output.work}: was begun with another {', '.join(changed)}; expected the same, or --force to start anew"
+        )
+    for old in olds:
+        _remove_old(old)
+    if begun is not None and (complete or begun != settings):
+        output.discard()
+    if complete:
+        return OutputFolder(folder, settings, complete=True)
+    output.work.mkdir(exist_ok=True)
+    write_text(output.work / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    output.output.mkdir(exist_ok=True)
+    for file in output.work.rglob(".*"):  # temporary files of a killed run
+        if file.is_file():
+            file.unlink()
+    return OutputFolder(folder, settings, replaces=_wrote(folder))
+
+
+def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:
+    """The settings of a work folder; {} where none can be read, None where there is no work folder."""
+    if not os.path.lexists(work):
+        return None
+    if work.is_symlink() or not work.is_dir():
+        raise FileExistsError(f"{work}: is not a folder; expected none, since intermediate files are kept there")
+    names = sorted(file.name for file in work.iterdir())
+    known = ("layers", "output", SETTINGS) if SETTINGS in names else ()
+    if foreign := [name for name in names if name not in known and not name.startswith(f".{SETTINGS}.")]:
+        raise FileExistsError(f"{work}: holds {foreign[0]}, which was not created by smile-kernels; expected no folder")
+    if SETTINGS not in names:
+        return {}
+    try:
+        begun = json.loads((work / SETTINGS).read_text())
+    except ValueError:
+        begun = None
+    if isinstance(begun, dict):
+        return begun
+    if not force:
+        raise FileExistsError(f"{work / SETTINGS}: is damaged; expected --force, to start anew")
+    return {}
+
+
+def _check_replaceable(folder: Path, force: bool) -> None:
+    """Raises FileExistsError if `folder` holds anything; with `force`, anything but the files of its manifest."""
+    if not folder.exists() or _empty(folder):
+        return
+    if not force:
+        raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace it")
+    if foreign := _foreign_files(folder):
+        raise FileExistsError(
+            f"{folder}: holds {foreign[0]}, which smile-kernels did not write; --force replaces only what it wrote"
+        )
+
+
+def _write_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
+    files = {str(f.relative_to(folder)): _fingerprint(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    files.pop(MANIFEST, None)
+    write_text(folder / MANIFEST, json.dumps({"settings": settings, "files": files}, indent=1) + "\n")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; {} where there is none, or none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "settings" in manifest
+    return manifest if whole else {}
+
+
+def _empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _wrote(folder: Path) -> bool:
+    """Whether smile-kernels wrote all that a folder holds."""
+    return bool(_read_manifest(folder)) and not _foreign_files(folder)
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """What a folder holds that is not in its manifest, or has changed since."""
+    manifest = _read_manifest(folder)
+    known = manifest.get("files", {})
+    parents = {str(parent) for name in known for parent in Path(name).parents}
+    foreign = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() and not path.is_symlink():
+            ours = name in parents
+        else:
+            ours = (name == MANIFEST and bool(manifest)) or (name in known and known[name] == _fingerprint(path))
+        if not ours:
+            foreign.append(name)
+    return foreign
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """The files of a folder's manifest that are not in it."""
+    return [name for name in _read_manifest(folder).get("files", {}) if not (folder / name).exists()]
+
+
+def _fingerprint(file: Path) -> str | int | None:
+    """The hash of a small file, the size of a large one, None of anything else."""
+    if file.is_symlink() or not file.is_file():
+        return None
+    size = file.stat().st_size
+    return size if size > _HASHED_BYTES else hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _remove_old(folder: Path) -> None:
+    """Delete a replaced folder, its manifest last; one that came to hold anything else is kept, with a warning."""
+    if foreign := _foreign_files(folder):
+        kept = folder.with_name(folder.name.lstrip("."))
+        os.rename(folder, kept)
+        warnings.warn(
+            f"{kept}: the replaced folder is kept: it holds {foreign[0]}, which smile-kernels did not write",
+            stacklevel=2,
+        )
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+        if path.is_dir():
+            path.rmdir()
+        elif path != folder / MANIFEST:
+            path.unlink()
+    (folder / MANIFEST).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock on writing `folder`; the kernel releases it when the process ends."""
+    import fcntl
+
+    file = folder.with_name(f".{folder.name}.lock")
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise FileExistsError(f"{folder}: another process is writing it ({file} is locked)") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
+                break
+        os.close(descriptor)  # its last holder has deleted the file in the meantime
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""Output folders: whole or absent after an interruption at every file operation, and nothing foreign ever deleted."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from smile_kernels.publishing import MANIFEST, check_folder, output_folder, work_folder, write_text
+
+SETTINGS = {"rank": 8, "files": [["a", 1]]}
+FILE_OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
+KILLED = 9
+
+
+def write_output(folder: Path, settings: dict, *, force: bool = False) -> bool:
+    """A job of two resumable parts and an output of three files; returns whether there was anything to do."""
+    with output_folder(check_folder(folder), settings, force=force) as output:
+        if output.complete:
+            return False
+        layers = output.work / "layers"
+        layers.mkdir(exist_ok=True)
+        for part in range(2):
+            if not (layers / f"{part}.json").exists():
+                write_text(layers / f"{part}.json", f"{settings} {part}")
+        write_text(output.output / "config.json", f"{settings}")
+        (output.output / "pooling").mkdir(exist_ok=True)
+        write_text(output.output / "pooling" / "config.json", "pooling")
+        write_text(output.output / "weights", "".join(f.read_text() for f in sorted(layers.iterdir())))
+        output.publish()
+        return True
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def killed_at(operation: int, job) -> bool:
+    """Runs `job` in a process that ends, as by kill -9, before its file operation of this number."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, args: tuple) -> None:
+            nonlocal count
+            if event in FILE_OPERATIONS:
+                count += 1
+                if count > operation:
+                    os._exit(KILLED)
+
+        sys.addaudithook(hook)
+        try:
+            job()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+
+
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "force"])
+@pytest.mark.parametrize("then", ["same", "other", "other-force"])
+def test_a_kill_at_every_file_operation(tmp_path, replacing, then, record_property):
+    write_output(tmp_path / "expected", SETTINGS)
+    expected = contents(tmp_path / "expected")
+    other = {**SETTINGS, "rank": 16}
+    operation, killed = 0, True
+    while killed:
+        folder = tmp_path / str(operation)
+        folder.mkdir()
+        (folder / "notes.txt").write_text("the user's")
+        out, before = folder / "out", None
+        if replacing:
+            write_output(out, {**SETTINGS, "rank": 4})
+            before = contents(out)
+        killed = killed_at(operation, lambda out=out: write_output(out, SETTINGS, force=replacing))
+        assert not out.exists() or contents(out) in (before, expected)
+        whole = out.exists() and contents(out) == expected
+        if then == "same":
+            assert write_output(out, SETTINGS, force=replacing) == (not whole)
+            assert contents(out) == expected
+        elif then == "other-force":
+            write_output(out, other, force=True)
+            assert f"{other} 0" in (out / "weights").read_text()
+        else:
+            state = contents(out) if out.exists() else before
+            try:
+                write_output(out, other)
+                assert state is None
+            except FileExistsError:
+                assert contents(out) == state if state else work_folder(out).exists()
+                write_output(out, SETTINGS, force=replacing)
+                assert contents(out) == expected
+        assert sorted(f.name for f in folder.iterdir()) == ["notes.txt", "out"], f"left after operation {operation}"
+        operation += 1
+    record_property("kill_points", operation)
+    print(f"{operation} kill points")
+    assert operation > 20
+
+
+def test_a_folder_that_came_to_be_during_the_work_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(FileExistsError, match="finished output is kept"),
+        output_folder(out, SETTINGS, force=False) as output,
+    ):
+        write_text(output.output / "weights", "1")
+        out.mkdir()
+        (out / "notes.txt").write_text("the user's")
+        output.publish()
+    assert contents(out) == {"notes.txt": "the user's"}
+    assert (output.output / "weights").read_text() == "1"
+
+
+@pytest.mark.parametrize("change", ["new file", "edited file", "new folder", "link"])
+def test_force_replaces_only_what_it_wrote(tmp_path, change):
+    out = tmp_path / "out"
+    write_output(out, SETTINGS)
+    if change == "new file":
+        (out / "pooling" / "notes.txt").write_text("the user's")
+    elif change == "edited file":
+        (out / "config.json").write_text("edited")
+    elif change == "new folder":
+        (out / "mine").mkdir()
+    else:
+        (out / "link").symlink_to(tmp_path)
+    with pytest.raises(FileExistsError, match="which smile-kernels did not write"):
+        write_output(out, {**SETTINGS, "rank": 16}, force=True)
+    assert (out / MANIFEST).exists()
+
+
+def test_force_refuses_a_folder_without_a_manifest(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("the user's")
+    with pytest.raises(FileExistsError, match="holds model.safetensors, which smile-kernels did not write"):
+        write_output(out, SETTINGS, force=True)
+
+
+def test_a_user_s_folders_of_our_names_are_kept(tmp_path):
+    out = tmp_path / "out"
+    for name in (".out.old", ".out.old-1", "out.partial"):
+        (tmp_path / name / "layers").mkdir(parents=True)
+        (tmp_path / name / "layers" / "notes.txt").write_text("the user's")
+    with pytest.raises(FileExistsError, match=r"out\.partial: holds layers, which was not created by smile-kernels"):
+        write_output(out, SETTINGS, force=True)
+    (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
+    write_output(out, SETTINGS)
+    write_output(out, {**SETTINGS, "rank": 16}, force=True)
+    kept = contents(tmp_path)
+    for name in (".out.old", ".out.old-1", "elsewhere"):
+        assert kept[f"{name}/layers/notes.txt"] == "the user's"
+
+
+def test_two_processes_cannot_write_one_folder(tmp_path):
+    out = tmp_path / "out"
+    with output_folder(out, SETTINGS, force=False), pytest.raises(FileExistsError, match="another process"):
+        write_output(out, SETTINGS, force=True)
+    assert write_output(out, SETTINGS)
+
+
+def test_damaged_settings_are_refused_and_force_starts_anew(tmp_path):
+    out = tmp_path / "out"
+    with output_folder(out, SETTINGS, force=False) as output:
+        (output.work / "settings.json").write_text("{")
+    with pytest.raises(FileExistsError, match=r"settings\.json: is damaged"):
+        write_output(out, SETTINGS)
+    assert write_output(out, SETTINGS, force=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "expected the path of a folder"),
+        ("base", "is base"),
+        (".", "contains base"),
+        ("base/fused", "lies inside base"),
+        ("link", "is base"),
+    ],
+)
+def test_inputs_are_never_the_output(tmp_path, monkeypatch, out, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    with pytest.raises(ValueError, match=message):
+        check_folder(out, inputs={"base": tmp_path / "base"})
+
+
+def test_a_link_is_followed_to_its_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    write_output(tmp_path / "out", SETTINGS)
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "out" / "weights").exists()
+
+
+def test_a_mount_point_is_refused():
+    with pytest.raises(ValueError, match="mount point"):
+        check_folder("/proc")
