@@ -5,7 +5,6 @@ checkpoint is whole, or holds the experts only, beside the path of its base.
 """
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,14 @@ from torch import Tensor, nn
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import replace_linear, smile_layers
+from .publishing import check_folder, output_folder, write_text
 from .routing import set_routing
 from .storage import (
     StoredTensor,
-    check_output,
     parse_size,
-    publish,
     read_json,
     read_tensors,
     write_tensors,
-    write_text,
 )
 
 __all__ = ["describe", "load_pretrained", "save_pretrained"]
@@ -49,37 +46,41 @@ def save_pretrained(
         folder: new or empty; it appears when it is whole.
         base: folder of the base checkpoint: only the experts are stored, beside this path.
         max_shard_size: of one file.
-        force: replace a folder that is not empty.
+        force: replace a folder that smile-kernels wrote.
 
     Raises:
-        ValueError: no SmileLinear in the model.
-        FileExistsError: the folder is not empty.
+        ValueError: no SmileLinear in the model, or a folder that is, holds or lies in `base`.
+        FileExistsError: the folder holds anything that may not be replaced, or another process writes it.
         OSError: the disk is full.
     """
     config = SmileConfig.from_layers(smile_layers(model))
     config = replace(config, routing=stored_routing(model))
     if base is not None:
         config = replace(config, base_model_name_or_path=os.path.abspath(base))
-    folder = check_output(folder, force=force)
+    target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        if base is None and hasattr(model, "save_pretrained"):
-            model.save_pretrained(work, max_shard_size=max_shard_size)
-            write_config(work, read_config(work), config)
-        else:
-            names = _untied(model) if base is None else _factor_names(config)
-            state = model.state_dict()
-            tensors = [StoredTensor.of(name, state[name]) for name in names if name in state]
-            write_tensors(work, tensors, stem="model" if base is None else "experts", max_shard_size=max_shard_size)
-            model_config = model.config.to_dict() if hasattr(model, "save_pretrained") else {}
-            write_config(work, model_config, config)
-        write_text(work / "README.md", model_card(config))
-        publish(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with output_folder(target, {}, force=force) as output:
+        try:
+            _write_checkpoint(model, output.output, config, max_shard_size)
+        except BaseException:
+            output.discard()
+            raise
+        output.publish()
+
+
+def _write_checkpoint(model: nn.Module, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
+    whole = config.base_model_name_or_path is None
+    if whole and hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        write_config(folder, read_config(folder), config)
+    else:
+        names = _untied(model) if whole else _factor_names(config)
+        state = model.state_dict()
+        tensors = [StoredTensor.of(name, state[name]) for name in names if name in state]
+        write_tensors(folder, tensors, stem="model" if whole else "experts", max_shard_size=max_shard_size)
+        model_config = model.config.to_dict() if hasattr(model, "save_pretrained") else {}
+        write_config(folder, model_config, config)
+    write_text(folder / "README.md", model_card(config))
 
 
 def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_pretrained: Any) -> nn.Module:

@@ -37,7 +37,7 @@ _PARAMETERS = (
 @app.command()
 def upscale(
     config: Annotated[Path | None, typer.Argument(help="A YAML file, in place of the options that it sets.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write, new or empty.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write, new or empty.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder of the pre-trained checkpoint.")] = None,
     expert: Annotated[
         list[str] | None, typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; give one or more.")
@@ -62,7 +62,7 @@ def upscale(
     out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where layers are decomposed.")] = "cpu",
     workers: Annotated[int | None, typer.Option(help="Layers at a time.  [default: one a core, at most 4]")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that smile-kernels wrote.")] = False,
 ) -> None:
     """Fuse a checkpoint and fine-tuned versions of it into one SMILE checkpoint.
 
@@ -143,7 +143,7 @@ def upscale(
             )
         if first:
             print(report)
-            print(f"\n{out}: written. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+            print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
 
 
 @app.command()
@@ -166,7 +166,7 @@ def inspect(
         description = describe(folder)
         _show(description, Console())
         if json_path:
-            from .storage import write_text
+            from .publishing import write_text
 
             write_text(json_path, json.dumps(description, indent=1) + "\n")
         if plot:

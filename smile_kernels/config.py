@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .nn import SmileLinear
+from .publishing import write_text
 from .routing import RoutingPolicy, get_routing
-from .storage import read_json, write_text
+from .storage import read_json
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 

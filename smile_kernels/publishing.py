@@ -7,7 +7,8 @@ A folder `out` is written in these steps. Each can be interrupted; a later run c
     out.partial/output  gets its manifest, then becomes `out` by one rename
     .out.old-*          the folder that `force` replaces: deleted after that rename, or put back if it did not happen
 
-The manifest, smile_manifest.json, holds the settings and the files that smile-kernels wrote, with sizes or hashes.
+The manifest, smile_manifest.json, holds a hash of the settings and the files that smile-kernels wrote, with their sizes
+or hashes.
 `force` replaces a folder only if it holds these files and no others.
 """
 
@@ -159,7 +160,7 @@ def output_folder(folder: Path, settings: Mapping[str, Any], *, force: bool) -> 
 
     Args:
         folder: where the output is to appear.
-        settings: what the result depends on; fits JSON.
+        settings: what the result depends on; fits JSON. {} for a result that is made anew at each call.
         force: replace a folder that smile-kernels wrote, and work begun there with other settings.
 
     Raises:
@@ -179,7 +180,12 @@ def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFo
     if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
         os.rename(whole[0], folder)  # a run was interrupted between its two renames
         olds.remove(whole[0])
-    complete = _wrote(folder) and not _missing_files(folder) and _read_manifest(folder)["settings"] == settings
+    complete = (
+        bool(settings)
+        and _wrote(folder)
+        and not _missing_files(folder)
+        and _read_manifest(folder)["settings"] == _digest(settings)
+    )
     if not complete:
         _check_replaceable(folder, force)
     if begun and begun != settings and not complete and not force:
@@ -189,12 +195,17 @@ def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFo
         )
     for old in olds:
         _remove_old(old)
-    if begun is not None and (complete or begun != settings):
+    if begun is not None and (complete or begun != settings or not settings):
         output.discard()
     if complete:
         return OutputFolder(folder, settings, complete=True)
     output.work.mkdir(exist_ok=True)
-    write_text(output.work / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    try:
+        write_text(output.work / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    except OSError:
+        if _empty(output.work):
+            output.work.rmdir()
+        raise
     output.output.mkdir(exist_ok=True)
     for file in output.work.rglob(".*"):  # temporary files of a killed run
         if file.is_file():
@@ -240,7 +251,11 @@ def _check_replaceable(folder: Path, force: bool) -> None:
 def _write_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
     files = {str(f.relative_to(folder)): _fingerprint(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     files.pop(MANIFEST, None)
-    write_text(folder / MANIFEST, json.dumps({"settings": settings, "files": files}, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps({"settings": _digest(settings), "files": files}, indent=1) + "\n")
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,16 +1,12 @@
 """Checkpoint files: tensors read one at a time and checked, written one at a time and whole or not at all."""
 
-import errno
 import json
 import math
-import os
 import pickle
 import re
-import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .publishing import new_file, write_text
 
 _DTYPES = {
     "F64": torch.float64,
@@ -213,7 +211,7 @@ def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with _new_file(file) as f:
+    with new_file(file) as f:
         f.write(struct.pack("<Q", len(encoded)) + encoded)
         for t in tensors:
             data = t.load()
@@ -229,53 +227,6 @@ def write_index(folder: Path, shards: Mapping[str, list[StoredTensor]], *, stem:
         weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    with _new_file(file) as f:
-        f.write(text.encode())
-
-
-@contextmanager
-def _new_file(file: Path) -> Iterator[Any]:
-    """A binary file that appears under its name when it is whole and on the disk."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(file.parent).free
-            raise OSError(
-                error.errno, f"disk is full ({free:,} bytes free); no half-written file is left", str(file)
-            ) from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_output(folder: str | Path, *, force: bool) -> Path:
-    """The folder to write; raises FileExistsError if it holds anything and `force` does not say to replace it."""
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: is a file; expected a new or empty folder")
-    if not force and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace it")
-    return folder
-
-
-def publish(work: Path, folder: Path) -> None:
-    """Puts the finished folder `work` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def parse_size(size: int | str) -> int:

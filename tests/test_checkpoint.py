@@ -203,7 +203,7 @@ class FullDisk:
 @pytest.fixture
 def full_disk(monkeypatch):
     monkeypatch.setattr(
-        "smile_kernels.storage.open",
+        "smile_kernels.publishing.open",
         lambda *a: FullDisk(open(*a), 900),  # noqa: SIM115
         raising=False,
     )
@@ -283,8 +283,13 @@ def test_save_refuses_to_overwrite(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(FileExistsError, match="is a file"):
         save_pretrained(Block(smile=True), tmp_path / "notes.txt", force=True)
-    save_pretrained(Block(smile=True), tmp_path, force=True)
-    assert not (tmp_path / "notes.txt").exists()
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt, which smile-kernels did not write"):
+        save_pretrained(Block(smile=True), tmp_path, force=True)
+    save_pretrained(Block(smile=True), tmp_path / "model")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        save_pretrained(Block(smile=True), tmp_path / "model")
+    save_pretrained(Block(smile=True), tmp_path / "model", force=True)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "notes.txt"]
     with pytest.raises(ValueError, match="holds no SmileLinear"):
         save_pretrained(Block(smile=False), tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from smile_kernels import SmileLinear
 from smile_kernels.checkpoint import load_pretrained
 from smile_kernels.cli import app
+from smile_kernels.publishing import MANIFEST
 from smile_kernels.storage import StoredTensor, read_tensors, write_tensors
 from smile_kernels.upscaling import upscale, upscale_checkpoints
 
@@ -67,11 +68,11 @@ def folders(tmp_path, models) -> list[Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What every run must give bit for bit: all but the report, which holds times."""
+    """What every run must give bit for bit: all but the report, which holds times, and its hash."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "smile_report.json"
+        if file.is_file() and file.name not in ("smile_report.json", MANIFEST)
     }
 
 
@@ -344,13 +345,39 @@ def test_output_folder_that_is_not_empty(tmp_path, folders):
     (tmp_path / "out").mkdir()
     run(*command(folders, tmp_path / "out"))  # empty is as good as new
     first = contents(tmp_path / "out")
-    result = CliRunner().invoke(app, command(folders, tmp_path / "out"))
+    with pytest.warns(UserWarning, match="already complete"):
+        run(*command(folders, tmp_path / "out"))
+    assert contents(tmp_path / "out") == first
+    result = CliRunner().invoke(app, command(folders, tmp_path / "out", "--exclude", "down"))
     assert result.exit_code == 1
     assert "is not empty" in result.output
     assert contents(tmp_path / "out") == first
     run(*command(folders, tmp_path / "out", "--force", "--exclude", "down"))
     assert "down.vh" not in read_tensors(tmp_path / "out")
     assert not [f for f in tmp_path.iterdir() if "out" in f.name and f.name != "out"]
+
+
+def test_inputs_and_foreign_files_are_never_replaced(tmp_path, folders):
+    before = [contents(folder) for folder in folders]
+    for out, message in (
+        (folders[0], "is base"),
+        (folders[2], r"is experts\[1\]"),
+        (folders[0].parent, "contains base"),
+        (folders[1] / "fused", r"lies inside experts\[0\]"),
+        ("", "expected the path of a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            upscale_checkpoints(folders[0], folders[1:], out, **RANKS, experts_only=True, force=True)
+
+    def late(stage: str, done: int, total: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match=r"cannot be written|holds notes"):
+            upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, force=force, progress=late)
+        assert [f.name for f in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    assert [contents(folder) for folder in folders] == before
 
 
 def test_one_sided_biases(tmp_path):
@@ -403,7 +430,7 @@ def test_a_full_disk(tmp_path, folders, monkeypatch):
         __getattr__ = lambda self, name: getattr(self.file, name)  # noqa: E731
 
     with monkeypatch.context() as patch:
-        patch.setattr("smile_kernels.storage.open", Full, raising=False)
+        patch.setattr("smile_kernels.publishing.open", Full, raising=False)
         with pytest.raises(OSError, match="disk is full"):
             upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from smile_kernels.publishing import MANIFEST, check_folder, output_folder, work_folder, write_text
 
 SETTINGS = {"rank": 8, "files": [["a", 1]]}
@@ -98,14 +99,12 @@ def test_a_kill_at_every_file_operation(tmp_path, replacing, then, record_proper
 
 def test_a_folder_that_came_to_be_during_the_work_is_kept(tmp_path):
     out = tmp_path / "out"
-    with (
-        pytest.raises(FileExistsError, match="finished output is kept"),
-        output_folder(out, SETTINGS, force=False) as output,
-    ):
+    with output_folder(out, SETTINGS, force=False) as output:
         write_text(output.output / "weights", "1")
         out.mkdir()
         (out / "notes.txt").write_text("the user's")
-        output.publish()
+        with pytest.raises(FileExistsError, match="finished output is kept"):
+            output.publish()
     assert contents(out) == {"notes.txt": "the user's"}
     assert (output.output / "weights").read_text() == "1"
 
@@ -131,7 +130,7 @@ def test_force_refuses_a_folder_without_a_manifest(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("the user's")
-    with pytest.raises(FileExistsError, match="holds model.safetensors, which smile-kernels did not write"):
+    with pytest.raises(FileExistsError, match=r"holds model\.safetensors, which smile-kernels did not write"):
         write_output(out, SETTINGS, force=True)
 
 

@@ -1,8 +1,8 @@
 """Fuses checkpoints on disk into a SMILE checkpoint, a few layers in memory at a time.
 
-The work stands in `<out>.partial` until it is done: the settings, one file for each finished layer, and the output. A
-run that was interrupted goes on from there; the output folder appears when it is whole. Under torchrun the processes
-share the layers. One thread computes a layer, so the result has the same bits however many work on it.
+Intermediate files are kept in `<out>.partial`: the settings, one file for each finished layer, and the output. A run
+that was interrupted continues from there; `publishing` makes the output folder appear when it is whole. Under torchrun
+the processes share the layers. One thread computes a layer, so the result has the same bits however many work on it.
 """
 
 import errno
@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,19 +28,17 @@ from .. import __version__
 from ..checkpoint import model_card
 from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
 from ..integrations.peft import LowRankDelta, adapter_deltas, is_adapter
+from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
 from ..storage import (
     StoredTensor,
-    check_output,
     parse_size,
     plan_shards,
-    publish,
     read_json,
     read_safetensors,
     read_tensors,
     write_index,
     write_shard,
-    write_text,
 )
 from ..svd import check_ranks, decompose_linear
 from .decompose import average_tensors, in_threads
@@ -434,7 +433,7 @@ def upscale_checkpoints(
         max_shard_size: of one file.
         device: where the decompositions run.
         workers: layers that this process computes at a time; by default as many as it has cores, at most 4.
-        force: replace an output folder that is not empty, and work begun there with other inputs or settings.
+        force: replace an output folder that smile-kernels wrote, and work begun there with other inputs or settings.
         progress: called with the stage, how many of its parts are done, and how many there are.
 
     Returns:
@@ -443,7 +442,8 @@ def upscale_checkpoints(
     Raises:
         ValueError, FileNotFoundError: an argument or a checkpoint that does not fit; the message names the argument,
             the file and the tensor.
-        FileExistsError: `out` is not empty.
+            Among them: `out` is one of the inputs, holds one or lies in one.
+        FileExistsError: `out` holds anything that may not be replaced, or another process writes it.
         OSError: the disk is full.
     """
     if not experts:
@@ -461,71 +461,74 @@ def upscale_checkpoints(
         routing=routing or RoutingPolicy(),
     )
     parse_size(max_shard_size)
-    out = check_output(out, force=force)
+    folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
+    target = check_folder(out, inputs=folders)
     job = _Job(base, experts, config, include, exclude, remaining, dtype, device)
-    work = out.with_name(f"{out.name}.partial")
-    layers, output = work / "layers", work / "output"
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
-    with _processes() as (rank, world, barrier):
+    with _processes() as (rank, world, barrier), ExitStack() as held:
+        output = OutputFolder(target, settings)
         if rank == 0:
-            _begin(work, settings, job.bytes_to_write(experts_only), force=force)
+            _check_space(output.work, job.bytes_to_write(experts_only))
+            output = held.enter_context(output_folder(target, settings, force=force))
+            if not output.complete:
+                (output.work / "layers").mkdir(exist_ok=True)
         barrier()
-        todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
-        barrier()
-        done = len(job.layers) - len(todo)
-        for _ in in_threads(functools.partial(job.upscale_layer, layers), todo[rank::world], workers):
-            done += world
-            progress("layers", min(done, len(job.layers)), len(job.layers))
-        barrier()
-        reports = [LayerReport(**read_json(layers / f"{i}.json")) for i in range(len(job.layers))]
-        factors = {
-            layer.name: read_safetensors(layers / f"{i}.safetensors")
-            for i, layer in enumerate(job.layers)
-            if not reports[i].skipped
-        }
-        stem = "experts" if experts_only else "model"
-        shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
-        for i, (name, shard) in enumerate(shards.items()):
-            if i % world == rank and not (output / name).exists():
-                write_shard(output / name, shard)
-            progress("files", i + 1, len(shards))
-        barrier()
-        report = UpscaleReport([*reports, *job.left_alone])
+        if not output.work.exists():
+            warnings.warn(f"{target}: is already complete with these settings; nothing was done", stacklevel=2)
+            return UpscaleReport.load(target / "smile_report.json")
+        report = _write(job, output, (rank, world, barrier), experts_only, max_shard_size, workers, progress)
         if rank == 0:
-            write_index(output, shards, stem=stem)
-            job.write_sidecars(output, factors, report)
-            publish(output, out)
-            shutil.rmtree(work)
+            output.publish()
         barrier()
     return report
 
 
-def _begin(work: Path, settings: Mapping[str, Any], needed: int, *, force: bool) -> None:
-    """A work folder for these settings, new or left by a run with the same, on a disk that has room for `needed`."""
-    file, settings = work / "settings.json", json.loads(json.dumps(settings))
-    if work.exists():
-        parts = ("layers", "output", file.name)
-        if foreign := [f for f in work.iterdir() if f.name not in parts and not f.name.startswith(".")]:
-            raise FileExistsError(f"{work}: holds {foreign[0].name}, which no upscaling left there; expected no folder")
-        before = read_json(file) if file.is_file() else settings
-        changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
-        if changed and not force:
-            raise FileExistsError(
-                f"{work}: was begun with another {', '.join(changed)}; expected the same, or --force to start anew"
-            )
-        if changed:
-            shutil.rmtree(work)
+def _write(
+    job: _Job,
+    output: OutputFolder,
+    processes: tuple[int, int, Callable[[], Any]],
+    experts_only: bool,
+    max_shard_size: int | str,
+    workers: int | None,
+    progress: Callable[[str, int, int], None],
+) -> UpscaleReport:
+    """Computes the layers and writes the files that are not in the work folder yet, each process its share."""
+    rank, world, barrier = processes
+    layers = output.work / "layers"
+    todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
+    barrier()
+    done = len(job.layers) - len(todo)
+    for _ in in_threads(functools.partial(job.upscale_layer, layers), todo[rank::world], workers):
+        done += world
+        progress("layers", min(done, len(job.layers)), len(job.layers))
+    barrier()
+    reports = [LayerReport(**read_json(layers / f"{i}.json")) for i in range(len(job.layers))]
+    factors = {
+        layer.name: read_safetensors(layers / f"{i}.safetensors")
+        for i, layer in enumerate(job.layers)
+        if not reports[i].skipped
+    }
+    stem = "experts" if experts_only else "model"
+    shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
+    for i, (name, shard) in enumerate(shards.items()):
+        if i % world == rank and not (output.output / name).exists():
+            write_shard(output.output / name, shard)
+        progress("files", i + 1, len(shards))
+    barrier()
+    report = UpscaleReport([*reports, *job.left_alone])
+    if rank == 0:
+        write_index(output.output, shards, stem=stem)
+        job.write_sidecars(output.output, factors, report)
+    return report
+
+
+def _check_space(work: Path, needed: int) -> None:
+    """Raises OSError unless the disk has room for `needed` bytes, with what `work` holds of them already."""
     present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in work.parents if folder.exists())).free
     if free + present < needed:
         message = f"disk is too full: {needed:,} bytes are needed and {free + present:,} are free"
         raise OSError(errno.ENOSPC, message, str(work))
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(settings, indent=1) + "\n")
-    for folder in ("layers", "output"):
-        (work / folder).mkdir(exist_ok=True)
-        for left_by_a_killed_run in (work / folder).glob(".*"):
-            left_by_a_killed_run.unlink()
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

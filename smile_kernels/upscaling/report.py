@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..storage import write_text
+from ..publishing import write_text
+from ..storage import read_json
 from ..svd import Certificate
 
 __all__ = ["LayerReport", "UpscaleReport"]
@@ -66,6 +67,11 @@ class UpscaleReport:
     def save(self, path: str | Path) -> None:
         """Write the report as JSON; the file appears whole or not at all."""
         write_text(Path(path), json.dumps({"layers": [asdict(layer) for layer in self.layers]}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "UpscaleReport":
+        """The report that `save` wrote."""
+        return cls([LayerReport(**layer) for layer in read_json(Path(path))["layers"]])
 
     def __str__(self) -> str:
         from rich.console import Console
