@@ -459,19 +459,19 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
         ({"exclude": ["*"]}, r"include, exclude: .* leaves none"),
         (
             {"finetuned": [good[0], Mlp([8, 6], [True], torch.float32)]},
-            r"finetuned\[1\]: is another architecture: it lacks layers\.1\.weight",
+            r"finetuned\[1\]: has no tensor 'layers\.1\.weight'; expected the base's, \[4, 6\]",
         ),
         (
             {"finetuned": [good[0], Mlp([8, 6, 4, 4], [True] * 3, torch.float32)]},
-            r"finetuned\[1\]: is another architecture: it has layers\.2\.weight more",
+            r"finetuned\[1\]: has a tensor 'layers\.2\.weight'; expected the parameters of the base model",
         ),
         (
             {"finetuned": [Mlp([8, 7, 4], [True] * 2, torch.float32), good[0]]},
-            r"finetuned\[0\]: layers\.0\.weight is torch\.float32 \[7, 8\]; expected torch\.float32 \[6, 8\]",
+            r"finetuned\[0\]: tensor 'layers\.0\.weight' has shape \[7, 8\]; expected the base's, \[6, 8\]",
         ),
         (
             {"finetuned": [good[0], copy.deepcopy(good[1]).bfloat16()]},
-            r"finetuned\[1\]: scale is torch\.bfloat16 \[8\]; expected torch\.float32",
+            r"finetuned\[1\]: tensor 'scale' is torch\.bfloat16; expected the base's torch\.float32",
         ),
         ({"finetuned": [broken(square_conv1d)]}, r"finetuned\[0\]: layers\.1 is a Conv1D; expected a Linear"),
         (

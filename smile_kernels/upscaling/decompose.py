@@ -1,20 +1,73 @@
-"""The computation that upscaling in memory and from disk share."""
+"""One layer and its fine-tuned versions -> the factors of a SMILE layer: the same bits on any number of threads."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..svd import decompose_linear
+from .layers import Layer
+from .report import LayerReport
+from .sources import ExpertSource
 
-def average_tensors(tensors: Iterable[Tensor]) -> Tensor:
-    """The mean of tensors of one shape and dtype, summed in float32 (float64 for float64)."""
-    total, count = None, 0
-    for tensor in tensors:
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        total, count = wide.clone() if total is None else total.add_(wide), count + 1
-    return (total / count).to(tensor.dtype)
+
+class _Weights(Sequence):
+    """The experts' weights of one layer, each read when its turn comes."""
+
+    def __init__(self, read: Callable[[ExpertSource], Any], sources: Sequence[ExpertSource]):
+        self.read, self.sources = read, sources
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(self.sources[index])
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+@torch.no_grad()
+def decompose(
+    layer: Layer,
+    base: Mapping[str, Tensor],
+    sources: Sequence[ExpertSource],
+    *,
+    rank_of_expert: int | float,
+    rank_of_router: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Tensor | None], LayerReport]:
+    """The factors of a layer, as `svd.decompose_linear` returns them, and its report.
+
+    Args:
+        layer, base, sources: the layer, the base's tensors and the experts.
+        rank_of_expert, rank_of_router: r and g.
+        device, dtype: where and in which dtype the weights are compared; by default as the base's is.
+
+    Raises:
+        ValueError: what does not fit; the message names the layer.
+    """
+    start = time.perf_counter()
+
+    def oriented(weight: Any) -> Any:
+        if not isinstance(weight, Tensor):
+            return weight
+        weight = weight.to(device or weight.device, dtype or weight.dtype)
+        return weight.T.contiguous() if layer.fan_in_fan_out else weight
+
+    try:
+        factors, certificates = decompose_linear(
+            oriented(base[layer.weight]),
+            base.get(layer.bias),
+            _Weights(lambda source: oriented(source.weight(layer)), sources),
+            [source.bias(layer) for source in sources],
+            rank_of_expert=rank_of_expert,
+            rank_of_router=rank_of_router,
+        )
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from error
+    return factors, LayerReport.of(layer.name, factors, certificates, time.perf_counter() - start)
 
 
 def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], workers: int | None = None) -> Iterator[Any]:

@@ -10,24 +10,20 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint import model_card
 from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
-from ..integrations.peft import LowRankDelta, adapter_deltas, is_adapter
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
 from ..storage import (
@@ -40,119 +36,22 @@ from ..storage import (
     write_index,
     write_shard,
 )
-from ..svd import check_ranks, decompose_linear
-from .decompose import average_tensors, in_threads
-from .layers import fused_experts, is_conv1d, linear_layers, select_layers
+from .decompose import decompose, in_threads
+from .layers import check_layer_ranks, fused_experts, layers_of_checkpoint, model_of_checkpoint, select_layers
 from .report import LayerReport, UpscaleReport
+from .sources import (
+    AdapterSource,
+    CheckpointSource,
+    StoredTensors,
+    average,
+    check_called,
+    check_request,
+    open_source,
+)
 
 __all__ = ["upscale_checkpoints"]
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizers, generation settings, pooling, ...
-
-# Where transformers cannot say what a matrix is, such a name means that it is looked up, not multiplied by.
-_LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?(wte|wpe|shared|relative_attention_bias)")
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """Stored tensors as a mapping that reads, and checks, each one when it is asked for."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor]):
-        self.stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].load()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-
-class _Finetuned:
-    """A fine-tuned checkpoint: its layers' weights, in full."""
-
-    def __init__(self, name: str, folder: str | Path):
-        self.name, self.folder, self.stored = name, folder, read_tensors(folder)
-        self.tensors = _Tensors(self.stored)
-
-    def check(
-        self, base: Mapping[str, StoredTensor], names: Sequence[str], optional: Sequence[str], cast: bool
-    ) -> None:
-        """Raises ValueError unless the tensors `names`, and those of `optional` that it has, are like the base's."""
-        for name in (*names, *(name for name in optional if name in base and name in self.stored)):
-            if name not in self.stored:
-                raise ValueError(
-                    f"{self.name}: {self.folder} has no tensor {name!r}; expected the base's, {list(base[name].shape)}"
-                )
-            mine, bases = self.stored[name], base[name]
-            if mine.shape != bases.shape:
-                raise ValueError(
-                    f"{self.name}: {mine.file}: tensor {name!r} has shape {list(mine.shape)}; expected the base's, "
-                    f"{list(bases.shape)}"
-                )
-            if mine.dtype != bases.dtype and not cast:
-                raise ValueError(
-                    f"{self.name}: {mine.file}: tensor {name!r} is {mine.dtype}; expected the base's {bases.dtype}, or "
-                    "dtype to convert to"
-                )
-
-    def weight(self, layer: "_Layer") -> Tensor:
-        own = f"{layer.name}.weight"  # which may be tied in the base and not here
-        return self.tensors[own if own in self.stored else layer.weight]
-
-    def bias(self, layer: "_Layer") -> Tensor | None:
-        return self.tensors.get(f"{layer.name}.bias")
-
-
-class _Adapter:
-    """A PEFT adapter of the base: low-rank changes of some layers."""
-
-    def __init__(self, name: str, folder: str | Path, base: Mapping[str, Tensor]):
-        self.name, self.folder, self.tensors = name, folder, base
-        self.deltas = adapter_deltas(folder, base)
-
-    def weight(self, layer: "_Layer") -> Tensor | tuple[Tensor, Tensor, float]:
-        delta = self.deltas.get(layer.name)
-        if delta is not None and isinstance(delta.weight, LowRankDelta):
-            return delta.weight.b, delta.weight.a, delta.weight.scale
-        weight = self.tensors[layer.weight]
-        return weight if delta is None or delta.weight is None else (weight + delta.weight).to(weight.dtype)
-
-    def bias(self, layer: "_Layer") -> Tensor | None:
-        bias, delta = self.tensors.get(f"{layer.name}.bias"), self.deltas.get(layer.name)
-        if delta is None or delta.bias is None:
-            return bias
-        return delta.bias if bias is None else (bias + delta.bias).to(bias.dtype)
-
-
-class _Weights(Sequence):
-    """The experts' weights of one layer, each read when its turn comes."""
-
-    def __init__(self, read: Sequence[Callable[[], Any]]):
-        self.read = read
-
-    def __getitem__(self, index: int) -> Any:
-        return self.read[index]()
-
-    def __len__(self) -> int:
-        return len(self.read)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer of the base.
-
-    Args:
-        name: the layer's.
-        weight: the tensor that holds its weight: another layer's where it is tied.
-        fan_in_fan_out: whether that is stored as [in_features, out_features].
-    """
-
-    name: str
-    weight: str
-    fan_in_fan_out: bool = False
 
 
 class _Job:
@@ -169,9 +68,10 @@ class _Job:
         dtype: torch.dtype | None,
         device: str,
     ):
-        self.base, self.config, self.remaining, self.dtype, self.device = Path(base), config, remaining, dtype, device
+        self.base, self.experts = Path(base), [Path(folder) for folder in experts]
+        self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
         self.stored = read_tensors(base)
-        self.tensors = _Tensors(self.stored)
+        self.tensors = StoredTensors(self.stored)
         base_config = read_config(base)
         if quantized := base_config.get("quantization_config"):
             method = quantized.get("quant_method")
@@ -180,31 +80,24 @@ class _Job:
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
                 raise ValueError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
-        model = _architecture(self.base)
-        self.layers = _linear_layers(self.base, self.stored, model, include, exclude)
+        model = model_of_checkpoint(self.base)
+        every = layers_of_checkpoint(self.base, self.stored, model)
+        layers = select_layers(every, include, exclude)
+        self.layers = list(layers.values())
         self.left_alone = [] if model is None else fused_experts(model)
-        self.experts = [
-            _Adapter(f"experts[{i}]", folder, self.tensors)
-            if is_adapter(folder)
-            else _Finetuned(f"experts[{i}]", folder)
-            for i, folder in enumerate(experts)
-        ]
-        weights = {layer.weight for layer in self.layers}
-        biases = {f"{layer.name}.bias" for layer in self.layers}
-        others = {name for name, tensor in self.stored.items() if tensor.dtype.is_floating_point} - weights - biases
-        needed = [name for name in self.stored if name in weights or (remaining == "average" and name in others)]
-        for expert in self.experts:
-            if isinstance(expert, _Finetuned):
-                expert.check(self.stored, needed, sorted(biases), cast=dtype is not None)
-        for layer in self.layers:
-            try:
-                check_ranks(config.rank_of_expert, config.rank_of_router, self.stored[layer.weight].shape)
-            except ValueError as error:
-                raise ValueError(f"{layer.name}: {error}") from None
+        self.sources = [open_source(f"experts[{i}]", folder, self.tensors) for i, folder in enumerate(experts)]
+        for source in self.sources:
+            if isinstance(source, AdapterSource):
+                source.check(every)
+            else:
+                source.check(self.stored, self.layers, average=remaining == "average", cast=dtype is not None)
+        check_layer_ranks(self.layers, self.stored, config.rank_of_expert, config.rank_of_router)
+        if model is not None:
+            check_called("base", model, layers, self.tensors, self.sources)
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on; a run goes on only where this is the same. Files count by size and time."""
-        folders = [self.base, *(Path(expert.folder) for expert in self.experts)]
+        folders = [self.base, *self.experts]
         return {
             "version": __version__,
             "base": str(folders[0].resolve()),
@@ -232,25 +125,18 @@ class _Job:
     @torch.no_grad()
     def upscale_layer(self, folder: Path, index: int) -> None:
         """Writes `<index>.safetensors`, the factors of a layer, unless it is left alone, and then `<index>.json`."""
-        layer, start = self.layers[index], time.perf_counter()
-        dtypes = [source.stored[layer.weight].dtype for source in (self, *self.experts) if hasattr(source, "stored")]
-        common = functools.reduce(torch.promote_types, dtypes)
-
-        def oriented(weight: Any) -> Any:
-            if not isinstance(weight, Tensor):
-                return weight
-            weight = weight.to(self.device, common)
-            return weight.T.contiguous() if layer.fan_in_fan_out else weight
-
-        factors, certificates = decompose_linear(
-            oriented(self.tensors[layer.weight]),
-            self.tensors.get(f"{layer.name}.bias"),
-            _Weights([lambda expert=expert: oriented(expert.weight(layer)) for expert in self.experts]),
-            [expert.bias(layer) for expert in self.experts],
+        layer = self.layers[index]
+        whole = (source.stored for source in self.sources if isinstance(source, CheckpointSource))
+        common = functools.reduce(torch.promote_types, (stored[layer.weight].dtype for stored in (self.stored, *whole)))
+        factors, report = decompose(
+            layer,
+            self.tensors,
+            self.sources,
             rank_of_expert=self.config.rank_of_expert,
             rank_of_router=self.config.rank_of_router,
+            device=self.device,
+            dtype=common,
         )
-        report = LayerReport.of(layer.name, factors, certificates, time.perf_counter() - start)
         if not report.skipped:
             dtype = self._dtype(common)
             s_dtype = torch.promote_types(dtype, torch.float32)
@@ -265,23 +151,14 @@ class _Job:
     def output_tensors(self, factors: Mapping[str, list[StoredTensor]], experts_only: bool) -> Iterator[StoredTensor]:
         """The tensors of the result: the base's in their order, then the factors of each upscaled layer."""
         upscaled = [layer for layer in self.layers if layer.name in factors]
-        shared = {name for layer in upscaled for name in (layer.weight, f"{layer.name}.bias")}
+        shared = {name for layer in upscaled for name in (layer.weight, layer.bias)}
         for name, tensor in () if experts_only else self.stored.items():
-            average = self.remaining == "average" and name not in shared and tensor.dtype.is_floating_point
-            read = functools.partial(self._average, name) if average else tensor.load
+            mean = self.remaining == "average" and name not in shared and tensor.dtype.is_floating_point
+            read = functools.partial(average, name, self.tensors, self.sources) if mean else tensor.load
             dtype = self._dtype(tensor.dtype)
             yield replace(tensor, dtype=dtype, read=lambda read=read, dtype=dtype: read().to(dtype))
         for layer in upscaled:
             yield from factors[layer.name]
-
-    def _average(self, name: str) -> Tensor:
-        # Adapters, which have the base's own tensors here, come last, as in `upscale`: the order decides the last bit.
-        whole = [expert for expert in self.experts if isinstance(expert, _Finetuned)]
-        adapters = len(self.experts) - len(whole)
-        sources = [*whole, *[self] * adapters] if whole else [self]
-        # A bias that an expert lacks counts as 0.
-        found = (source.tensors.get(name) for source in sources)
-        return average_tensors(torch.zeros_like(self.tensors[name]) if t is None else t for t in found)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of this dtype becomes in the result."""
@@ -311,91 +188,9 @@ class _Job:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
             base_config.pop("torch_dtype", None)
         write_config(folder, base_config, config)
-        names = [Path(expert.folder).name for expert in self.experts]
+        names = [expert.name for expert in self.experts]
         write_text(folder / "README.md", model_card(config, base=self.base.name, experts=names))
         report.save(folder / "smile_report.json")
-
-
-def _linear_layers(
-    folder: Path,
-    stored: Mapping[str, StoredTensor],
-    model: nn.Module | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-) -> list[_Layer]:
-    """The layers to upscale.
-
-    With `model`, the architecture that config.json names, its layers count as for `upscale`. Without it each
-    two-dimensional floating-point `<layer>.weight` is one, unless its name says that it is looked up.
-    """
-    matrices = [
-        name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
-    ]
-    model_type = read_config(folder).get("model_type")
-    if model is not None:
-        layers = _layers_of(model, matrices)
-    elif model_type in _CONV1D_MODELS:
-        raise ValueError(
-            f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
-        )
-    else:
-        names = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
-        names.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
-        layers = {name: _Layer(name, f"{name}.weight") for name in names if not _LOOKED_UP.fullmatch(name)}
-    chosen = select_layers(layers, include, exclude)
-    if not chosen:
-        raise ValueError(
-            f"include, exclude: {include} without {exclude} leaves none of {len(layers)} linear layers of {folder}; "
-            "expected patterns such as '*.q_proj'"
-        )
-    for name in chosen if model is not None else ():
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(
-                f"base: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it; "
-                f"expected it in exclude, as {name!r}"
-            )
-    return [layers[name] for name in chosen]
-
-
-def _architecture(folder: Path) -> nn.Module | None:
-    """The model that config.json names, on the meta device; None where transformers is missing or does not know it."""
-    architectures = read_config(folder).get("architectures")
-    if not architectures:
-        return None
-    try:
-        import transformers
-    except ImportError:
-        return None
-    cls = getattr(transformers, architectures[0], None)
-    if cls is None:
-        return None
-    with torch.device("meta"):
-        model = cls(cls.config_class.from_pretrained(folder))
-    model.tie_weights()
-    return model
-
-
-def _layers_of(model: nn.Module, matrices: Sequence[str]) -> dict[str, _Layer]:
-    """The model's linear layers whose weights are among the checkpoint's matrices, by their names in the model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict(keep_vars=True)
-    own, tied = {}, {}
-    for name in matrices:
-        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if converter is None and key in state:
-            own[key] = tied[id(state[key])] = name
-    layers = {}
-    for name, linear in linear_layers(model).items():
-        if weight := own.get(f"{name}.weight"):
-            layers[name] = _Layer(weight.removesuffix(".weight"), weight, is_conv1d(linear))
-        elif weight := tied.get(id(linear.weight)):
-            layers[name] = _Layer(name, weight, is_conv1d(linear))
-    return layers
 
 
 @torch.no_grad()
@@ -446,10 +241,7 @@ def upscale_checkpoints(
         FileExistsError: `out` holds anything that may not be replaced, or another process writes it.
         OSError: the disk is full.
     """
-    if not experts:
-        raise ValueError("experts: is empty; expected at least one checkpoint")
-    if remaining not in ("base", "average"):
-        raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+    check_request("experts", experts, num_experts_per_tok, remaining)
     # Ranks and counts are checked as the config they will stand in.
     config = SmileConfig(
         num_local_experts=len(experts),

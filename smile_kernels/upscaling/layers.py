@@ -1,11 +1,47 @@
-"""Which layers of a model are upscaled: the linear layers, by their names."""
+"""Which layers of a model are upscaled: linear layers by their names, in a module or in a checkpoint."""
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..config import read_config
+from ..storage import StoredTensor
+from ..svd import check_ranks
 from .report import LayerReport
+
+# Where transformers cannot say what a matrix is, such a name means that it is looked up, not multiplied by.
+_LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?(wte|wpe|shared|relative_attention_bias)")
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of the base.
+
+    Args:
+        name: the layer's, where its tensors are stored.
+        weight: the tensor that holds its weight: another layer's where it is tied.
+        fan_in_fan_out: whether that is stored as [in_features, out_features], as transformers' Conv1D does.
+    """
+
+    name: str
+    weight: str
+    fan_in_fan_out: bool = False
+
+    @property
+    def bias(self) -> str:
+        """The tensor that holds its bias, where it has one."""
+        return f"{self.name}.bias"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -22,6 +58,111 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def layers_of_model(model: nn.Module) -> dict[str, Layer]:
+    """The linear layers of a model by name."""
+    return {name: Layer(name, f"{name}.weight", is_conv1d(module)) for name, module in linear_layers(model).items()}
+
+
+def layers_of_checkpoint(folder: Path, stored: Mapping[str, StoredTensor], model: nn.Module | None) -> dict[str, Layer]:
+    """The linear layers of a checkpoint, by their names in the model.
+
+    With `model`, the architecture that config.json names, its layers count as for `layers_of_model`. Without it each
+    two-dimensional floating-point `<layer>.weight` is one, unless its name says that it is looked up.
+    """
+    matrices = [
+        name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
+    ]
+    if model is not None:
+        return _stored_layers(model, matrices)
+    model_type = read_config(folder).get("model_type")
+    if model_type in _CONV1D_MODELS:
+        raise ValueError(
+            f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
+        )
+    names = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    names.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
+    return {name: Layer(name, f"{name}.weight") for name in names if not _LOOKED_UP.fullmatch(name)}
+
+
+def model_of_checkpoint(folder: Path) -> nn.Module | None:
+    """The model that config.json names, on the meta device; None where transformers is missing or does not know it."""
+    architectures = read_config(folder).get("architectures")
+    if not architectures:
+        return None
+    try:
+        import transformers
+    except ImportError:
+        return None
+    cls = getattr(transformers, architectures[0], None)
+    if cls is None:
+        return None
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_pretrained(folder))
+    model.tie_weights()
+    return model
+
+
+def _stored_layers(model: nn.Module, matrices: Sequence[str]) -> dict[str, Layer]:
+    """The model's linear layers whose weights are among the checkpoint's matrices, by their names in the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    own, tied = {}, {}
+    for name in matrices:
+        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converter is None and key in state:
+            own[key] = tied[id(state[key])] = name
+    layers = {}
+    for name, linear in linear_layers(model).items():
+        if weight := own.get(f"{name}.weight"):
+            layers[name] = Layer(weight.removesuffix(".weight"), weight, is_conv1d(linear))
+        elif weight := tied.get(id(linear.weight)):
+            layers[name] = Layer(name, weight, is_conv1d(linear))
+    return layers
+
+
+def select_layers(
+    layers: Mapping[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, Layer]:
+    """The layers that match a pattern of `include` (all, where there is none) and none of `exclude`, in their order.
+
+    A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
+
+    Raises:
+        ValueError: none is left.
+    """
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if (not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ())
+    }
+    if not chosen:
+        raise ValueError(
+            f"include, exclude: {include} without {exclude} leaves none of the {len(layers)} linear layers; "
+            "expected patterns such as '*.q_proj'"
+        )
+    return chosen
+
+
+def check_layer_ranks(
+    layers: Collection[Layer],
+    base: Mapping[str, Tensor] | Mapping[str, StoredTensor],
+    rank_of_expert: int | float,
+    rank_of_router: int,
+) -> None:
+    """Raises ValueError, naming the layer, unless both ranks are in range for its shape."""
+    for layer in layers:
+        try:
+            check_ranks(rank_of_expert, rank_of_router, base[layer.weight].shape)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from None
+
+
 def fused_experts(model: nn.Module) -> list[LayerReport]:
     """The tensors [experts, ..., ...] that hold all experts of a mixture, reported as left alone."""
     return [
@@ -29,21 +170,3 @@ def fused_experts(model: nn.Module) -> list[LayerReport]:
         for name, p in model.named_parameters()
         if p.dim() == 3 and "expert" in name
     ]
-
-
-def select_layers(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
-    """The names that match a pattern of `include` (all, where there is none) and none of `exclude`, in their order.
-
-    A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
-    """
-    return [
-        name
-        for name in names
-        if (not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ())
-    ]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -1,19 +1,19 @@
 """A model and its fine-tuned versions -> the model with SMILE layers in place of its linear layers, and a report."""
 
 import copy
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
 from ..routing import RoutingPolicy, set_routing
-from ..svd import check_ranks, decompose_linear
-from .decompose import average_tensors, in_threads
-from .layers import fused_experts, is_conv1d, linear_layers, select_layers
-from .report import LayerReport, UpscaleReport
+from .decompose import decompose, in_threads
+from .layers import check_layer_ranks, fused_experts, is_conv1d, layers_of_model, linear_layers, select_layers
+from .report import UpscaleReport
+from .sources import AdapterSource, ExpertSource, ModuleSource, average, check_called, check_finite, check_request
 
 __all__ = ["upscale"]
 
@@ -21,7 +21,7 @@ __all__ = ["upscale"]
 @torch.no_grad()
 def upscale(
     model: nn.Module,
-    finetuned: Sequence[nn.Module | Mapping[str, Any]],
+    finetuned: Sequence[nn.Module | Mapping[str, ModuleDelta]],
     *,
     rank_of_expert: int | float,
     rank_of_router: int,
@@ -61,162 +61,70 @@ def upscale(
             num_experts_per_tok > N, patterns that leave no layer, or a layer whose weight PyTorch reads past its
             forward. Nothing is changed then.
     """
-    if not finetuned:
-        raise ValueError("finetuned: is empty; expected one fine-tuned model or more")
-    if not 1 <= num_experts_per_tok <= len(finetuned):
-        raise ValueError(f"num_experts_per_tok: is {num_experts_per_tok}; expected 1 to {len(finetuned)}")
-    if remaining not in ("base", "average"):
-        raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+    check_request("finetuned", finetuned, num_experts_per_tok, remaining)
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
         )
-    linears = linear_layers(model)
-    names = select_layers(linears, include, exclude)
-    if not names:
-        raise ValueError(
-            f"include, exclude: {include} without {exclude} leaves none of the {len(linears)} linear layers; "
-            "expected patterns such as '*.q_proj'"
+    ranks = {"rank_of_expert": rank_of_expert, "rank_of_router": rank_of_router}
+    base, every = model.state_dict(keep_vars=True), layers_of_model(model)
+    layers = select_layers(every, include, exclude)
+    sources: list[ExpertSource] = []
+    for i, expert in enumerate(finetuned):
+        if isinstance(expert, nn.Module):
+            source = ModuleSource(f"finetuned[{i}]", expert)
+            source.check(model, every, layers)
+        else:
+            source = AdapterSource(f"finetuned[{i}]", expert, base)
+            source.check(every)
+        sources.append(source)
+    check_layer_ranks(layers.values(), base, **ranks)
+    check_called("model", model, layers, base, sources)
+    check_finite("model", dict(model.named_parameters()))
+
+    decomposed = list(
+        _track(
+            in_threads(
+                lambda layer: decompose(layer, base, sources, **ranks),
+                list(layers.values()),
+                1 if any(base[layer.weight].is_cuda for layer in layers.values()) else None,
+            ),
+            len(layers),
+            progress,
         )
-    for i, expert in enumerate(finetuned):
-        _check_same(model, expert, names, f"finetuned[{i}]")
-    for name in names:
-        try:
-            check_ranks(rank_of_expert, rank_of_router, linears[name].weight.shape)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        parent = model.get_submodule(name.rpartition(".")[0])
-        weights = (_expert(expert, name, linears[name])[0] for expert in finetuned)
-        if isinstance(parent, nn.MultiheadAttention) and any(
-            isinstance(weight, tuple) or not torch.equal(weight, linears[name].weight) for weight in weights
-        ):
-            raise ValueError(
-                f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it; "
-                f"expected it in exclude (exclude=[{name!r}] keeps the base's)"
-            )
-    _check_finite(model.named_parameters(), "model")
-    for i, expert in enumerate(finetuned):
-        _check_finite(_tensors(expert), f"finetuned[{i}]")
-
-    @torch.no_grad()
-    def decompose(name: str) -> tuple[dict[str, Tensor | None], LayerReport]:
-        start = time.perf_counter()
-        conv1d = is_conv1d(linears[name])
-        weight, bias = linears[name].weight, linears[name].bias
-        experts = [_expert(expert, name, linears[name]) for expert in finetuned]
-        try:
-            factors, certificates = decompose_linear(
-                weight.T.contiguous() if conv1d else weight,
-                bias,
-                [w.T.contiguous() if conv1d and isinstance(w, Tensor) else w for w, _ in experts],
-                [b for _, b in experts],
-                rank_of_expert=rank_of_expert,
-                rank_of_router=rank_of_router,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        return factors, LayerReport.of(name, factors, certificates, time.perf_counter() - start)
-
-    workers = 1 if linears[names[0]].weight.is_cuda else None
-    decomposed = list(_track(in_threads(decompose, names, workers), len(names), progress))
-    reports = [report for _, report in decomposed] + fused_experts(model)
-    layers = {report.name: factors for factors, report in decomposed if not report.skipped}
-
+    )
+    report = UpscaleReport([*(report for _, report in decomposed), *fused_experts(model)])
+    factors = {report.name: factors for factors, report in decomposed if not report.skipped}
     model = model if inplace else copy.deepcopy(model)
-    linears = linear_layers(model)
-    places = dict(model.named_modules(remove_duplicate=False))
-    shared = {id(p) for name in layers for p in linears[name].parameters()}
+    linears = {name: linear for name, linear in linear_layers(model).items() if name in factors}
     if remaining == "average":
-        whole = [expert.state_dict() for expert in finetuned if isinstance(expert, nn.Module)]
-        stored = model.state_dict().keys()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in stored and id(tensor) not in shared and whole and tensor.is_floating_point():
-                # A bias that an expert lacks counts as 0; an adapter has the base's own tensors.
-                none = torch.zeros_like(tensor)
-                same = [tensor.clone()] * (len(finetuned) - len(whole))
-                tensor.copy_(average_tensors([*(e.get(name, none).to(tensor.device) for e in whole), *same]))
-    for name, factors in layers.items():
-        linear = linears[name]
-        weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
-        options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
-        layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
-        # The very parameters of the linear layer: what was tied to them stays tied.
-        layer.bias = linear.bias
-        if not is_conv1d(linear):
-            layer.weight = linear.weight
-        for place in [place for place, module in places.items() if module is linear]:
-            replace_linear(model, place, layer)
+        _average_remaining(model, {id(p) for linear in linears.values() for p in linear.parameters()}, base, sources)
+    for name, linear in linears.items():
+        _replace(model, linear, factors[name], rank_of_router=rank_of_router, num_experts_per_tok=num_experts_per_tok)
     if routing is not None:
         set_routing(model, routing)
-    return model, UpscaleReport(reports)
+    return model, report
 
 
-def _expert(expert: nn.Module | Mapping[str, Any], name: str, linear: nn.Module) -> tuple[Any, Tensor | None]:
-    """One expert's version of a layer: its weight, or LoRA factors (b, a, scale), and its bias."""
-    if isinstance(expert, nn.Module):
-        module = expert.get_submodule(name)
-        return module.weight, module.bias
-    delta = expert.get(name)
-    if delta is None:
-        return linear.weight, linear.bias
-    if delta.weight is None or isinstance(delta.weight, Tensor):
-        weight = linear.weight if delta.weight is None else (linear.weight + delta.weight).to(linear.weight.dtype)
-    else:
-        weight = delta.weight.b, delta.weight.a, delta.weight.scale
-    if delta.bias is None:
-        return weight, linear.bias
-    return weight, delta.bias if linear.bias is None else (linear.bias + delta.bias).to(linear.bias.dtype)
+def _average_remaining(
+    model: nn.Module, upscaled: Collection[int], base: Mapping[str, Tensor], sources: Sequence[ExpertSource]
+) -> None:
+    """Sets every stored tensor but those `upscaled`, by their ids, to the mean of the experts'."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in base and id(tensor) not in upscaled and tensor.is_floating_point():
+            tensor.copy_(average(name, base, sources))
 
 
-def _check_same(model: nn.Module, expert: nn.Module | Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """The same parameters, save biases of linear layers, which either side may lack; the layers `names` alike."""
-    linears = linear_layers(model)
-    if not isinstance(expert, nn.Module):
-        unknown = [name for name in expert if name not in linears]
-        if unknown:
-            raise ValueError(f"{where}: changes {unknown[0]}, which is no linear layer of the model")
-        return
-    own, theirs = dict(model.named_parameters()), dict(expert.named_parameters())
-    known = linear_layers(expert)
-    optional = {f"{name}.bias" for name in (*linears, *known)}
-    missing = [name for name in own if name not in theirs and name not in optional]
-    extra = [name for name in theirs if name not in own and name not in optional]
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} more"
-        raise ValueError(f"{where}: is another architecture: it {what}; expected the parameters of the base model")
-    for name, parameter in own.items():
-        other = theirs.get(name)
-        if other is not None and (other.shape != parameter.shape or other.dtype != parameter.dtype):
-            raise ValueError(
-                f"{where}: {name} is {other.dtype} {list(other.shape)}; expected {parameter.dtype} "
-                f"{list(parameter.shape)} as in the base model"
-            )
-    for name in names:
-        if name not in known or is_conv1d(known[name]) != is_conv1d(linears[name]):
-            kinds = (type(expert.get_submodule(name)).__name__, type(linears[name]).__name__)
-            raise ValueError(f"{where}: {name} is a {kinds[0]}; expected a {kinds[1]} as in the base model")
-
-
-def _check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
-    for name, tensor in tensors:
-        # The least and the largest entry are NaN where any is.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise ValueError(f"{where}: {name} holds NaN or inf; expected finite numbers")
-
-
-def _tensors(expert: nn.Module | Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that make an expert, by name."""
-    if isinstance(expert, nn.Module):
-        yield from expert.named_parameters()
-        return
-    for name, delta in expert.items():
-        if isinstance(delta.weight, Tensor):
-            yield f"{name}.weight", delta.weight
-        elif delta.weight is not None:
-            yield f"{name}.lora_B", delta.weight.b
-            yield f"{name}.lora_A", delta.weight.a
-        if delta.bias is not None:
-            yield f"{name}.bias", delta.bias
+def _replace(model: nn.Module, linear: nn.Module, factors: Mapping[str, Tensor | None], **options: int) -> None:
+    """Puts a SmileLinear wherever the model holds `linear`."""
+    weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
+    layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
+    # The very parameters of the linear layer: what was tied to them stays tied.
+    layer.bias = linear.bias
+    if not is_conv1d(linear):
+        layer.weight = linear.weight
+    for place in [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]:
+        replace_linear(model, place, layer)
 
 
 def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterator[Any]:
