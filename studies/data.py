@@ -154,7 +154,7 @@ def balanced(rows: Rows, classes: int) -> Rows:
     return kept
 
 
-def _rated_snippets(archive: Path, member: str) -> Rows:
+def rated_snippets(archive: Path, member: str) -> Rows:
     """Snippets whose mean human rating is at least half a point from neutral (the scale runs from -4 to 4)."""
     with tarfile.open(archive) as source:
         inner = source.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
@@ -241,7 +241,7 @@ TASKS = [
         "reviews",
         "is this movie review positive or negative? ",
         VADER,
-        lambda archive: _rated_snippets(archive, "movieReviewSnippets_GroundTruth.txt"),
+        lambda archive: rated_snippets(archive, "movieReviewSnippets_GroundTruth.txt"),
     ),
     Task(
         "newsgroups",
@@ -265,7 +265,7 @@ TASKS = [
         "products",
         "does the customer like this product? ",
         VADER,
-        lambda archive: _rated_snippets(archive, "amazonReviewSnippets_GroundTruth.txt"),
+        lambda archive: rated_snippets(archive, "amazonReviewSnippets_GroundTruth.txt"),
     ),
 ]
 QUICK = ["reviews", "part of speech", "first name", "town"]

@@ -42,11 +42,14 @@ def ties(vectors: dict[str, Tensor], density: float, scale: float) -> dict[str, 
     Each tau_i keeps the `density` of its entries that are largest in magnitude, counted over all its parameters
     together. An entry's sign is that of the sum over i; the change is scale times the mean of entries of that sign.
     """
-    flat = torch.cat([tau.flatten(1) for tau in vectors.values()], dim=1)  # [N, parameters]
-    keep = max(1, round(density * flat.shape[1]))
-    threshold = flat.abs().kthvalue(flat.shape[1] - keep + 1, dim=1, keepdim=True).values
-    flat = flat.where(flat.abs() >= threshold, 0.0)
-    agrees = flat.sign() == flat.sum(0).sign()
-    mean = (flat * agrees).sum(0) / (agrees & (flat != 0)).sum(0).clamp(min=1)
-    parts = (scale * mean).split([tau[0].numel() for tau in vectors.values()])
-    return {name: part.view(tau.shape[1:]) for (name, tau), part in zip(vectors.items(), parts)}
+    keep = max(1, round(density * sum(tau[0].numel() for tau in vectors.values())))
+    thresholds = []
+    for i in range(len(next(iter(vectors.values())))):
+        size = torch.cat([tau[i].flatten().abs() for tau in vectors.values()])  # of one model at a time: this is large
+        thresholds.append(size.kthvalue(len(size) - keep + 1).values)
+    change = {}
+    for name, tau in vectors.items():
+        kept = tau.where(tau.abs() >= torch.stack(thresholds).view(-1, *[1] * (tau.dim() - 1)), 0.0)
+        agrees = kept.sign() == kept.sum(0).sign()
+        change[name] = scale * (kept * agrees).sum(0) / (agrees & (kept != 0)).sum(0).clamp(min=1)
+    return change

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -22,12 +19,11 @@ from transformers import BertModel
 
 from smile_kernels import RoutingPolicy, SmileLinear, set_routing, upscale, watch_routing
 from smile_kernels.nn import smile_layers
-from smile_kernels.ops import library
 
-from .. import merge
-from ..data import MINILM, QUICK, SRE, TASKS, appears_whole
-from ..report import draw, show
+from .. import merge, report
+from ..data import MINILM, QUICK, SRE, TASKS
 from .model import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
+from .report import draw, tables
 
 SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
 SHOWN = (16, 32)  # the setting that oracle routing and routing policies are shown for
@@ -294,14 +290,7 @@ def study(
     upper_parameters = sum(p.numel() for p in base.parameters())
     whole = sum(p.numel() for p in lower.parameters()) + upper_parameters
     results = {
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "backend": library.choose_backend(None, "cpu", training=False),
-        },
+        "machine": report.machine(),
         "recipe": asdict(recipe),
         "seeds": seeds,
         "quick": quick,
@@ -329,23 +318,7 @@ def study(
         "time": timings,
         "fidelity": fidelity,
     }
-    console = Console(width=max(170, Console().width))  # a table that is folded cannot be read
-    show(results, console)
-    console.print(f"{time.perf_counter() - start:.0f} s in all")
-    if json_path:
-        with appears_whole(json_path) as scratch:
-            scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if plot:
-        with appears_whole(plot) as scratch:
-            draw(results, scratch)
+    report.show(tables(results)[1:])  # the prompts and licences are left to the documentation
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    report.write(results, json_path, plot, draw)
     return results
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} ({os.cpu_count()} logical cores)" if names else platform.processor()

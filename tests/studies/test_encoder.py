@@ -1,8 +1,6 @@
 import copy
-import json
 import zipfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,10 @@ from transformers import BertConfig, BertModel
 from bench import routing as trials
 from smile_kernels import set_routing, upscale, watch_routing
 from smile_kernels.nn import smile_layers
-from studies import data, merge, report
+from studies import data, merge, pages
+from studies import report as shared
 from studies.encoder import model as encoder
-from studies.encoder import run
+from studies.encoder import report, run
 
 
 def words(count: int, labels: str = "ab") -> data.Rows:
@@ -378,24 +377,21 @@ class TestReport:
         timing = report.tables(results())[5][2]
         assert timing[1] == ["fusion_bench", "No module named 'fusion_bench'", "–"]
 
-    def test_page_sections_are_made_from_the_json(self, tmp_path):
-        page, source = tmp_path / "page.md", tmp_path / "r.json"
+    def test_page_sections_are_made_anew(self, tmp_path):
+        page = tmp_path / "page.md"
         page.write_text("before\n<!-- easy -->\nold\n<!-- /easy -->\nafter\n")
-        source.write_text(json.dumps(results()))
-        text = report.update_page(page, {"easy": source})
+        text = shared.fill(page, {"easy": report.markdown(results())})
         assert text.startswith("before\n<!-- easy -->\n2 seeds")
         assert text.endswith("<!-- /easy -->\nafter\n")
         assert "old" not in text
         page.write_text("nothing here")
         with pytest.raises(ValueError, match="no section between <!-- easy -->"):
-            report.update_page(page, {"easy": source})
+            shared.fill(page, {"easy": "text"})
 
-    def test_the_documentation_shows_the_committed_results(self):
-        """To bring the page up to date: page.write_text(report.update_page(page, sources))."""
-        root = Path(__file__).parents[2]
-        page, folder = root / "docs" / "demo.md", root / "studies" / "results"
-        sources = {"easy": folder / "encoder.json", "hard": folder / "encoder_hard.json"}
-        assert report.update_page(page, sources) == page.read_text(encoding="utf-8")
+    @pytest.mark.parametrize("page", list(pages.sections()), ids=lambda page: page.name)
+    def test_the_documentation_shows_the_committed_results(self, page):
+        """To bring the pages up to date: python -m studies.pages."""
+        assert shared.fill(page, pages.sections()[page]) == page.read_text(encoding="utf-8")
 
     def test_plot(self, tmp_path):
         report.draw(results(), tmp_path / "plot.png")

@@ -1,0 +1,35 @@
+"""`python -m studies.pages`: the sections of the documentation that are made from the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .data import appears_whole
+from .encoder import report as encoder
+from .report import fill
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "studies" / "results"
+
+
+def sections() -> dict[Path, dict[str, str]]:
+    """{page: {section: its text}}."""
+
+    def read(name: str) -> dict:
+        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+    return {
+        ROOT / "docs" / "demo.md": {
+            "easy": encoder.markdown(read("encoder")),
+            "hard": encoder.markdown(read("encoder_hard")),
+        },
+    }
+
+
+if __name__ == "__main__":
+    for page, texts in sections().items():
+        text = fill(page, texts)
+        with appears_whole(page) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+        print(page.relative_to(ROOT))

