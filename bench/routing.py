@@ -40,11 +40,11 @@ SHIPPED = {
     "token + layers": RoutingPolicy("token", accumulate=True),
     "sequence": RoutingPolicy("sequence"),
     "sequence + layers": RoutingPolicy("sequence", accumulate=True),
-    "sequence + layers, lock 3": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "sequence + layers, lock 1 block": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "sequence + layers, m 2": RoutingPolicy("sequence", accumulate=True, num_experts_per_tok=2),
     "causal": RoutingPolicy("causal"),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
-    "causal + layers, lock 3": RoutingPolicy("causal", accumulate=True, lock_after=3),
+    "causal + layers, lock 1 block": RoutingPolicy("causal", accumulate=True, lock_after=1),
     "causal + layers, m 2": RoutingPolicy("causal", accumulate=True, num_experts_per_tok=2),
 }
 
@@ -315,8 +315,8 @@ def mean(*rows: Record) -> str:
 
 COSTS = {
     "published": RoutingPolicy(),
-    **{name: SHIPPED[name] for name in ("token + layers", "sequence + layers", "sequence + layers, lock 3")},
-    **{name: SHIPPED[name] for name in ("causal + layers", "causal + layers, lock 3")},
+    **{name: SHIPPED[name] for name in ("token + layers", "sequence + layers", "sequence + layers, lock 1 block")},
+    **{name: SHIPPED[name] for name in ("causal + layers", "causal + layers, lock 1 block")},
 }
 EXPERTS, RANK, ROUTER = 8, 32, 16
 

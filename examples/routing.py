@@ -20,7 +20,7 @@ POLICIES = {
     "token (published)": RoutingPolicy(),
     "sequence": RoutingPolicy("sequence"),
     "sequence + layers": RoutingPolicy("sequence", accumulate=True),
-    "sequence + layers, lock 3": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "sequence + layers, lock 1 block": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
 }
 EXPERTS = 4

@@ -56,7 +56,7 @@ def upscale(
         str | None, typer.Option(help="Whose scores count: token, sequence or causal.  [default: token]")
     ] = None,
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
-    lock_after: Annotated[int | None, typer.Option(help="Keep the choice of the n-th SMILE layer from there.")] = None,
+    lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
     out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",

@@ -20,7 +20,7 @@ QUANT_METHOD = "smile"
 # A whole checkpoint tells transformers that its weights are in this file alone, and our quantizer takes the name away:
 # where it does not run, no such file is found, instead of the base model being loaded with a warning.
 NO_WEIGHTS = "needs_smile_kernels.safetensors"
-FACTORS = ("vh", "s", "u", "expert_bias", "router")
+FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class SmileModuleConfig:
         rank_of_router: g.
         expert_bias: whether `<layer>.expert_bias` is stored.
         router: whether `<layer>.router` is stored; without it the router's rows are the first g of `vh`.
+        router_prior: whether `<layer>.router_prior` is stored, which calibrated routing policies need.
         fan_in_fan_out: whether this checkpoint stores `<layer>.weight` as [in_features, out_features], as transformers'
             Conv1D does.
 
@@ -43,6 +44,7 @@ class SmileModuleConfig:
     rank_of_router: int
     expert_bias: bool = False
     router: bool = False
+    router_prior: bool = False
     fan_in_fan_out: bool = False
 
     def __post_init__(self):
@@ -71,6 +73,7 @@ class SmileModuleConfig:
             bias=bias,
             expert_bias=self.expert_bias,
             router=self.router,
+            router_prior=self.router_prior,
             device=device,
             dtype=dtype,
         )
@@ -132,7 +135,7 @@ class SmileConfig:
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads; fits JSON."""
         config = {"quant_method": QUANT_METHOD, **asdict(self)}
-        if not self.routing.remembers:
+        if self.routing.is_published:
             del config["routing"]
         if self.base_model_name_or_path is None:
             del config["base_model_name_or_path"]
@@ -155,7 +158,11 @@ class SmileConfig:
             shared[key] = values.pop()
         modules = {
             name: SmileModuleConfig(
-                layer.rank_of_expert, layer.rank_of_router, layer.expert_bias is not None, layer.router is not None
+                layer.rank_of_expert,
+                layer.rank_of_router,
+                expert_bias=layer.expert_bias is not None,
+                router=layer.router is not None,
+                router_prior=layer.router_prior is not None,
             )
             for name, layer in layers.items()
         }

@@ -1,7 +1,6 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +8,6 @@ from torch import Tensor, nn
 from .functional import smile_linear
 from .ops import library
 from .svd import decompose_linear
-
-if TYPE_CHECKING:
-    from .routing import AttachedRouting
 
 
 class SmileLinear(nn.Module):
@@ -26,6 +22,8 @@ class SmileLinear(nn.Module):
         vh [N, max(r, g), D], s [N, r], u [N, O, r]: the experts. `s` stays float32 when the module is cast down.
         expert_bias [N, O] | None: each expert's bias less the shared one.
         router [N, g, D] | None: the router's rows, where they are not the first g rows of `vh`.
+        router_prior [N] | None: a buffer, float32: log of each expert's mean share of the router's energy on inputs of
+            no task (`calibrate`); read by calibrated routing policies alone.
 
     Args:
         in_features, out_features: D and O.
@@ -33,7 +31,7 @@ class SmileLinear(nn.Module):
         rank_of_expert: r, 1 to min(D, O).
         rank_of_router: g, 1 to D.
         num_experts_per_tok: m, 1 to N.
-        bias, expert_bias, router: whether the layer has these parameters.
+        bias, expert_bias, router, router_prior: whether the layer has these tensors.
         device, dtype: as for nn.Linear.
 
     Raises:
@@ -42,8 +40,9 @@ class SmileLinear(nn.Module):
     Source: SMILE, arXiv 2408.10174.
     """
 
-    # (policy at work on the whole model, this layer's number in it), where `routing.set_routing` has set one.
-    attached_routing: "tuple[AttachedRouting, int] | None" = None
+    # Asked for the routing (weights, ids) of each input; without it, or where it answers None, the layer routes itself.
+    router_policy: "Callable[[SmileLinear, Tensor], tuple[Tensor, Tensor] | None] | None" = None
+    _own_num_experts_per_tok: int | None = None  # where a routing policy has set another number
 
     def __init__(
         self,
@@ -57,6 +56,7 @@ class SmileLinear(nn.Module):
         bias: bool = True,
         expert_bias: bool = True,
         router: bool = False,
+        router_prior: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -86,6 +86,8 @@ class SmileLinear(nn.Module):
         self.u = parameter(True, n, o, r)
         self.register_parameter("expert_bias", parameter(expert_bias, n, o))
         self.register_parameter("router", parameter(router, n, g, d))
+        self.router_prior: Tensor | None
+        self.register_buffer("router_prior", torch.zeros(n, device=device, dtype=s_dtype) if router_prior else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,6 +152,7 @@ class SmileLinear(nn.Module):
             bias=bias is not None,
             expert_bias=factors.get("expert_bias") is not None,
             router=factors.get("router") is not None,
+            router_prior=factors.get("router_prior") is not None,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -161,9 +164,8 @@ class SmileLinear(nn.Module):
         self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
     ) -> Tensor:
         """x [..., D] -> y [..., O]; `routing` and `routing_weights` as in `functional.smile_linear`."""
-        if self.attached_routing is not None and routing is None and routing_weights is None:
-            attached, index = self.attached_routing
-            routing = attached.choose(index, self, x)
+        if self.router_policy is not None and routing is None and routing_weights is None:
+            routing = self.router_policy(self, x)
         return smile_linear(
             x,
             *self._tensors(),
@@ -172,6 +174,12 @@ class SmileLinear(nn.Module):
             routing=routing,
             routing_weights=routing_weights,
         )
+
+    def set_num_experts_per_tok(self, num_experts_per_tok: int | None) -> None:
+        """Routes each token to so many experts; None goes back to the number the layer was made with."""
+        own = self._own_num_experts_per_tok or self.num_experts_per_tok
+        self._own_num_experts_per_tok = None if num_experts_per_tok is None else own
+        self.num_experts_per_tok = own if num_experts_per_tok is None else num_experts_per_tok
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         p = self._parameters
@@ -182,11 +190,13 @@ class SmileLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(bfloat16) and half() would round the singular values: they stay float32 beside low precision.
-        s = self.s.data
+        s, prior = self.s.data, self.router_prior
         super()._apply(fn, recurse)
         wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if self.s.dtype != wanted:
             self.s.data = s.to(self.s.device, wanted)
+        if prior is not None and self.router_prior is not None and self.router_prior.dtype != wanted:
+            self.router_prior = prior.to(self.router_prior.device, wanted)
         return self
 
     def extra_repr(self) -> str:

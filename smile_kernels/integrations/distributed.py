@@ -142,9 +142,9 @@ class RowwiseSmile(ColwiseSmile):
 
 
 def _refuse_policy(layer: SmileLinear) -> None:
-    if layer.attached_routing is not None:
+    if layer.router_policy is not None:
         raise NotImplementedError(
-            f"routing: a layer split over ranks is asked to follow {layer.attached_routing[0].policy}; expected the "
+            "routing: a layer split over ranks has a router_policy; expected the "
             "default, where each token chooses for itself"
         )
 

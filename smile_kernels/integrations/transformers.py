@@ -49,7 +49,7 @@ class SmileQuantizer(HfQuantizer):
         # Called by save_pretrained: the policy may have been changed since the model was loaded.
         policy = stored_routing(model)
         self.quantization_config.__dict__.pop("routing", None)
-        if policy.remembers:
+        if not policy.is_published:
             self.quantization_config.routing = policy.to_dict()
         return super().get_state_dict_and_metadata(model)
 
@@ -101,7 +101,7 @@ class SmileQuantizer(HfQuantizer):
         missing = [
             f"{name}.{parameter}"
             for name, (layer, _) in self._layers.items()
-            for parameter, value in layer.named_parameters(recurse=False)
+            for parameter, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
             if not (getattr(value, "_is_hf_initialized", False) or value.is_meta)  # offloaded to disk
         ]
         if missing:

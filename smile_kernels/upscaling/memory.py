@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
-from ..routing import RoutingPolicy, set_routing
+from ..routing import RoutingPolicy, check_routing, set_routing
 from .decompose import decompose, in_threads
 from .layers import check_layer_ranks, fused_experts, is_conv1d, layers_of_model, linear_layers, select_layers
 from .report import UpscaleReport
@@ -95,6 +95,8 @@ def upscale(
     )
     report = UpscaleReport([*(report for _, report in decomposed), *fused_experts(model)])
     factors = {report.name: factors for factors, report in decomposed if not report.skipped}
+    if routing is not None:
+        check_routing(model, routing, dict.fromkeys(factors, len(finetuned)))
     model = model if inplace else copy.deepcopy(model)
     linears = {name: linear for name, linear in linear_layers(model).items() if name in factors}
     if remaining == "average":

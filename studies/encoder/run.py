@@ -28,7 +28,7 @@ from .report import draw, tables
 SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
 SHOWN = (16, 32)  # the setting that oracle routing and routing policies are shown for
 POLICIES = {
-    "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
 }
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic and TIES

@@ -16,11 +16,11 @@ POLICIES = {
     "layers": RoutingPolicy("token", accumulate=True),
     "sequence": RoutingPolicy("sequence"),
     "sequence+layers": RoutingPolicy("sequence", accumulate=True),
-    "sequence+layers, lock 3": RoutingPolicy("sequence", accumulate=True, lock_after=3),
+    "sequence+layers, lock 1": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "sequence+layers, m 2": RoutingPolicy("sequence", accumulate=True, num_experts_per_tok=2),
     "causal": RoutingPolicy("causal"),
     "causal+layers": RoutingPolicy("causal", accumulate=True),
-    "causal+layers, lock 3, m 2": RoutingPolicy("causal", accumulate=True, lock_after=3, num_experts_per_tok=2),
+    "causal+layers, lock 1, m 2": RoutingPolicy("causal", accumulate=True, lock_after=1, num_experts_per_tok=2),
 }
 SEQUENCE = {name: policy for name, policy in POLICIES.items() if policy.scope == "sequence"}
 CAUSAL = {name: policy for name, policy in POLICIES.items() if policy.scope == "causal"}
@@ -30,7 +30,9 @@ def by_name(policies):
     return pytest.mark.parametrize("policy", policies.values(), ids=policies.keys())
 
 
-def smile(model: nn.Module, skip: tuple[str, ...] = ("lm_head", "classifier", "pooler")) -> nn.Module:
+def smile(
+    model: nn.Module, skip: tuple[str, ...] = ("lm_head", "classifier", "pooler"), layers_per_block: int = 1
+) -> nn.Module:
     """Every linear layer as a SMILE layer with random experts, large enough to matter."""
     for name, module in list(model.named_modules()):
         for child, linear in list(module.named_children()):
@@ -43,6 +45,7 @@ def smile(model: nn.Module, skip: tuple[str, ...] = ("lm_head", "classifier", "p
                     "expert_bias": torch.randn(N, o) * 0.1,
                 }
                 layer = SmileLinear.from_factors(linear.weight, linear.bias, factors, rank_of_router=G)
+                layer.layers_per_block = layers_per_block
                 setattr(module, child, layer)
     return model.eval()
 
@@ -52,25 +55,25 @@ SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 
 def bert(**changes) -> nn.Module:
     config = tf.BertConfig(**SIZES | changes, intermediate_size=24, max_position_embeddings=64)
-    return smile(tf.BertModel(config, add_pooling_layer=False))
+    return smile(tf.BertModel(config, add_pooling_layer=False), layers_per_block=6)
 
 
 def albert() -> nn.Module:
     """Its two layers are one, run twice."""
     config = tf.AlbertConfig(**SIZES, embedding_size=16, intermediate_size=24, max_position_embeddings=64)
-    return smile(tf.AlbertModel(config, add_pooling_layer=False))
+    return smile(tf.AlbertModel(config, add_pooling_layer=False), layers_per_block=6)
 
 
 def llama(**changes) -> nn.Module:
     config = tf.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, eos_token_id=None, bos_token_id=1)
     config.update(changes)
-    return smile(tf.LlamaForCausalLM(config))
+    return smile(tf.LlamaForCausalLM(config), layers_per_block=7)
 
 
 def mistral(**changes) -> nn.Module:
     config = tf.MistralConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, eos_token_id=None, bos_token_id=1)
     config.update(changes)
-    return smile(tf.MistralForCausalLM(config))
+    return smile(tf.MistralForCausalLM(config), layers_per_block=7)
 
 
 def t5() -> nn.Module:
@@ -125,7 +128,8 @@ def definition(calls, real, policy, groups=None):
     for number, (layer, x, _) in enumerate(calls):
         batch, length = x.shape[:2]
         m = policy.num_experts_per_tok or layer.num_experts_per_tok
-        if policy.lock_after is None or number < policy.lock_after:
+        block = max(number - (len(calls) == 13), 0) // getattr(layer, "layers_per_block", 1)  # ALBERT has one before
+        if policy.lock_after is None or block < policy.lock_after:
             share = {}
             for b, t in itertools.product(range(batch), range(length)):
                 if not real[b][t]:

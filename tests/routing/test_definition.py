@@ -135,7 +135,7 @@ def test_towers_route_their_own_tokens():
     want = features.pooler_output if hasattr(features, "pooler_output") else features
     want = want / want.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(together.image_embeds[1:], want, rtol=1e-4, atol=1e-5)
-    assert len({layer.attached_routing[0] for layer in model.modules() if isinstance(layer, SmileLinear)}) == 2
+    assert len({layer.router_policy.root for layer in model.modules() if isinstance(layer, SmileLinear)}) == 2
 
 
 @by_name({name: POLICIES[name] for name in ("sequence+layers", "causal+layers")})
@@ -195,7 +195,7 @@ def test_extreme_values_choose_as_moderate_ones(dtype):
     set_routing(layer_root := nn.Sequential(layer), RoutingPolicy("sequence"))
     x = torch.randn(2, 5, 8).to(dtype)
     want = layer_root(x)
-    attached = layer.attached_routing[0]
+    attached = layer.router_policy.root
     assert not hasattr(attached.current, "state") or attached.current.state is None
     for scale in (2.0**-12, 2.0**10):
         with Calls(layer_root) as calls:

@@ -163,7 +163,7 @@ def test_caches_of_packed_sequences_and_paged_ones_are_refused():
             logits(model, input_ids=tokens(1, 5), cache=object(), use_cache=False)
 
 
-@by_name({name: POLICIES[name] for name in ("sequence+layers, lock 3", "causal+layers")})
+@by_name({name: POLICIES[name] for name in ("sequence+layers, lock 1", "causal+layers")})
 def test_decoding_from_a_static_cache_compiles(policy):
     model = llama(num_hidden_layers=1)
     set_routing(model, policy)

@@ -17,6 +17,7 @@ from smile_kernels.cli import app
 from smile_kernels.integrations import distributed
 from smile_kernels.ops import composed
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from smile_kernels.routing.policy import block_numbers
 from smile_kernels.testing import Problem, assert_close, expectations
 
 
@@ -73,7 +74,7 @@ def test_policies_survive_their_dict(policy):
     )
 
 
-@by_name({"sequence+layers, lock 3": POLICIES["sequence+layers, lock 3"], "token": RoutingPolicy()})
+@by_name({"sequence+layers, lock 1": POLICIES["sequence+layers, lock 1"], "token": RoutingPolicy()})
 def test_checkpoints_carry_the_policy(policy, tmp_path):
     config = tf.BertConfig(**SIZES, intermediate_size=24)
     base, finetuned = tf.BertModel(config), [tf.BertModel(config) for _ in range(3)]
@@ -86,7 +87,7 @@ def test_checkpoints_carry_the_policy(policy, tmp_path):
     assert get_routing(model) == policy
     sk.save_pretrained(model, tmp_path / "whole")
     stored = json.loads((tmp_path / "whole" / "config.json").read_text())["quantization_config"]
-    assert ("routing" in stored) == policy.remembers
+    assert ("routing" in stored) == (not policy.is_published)
     loaded = [sk.load_pretrained(tmp_path / "whole"), tf.AutoModel.from_pretrained(tmp_path / "whole")]
     loaded.append(sk.load_pretrained(tmp_path / "whole", tf.BertModel(config).eval()))
     other = RoutingPolicy("causal")
@@ -124,12 +125,12 @@ def test_locked_layers_compute_no_scores(monkeypatch):
     model = bert()
     calls = []
     scores = functional.router_scores
-    monkeypatch.setattr("smile_kernels.routing.router_scores", lambda *a, **k: calls.append(1) or scores(*a, **k))
-    set_routing(model, POLICIES["sequence+layers, lock 3"])
+    monkeypatch.setattr("smile_kernels.routing.state.router_scores", lambda *a, **k: calls.append(1) or scores(*a, **k))
+    set_routing(model, POLICIES["sequence+layers, lock 1"])
     logits(model, input_ids=tokens(2, 5))
-    assert len(calls) == 3
+    assert len(calls) == 6
     model = llama()
-    for policy, scored in ((POLICIES["sequence+layers"], 0), (POLICIES["causal+layers, lock 3, m 2"], 3)):
+    for policy, scored in ((POLICIES["sequence+layers"], 0), (POLICIES["causal+layers, lock 1, m 2"], 7)):
         set_routing(model, policy)
         kv = tf.DynamicCache(config=model.config)
         logits(model, input_ids=tokens(2, 5), past_key_values=kv)
@@ -169,7 +170,7 @@ def test_watching_counts_the_choices_and_changes_nothing(policy):
     with Calls(model) as calls, watch_routing(model) as counts:
         torch.testing.assert_close(logits(model, input_ids=ids, attention_mask=mask), want)
     real = mask.bool()
-    if policy.remembers:
+    if not policy.is_published:
         choices = [ids for _, ids in definition(calls, real.tolist(), policy)]
     else:
         choices = [functional.route(x, c.vh, num_experts_per_tok=1, rank_of_router=G)[1] for c, x, _ in calls]
@@ -188,3 +189,42 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     assert len(shares) == 5
     assert shares[0] < min(shares[1:]), "remembering must help"
     assert (tmp_path / "routing.png").stat().st_size > 10_000
+
+
+def test_blocks_are_read_from_names():
+    names = ["embed", "model.layers.0.q", "model.layers.0.experts.7.up", "model.layers.4.q", "model.norm", "head"]
+    assert list(block_numbers(names).values()) == [0, 0, 0, 1, 1, 1]
+    assert list(block_numbers(["a", "b.c"]).values()) == [0, 1], "without numbers each layer is a block"
+
+
+def test_the_layers_own_m_comes_back():
+    model = nn.Sequential(SmileLinear(8, 8, 3, 2, 2, num_experts_per_tok=2))
+    for m in (1, 3):
+        set_routing(model, RoutingPolicy(num_experts_per_tok=m))
+        assert model[0].num_experts_per_tok == m
+    set_routing(model, RoutingPolicy())
+    assert model[0].num_experts_per_tok == 2
+
+
+def test_an_unfit_policy_is_refused_before_anything_is_replaced():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    finetuned = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"^num_experts_per_tok: is 3; expected at most 2"):
+        sk.upscale(
+            base,
+            finetuned,
+            rank_of_expert=2,
+            rank_of_router=2,
+            routing=RoutingPolicy("sequence", num_experts_per_tok=3),
+            inplace=True,
+            progress=False,
+        )
+    assert [type(layer) for layer in base] == [nn.Linear, nn.Linear]
+
+
+@by_name(POLICIES)
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_an_empty_batch_is_no_error(policy, shape):
+    model = nn.Sequential(*(SmileLinear(8, 8, N, R, G) for _ in range(3)))
+    set_routing(model, policy)
+    assert model(torch.empty(shape)).shape == shape

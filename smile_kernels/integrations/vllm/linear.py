@@ -31,7 +31,7 @@ class SmileQuantizationConfig(QuantizationConfig):
         self.modules = config.modules
         self.num_experts_per_tok = config.routing.num_experts_per_tok or config.num_experts_per_tok
         self.routing = None
-        if config.routing.remembers:
+        if not config.routing.is_published:
             self.routing = RememberedRouting(config.routing, config.num_local_experts, self.num_experts_per_tok)
 
     def get_name(self) -> str:
@@ -116,7 +116,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         self.rows = [o] if p == 1 else output_partition_sizes
         present = [self.parts[i] for i in self.present]
         if self.routing is not None:
-            self.first = self.routing.add(len(present))
+            self.first = self.routing.add([self.names[i] for i in self.present])
         k = max(self.r, *(part.rank_of_router for part in present if not part.router), 0)
 
         def register(name: str, shape: tuple[int, ...], loader: Callable, dtype=params_dtype, **attributes) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 
 from ...functional import select_experts
-from ...routing import RoutingPolicy, energy_shares, log_evidence
+from ...routing.policy import RoutingPolicy, block_numbers, energy_shares, log_evidence
 from .kv_sums import SumsCache
 
 
@@ -20,22 +20,32 @@ class RememberedRouting:
     """
 
     def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
-        if policy.scope == "sequence":
+        if policy.scope in ("sequence", "prompt"):
             raise NotImplementedError(
-                "routing: has scope 'sequence', where the last token of a prompt changes the choice of its first; vLLM "
-                "computes prompts in chunks and shares what is cached of a prefix, so expected scope 'causal' or "
+                f"routing: is {policy.scope!r}, where the last token of a prompt changes the choice of its first: "
+                "vLLM computes prompts in chunks and shares what is cached of a prefix, so expected scope 'causal' or "
                 "'token' in the checkpoint's quantization_config"
             )
+        for name in ("calibrated", "half_life", "restart_at"):
+            if getattr(policy, name):
+                raise NotImplementedError(
+                    f"{name}: is {getattr(policy, name)!r} in the checkpoint's routing, which vLLM does not carry yet; "
+                    "expected a policy without it"
+                )
         self.policy, self.n, self.m = policy, num_local_experts, num_experts_per_tok
-        self.routers = 0
+        self.names: list[str] = []  # of the routers' layers, in the order they are built
         self.due = 0  # the router that runs next
 
-    def add(self, routers: int) -> int:
-        """Makes room for the routers of one more layer -> the number of its first."""
-        if self.routers == 0:
+    @property
+    def routers(self) -> int:
+        return len(self.names)
+
+    def add(self, names: list[str]) -> int:
+        """Makes room for the routers of one more layer, each by its linear layer's name -> the number of the first."""
+        if not self.names:
             self._start(get_current_vllm_config())
-        self.routers += routers
-        return self.routers - routers
+        self.names += names
+        return self.routers - len(names)
 
     def _start(self, config: VllmConfig) -> None:
         model, parallel = config.model_config, config.parallel_config
@@ -73,7 +83,10 @@ class RememberedRouting:
     def count(self, first: int, routers: int) -> int:
         """How many of the routers from number `first` on compute scores; those after `lock_after` do not."""
         lock = self.policy.lock_after
-        return routers if lock is None else min(max(lock - first, 0), routers)
+        if lock is None:
+            return routers
+        blocks = block_numbers(self.names)
+        return sum(blocks[name] < lock for name in self.names[first : first + routers])
 
     def width(self) -> int:
         """Sums of one token: N for each router that scores."""

@@ -1,0 +1,12 @@
+"""Routing policies: experts chosen by the evidence of a whole sequence and of the layers below.
+
+In the published method each token at each layer chooses alone, from one noisy score. A `RoutingPolicy` pools the very
+same score over tokens and adds up its logarithm over layers; nothing is trained. `policy.py` has the equations,
+`control.py` puts a policy on a model, `state.py` follows one forward pass, `tokens.py` reads padding and packing,
+`cache.py` keeps what generation needs beside a KV cache.
+"""
+
+from .control import check_routing, get_routing, set_routing, watch_routing
+from .policy import RoutingPolicy
+
+__all__ = ["RoutingPolicy", "check_routing", "get_routing", "set_routing", "watch_routing"]

@@ -1,0 +1,165 @@
+"""What later forward passes over the same KV cache need of a routing policy, kept beside the cache."""
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .policy import Routing, running_sums
+from .tokens import Tokens, is_cache
+
+__all__ = ["Memory", "cache_in"]
+
+
+Key = tuple[int, int]  # a layer's number, and how often it has run in a pass before
+
+IDS: Key = (-1, 0)  # where token ids are kept
+PROMPT: Key = (-1, 1)  # where the choice of scope "prompt" is kept
+
+
+class Memory:
+    """What later passes over the same KV cache need: sums by position (causal), or the prompt's choice (sequence).
+
+    Positions are those of the cache, so a cropped cache finds the sums of what is left; batch rows follow the cache's.
+    """
+
+    def __init__(self, serial: int, capacity: int):
+        self.serial, self.capacity = serial, capacity
+        self.clear()
+
+    def clear(self) -> None:
+        self.choices: dict[Key, Routing] = {}
+        self.sums: dict[Key, Tensor] = {}  # [B, positions, N]; under IDS the tokens' ids [B, positions]
+        self.last: Key | None = None  # the layer that chose last
+        self.length = 0  # positions filled, where the cache counts on the host
+        self.established = False  # whether later passes build on this one's
+
+    @classmethod
+    def beside(cls, tokens: Tokens, serial: int, root_name: str) -> "Memory":
+        """The memory of the pass's KV cache; a new one where the cache is empty or yet to come.
+
+        Raises:
+            RuntimeError: the cache holds tokens that this policy has not seen.
+        """
+        memory, past = getattr(tokens.cache, "routing_memory", None), tokens.past
+        known = memory is not None and memory.serial == serial and bool(memory.choices or memory.sums)
+        if isinstance(past, int) and past == 0:
+            known = False
+        elif isinstance(past, int) and known:
+            known = bool(memory.choices) or memory.length >= past
+        if known:
+            memory.established = True
+            return memory
+        if int(past) != 0:
+            raise RuntimeError(
+                f"{tokens.cache_name}: holds {int(past)} tokens that {root_name} has not seen under its "
+                "present routing policy (or that were packed); expected an empty cache, or one filled since set_routing"
+            )
+        return cls(serial, _capacity(tokens.cache))
+
+    def attach(self, cache) -> None:
+        """Keep this beside `cache`, and follow what is done to its batch rows."""
+        if getattr(cache, "routing_memory", None) is None:
+            gone = [name for name in _FOLLOWERS if not callable(getattr(type(cache), name, None))]
+            if gone:
+                raise NotImplementedError(
+                    f"cache: {type(cache).__name__} has no method {gone[0]}, by which its rows would be followed; "
+                    "expected a Cache as transformers 5.18 to 5.24 have it"
+                )
+            for name, follow in _FOLLOWERS.items():
+                setattr(cache, name, types.MethodType(functools.partial(_then, name, follow), cache))
+        if getattr(cache, "routing_memory", None) is not self:
+            cache.routing_memory = self
+
+    def choice(self, key: Key, locked: bool) -> Routing:
+        """The prompt's choice at a layer; layers that were locked share the last one."""
+        found = self.choices.get(key, self.choices[self.last] if locked else None)
+        if found is None:
+            raise RuntimeError(
+                "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
+            )
+        return found
+
+    def extend(self, key: Key, shares: Tensor, factors: Tensor | None, past: int | Tensor) -> Tensor:
+        """Shares [B, S, N] of this pass's tokens -> their running sums from the first token on, which are kept."""
+        if key not in self.sums and self.established:
+            raise RuntimeError(
+                "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
+            )
+        before = None
+        if not isinstance(past, int):
+            known = self._buffer(key, shares, past)
+            before = torch.where(past > 0, known.index_select(1, (past.reshape(1) - 1).clamp_min(0))[:, 0], 0)
+        elif past > 0:
+            before = self._buffer(key, shares, past)[:, past - 1]
+        sums = running_sums(shares, factors, before)
+        self.write(key, sums, past)
+        return sums
+
+    def write(self, key: Key, values: Tensor, past: int | Tensor) -> None:
+        """Keep values [B, S, ...] of this pass's tokens at their positions in the cache."""
+        buffer, length = self._buffer(key, values, past), values.shape[1]
+        if isinstance(past, int):
+            buffer[:, past : past + length] = values
+            self.length = past + length
+        else:
+            buffer.index_copy_(1, torch.arange(length, device=values.device) + past, values)
+
+    def _buffer(self, key: Key, values: Tensor, past: int | Tensor) -> Tensor:
+        """What is kept under `key`, with room for `values` after `past` tokens."""
+        batch, length = values.shape[:2]
+        buffer = self.sums.get(key)
+        if buffer is None:
+            buffer = self.sums[key] = values.new_zeros(batch, max(self.capacity, length), *values.shape[2:])
+            if self.capacity > 0 and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(buffer)  # so that CUDA graphs may write to it
+        elif buffer.shape[0] != batch:
+            raise RuntimeError(f"cache: holds {buffer.shape[0]} sequences; expected {batch}, as in the input")
+        elif isinstance(past, int) and past + length > buffer.shape[1]:
+            more = max(past + length, 2 * buffer.shape[1]) - buffer.shape[1]
+            buffer = torch.cat([buffer, buffer.new_zeros(batch, more, *buffer.shape[2:])], dim=1)
+            self.sums[key] = buffer
+        return buffer
+
+    def history(self, ids: Tensor, count: int, past: int | Tensor) -> Tensor:
+        """The `count` token ids before this pass, [B, count], -1 where there are none; keeps ids [B, S] of the pass."""
+        buffer = self._buffer(IDS, ids, past)
+        positions = torch.arange(-count, 0, device=ids.device) + past
+        history = torch.where(positions >= 0, buffer.index_select(1, positions.clamp_min(0)), -1)
+        self.write(IDS, ids, past)
+        return history
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to the batch dimension of all that is kept."""
+        self.choices = {key: (change(w), change(i)) for key, (w, i) in self.choices.items()}
+        self.sums = {key: change(sums) for key, sums in self.sums.items()}
+
+
+def _then(name: str, follow, cache, *args, **kwargs):
+    """A cache's method, after which its routing memory follows."""
+    getattr(type(cache), name)(cache, *args, **kwargs)
+    follow(cache.routing_memory, *args, **kwargs)
+
+
+_FOLLOWERS = {
+    "reorder_cache": lambda memory, beam_idx: memory.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device))),
+    "batch_repeat_interleave": lambda memory, repeats: memory.map_rows(lambda t: t.repeat_interleave(repeats, dim=0)),
+    "batch_select_indices": lambda memory, indices: memory.map_rows(lambda t: t[indices]),
+    "reset": lambda memory: memory.clear(),
+}
+
+
+def _capacity(cache) -> int:
+    """The most tokens a cache can hold; -1 where it grows."""
+    for name in ("get_max_length", "get_max_cache_shape"):  # the name has changed between releases
+        if hasattr(cache, name):
+            return getattr(cache, name)() or -1
+    return -1
+
+
+def cache_in(output):
+    """The KV cache a root has made and returned, if any."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+    return next((value for value in values if is_cache(value)), None)

@@ -1,0 +1,186 @@
+"""Putting a routing policy on a model, reading it back, and watching what it chooses."""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import route
+from ..nn import SmileLinear, smile_layers
+from .policy import RoutingPolicy
+from .state import LayerPolicy, RootRouting
+from .tokens import Tokens
+
+__all__ = ["check_routing", "get_routing", "set_routing", "watch_routing"]
+
+
+def check_routing(model: nn.Module, policy: RoutingPolicy, layers: Mapping[str, int] | None = None) -> None:
+    """Raises what `set_routing` would raise, and changes nothing.
+
+    Args:
+        model: the model.
+        policy: the policy.
+        layers: names of the layers of `model` that are to become SMILE layers, with their number of experts; by default
+            those that are SMILE layers.
+
+    Raises:
+        ValueError: as `set_routing`.
+    """
+    found = smile_layers(model) if layers is None else {}
+    layers = {name: layer.num_local_experts for name, layer in found.items()} if layers is None else layers
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
+    m = policy.num_experts_per_tok
+    for name, experts in layers.items():
+        if m is not None and m > experts:
+            raise ValueError(f"num_experts_per_tok: is {m}; expected at most {experts}, as {name} has")
+    if policy.calibrated:
+        bare = [name for name in layers if name in found and found[name].router_prior is None]
+        if bare:
+            raise ValueError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
+    if policy.is_published:
+        return
+    parts = _parts(model, layers)
+    held = {name for part in parts.values() for name in part}
+    outside = [name for name in layers if name not in held]
+    if outside:
+        names = ", ".join(type(model.get_submodule(root)).__name__ for root in parts)
+        raise ValueError(
+            f"model: {outside[0]} belongs to none of its parts ({names}), each of which routes its own tokens; "
+            "expected SMILE layers inside the parts alone, or set_routing on one part"
+        )
+    for root, part in parts.items():
+        counts = {layers[name] for name in part}
+        if len(counts) > 1:
+            raise ValueError(
+                f"model: the SMILE layers of {type(model.get_submodule(root)).__name__} have {sorted(counts)} experts; "
+                "expected one number, since they share their evidence"
+            )
+
+
+def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
+    """Make every SMILE layer of `model` choose its experts by `policy`, from the next forward pass on.
+
+    The layers that share evidence are those of one root: `model`, or the transformers models inside it where these hold
+    all the layers (the language model of a wrapper, the two towers of CLIP, encoder and decoder of T5: two roots).
+    Padding is read from the root's `attention_mask` ([B, past + S] or [B, 1, S, keys]), packed sequences from
+    `cu_seq_lens_q`, or from `position_ids` [B, S] when there is neither mask nor cache.
+
+    Forward passes of other threads that are under way follow the policy they began with.
+
+    Raises:
+        ValueError: no SMILE layers; num_experts_per_tok above a layer's number of experts; a calibrated policy and a
+            layer without `router_prior`; layers that would share evidence but differ in their number of experts, or
+            that belong to no single root. Nothing is changed then.
+    """
+    check_routing(model, policy)
+    layers = smile_layers(model)
+    for layer in layers.values():
+        layer.set_num_experts_per_tok(policy.num_experts_per_tok)
+    for root, names in _parts(model, layers).items():
+        members = [(name, layers[name]) for name in names]
+        module = model.get_submodule(root)
+        held = {_root_routing(layer) for _, layer in members}
+        same = held.pop() if len(held) == 1 else None
+        if same is not None and same.is_on(module, len(members)) and (same.under_way or not policy.is_published):
+            same.follow(policy)
+            continue
+        for _, layer in members:
+            if (attached := _root_routing(layer)) is not None:
+                attached.release(layer)
+        if not policy.is_published:
+            inside = [(name.removeprefix(root).removeprefix("."), layer) for name, layer in members]
+            RootRouting(policy, module, inside)
+
+
+def _root_routing(layer: SmileLinear) -> RootRouting | None:
+    return layer.router_policy.root if isinstance(layer.router_policy, LayerPolicy) else None
+
+
+def get_routing(model: nn.Module) -> RoutingPolicy:
+    """The policy the SMILE layers of `model` follow.
+
+    Raises:
+        ValueError: its parts follow different policies.
+    """
+    attached = (_root_routing(layer) for layer in smile_layers(model).values())
+    found = {RoutingPolicy() if root is None else root.policy for root in attached}
+    if len(found) > 1:
+        raise ValueError(f"model: its SMILE layers follow {len(found)} routing policies; expected one")
+    return found.pop() if found else RoutingPolicy()
+
+
+@contextmanager
+def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Counts the tokens that each expert gets while it is open: {SMILE layer's name: [N] int64 on the CPU}.
+
+    A token counts for its first choice, padding not at all, under any policy; `routing=` that a layer is given is its
+    choice, calls with `routing_weights=` do not count, nor does the first reading of scope "prompt". Outputs do not
+    change. Recomputed layers count twice.
+
+        with watch_routing(model) as counts:
+            model(**batch)
+        share = {name: count / count.sum() for name, count in counts.items()}
+    """
+    layers = smile_layers(model)
+    counts = {name: torch.zeros(layer.num_local_experts, dtype=torch.int64) for name, layer in layers.items()}
+    tokens: Tokens | None = None
+
+    def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal tokens
+        names = inspect.signature(root.forward).parameters
+        tokens = Tokens(dict(zip(names, args)) | kwargs, RoutingPolicy(), type(root).__name__)
+
+    def count(name: str, layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if kwargs.get("routing_weights") is not None:
+            return None
+        routing = kwargs.get("routing")
+        if routing is None and layer.router_policy is not None:
+            routing = layer.router_policy(layer, args[0])
+        if routing is None:
+            rows = layer.vh if layer.router is None else layer.router
+            m, g = layer.num_experts_per_tok, layer.rank_of_router
+            routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
+        first = routing[1][..., 0]
+        if tokens is not None and tokens.real is not None and tokens.real.shape == first.shape:
+            first = first[tokens.real.to(first.device)]
+        if first.numel() and routing[0].any():  # all experts are off while the base reads a prompt
+            counts[name] += first.flatten().bincount(minlength=layer.num_local_experts).cpu()
+        return args, {**kwargs, "routing": routing}
+
+    handles = [
+        model.get_submodule(root).register_forward_pre_hook(enter, with_kwargs=True) for root in _parts(model, layers)
+    ]
+    for name, layer in layers.items():
+        hook = functools.partial(count, name)
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parts(model: nn.Module, names: Mapping[str, object], within: str = "") -> dict[str, list[str]]:
+    """The innermost modules that run over one set of tokens and hold layers `names`: their names -> their layers'."""
+    inside = [name for name in names if _holds(within, name)]
+    parts: list[str] = []
+    for name, module in model.get_submodule(within).named_modules(prefix=within):
+        nested = any(_holds(part, name) for part in parts)
+        if name != within and not nested and _is_transformers_model(module) and any(_holds(name, n) for n in names):
+            parts.append(name)
+    outside = any(not any(_holds(part, name) for part in parts) for name in inside)
+    if not parts or (outside and len(parts) == 1):
+        return {within: inside}
+    return {root: held for part in parts for root, held in _parts(model, names, part).items()}
+
+
+def _holds(module: str, name: str) -> bool:
+    return not module or name.startswith(module + ".")
+
+
+def _is_transformers_model(module: nn.Module) -> bool:
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)

@@ -1,0 +1,193 @@
+"""What a routing policy is: its fields, and the evidence it adds up.
+
+With E_i(t, l) = ||V_i,l[:, :g]^T x_t||^2 for token t, expert i and SMILE layers l = 0, 1, ... in running order:
+
+    p_i(t, l) = E_i / sum_j E_j
+    S_i(t, l) = sum of p_i over the tokens t may listen to       (scope "token": t; "sequence": all; "causal": up to t)
+              = gamma S_i(t - 1, l) + p_i(t, l)                  (causal with half_life: gamma = 2^(-1 / half_life))
+    P_i = S_i / sum_j S_j
+    L_i(t, l) = log P_i(t, l) - log Pbar_i(l) (where calibrated)  + L_i(t, l - 1) (where the policy accumulates)
+    experts(t, l) = the m largest L_i(t, l), ties to the lower index, weighted by their softmax
+
+log Pbar_i(l) is the layer's `router_prior`, the logarithm of the mean share of expert i on inputs of no task, read by
+the base model (`calibrate`). Padding tokens are ignored. A token whose scores are all 0 has no vote. An expert without
+any evidence at a layer (its router rows are 0: it did not change that layer) is assigned the mean log-evidence of the
+others there where the policy accumulates, and comes last where it does not. The choice is a constant to autograd:
+gradients reach the experts through it, not the router.
+
+Scope "prompt" reads the prompt twice: once by the base model, all experts off, which adds up L over all its layers at
+the last token (causal sums, with half_life and restart_at), then with the experts so chosen, which serve every layer
+and every token that follows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Routing", "RoutingPolicy", "block_numbers", "energy_shares", "log_evidence", "running_sums"]
+
+Routing = tuple[Tensor, Tensor]  # (weights [..., m], ids [..., m] int32)
+
+SCOPES = ("token", "sequence", "causal", "prompt")
+
+
+@dataclass(frozen=True)
+class RoutingPolicy:
+    """How the SMILE layers of a model choose their experts (the equations are at the top of this module).
+
+    Args:
+        scope: whose scores count for a token: "token" its own; "sequence" those of its whole sequence (in generation
+            the prompt votes and its choice holds for the tokens that follow); "causal" those up to itself; "prompt"
+            those of the whole prompt in a first reading by the base model, over all layers.
+        accumulate: add up the evidence of the layers below; always so with scope "prompt".
+        lock_after: reuse the choice made after the model's first `lock_after` blocks in all later ones, which compute
+            no scores. None: every layer chooses.
+        num_experts_per_tok: m; None leaves each layer's own.
+        calibrated: subtract each layer's `router_prior`; `calibrate` must have set it.
+        half_life: in tokens: a token's share counts half after so many more. With scope "causal" or "prompt". None:
+            nothing is forgotten.
+        restart_at: token ids; the sums start anew where these stand one after another, at the last of them. With scope
+            "causal" or "prompt".
+
+    The default is the published routing: softmax over the token's own scores, inside the layer's kernel.
+
+    Raises:
+        ValueError: a value out of range, or a field that does nothing under the others; the message names the field.
+    """
+
+    scope: str = "token"
+    accumulate: bool = False
+    lock_after: int | None = None
+    num_experts_per_tok: int | None = None
+    calibrated: bool = False
+    half_life: float | None = None
+    restart_at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope: is {self.scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
+        for name in ("accumulate", "calibrated"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: is {getattr(self, name)!r}; expected True or False")
+        for name in ("lock_after", "num_experts_per_tok"):
+            value = getattr(self, name)
+            if value is not None and not _is_integer(value, 1):
+                raise ValueError(f"{name}: is {value!r}; expected None or an integer, 1 or more")
+        if self.half_life is not None:
+            number = isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool)
+            if not number or not isfinite(self.half_life) or self.half_life <= 0:
+                raise ValueError(f"half_life: is {self.half_life!r}; expected None or a number of tokens above 0")
+        if self.restart_at is not None:
+            if isinstance(self.restart_at, (list, tuple)):  # JSON has lists only
+                object.__setattr__(self, "restart_at", tuple(self.restart_at))
+            if not self.restart_at or not all(_is_integer(i, 0) for i in self.restart_at):
+                raise ValueError(f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more")
+        if self.scope == "prompt":
+            object.__setattr__(self, "accumulate", True)
+        alone = self.scope == "token" and not self.accumulate
+        if self.lock_after is not None and (alone or self.scope == "prompt"):
+            why = "each layer chooses alone" if alone else "every layer follows the prompt's choice"
+            raise ValueError(
+                f"lock_after: is {self.lock_after} with scope {self.scope!r}{' and no accumulation' * alone}; expected "
+                f"None, since there {why}"
+            )
+        for name in ("half_life", "restart_at"):
+            if getattr(self, name) is not None and self.scope not in ("causal", "prompt"):
+                raise ValueError(
+                    f"{name}: is {getattr(self, name)!r} with scope {self.scope!r}; expected None, since only the sums "
+                    "of scope 'causal' and 'prompt' run from token to token"
+                )
+
+    @property
+    def is_published(self) -> bool:
+        """Whether each layer routes by itself, by the published rule."""
+        return self.scope == "token" and not self.accumulate and not self.calibrated
+
+    def to_dict(self) -> dict:
+        """The fields by name, as a checkpoint's config stores them under "routing"."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RoutingPolicy":
+        """The inverse of `to_dict`; absent fields take their defaults, unknown ones raise ValueError."""
+        if not isinstance(values, dict):
+            raise ValueError(f"routing: is {values!r}; expected a mapping of {[f.name for f in fields(cls)]}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"routing: has unknown keys {unknown}; expected some of {[f.name for f in fields(cls)]}")
+        return cls(**values)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def block_numbers(names: Iterable[str]) -> dict[str, int]:
+    """The block of each layer, by the layers' names in the model's order: "model.layers.3.mlp.up_proj" is in block 3.
+
+    The first number in a name is its block's; blocks are renumbered 0, 1, ... in their order. A layer outside of every
+    block belongs to the one before it. Where no name has a number, each layer is a block.
+    """
+    names = list(names)
+    keys: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        keys.append(".".join(parts[: first + 1]) if first is not None else keys[-1] if keys else "")
+    if not any(keys):
+        return {name: number for number, name in enumerate(names)}
+    first_block = next(key for key in keys if key)
+    order = {key: number for number, key in enumerate(dict.fromkeys(key or first_block for key in keys))}
+    return {name: order[key or first_block] for name, key in zip(names, keys)}
+
+
+def energy_shares(scores: Tensor) -> Tensor:
+    """p_i = score_i^2 / sum_j score_j^2 over the last dimension; all 0 where the scores are. NaN counts as 0."""
+    scores = scores.nan_to_num(nan=0.0)
+    ratio = scores / scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    energy = ratio.square()
+    # A share that vanishes in rounding is still evidence; only a score of 0 is none.
+    share = (energy / energy.sum(-1, keepdim=True).clamp_min(1)).clamp_min(_LEAST)
+    return torch.where(scores > 0, share, 0)
+
+
+_LEAST = 1e-30
+
+
+def log_evidence(sums: Tensor, accumulate: bool, prior: Tensor | None = None) -> Tensor:
+    """log P - log Pbar up to a constant, [..., N]: finite, with the stand-in for experts without evidence here."""
+    logs = sums.clamp_min(_LEAST).log()
+    if prior is not None:
+        logs = logs - prior
+    if accumulate:
+        present = sums > 0
+        mean = torch.where(present, logs, 0).sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp_min(1)
+        logs = torch.where(present, logs, mean)
+    return logs
+
+
+def running_sums(shares: Tensor, factors: Tensor | None, before: Tensor | None = None) -> Tensor:
+    """S_t = factors_t S_{t-1} + shares_t along dimension 1, from S_{-1} = before.
+
+    Args:
+        shares: [B, S, N].
+        factors: [B or 1, S], 0 to 1: how much of the sum before each token is left; None: all of it.
+        before: [B, N]; None: 0.
+    """
+    if factors is None:
+        sums = shares.cumsum(1)
+        return sums if before is None else sums + before[:, None]
+    factors = factors[..., None].to(shares.dtype)
+    if before is not None:
+        first = shares[:, :1] + factors[:, :1] * before[:, None]
+        shares = first if shares.shape[1] == 1 else torch.cat([first, shares[:, 1:]], dim=1)
+    step, length = 1, shares.shape[1]
+    while step < length:  # each token takes in the sum of as many before it as are in its own
+        shares = shares + factors * F.pad(shares[:, :-step], (0, 0, step, 0))
+        factors = factors * F.pad(factors[:, :-step], (0, 0, step, 0))
+        step *= 2
+    return shares

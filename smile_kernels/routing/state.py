@@ -1,0 +1,352 @@
+"""A policy at work on one root module: the state of each of its forward passes, and what its layers are told."""
+
+import copy
+import inspect
+import itertools
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import router_scores, select_experts
+from ..nn import SmileLinear
+from .cache import PROMPT, Key, Memory, cache_in
+from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, running_sums
+from .tokens import Tokens
+
+__all__ = ["LayerPolicy", "RootRouting"]
+
+
+class LayerPolicy:
+    """What a SMILE layer asks (`layer.router_policy`): the policy of its root, as layer number `index` there."""
+
+    def __init__(self, root: "RootRouting", index: int):
+        self.root, self.index = root, index
+
+    def __call__(self, layer: SmileLinear, x: Tensor) -> Routing | None:
+        """(weights, ids) [..., m] for x [..., D]; None: the layer routes by itself."""
+        root = self.root
+        state = getattr(root.current, "state", None)
+        with torch.no_grad():
+            if state is not None:
+                return state.choose(self.index, layer, x)
+            state = root.passed()
+            return None if state is None else state.replay(self.index, x)
+
+
+class RootRouting:
+    """A policy at work on one root module: opens a state for each of its forward passes.
+
+    `policy` may be replaced at any time: a pass follows the one it began with. Each has a serial number, by which a
+    KV cache knows whose sums it holds.
+    """
+
+    _serials = itertools.count()
+
+    def __init__(self, policy: RoutingPolicy, root: nn.Module, layers: Sequence[tuple[str, SmileLinear]]):
+        self.plan = policy, next(self._serials)
+        self.root_name = type(root).__name__
+        self.users = len(layers)
+        blocks = block_numbers(name for name, _ in layers)
+        self.blocks = [blocks[name] for name, _ in layers]
+        self.argument_names = tuple(inspect.signature(root.forward).parameters)
+        self.takes_cache = any("cache" in name or "past" in name for name in self.argument_names)
+        self.handles = (
+            root.register_forward_pre_hook(self._open, with_kwargs=True),
+            root.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+        )
+        self._forget()
+        for index, (_, layer) in enumerate(layers):
+            layer.router_policy = LayerPolicy(self, index)
+
+    def _forget(self) -> None:
+        self.current = threading.local()  # .state: the forward pass this thread is in
+        self.under_way: set[ForwardPass] = set()
+        self.live: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # passes whose graphs exist
+        self.replayed: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()  # by backward pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of the model start with no pass under way.
+        return {k: v for k, v in self.__dict__.items() if k not in ("current", "under_way", "live", "replayed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        return self.plan[0]
+
+    def is_on(self, root: nn.Module, layers: int) -> bool:
+        """Whether this is at work on `root` itself, and on as many layers."""
+        return self.users == layers and self.handles[0].id in root._forward_pre_hooks
+
+    def follow(self, policy: RoutingPolicy) -> None:
+        """Passes that begin from now on follow `policy`."""
+        self.plan = policy, next(self._serials)
+
+    def release(self, layer: SmileLinear) -> None:
+        """Detaches `layer`; the last one removes the hooks."""
+        layer.router_policy = None
+        self.users -= 1
+        if self.users == 0:
+            for handle in self.handles:
+                handle.remove()
+
+    def _open(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = dict(zip(self.argument_names, args)) | kwargs
+        self.current.seen = True
+        state = self.current.state = ForwardPass(self, arguments)
+        if not torch.compiler.is_compiling():
+            self.under_way.add(state)
+        if state.policy.scope == "prompt" and not state.held:
+            state.vote(root, args, kwargs)
+
+    def _close(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        state, self.current.state = getattr(self.current, "state", None), None
+        if not torch.compiler.is_compiling():
+            self.under_way.discard(state)
+        if state is None or output is None:  # the pass has failed
+            return
+        state.keep(output)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._expect_recomputation(state, output)
+
+    def _expect_recomputation(self, state: "ForwardPass", output: Any) -> None:
+        """Gradient checkpointing calls layers again in the backward pass, after their forward pass has ended.
+
+        The hooks on the root's outputs keep its state as long as the graph lives, and tell which pass a backward pass
+        has reached: autograd finishes a later forward pass before it enters an earlier one.
+        """
+
+        def reached(_: Tensor, state: ForwardPass = state) -> None:
+            task = _backward_pass()
+            other = self.replayed.get(task)
+            if other not in (None, state) and len(state.devices) > 1:
+                raise RuntimeError(
+                    f"routing: one backward pass runs through two forward passes of {self.root_name}, which spans "
+                    "several devices; expected one forward pass, so that recomputed layers find their routing"
+                )
+            self.replayed[task] = state
+
+        if not hasattr(torch._C, "_current_graph_task_id"):
+            return
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.register_hook(reached)
+                self.live.add(state)
+
+    def passed(self) -> "ForwardPass | None":
+        """The forward pass that a layer called outside of one is recomputed for.
+
+        None: the root is running, and began before it had a policy: its layers route by themselves to the end.
+        """
+        task = _backward_pass()
+        if task == -1:
+            if self._is_running():
+                return None
+            raise RuntimeError(
+                f"routing: a SMILE layer was called outside of a forward pass of {self.root_name}, whose policy "
+                f"{self.policy} needs the whole pass; call the {self.root_name}, or set_routing on the part you call"
+            )
+        state = self.replayed.get(task)
+        if state is None and len(self.live) == 1:
+            (state,) = self.live
+        if state is None:
+            raise RuntimeError(
+                f"routing: a SMILE layer is recomputed for one of {len(self.live)} forward passes of {self.root_name}, "
+                "and it cannot be told which; call backward before the next forward pass"
+            )
+        return state
+
+    def _is_running(self) -> bool:
+        """Whether this thread is inside a call of the root that began before these hooks were there."""
+        frame: types.FrameType | None = None if getattr(self.current, "seen", False) else sys._getframe()
+        while frame is not None:
+            root = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+            if isinstance(root, nn.Module) and self.handles[0].id in root._forward_pre_hooks:
+                return True
+            frame = frame.f_back
+        return False
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass this thread is in, -1 outside of one.
+
+    Raises:
+        NotImplementedError: this PyTorch does not tell.
+    """
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    if current is None:
+        raise NotImplementedError(
+            f"routing: a SMILE layer was called outside of a forward pass, and PyTorch {torch.__version__} does not "
+            "tell which backward pass it is recomputed for; expected 2.10 to 2.13, or no gradient checkpointing"
+        )
+    return current()
+
+
+class ForwardPass:
+    """The state of one forward pass: evidence so far, the last choice, and what a KV cache remembers."""
+
+    def __init__(self, root: RootRouting, arguments: dict[str, Any]):
+        self.policy, serial = root.plan
+        self.root_name, self.blocks = root.root_name, root.blocks
+        self.tokens = Tokens(arguments, self.policy, self.root_name)
+        self.memory: Memory | None = None
+        caches = root.takes_cache or self.tokens.cache is not None
+        if self.policy.scope != "token" and self.tokens.starts is None and caches:
+            self.memory = Memory.beside(self.tokens, serial, self.root_name)
+        self.held = self.memory is not None and bool(self.memory.choices)  # the prompt has voted in an earlier pass
+        self.calls: dict[int, int] = {}  # layer -> how often it has run
+        self.voting = False  # whether the base reads the prompt
+        self.evidence: Tensor | None = None  # L, [B, N] or [B, S, N]
+        self.choice: Routing | None = None  # of the last scored layer, [B, m] or [B, S, m]
+        self.choices: dict[int, Routing] = {}
+        self.devices: set[torch.device] = set()
+        if self.policy.scope in ("causal", "prompt") and not self.held:
+            history = None
+            if self.policy.restart_at is not None and self.memory is not None:
+                count = len(self.policy.restart_at) - 1
+                history = self.memory.history(self.tokens.ids, count, self.tokens.past)
+            self.tokens.find_factors(history)
+
+    def choose(self, index: int, layer: SmileLinear, x: Tensor) -> Routing | None:
+        """(weights, ids) [..., m] for the input x [..., D] of layer `index`, which runs now."""
+        policy = self.policy
+        if policy.is_published:
+            return None
+        key = (index, self.calls.get(index, 0))
+        self.calls[index] = key[1] + 1
+        if self.voting:
+            return self._vote(layer, x)
+        block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
+        if policy.scope == "prompt":
+            assert self.choice is not None
+        elif self.held:
+            assert self.memory is not None
+            self.choice = self.memory.choice(key, locked=policy.lock_after is not None)
+        elif policy.lock_after is None or block < policy.lock_after:
+            self.choice = self._score(key, layer, x)
+            if self.memory is not None and policy.scope == "sequence":
+                self.memory.choices[key], self.memory.last = self.choice, key
+        self.choices[index] = self.choice
+        self.devices.add(x.device)
+        return self._spread(self.choice, x)
+
+    def vote(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The base reads the prompt, all experts off, and the evidence of all its layers chooses for the answer."""
+        if self.tokens.starts is not None:
+            raise NotImplementedError(
+                "routing: sequences that are packed in a row have no prompt of their own; expected scope 'sequence' or "
+                "'causal'"
+            )
+        if self.tokens.cache is not None:  # a copy of the cache, which is empty, is filled and thrown away
+            again = copy.deepcopy(self.tokens.cache)
+            args = tuple(again if value is self.tokens.cache else value for value in args)
+            kwargs = {name: again if value is self.tokens.cache else value for name, value in kwargs.items()}
+        self.voting = True
+        with torch.no_grad():
+            root.forward(*args, **kwargs)
+        self.voting = False
+        if self.evidence is None:
+            raise RuntimeError(f"routing: no SMILE layer of {self.root_name} has run on the prompt; expected some")
+        self.calls = {}
+        self.choice = select_experts(self.evidence, self.m)
+        if self.memory is not None:
+            self.memory.choices[PROMPT], self.memory.last = self.choice, PROMPT
+
+    def _vote(self, layer: SmileLinear, x: Tensor) -> Routing:
+        shares = self._shares(layer, x)
+        votes = self.tokens.last_votes().to(shares.device, shares.dtype)
+        self._add(layer, (shares * votes[..., None]).sum(1), x)
+        self.m = self.policy.num_experts_per_tok or layer.num_experts_per_tok
+        off = torch.zeros((*x.shape[:-1], 1), dtype=shares.dtype, device=x.device)
+        return off, off.int()
+
+    def replay(self, index: int, x: Tensor) -> Routing:
+        """The choice of layer `index` once more, for a recomputation of its forward pass."""
+        if self.calls.get(index) != 1:
+            raise RuntimeError(
+                f"routing: a layer that ran {self.calls.get(index, 0)} times in a forward pass of {self.root_name} is "
+                "recomputed in the backward pass; expected one run, else its routing cannot be told"
+            )
+        return self._spread(self.choices[index], x)
+
+    def keep(self, output: Any) -> None:
+        """Leave what later passes need beside the KV cache they will come with."""
+        if self.memory is not None:
+            cache = self.tokens.cache if self.tokens.cache is not None else cache_in(output)
+            if cache is not None:
+                self.memory.attach(cache)
+
+    def _score(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
+        logs = self._add(layer, self._pool(key, self._shares(layer, x)), x)
+        return select_experts(logs, self.policy.num_experts_per_tok or layer.num_experts_per_tok)
+
+    def _shares(self, layer: SmileLinear, x: Tensor) -> Tensor:
+        """p [B, S, N] of the layer's input x [..., D], 0 on padding."""
+        rows = layer.vh if layer.router is None else layer.router
+        # Autocast leaves some inputs in another dtype than the parameters: the router works in the latter.
+        scores = router_scores(x.detach().to(rows.dtype), rows, rank_of_router=layer.rank_of_router)
+        shares = energy_shares(scores).view(*self.tokens.shape(x), layer.num_local_experts)
+        real = self.tokens.real_of(x)
+        return shares if real is None else torch.where(real[..., None].to(shares.device), shares, 0)
+
+    def _add(self, layer: SmileLinear, sums: Tensor, x: Tensor) -> Tensor:
+        """Sums [..., N] of the layer -> the evidence L with those of the layers below, which is kept."""
+        prior = layer.router_prior if self.policy.calibrated else None
+        logs = log_evidence(sums, self.policy.accumulate, prior)
+        if self.policy.accumulate and self.evidence is not None:
+            if self.evidence.shape != logs.shape:
+                raise RuntimeError(
+                    f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)} after layers with evidence "
+                    f"{list(self.evidence.shape)}; expected the same tokens at every layer"
+                )
+            logs = logs + self.evidence.to(logs.device)
+            logs = logs - logs.amax(-1, keepdim=True)  # the softmax does not see it; sums over many layers stay exact
+        self.evidence = logs
+        return logs
+
+    def _pool(self, key: Key, shares: Tensor) -> Tensor:
+        """S of shares [B, S, N] over each token's scope: [B, N] for whole sequences, else [B, S, N].
+
+        Sums serve for means: their quotient is the same for all experts.
+        """
+        tokens, scope = self.tokens, self.policy.scope
+        if scope == "token":
+            return shares
+        if scope == "sequence" and tokens.starts is None:
+            return shares.sum(1)
+        if tokens.starts is not None and tokens.factors is None and shares.shape[1] == tokens.length:
+            # Differences of prefix sums, in float64: they must not lose a short sequence behind long ones.
+            starts, ends = tokens.starts.to(shares.device), tokens.ends.to(shares.device)
+            prefix = F.pad(shares.double().cumsum(1), (0, 0, 1, 0))
+            to = ends + 1 if scope == "sequence" else torch.arange(1, tokens.length + 1, device=starts.device)[None]
+            from_, to = (t.expand(len(shares), -1)[..., None].expand_as(shares) for t in (starts, to))
+            return (prefix.gather(1, to) - prefix.gather(1, from_)).to(shares.dtype)
+        factors = None if tokens.factors is None else tokens.factors.to(shares.device)
+        if self.memory is None:
+            return running_sums(shares, factors)
+        return self.memory.extend(key, shares, factors, tokens.past)
+
+    def _spread(self, choice: Routing, x: Tensor) -> Routing:
+        """One choice a sequence, or a token, as one for each row of x."""
+        length = self.tokens.shape(x)[1]
+
+        def spread(t: Tensor) -> Tensor:
+            if t.dim() == 2:
+                t = t[:, None].expand(-1, length, -1)
+            elif t.shape[1] != length:
+                raise RuntimeError(
+                    f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)} where each of "
+                    f"{t.shape[1]} tokens has its own choice; expected as many tokens"
+                )
+            return t.reshape(*x.shape[:-1], t.shape[-1]).to(x.device)
+
+        return spread(choice[0]), spread(choice[1])

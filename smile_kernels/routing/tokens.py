@@ -1,0 +1,222 @@
+"""Which rows of a layer's input are tokens of which sequence: padding, packing, KV caches and restarts."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .policy import RoutingPolicy
+
+__all__ = ["Tokens", "is_cache"]
+
+
+class Tokens:
+    """Which rows of a layer's input are tokens of which sequence, as far as the root's arguments tell.
+
+    batch B and length S (None: not known, every row counts); real [B, S] bool (None: all are); starts and ends
+    [1 or B, S], each token's first and last neighbour where sequences are packed; past, the tokens in the KV cache;
+    ids [B, S] where the root is given them.
+    """
+
+    def __init__(self, arguments: dict, policy: RoutingPolicy, root_name: str):
+        self.policy, self.root_name = policy, root_name
+        scope = policy.scope
+        self.cache, self.cache_name = _cache_argument(arguments, root_name)
+        self.past = 0 if self.cache is None else self.cache.get_seq_length()
+        if isinstance(self.past, Tensor):
+            self.past = self.past.clone()  # static caches count in place
+
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, dict):  # one for each kind of attention layer
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        self.batch, self.length = None, None
+        for name in ("input_ids", "inputs_embeds"):
+            if arguments.get(name) is not None:
+                self.batch, self.length = arguments[name].shape[:2]
+        if self.batch is None:
+            given = next(
+                (v for k, v in arguments.items() if isinstance(v, Tensor) and v.dim() and k not in _ASIDE), mask
+            )
+            self.batch = None if given is None else given.shape[0]
+        if self.length is None and mask is not None and isinstance(self.past, int):
+            self.length = mask.shape[-1] - self.past if mask.dim() == 2 else mask.shape[-2]
+        self.real = None if mask is None else _real(mask, self.past, self.length)
+
+        self.encoder_states = arguments.get("encoder_hidden_states")
+        self.encoder_real = arguments.get("encoder_attention_mask")
+        if self.encoder_states is not None:
+            if scope in ("causal", "prompt"):
+                raise NotImplementedError(
+                    f"routing: {root_name} attends to encoder_hidden_states, which have no causal order; expected "
+                    "scope 'sequence' or 'token' for a decoder with cross-attention"
+                )
+            if self.encoder_real is not None:
+                self.encoder_real = _real(self.encoder_real, 0, self.encoder_states.shape[1])
+
+        # Reading a mask on the host is free on a CPU; under compilation and on a GPU the general form serves.
+        on_host = self.real is not None and self.real.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and bool(self.real.all()):
+            self.real = None
+
+        self.ids = arguments.get("input_ids")
+        if policy.restart_at is not None and self.ids is None:
+            raise NotImplementedError(
+                f"restart_at: {root_name} is called without input_ids, in which the tokens {list(policy.restart_at)} "
+                "would be found; expected input_ids, or a policy without restart_at"
+            )
+        self.factors: Tensor | None = None  # [B or 1, S], how much of the sum before each token is left; None: all
+        self.starts: Tensor | None = None
+        self.ends: Tensor | None = None
+        if arguments.get("cu_seq_lens_q") is not None:
+            self._pack(_boundaries_from_lengths(arguments["cu_seq_lens_q"], self.length))
+        elif mask is None and self.cache is None and arguments.get("position_ids") is not None:
+            self._pack(_boundaries_from_positions(arguments["position_ids"]))
+
+    def _pack(self, first: Tensor) -> None:
+        """first [1 or B, S] bool: the tokens that begin a sequence."""
+        if self.length != first.shape[1]:
+            raise ValueError(f"position_ids: has {first.shape[1]} tokens; expected {self.length}")
+        if not torch.compiler.is_compiling() and not bool(first[:, 1:].any()):
+            return
+        at = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        last = F.pad(first[:, 1:], (0, 1), value=True)
+        self.starts = torch.where(first, at, 0).cummax(1).values
+        self.ends = torch.where(last, at, first.shape[1]).flip(1).cummin(1).values.flip(1)
+
+    def find_factors(self, history: Tensor | None) -> None:
+        """Sets `factors`; history [B, k - 1], the ids before this pass (-1: none), where restart_at has k ids."""
+        half_life, pattern = self.policy.half_life, self.policy.restart_at
+        if half_life is None and pattern is None:
+            return
+        device = self.ids.device if self.ids is not None else None if self.real is None else self.real.device
+        factors = torch.full((1, self.length), 1.0 if half_life is None else 2.0 ** (-1 / half_life), device=device)
+        if pattern is not None:
+            ids = self.ids if history is None else torch.cat([history.to(self.ids), self.ids], dim=1)
+            width = len(pattern)
+            ids = F.pad(ids, (width - 1 - (ids.shape[1] - self.length), 0), value=-1)
+            found = (ids.unfold(1, width, 1) == ids.new_tensor(pattern)).all(-1)
+            factors = torch.where(found, 0.0, factors)
+        if self.starts is not None:
+            at = torch.arange(self.length, device=self.starts.device)
+            factors = torch.where(self.starts == at, 0.0, factors.to(at.device))
+        self.factors = factors if self.real is None else torch.where(self.real, factors.to(self.real.device), 1.0)
+
+    def last_votes(self) -> Tensor:
+        """[B or 1, S] float: how much each token counts in the causal sum at the last one; padding counts 0."""
+        if self.factors is None:
+            votes = torch.ones(1, self.length) if self.real is None else self.real.float()
+        else:
+            left = F.pad(self.factors[:, 1:], (0, 1), value=1.0)
+            votes = left.flip(1).cumprod(1).flip(1)
+            votes = votes if self.real is None else torch.where(self.real, votes, 0.0)
+        return votes
+
+    def shape(self, x: Tensor) -> tuple[int, int]:
+        """(sequences, rows of x in each) for a layer's input x [..., D]."""
+        leading = x.shape[:-1]
+        batch = self.batch if self.batch is not None else (leading[0] if leading else 1)
+        if self._is_encoders(x):
+            return leading[0], leading[1]
+        if x.dim() == 2 and leading[0] != batch and self.length is not None and leading[0] == batch * self.length:
+            return batch, self.length
+        if batch == 0:
+            return 0, self.length if self.length is not None else leading[1] if len(leading) > 1 else 1
+        length = leading.numel() // batch
+        single = self.policy.scope == "sequence" and self.starts is None and length == 1
+        first = leading[0] if leading else 1
+        if first != batch or (self.length is not None and self.length != length and not single):
+            tokens = "tokens" if self.length is None else f"{self.length} tokens"
+            raise RuntimeError(
+                f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)}, where a forward pass over "
+                f"{batch} sequences of {tokens} is under way; expected [{batch}, {self.length or 'S'}, D]. "
+                "Route other inputs with scope 'token', or call set_routing on the part of the model that has its own"
+            )
+        return batch, length
+
+    def real_of(self, x: Tensor) -> Tensor | None:
+        """Which rows of x are no padding, [B, S] bool; None: all. One row for a whole sequence is never padding."""
+        if self._is_encoders(x):
+            return self.encoder_real
+        return self.real if self.shape(x)[1] == self.length else None
+
+    def _is_encoders(self, x: Tensor) -> bool:
+        return self.encoder_states is not None and x is self.encoder_states
+
+
+def is_cache(value: object) -> bool:
+    """Whether `value` is a KV cache of transformers, under whatever name a model takes it."""
+    return all(callable(getattr(value, name, None)) for name in ("get_seq_length", "update", "get_mask_sizes"))
+
+
+def _cache_argument(arguments: dict, root_name: str) -> tuple[Any, str]:
+    """The KV cache among a forward pass's arguments (None without one), and the name it came under.
+
+    Raises:
+        NotImplementedError: two caches, or an argument about caches, masks or positions that no policy can follow.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    caches = {name: value for name, value in given.items() if is_cache(value)}
+    if len({id(value) for value in caches.values()}) > 1:
+        raise NotImplementedError(
+            f"routing: {root_name} is given {len(caches)} KV caches, {sorted(caches)}; expected one"
+        )
+    for name, value in given.items():
+        concerns = any(part in name for part in ("mask", "position", "cache", "past", "seq_idx", "seq_len"))
+        if not concerns or name in caches or name in _KNOWN or isinstance(value, (bool, int, float, str)):
+            continue
+        raise NotImplementedError(
+            f"{name}: is a {type(value).__name__}, which routing policies do not follow; expected a KV cache with "
+            f"get_seq_length (no paged cache), or masks and positions among {', '.join(sorted(_KNOWN))}"
+        )
+    return next(iter(caches.values()), None), next(iter(caches), "cache")
+
+
+# Arguments about masks and positions that a policy follows, or that say nothing about whose token is whose.
+_KNOWN = frozenset(
+    (
+        *("attention_mask", "encoder_attention_mask", "head_mask", "cross_attn_head_mask", "bool_masked_pos"),
+        *("position_ids", "position_bias", "position_embeddings", "cache_position", "mask_time_indices"),
+        *("cu_seq_lens_q", "cu_seq_lens_k"),
+    )
+)
+
+# Arguments whose first dimension is no batch of inputs.
+_ASIDE = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position", "labels")
+
+
+def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:
+    """[B, S] bool, True on tokens, of masks [B, past + S] or [B, heads, S, keys] (a token attends to itself)."""
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: is {what}; expected a tensor [B, past + S] or [B, heads, S, keys]")
+    if mask.dim() == 4:
+        mask = mask[:, 0] > -1 if mask.is_floating_point() else mask[:, 0] != 0
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask
+    else:
+        mask = mask != 0
+    keys = mask.shape[-1]
+    if length is None or keys < length or (isinstance(past, int) and mask.dim() == 2 and keys < past + length):
+        raise ValueError(f"attention_mask: has {keys} columns; expected one for each of {past} + {length} tokens")
+    # Windowed caches hold fewer keys than there were tokens: the last ones are those of this pass.
+    start = min(past, keys - length) if isinstance(past, int) else past.clamp(max=keys - length)
+    columns = torch.arange(length, device=mask.device) + start
+    if mask.dim() == 2:
+        return mask.index_select(1, columns)
+    return mask.gather(2, columns[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
+
+
+def _boundaries_from_positions(position_ids: Tensor) -> Tensor:
+    """position_ids [1 or B, S] -> [1 or B, S] bool, True where a sequence begins: where positions do not go on."""
+    if position_ids.dim() != 2:
+        raise ValueError(
+            f"position_ids: has shape {list(position_ids.shape)} and comes without attention_mask; expected [B, S], "
+            "else sequences that are packed cannot be told apart"
+        )
+    return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+
+
+def _boundaries_from_lengths(cu_seq_lens: Tensor, length: int) -> Tensor:
+    """Offsets [sequences + 1] into one row of `length` tokens -> [1, S] bool, True where a sequence begins."""
+    at = torch.arange(length, device=cu_seq_lens.device)
+    return (at[:, None] == cu_seq_lens[None]).any(1)[None]
