@@ -1,0 +1,11 @@
+"""What is measured for this repository, and where its results are kept."""
+
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def folder_of(device_name: str) -> Path:
+    """bench/results/cpu for "cpu", else a folder named after the GPU."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")

@@ -1,194 +1,383 @@
-"""All that a GPU is needed for, in one command: correctness first, then the time of every path of the Triton backend.
+"""All that a GPU is needed for, in one call of under ten minutes: what is right first, then what it takes.
 
-    python -m bench.gpu                    # tests, stopping at the first wrong result; then the grid, 5 minutes of it
-    python -m bench.gpu --no-tests         # goes on with the grid where it stopped
-    python -m bench.gpu --sanitize         # compute-sanitizer's memcheck and racecheck on a small case of each kernel
-    python -m bench.gpu --soak 600         # random shapes by random paths against the oracle, for that many seconds
-    python -m bench.gpu --aims             # what was measured, beside the predictions and the aims
+    python -m bench.gpu --out results                    # everything; ends within --seconds, 530 by default
+    TRITON_INTERPRET=1 python -m bench.gpu --rehearse    # the same on a CPU in small, where nothing is measured
+    python -m bench.gpu --sanitize                       # compute-sanitizer on a small case of each kernel
 
-Results: bench/results/<device>/triton.json, written after each row.
+Everything on the GPU runs in child processes, which may crash or hang: what does is named, and the rest goes on.
+Results are written as they come, to triton.json under --out and in bench/results/<device>/; `python -m bench.report`
+makes the documents' tables of them. The call prints failures, headline and aims last, and ends with status 0.
 """
 
 import argparse
-import functools
-import itertools
+import importlib.util
 import json
 import os
-import random
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, astuple, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from smile_kernels.benchmark.measure import Record, graphed, interleave, limits
-from smile_kernels.benchmark.peers import PEERS, CannotRunError
-from smile_kernels.benchmark.problems import Case, Setting
-from smile_kernels.functional import smile_linear
-from smile_kernels.ops import reference
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
-from smile_kernels.testing import Problem, assert_close, expectations, taking
+from smile_kernels import selftest
+from smile_kernels.benchmark.command import write_json
+from smile_kernels.benchmark.measure import Record
+from smile_kernels.benchmark.problems import Setting
+from smile_kernels.worker import Outcome, Worker, run_all
 
-from .cost import LAYERS, SETTINGS, TOKENS, TRAINED, floor_ratio, predicted
-from .run import folder_of, measure_all
+from . import folder_of, gpu_tables
+from .cost import LAYERS, SETTINGS
+from .gpu_rows import Machine, Row, Soak, perform_job
 
 ROOT = Path(__file__).parents[1]
-PYTEST = (sys.executable, "-m", "pytest", "-x", "-q")
-# Where kernels run: the GPU, or under Triton's interpreter the CPU, which tests this file and times nothing.
-DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
+HEADLINE_LAYERS = ("mistral-7b.q", "mistral-7b.up", "mistral-7b.down")
+HEADLINE_TOKENS = (1, 16, 2048, 64, 512, 4, 128, 32, 256, 8192)  # what matters most first
+PRINTED_BYTES = 9_000
+# When each stage ends at the latest, as a share of the seconds of the call; what ends sooner leaves the rest more time.
+ENDS = {
+    "machine": 0.06,
+    "paths": 0.19,
+    "compile": 0.28,
+    "headline": 0.47,
+    "tests": 0.72,
+    "cuda": 0.79,
+    "settings": 0.93,
+    "soak": 0.95,
+    "single": 0.99,
+}
 
 
-def paths(tokens: int, setting: Setting, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str]]:
-    """(how it is routed, how it is applied) of every way that a layer can run."""
-    n, r, g, _ = astuple(setting)
-    device = configs.device(torch.device(DEVICE))
-    few = [(linear, "fused") for linear in configs.linear_paths(device, dtype, tokens, n, max(r, g), False)[:-2]]
-    together = [("together", apply) for apply in ("fused", "tma", "delta") if tokens > 64 or apply != "delta"]
-    first = [("first", "grouped")] if tokens > 64 else [("first", "fused")]
-    return [*few, *together, *first]
+@dataclass(frozen=True)
+class Plan:
+    """What is run: on a GPU, or in a rehearsal."""
+
+    device: str
+    checks: Sequence[selftest.Check]
+    headline: Sequence[Row]
+    settings: Sequence[Row]
+    single: Sequence[Row]
+    tests: Sequence[str]
+    build: Sequence[str] | None
+    soak: Soak
+    workers: int
+    job_seconds: float
 
 
-@functools.lru_cache(maxsize=1)
-def _largest(layer: str, setting: Setting) -> Problem:
-    """The tensors of a layer with the longest batch, of which every row of the grid takes a part: made on the host."""
-    return Case(layer, setting, max(TOKENS), torch.bfloat16).problem(DEVICE)
-
-
-def problem(case: Case) -> Problem:
-    whole = _largest(case.layer, case.setting)
-    return replace(whole, x=whole.x[: case.tokens].contiguous())
-
-
-def forward(case: Case, graph: bool, seconds: float = 0.05) -> Record:
-    """Microseconds of F.linear, of the backend as it chooses, of its every path, of the CUDA kernels and fusion_bench.
-
-    Interleaved: name -> one number a round. fusion_bench, which waits for the host, is measured eagerly, and where it
-    is compared: up to 64 tokens, and at 2048. What cannot run is named with the reason.
-    """
-    p = problem(case)
-    layer = functools.partial(backend.linear, *p.arguments(), p.num_experts_per_tok, p.rank_of_router, False)
-
-    def by(linear: str, apply: str) -> Callable:
-        def run():
-            with taking(linear, apply):
-                return layer()[0]
-
-        return run
-
-    calls = {"chosen": lambda: layer()[0]}
-    calls |= {f"{linear} {apply}": by(linear, apply) for linear, apply in paths(case.tokens, case.setting)}
-    weights, ids = reference.route(p.x, p.rows(), p.num_experts_per_tok)
-    cannot = {}
-    peers = ["smile:cuda", *(["fusion_bench"] if not graph and (case.tokens <= 64 or case.tokens == 2048) else [])]
-    for name in peers:
-        try:
-            built, _ = PEERS[name].build(p, weights, ids)
-            calls[name] = functools.partial(torch.no_grad()(built), p.x)
-        except CannotRunError as reason:
-            cannot[name] = str(reason)
-    # fusion_bench routes in the layer's dtype, so that some tokens meet other experts.
-    outputs = {name: run() for name, run in calls.items() if name != "fusion_bench"}
-    want = reference.apply(*p.arguments()[:7], weights, ids)
-    for name, y in outputs.items():
-        error = ((y.double() - want.double()).norm() / want.double().norm()).item()
-        assert error < 1e-2, f"{case}: {name} is {error:.3g} from the oracle"
-    calls["F.linear"] = lambda: F.linear(p.x, p.weight, p.bias)
-    if graph:
-        calls = {name: graphed(run) for name, run in calls.items()}
-    times = interleave(calls, DEVICE, seconds)
-    return {"us": {name: samples["wall_us"] for name, samples in times.items()}, "cannot_run": cannot}
-
-
-def training(case: Case, graph: bool, seconds: float = 0.1) -> Record:
-    """Microseconds of forward and backward into every tensor: F.linear's and the layer's."""
-    p = problem(case)
-    leaves = {name: t.detach().requires_grad_() for name, t in p.tensors().items()}
-    p = replace(p, **leaves)
-    dense = [leaves[name] for name in ("x", "weight", "bias") if name in leaves]
-    dy = torch.randn(case.tokens, p.weight.shape[0], device=DEVICE).to(case.dtype)
-    options = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router, "backend": "triton"}
-    calls = {
-        "F.linear": lambda: torch.autograd.grad(F.linear(p.x, p.weight, p.bias), dense, dy),
-        "chosen": lambda: torch.autograd.grad(smile_linear(*p.arguments(), **options), [*leaves.values()], dy),
-    }
-    if graph:
-        calls = {name: graphed(run) for name, run in calls.items()}
-    times = interleave(calls, DEVICE, seconds)
-    return {"us": {name: samples["wall_us"] for name, samples in times.items()}, "cannot_run": {}}
-
-
-def plan(seconds: float) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures it, rows of one layer together. After `seconds` they refuse."""
-    start = time.monotonic()
-
-    def row(case: Case, mode: str) -> Record:
-        if time.monotonic() - start > seconds:
-            raise SystemExit(f"stopped after {seconds:.0f} s; --no-tests goes on from here")
-        trained, graph = mode.startswith("training"), mode.endswith("graph")
-        found = training(case, graph) if trained else forward(case, graph)
-        about = {"layer": case.layer, "setting": asdict(case.setting), "tokens": case.tokens, "mode": mode}
-        ratios = sorted((ratio, name) for name, ratio in over_linear(found).items())
-        print("  " + ", ".join(f"{name} {ratio:.2f}" for ratio, name in ratios))
-        return {**about, **asdict(case.work(backward=trained)), **found}
-
-    rows = [
-        (Case(layer, setting, tokens, torch.bfloat16), mode)
-        for setting, layer, tokens, mode in itertools.product(SETTINGS, LAYERS, TOKENS, ("graph", "eager"))
+def on_gpu() -> Plan:
+    """The headline is N8 r32 g16 top-1 of a 7-8B model's layers; after it come the other settings."""
+    usual = SETTINGS[0]
+    rows = [Row(la, usual, t, "graph", "cuda") for t in HEADLINE_TOKENS for la in HEADLINE_LAYERS]
+    eager = [Row(la, usual, t, "eager", "cuda") for t in (1, 16, 64, 2048) for la in HEADLINE_LAYERS]
+    trained = [Row("mistral-7b.q", usual, t, "training", "cuda") for t in (2048, 8192)]
+    kernels = [Row(la, usual, t, "kernels", "cuda") for t in (1, 16, 64, 2048) for la in HEADLINE_LAYERS]
+    others = [
+        Row(la, setting, t, "graph", "cuda")
+        for t, setting, la in product((1, 16, 64, 512, 2048), SETTINGS, LAYERS)
+        if setting != usual or la not in HEADLINE_LAYERS
     ]
-    rows += [(case, mode) for case in TRAINED for mode in ("training graph", "training eager")]
-    return {f"{c.layer} {c.setting} T{c.tokens} {mode}": functools.partial(row, c, mode) for c, mode in rows}
+    others += [replace(row, setting=setting) for setting in (SETTINGS[2], SETTINGS[4]) for row in trained]
+    folder = ROOT / "tests" / "triton"
+    # Compiling ahead of time and the rehearsal need no GPU.
+    without = {"test_gpu.py", "test_aot.py", "test_bench_gpu.py"}
+    files = [folder / "test_gpu.py", *sorted(f for f in folder.glob("test_*.py") if f.name not in without)]
+    plugins = []
+    if importlib.util.find_spec("xdist"):
+        plugins += ["-n", "12"]
+    if importlib.util.find_spec("pytest_timeout"):
+        plugins += ["--timeout", "60"]
+    return Plan(
+        device="cuda",
+        checks=selftest.checks("cuda"),
+        headline=[*rows[:9], *eager[:6], *trained[:1], *rows[9:], *eager[6:], *trained[1:], *kernels],
+        settings=others,
+        single=[Row(la, usual, t, "graph", "cuda", only=("single fused",)) for t in (1, 16) for la in HEADLINE_LAYERS],
+        tests=[*map(str, files), "-m", "not exhaustive", *plugins],
+        build=[sys.executable, "setup.py", "build_ext", "--inplace"],
+        soak=Soak("cuda", 15.0),
+        workers=max(1, min(14, (os.cpu_count() or 1) - 2)),
+        job_seconds=30.0,
+    )
 
 
-def over_linear(record: Record) -> dict[str, float]:
-    """Name -> the median of each round's time over F.linear's in that round."""
-    dense = record["us"]["F.linear"]
-    return {
-        name: statistics.median(a / b for a, b in zip(us, dense))
-        for name, us in record["us"].items()
-        if name != "F.linear"
-    }
+def on_cpu() -> Plan:
+    """The rehearsal: every stage under Triton's interpreter, on shapes that take it a second."""
+    layer, small, other = "32x32", Setting(3, 4, 2, 1), Setting(3, 4, 2, 2)
+    shapes = ((5, 48, 32, 3, 4, 2, 1),)
+    checks = [replace(c, shapes=shapes) for c in selftest.checks("cpu") if not c.training and c.dtype == torch.bfloat16]
+    modes = (("graph", 3), ("eager", 3), ("training", 5), ("kernels", 3))
+    return Plan(
+        device="cpu",
+        checks=[c for c in checks if c.backend == "triton"],
+        headline=[Row(layer, small, t, mode, "cpu") for mode, t in modes],
+        settings=[Row(layer, other, 3, "graph", "cpu")],
+        single=[Row(layer, small, 3, "graph", "cpu", only=("single fused",))],
+        tests=["tests/triton/test_kernels.py", "-k", "test_ties"],
+        build=None,
+        soak=Soak("cpu", 1.0, largest=6),
+        workers=1,
+        job_seconds=20.0,
+    )
 
 
-def aims(records: list[Record]) -> list[str]:
-    """A line for each row that has an aim: the ratio to F.linear measured, predicted, and the most it may be.
+class Call:
+    """One call of the script: its results so far, where they are written, and its stages."""
 
-    Decode in graphs, N8 r32 g16 top-1 and D >= 4096: 1.10 times the floor's ratio. Prefill from 2048 tokens: 1.08 times
-    it. Forward and backward: 1.15 times it. fusion_bench: 10 times as long up to 64 tokens, 1.5 times at 2048.
-    """
-    lines = []
-    for record in records:
-        case = Case(record["layer"], Setting(**record["setting"]), record["tokens"], torch.bfloat16)
-        mode, ratios = record["mode"], over_linear(record)
-        trained = mode.startswith("training")
-        usual = case.setting == SETTINGS[0] and case.shape[0] >= 4096
-        slack = None
-        if trained:
-            slack = 1.15
-        elif mode == "graph" and (case.tokens >= 2048 or (case.tokens <= 64 and usual)):
-            slack = 1.08 if case.tokens >= 2048 else 1.10
-        if slack is not None:
-            most = slack * floor_ratio(case, trained)
-            expected = "" if trained else f", predicted {predicted(case):.2f}"
-            met = "met" if ratios["chosen"] <= most else "MISSED"
-            lines.append(f"{met}: {record['name']}: {ratios['chosen']:.2f}{expected}, at most {most:.2f}")
-        if "fusion_bench" in ratios:
-            times, least = ratios["fusion_bench"] / ratios["chosen"], 1.5 if case.tokens == 2048 else 10
-            met = "met" if times >= least else "MISSED"
-            lines.append(f"{met}: {record['name']}: {times:.1f} times as fast as fusion_bench, at least {least}")
-    return lines
+    def __init__(self, plan: Plan, seconds: float, out: Path, rehearsal: bool, work: Callable[[Any], Any]) -> None:
+        self.plan, self.seconds, self.out, self.rehearsal = plan, seconds, out, rehearsal
+        self.workers = [Worker(work) for _ in range(plan.workers)]
+        self.start = time.monotonic()
+        self.folders = [out]
+        self.builder: subprocess.Popen[bytes] | None = None
+        self.failed: tuple[str, ...] = ()
+        self.part: Record = {
+            "machine": {"rehearsal": rehearsal},
+            "limits": [],
+            "checks": [],
+            "tests": {"passed": 0, "skipped": 0, "failed": []},
+            "stages": {},
+            "records": [],
+        }
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    def ends(self, stage: str) -> float:
+        """The end of a stage on the clock of `time.monotonic`."""
+        return self.start + ENDS[stage] * self.seconds
+
+    def write(self) -> None:
+        for folder in self.folders:
+            write_json(folder / "triton.json", self.part)
+
+    def run(self) -> None:
+        """Every stage in its order, whatever became of those before."""
+        for name in ENDS:
+            with self.stage(name):
+                getattr(self, f"_{name}")()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What a stage raises is written down, and the next one begins."""
+        print(f"{self.spent:5.0f} s  {name}", flush=True)
+        try:
+            yield
+            self.part["stages"].setdefault(name, "")
+        except Exception as error:
+            self.part["stages"][name] = f"raised {type(error).__name__}: {error}"[:500]
+        try:
+            self.write()
+        except OSError as error:
+            print(f"results are not written: {error}", flush=True)
+
+    def jobs(self, stage: str, jobs: Sequence[Any], workers: int = 1) -> None:
+        """Measure rows, leaving out the paths that failed; what was not begun in time is counted."""
+        done = 0
+
+        def ended(job: Any, outcome: Outcome) -> None:
+            nonlocal done
+            done += 1
+            keep = not getattr(job, "prepare", False)
+            if outcome.failure is not None or keep:
+                self.part["records"].append(outcome.result or _failed(job, outcome.failure))
+                self.write()
+            shown = outcome.failure or _shown(outcome.result)
+            print(f"{self.spent:5.0f} s  {job.name}: {shown}"[:160], flush=True)
+
+        jobs = [replace(job, skip=self.failed) if isinstance(job, Row | Soak) else job for job in jobs]
+        limits = {"seconds": self.plan.job_seconds, "deadline": self.ends(stage)}
+        run_all(self.workers[:workers], jobs, **limits, report=ended)
+        if done < len(jobs):
+            self.part["stages"][stage] = f"{len(jobs) - done} of {len(jobs)} were not begun in time"
+
+    def restart(self, first: int = 0) -> None:
+        """End the processes from `first` on, which begin anew with their next job: free memory, nothing remembered."""
+        for worker in self.workers[first:]:
+            worker.close()
+
+    def _machine(self) -> None:
+        """The device and its limits; the CUDA library is built beside everything that follows."""
+        if self.plan.build is not None:
+            log = open(self.out / "build.log", "wb")  # noqa: SIM115  the builder holds it
+            self.builder = subprocess.Popen(
+                self.plan.build, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+        def ended(_: Any, outcome: Outcome) -> None:
+            if outcome.failure is not None:
+                raise RuntimeError(outcome.failure)
+            self.part.update(outcome.result)
+            print(f"{self.spent:5.0f} s  {self.part['machine']['device']}", flush=True)
+
+        job = Machine(self.plan.device, self.rehearsal)
+        limits = {"seconds": self.plan.job_seconds, "deadline": self.ends("machine")}
+        run_all(self.workers[:1], [job], **limits, report=ended)
+        if not self.rehearsal:
+            self.folders.append(folder_of(self.part["machine"]["device"]))
+            self.folders[-1].mkdir(parents=True, exist_ok=True)
+
+    def _paths(self) -> None:
+        """Every path but the single launch against the reference, in many processes, which also compiles it."""
+        self._verify("paths", [check for check in self.plan.checks if not check.waits])
+
+    def _verify(self, stage: str, checks: Sequence[selftest.Check]) -> None:
+        def ended(check: selftest.Check, outcome: Outcome) -> None:
+            self.part["checks"].append(selftest.as_record(check, outcome))
+            self.write()
+            if outcome.failure is not None:
+                print(f"{self.spent:5.0f} s  {check.name}: {outcome.failure}"[:160], flush=True)
+
+        limits = {"seconds": self.plan.job_seconds, "deadline": self.ends(stage)}
+        found = selftest.verify(checks, self.workers, **limits, report=ended)
+        if len(found) < len(checks):
+            self.part["stages"][stage] = f"{len(checks) - len(found)} of {len(checks)} were not begun in time"
+        timed = [check for check in checks if check.backend == "triton" and check.dtype == torch.bfloat16]
+        failed = {c.path for c in timed if not c.training and c.name in found and found[c.name].failure is not None}
+        self.failed = (*self.failed, *sorted(failed))
+
+    def _compile(self) -> None:
+        """The headline's kernels at their real sizes into Triton's cache, which every process shares."""
+        rows = [replace(row, prepare=True) for row in self.plan.headline if row.mode in ("graph", "training")]
+        self.jobs("compile", rows, self.plan.workers)
+        self.restart(1)
+
+    def _headline(self) -> None:
+        self.jobs("headline", self.plan.headline)
+
+    def _tests(self) -> None:
+        """The tests without stopping at a failure, ended as a group when their time is over."""
+        log = self.out / "tests.jsonl"
+        log.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.pytest_log"]
+        command += [f"--junitxml={self.out / 'tests.xml'}", *self.plan.tests]
+        environment = {
+            **os.environ,
+            "BENCH_PYTEST_LOG": str(log),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        }
+        with tempfile.TemporaryFile() as output:
+            options = {"cwd": ROOT, "env": environment, "stdout": output, "stderr": output, "start_new_session": True}
+            process = subprocess.Popen(command, **options)
+            # pytest ends by itself on an interrupt and writes what it has; what does not is killed.
+            for sent, until in ((signal.SIGINT, self.ends("tests") - 10), (signal.SIGKILL, self.ends("tests"))):
+                try:
+                    process.wait(max(0.1, until - time.monotonic()))
+                    break
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, sent)
+                    self.part["stages"]["tests"] = "the time was over before the last test"
+            _kill(process)
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip().splitlines()
+        lines = log.read_text().splitlines() if log.exists() else []
+        outcomes = [json.loads(line) for line in lines]
+        self.part["tests"] = {
+            **{kind: sum(test["outcome"] == kind for test in outcomes) for kind in ("passed", "skipped")},
+            "failed": [test for test in outcomes if test["outcome"] == "failed"],
+        }
+        if not outcomes:
+            raise RuntimeError(f"no test ran: {' | '.join(said[-3:])}")
+
+    def _cuda(self) -> None:
+        """The CUDA library's kernels, once it is built."""
+        if self.builder is None:
+            self.part["stages"]["cuda"] = "the CUDA library is not built in a rehearsal"
+            return
+        try:
+            status = self.builder.wait(max(0.1, self.ends("cuda") - 15 - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill(self.builder)
+            raise RuntimeError("the CUDA library was not built in time") from None
+        if status != 0:
+            raise RuntimeError(f"the CUDA library was not built, exit status {status}: see build.log")
+        self.restart()  # a process keeps in mind that there was no library
+        known = {check.name for check in self.plan.checks}
+        self._verify("cuda", [check for check in selftest.checks(self.plan.device) if check.name not in known])
+        rows = [row for row in self.plan.headline if row.mode in ("graph", "eager")]
+        self.jobs("cuda", [replace(row, only=("smile:cuda",)) for row in rows])
+
+    def _settings(self) -> None:
+        self.jobs("settings", self.plan.settings)
+
+    def _soak(self) -> None:
+        left = max(1.0, self.ends("soak") - time.monotonic() - 10 * (self.plan.device == "cuda"))
+        self.jobs("soak", [replace(self.plan.soak, seconds=min(self.plan.soak.seconds, left))])
+
+    def _single(self) -> None:
+        """The single launch, whose programs wait for one another: in a process of its own, when all else is done."""
+        self.restart()
+        self._verify("single", [check for check in self.plan.checks if check.waits])
+        self.jobs("single", self.plan.single)
+
+    def close(self) -> None:
+        self.restart()
+        if self.builder is not None:
+            _kill(self.builder)
+
+    def conclude(self) -> None:
+        """Print and write the text, last of all."""
+        try:
+            text = self.text()
+            (self.out / "summary.txt").write_text(text + "\n")
+        except Exception as error:  # the results are written already
+            text = f"no summary: {type(error).__name__}: {error}; the results are in {self.out / 'triton.json'}"
+        print(f"\n{text}"[:PRINTED_BYTES], flush=True)
+
+    def text(self) -> str:
+        """What is printed last: failures, the headline, where another path was faster, the aims."""
+        failures = gpu_tables.failures(self.part)
+        headline = gpu_tables.headline(self.part) or "Nothing was timed."
+        aims = "\n".join(gpu_tables.aims(self.part))
+        rehearsal = "A REHEARSAL ON A CPU: NOTHING HERE IS A MEASUREMENT\n" * self.rehearsal
+        parts = [
+            f"{rehearsal}{self.spent:.0f} s of {self.seconds:.0f}. {gpu_tables.summary(self.part)}",
+            f"Failed:\n{_cut(failures, 2500)}",
+            f"Time over F.linear (floor):\n{headline}",
+            _cut(gpu_tables.faster_paths(self.part), 1500),
+            _cut(aims, 2500),
+        ]
+        return "\n\n".join(part for part in parts if part)
 
 
-def test(workers: int) -> None:
-    """The tests of the kernels, the CUDA ones where their library is built; the first wrong result ends the program."""
-    command = [*PYTEST, "tests/triton", "--ignore=tests/triton/test_aot.py", "-m", "not exhaustive", "-rs"]
-    subprocess.run([*command, *(["-n", str(workers)] if workers > 1 else [])], cwd=ROOT, check=True)
+def _failed(job: Any, failure: str | None) -> Record:
+    """The record of a row that gave none."""
+    about = {"layer": job.layer, "setting": vars(job.setting), "tokens": job.tokens} if isinstance(job, Row) else {}
+    return {"name": job.name, **about, "mode": getattr(job, "mode", job.name), "failure": failure}
+
+
+def _shown(record: Record) -> str:
+    """One line of a record's ratios to F.linear, the smallest first."""
+    if "us" not in record:
+        return ", ".join(f"{name}: {reason}" for name, reason in record.get("wrong", {}).items()) or "ok"
+    ratios = sorted((ratio, name) for name, ratio in gpu_tables.over_linear(record).items())
+    return ", ".join(f"{name} {ratio:.2f}" for ratio, name in ratios)
+
+
+def _cut(text: str, most: int) -> str:
+    """Whole lines of the text, about `most` characters of it."""
+    lines, length = [], 0
+    for i, line in enumerate(text.splitlines()):
+        length += len(line) + 1
+        if length > most:
+            return "\n".join([*lines, f"... and {len(text.splitlines()) - i} lines more: see triton.json"])
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
 
 
 def sanitize() -> None:
@@ -197,62 +386,34 @@ def sanitize() -> None:
         raise SystemExit("compute-sanitizer: not found; it comes with the CUDA toolkit")
     chosen = "test_forward_by_every_path and bfloat16 or test_backward and tied"
     for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, "-k", chosen]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "pytest", "-x"]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        subprocess.run([*command, "tests/triton/test_kernels.py"], cwd=ROOT, env=environment, check=True)
+        subprocess.run([*command, "-k", chosen, "tests/triton/test_kernels.py"], cwd=ROOT, env=environment, check=True)
 
 
-def soak(seconds: float, largest: int = 2048) -> int:
-    """Random layers of up to `largest` tokens and features by random paths against the oracle; how many agreed.
-
-    The first that does not ends the program, and is named.
-    """
-    start, count, draw = time.monotonic(), 0, random.Random()
-
-    def size(most: float) -> int:
-        return round(most ** draw.random())
-
-    while time.monotonic() - start < seconds:
-        tokens, d, o = size(largest), size(largest * 0.7), size(largest * 0.7)
-        n, r = size(min(64, largest)), size(min(128, largest))
-        setting = Setting(n, r, size(min(32, d)), draw.randint(1, min(n, 4)))
-        dtype, seed = draw.choice([torch.float32, torch.bfloat16, torch.float16]), draw.randrange(2**31)
-        path = draw.choice(paths(tokens, setting, dtype))
-        case = f"{tokens} tokens, {d}x{o}, {setting}, {dtype}, {path}, seed {seed}"
-        p = Problem.random(tokens, d, o, *astuple(setting), dtype=dtype, device=DEVICE, seed=seed)
-        with taking(*path):
-            y, _, ids, _ = backend.linear(*p.arguments(), p.num_experts_per_tok, p.rank_of_router, False)
-        try:
-            assert_close("y", y, *expectations(p, ids)["y"])
-        except AssertionError as error:
-            raise SystemExit(f"{case}: {error}") from None
-        count += 1
-    return count
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, work: Callable[[Any], Any] = perform_job) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-tests", action="store_true")
-    parser.add_argument("--seconds", type=float, default=300, help="of measuring")
-    parser.add_argument("--workers", type=int, default=8, help="processes that run the tests")
+    parser.add_argument("--out", type=Path, help="folder for the results, beside bench/results; made where missing")
+    parser.add_argument("--seconds", type=float, default=530.0, help="of the whole call")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, under Triton's interpreter")
     parser.add_argument("--sanitize", action="store_true")
-    parser.add_argument("--soak", type=float, metavar="SECONDS")
-    parser.add_argument("--aims", action="store_true")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible to torch")
-    file = folder_of("cuda") / "triton.json"
-    if options.aims:
-        print(*aims(json.loads(file.read_text())["records"]), sep="\n")
-    elif options.sanitize:
+    options = parser.parse_args(arguments)
+    if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--rehearse: runs under Triton's interpreter; expected TRITON_INTERPRET=1 in the environment")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("no GPU is visible to torch; expected one, or --rehearse")
+    if options.sanitize:
         sanitize()
-    elif options.soak:
-        print(f"{soak(options.soak)} random layers agree with the oracle")
-    else:
-        if not options.no_tests:
-            test(options.workers)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        measure_all(plan(options.seconds), file, "cuda", lambda: [limits("cuda", (torch.bfloat16,))])
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        out = options.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        call = Call(on_cpu() if options.rehearse else on_gpu(), options.seconds, out, options.rehearse, work)
+        try:
+            call.run()
+        finally:
+            call.close()
+            call.conclude()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ def load(results: Path = RESULTS) -> dict[str, dict[str, Record]]:
     for file in sorted(results.glob("*/*.json")):
         content = json.loads(file.read_text())
         if isinstance(content, dict) and {"machine", "limits", "records"} <= content.keys():
+            if content["machine"].get("rehearsal"):
+                raise ValueError(f"{file}: is a rehearsal of bench.gpu; expected measurements")
             found.setdefault(file.parent.name, {})[file.stem] = content
     return found
 

@@ -43,13 +43,15 @@ class Problem:
         device: str = "cpu",
         seed: int = 0,
     ) -> "Problem":
-        """Weights of a trained layer's scale; scores of order 1; deltas a tenth of the base product."""
-        generator = torch.Generator().manual_seed(seed)
+        """Weights of a trained layer's scale; scores of order 1; deltas a tenth of the base product.
+
+        Drawn on `device`: on a GPU other numbers than on a CPU.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
         n, d, o, r, g = num_local_experts, in_features, out_features, rank_of_expert, rank_of_router
 
         def normal(*shape: int, scale: float, dtype: torch.dtype = dtype) -> Tensor:
-            t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-            return t.to(dtype=dtype, device=device)
+            return (torch.randn(shape, generator=generator, dtype=torch.float64, device=device) * scale).to(dtype)
 
         k = r if router else max(r, g)
         acc = torch.float64 if dtype == torch.float64 else torch.float32

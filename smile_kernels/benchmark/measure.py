@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import reference
+from ..ops.excluded import device_name
 from ..testing import Problem, assert_close, expectations
 from .peers import BASELINE, PEERS, CannotRunError
 from .problems import Case
@@ -217,7 +218,7 @@ def _prepare(
 def machine(device: str) -> Record:
     """What a result depends on besides the code: the device, its clock now, versions, the commit, and its limits."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "cores": os.cpu_count() if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count,
         "clock_mhz": _clock_mhz(device),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -330,15 +331,6 @@ def _commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"model name\s*: (.+)", info)
-    return found[1] if found else platform.machine()
 
 
 def _clock_mhz(device: str) -> float | None:

@@ -104,6 +104,35 @@ def _plain(compiled: bool, problem: Problem, weights: Tensor, ids: Tensor) -> Bu
     return lambda x: layer(x, *arguments, m, g), [t for t in arguments if t is not None]
 
 
+def expert_loop(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
+    """The algorithm of fusion_bench's `SmileLinear`, for machines without it: a loop over the experts.
+
+    For every expert the host waits for the tokens that chose it; they are gathered and their products added to y.
+    """
+    n, m = problem.s.shape[0], problem.num_experts_per_tok
+    rows = problem.rows().flatten(0, 1)
+    biases = [None] * n if problem.expert_bias is None else list(problem.expert_bias)
+    experts = [(_svh(problem, i), problem.u[i], biases[i]) for i in range(n)]
+
+    def layer(x: Tensor) -> Tensor:
+        base = F.linear(x, problem.weight, problem.bias)
+        scores = F.linear(x, rows).unflatten(1, (n, -1)).norm(dim=2)
+        best, chosen = scores.softmax(1).topk(m)
+        best = best / best.sum(1, keepdim=True)
+        members = F.one_hot(chosen, n).permute(2, 0, 1)
+        total = torch.zeros_like(base)
+        for i, (svh, u, bias) in enumerate(experts):
+            tokens, slots = members[i].nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            delta = F.linear(F.linear(x[tokens], svh), u, bias) * best[tokens, slots, None]
+            total.index_add_(0, tokens, delta)
+        return base + total
+
+    parameters = [t for expert in experts for t in expert if t is not None]
+    return layer, [t for t in (problem.weight, problem.bias, rows, *parameters) if t is not None]
+
+
 def _fusion_bench(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     try:
         from fusion_bench.models.smile_moe.linear_from_hf_config import SmileLinear
@@ -271,6 +300,7 @@ PEERS: dict[str, Peer] = {
     BASELINE: Peer(_linear),
     **{f"smile:{backend}": Peer(functools.partial(_smile, backend)) for backend in ("triton", "cuda", "cpu", "torch")},
     "fusion_bench": Peer(_fusion_bench, waits_for_host=True),
+    "expert loop": Peer(expert_loop, waits_for_host=True),
     "plain": Peer(functools.partial(_plain, False)),
     "torch.compile": Peer(functools.partial(_plain, True)),
     "peft": Peer(_peft, waits_for_host=True),

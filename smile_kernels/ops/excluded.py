@@ -1,0 +1,89 @@
+"""Paths that failed `smile-kernels doctor --verify` on this machine, which the automatic choice leaves out.
+
+The record is one JSON file for each user: machine -> path -> reason. It holds for one device with one version of this
+package, of PyTorch and of Triton.
+"""
+
+import functools
+import json
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def file() -> Path:
+    """$XDG_CACHE_HOME/smile_kernels/excluded.json, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smile_kernels" / "excluded.json"
+
+
+def device_name(device_type: str) -> str:
+    """What the device calls itself: the current GPU for "cuda"."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def machine(device_type: str) -> str:
+    """The key of the record: device and versions."""
+    versions = []
+    for package in ("smile-kernels", "torch", "triton"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return f"{device_type}: {'; '.join([device_name(device_type), *versions])}"
+
+
+def name_of(backend: str, part: str, dtype: torch.dtype, training: bool) -> str:
+    """The name of a path. `part` is the kernel or the way to launch it that was at fault; "" is the whole backend."""
+    kind = "training" if training else "inference"
+    return " ".join(filter(None, [backend, part, str(dtype).removeprefix("torch."), kind]))
+
+
+@functools.cache
+def paths(device_type: str) -> Mapping[str, str]:
+    """Name of each excluded path of this machine -> why. Read once; a warning says what is excluded."""
+    found = _read().get(machine(device_type), {}) if file().exists() else {}
+    for name, reason in found.items():
+        warnings.warn(
+            f"smile_kernels does not choose `{name}` on this {device_type} device: {reason}. "
+            "`smile-kernels doctor` shows it, `smile-kernels doctor --forget` undoes it.",
+            stacklevel=2,
+        )
+    return found
+
+
+def record(device_type: str, reasons: Mapping[str, str]) -> None:
+    """Exclude these paths of this machine, and no others; {} excludes none."""
+    content = _read() if file().exists() else {}
+    content.pop(machine(device_type), None)
+    when = time.strftime("%Y-%m-%d", time.gmtime())
+    if reasons:
+        content[machine(device_type)] = {name: f"it failed verification on {when}: {r}" for name, r in reasons.items()}
+    file().parent.mkdir(parents=True, exist_ok=True)
+    temporary = file().with_name(f".{file().name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, file())
+    paths.cache_clear()
+
+
+def _read() -> dict[str, dict[str, str]]:
+    try:
+        content = json.loads(file().read_text())
+        if all(isinstance(reasons, dict) for reasons in content.values()):
+            return content
+        problem = "its values are not objects"
+    except (ValueError, AttributeError) as error:
+        problem = str(error)
+    raise ValueError(f"{file()}: is not a record of excluded paths ({problem}); delete it, or run doctor --verify anew")

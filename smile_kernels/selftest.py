@@ -1,0 +1,221 @@
+"""Every path of this machine's backends against the float64 reference, each in a process that may crash or hang.
+
+`smile-kernels doctor --verify` runs it for users, `bench.gpu` before it times anything.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+import torch
+
+from .functional import smile_linear
+from .ops import excluded, library, reference
+from .testing import Problem, assert_close, expectations, taking
+from .worker import Outcome, Worker, run_all
+
+# Tokens, in_features, out_features, N, r, g, m: sizes that real layers have, odd sizes, and a router wider than r.
+_ON_GPU = [
+    *((t, 1024, 1536, 8, 32, 16, 1) for t in (1, 16, 64, 2048)),
+    *((t, 1000, 1480, 3, 20, 24, 2) for t in (3, 13, 300)),
+]
+_ON_CPU = [*((t, 96, 80, 4, 8, 4, 1) for t in (1, 16, 70)), *((t, 33, 29, 3, 5, 7, 2) for t in (3, 13))]
+_FEW = 16  # most tokens of the paths for decode
+# How many times as far from the reference as plain PyTorch a result may be. Another order of summation is worth a few
+# times in float32; what this is to find, a wrong or unwritten number, TF32 for float32, is worth hundreds.
+_SLACK = {torch.float32: 8.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One path of one backend in one dtype, and the shapes on which it is compared with the reference.
+
+    `linear` and `apply` are paths of the Triton backend (`ops.triton.configs`); "" where there is no choice.
+    """
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+    training: bool
+    shapes: tuple[tuple[int, ...], ...]
+    linear: str = ""
+    apply: str = ""
+    seed: int = 0
+
+    @property
+    def path(self) -> str:
+        """The path's name among those of the backend."""
+        return " ".join(filter(None, [self.linear, self.apply]))
+
+    @property
+    def name(self) -> str:
+        return excluded.name_of(self.backend, self.path, self.dtype, self.training)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its programs wait for one another, so that a fault hangs the GPU."""
+        return self.linear == "single"
+
+
+def triton_paths(device: str, dtype: torch.dtype, tokens: int, n: int, k: int) -> list[tuple[str, str]]:
+    """(how it is routed, how it is applied) of every way a layer of n experts of k rows can run its forward."""
+    from .ops.triton import configs
+
+    found = configs.device(torch.device(device))
+    few = [(linear, "fused") for linear in configs.linear_paths(found, dtype, tokens, n, k, False)[:-2]]
+    applied = ["fused", *(["tma"] if found.tma and dtype.itemsize == 2 else []), "delta"]
+    return [*few, *product(["together"], applied), *product(["first"], ["fused", "delta", "grouped"])]
+
+
+def checks(device: str) -> list[Check]:
+    """What can be checked on a device, "cuda" or "cpu"; last those that a fault would hang."""
+    shapes = _ON_GPU if device == "cuda" else _ON_CPU
+    found = []
+    for backend, reason in library.backends(device).items():
+        if reason is not None:
+            continue
+        dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        for dtype, training in product(dtypes, (False, True)):
+            if backend == "cpu" and training:
+                continue  # it has no backward
+            ways = [("", "")]
+            if backend == "triton" and training:
+                ways = [("together", "fused"), ("first", "grouped")]
+            elif backend == "triton":
+                ways = triton_paths(device, dtype, 1, 8, 32)
+            for linear, apply in ways:
+                most = _FEW if linear in ("decode", "single") else max(s[0] for s in shapes)
+                kept = tuple(s for s in shapes if s[0] <= most and not (training and s[0] == 1))
+                found.append(Check(backend, device, dtype, training, kept, linear, apply))
+    return sorted(found, key=lambda check: check.waits)
+
+
+def perform(check: Check) -> float:
+    """Seconds that the check took; raises AssertionError where a result is wrong."""
+    start = time.monotonic()
+    for i, shape in enumerate(check.shapes):
+        p = Problem.random(*shape, dtype=check.dtype, device=check.device, seed=check.seed + i)
+        try:
+            (_check_training if check.training else _check_forward)(check, p)
+        except AssertionError as error:
+            raise AssertionError(f"T {shape[0]}, {shape[1]} to {shape[2]}, N, r, g, m {shape[3:]}: {error}") from None
+    return round(time.monotonic() - start, 2)
+
+
+@contextmanager
+def taking_path(check: Check) -> Iterator[None]:
+    """The path of a check, in memory that holds NaN wherever nothing was written."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            if check.linear:
+                with taking(check.linear, check.apply):
+                    yield
+            else:
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _check_forward(check: Check, p: Problem) -> None:
+    backend, m = library._implementation(check.backend), p.num_experts_per_tok
+    with taking_path(check):
+        y, weights, ids, _ = backend.linear(*p.arguments(), m, p.rank_of_router, False)
+    check_routing(p, weights, ids)
+    assert_close("y", y, *expectations(p, ids)["y"], slack=_SLACK[check.dtype])
+
+
+def check_routing(p: Problem, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    """The chosen experts are the m best, unless scores are within rounding of each other; their weights the softmax."""
+    n, m = p.s.shape[0], p.num_experts_per_tok
+    assert ((ids >= 0) & (ids < n)).all(), f"ids: are {ids.min()} to {ids.max()}; expected 0 to {n - 1}"
+    scores = reference.scores(p.x.double(), p.rows().double())
+    best = scores.sort(-1, descending=True).values[:, :m]
+    chosen = scores.gather(1, ids.long())
+    error = ((best - chosen).abs() / best).max().item()
+    assert error <= 1e-5, f"ids: an expert was chosen whose score is {error:.1%} below the best"
+    torch.testing.assert_close(
+        weights.double(), chosen.softmax(-1), rtol=1e-4, atol=1e-6, msg=lambda m: f"weights: {m}"
+    )
+
+
+def _check_training(check: Check, p: Problem) -> None:
+    leaves = {name: t.detach().requires_grad_() for name, t in p.tensors().items()}
+    p = replace(p, **leaves)
+    _, ids = reference.route(p.x.detach().double(), p.rows().detach().double(), p.num_experts_per_tok)
+    options = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router}
+    generator = torch.Generator(check.device).manual_seed(0)
+    with taking_path(check):
+        y = smile_linear(*p.arguments(), **options, backend=check.backend)
+        dy = torch.randn(y.shape, generator=generator, device=check.device).to(check.dtype)
+        got = dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy)))
+    want = expectations(p, ids, dy=dy)
+    assert_close("y", y.detach(), *want["y"], slack=_SLACK[check.dtype])
+    for name, gradient in got.items():
+        assert_close(f"d{name}", gradient, *want[name], slack=_SLACK[check.dtype])
+
+
+def verify(
+    todo: Sequence[Check],
+    workers: Sequence[Worker],
+    *,
+    seconds: float = 60.0,
+    deadline: float = float("inf"),
+    report: Callable[[Check, Outcome], None] = lambda *_: None,
+) -> dict[str, Outcome]:
+    """Perform checks in processes of their own: name of each -> its outcome, the seconds it took or why it failed.
+
+    Args:
+        todo: what `checks` gives, or some of it.
+        workers: the processes; their work is `perform`. Checks that may hang the GPU come last, one at a time.
+        seconds: after which a check is ended as hung.
+        deadline: on the clock of `time.monotonic`, after which no check is begun; what was not begun has no outcome.
+        report: told of each as it ends.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def ended(check: Check, outcome: Outcome) -> None:
+        outcomes[check.name] = outcome
+        report(check, outcome)
+
+    safe, waiting = ([check for check in todo if check.waits == waits] for waits in (False, True))
+    run_all(workers, safe, seconds=seconds, deadline=deadline, report=ended)
+    run_all(workers[:1], waiting, seconds=seconds, deadline=deadline, report=ended)
+    return outcomes
+
+
+def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str]:
+    """Excluded path -> reason, for `excluded.record`.
+
+    A failed check blames what no passed check of the same dtype and pass has used: how it routes, how it applies, or
+    both; where each has passed with another, how it applies. What has no parts is blamed as a whole, and so is a
+    backend whose training failed.
+    """
+    passed: set[tuple[str, torch.dtype, bool, str]] = set()
+    for check in todo:
+        if check.name in outcomes and outcomes[check.name].failure is None:
+            passed |= {(check.backend, check.dtype, check.training, part) for part in (check.linear, check.apply)}
+    reasons = {}
+    for check in todo:
+        failure = outcomes[check.name].failure if check.name in outcomes else None
+        if failure is None:
+            continue
+        parts = [check.linear] if check.linear in ("decode", "single") else [check.linear, check.apply]
+        at_fault = [part for part in parts if (check.backend, check.dtype, check.training, part) not in passed]
+        for part in [""] if check.training or not check.linear else at_fault or [check.apply]:
+            name = excluded.name_of(check.backend, part, check.dtype, check.training)
+            reasons.setdefault(name, failure.splitlines()[0][:300])
+    return reasons
+
+
+def as_record(check: Check, outcome: Outcome) -> dict[str, object]:
+    """Plain values of a check and its outcome, ready for JSON."""
+    found = {**asdict(check), "dtype": str(check.dtype).removeprefix("torch."), "shapes": [*map(list, check.shapes)]}
+    return {"name": check.name, **found, "seconds": outcome.result, "failure": outcome.failure}
