@@ -74,37 +74,6 @@ def cpu() -> list[Run]:
     return runs
 
 
-def cuda() -> list[Run]:
-    """Every named family in the settings people use, decode to prefill, eager and as CUDA graphs; training."""
-    dtype, everyone = torch.bfloat16, tuple(PEERS)
-    # Compilation takes longer than all else: on one layer only.
-    uncompiled = tuple(name for name in PEERS if name != "torch.compile")
-    usual, two = Setting(8, 32, 16), Setting(8, 32, 16, 2)
-    layers = (
-        *("mistral-7b.q", "mistral-7b.k", "mistral-7b.up", "mistral-7b.down"),
-        *("llama-3-70b-tp8.q", "llama-3-70b-tp8.up", "llama-3-70b-tp8.down", "qwen2.5-7b.q", "qwen2.5-7b.up"),
-    )
-    forward = [
-        *((layer, s) for layer in ("clip-b32.attn", "clip-b32.fc1", "clip-l14.fc2") for s in PUBLISHED["clip"]),
-        *((layer, Setting(8, 32, 8)) for layer in ("flan-t5-base.attn", "flan-t5-base.wo")),
-        *(("mistral-7b.q", setting) for setting in (*PUBLISHED["mistral"], two)),
-        *((layer, usual) for layer in layers),
-    ]
-    runs = [
-        Run(Case(layer, setting, t, dtype), uncompiled, graph=graph, seconds=0.1)
-        for layer, setting in forward
-        for t in (1, 16, 64, 512, 4096)
-        for graph in (False, True)
-    ]
-    runs += [
-        Run(Case(layer, setting, 4096, dtype), uncompiled, backward=True, seconds=0.1)
-        for layer, setting in (("clip-b32.attn", usual), ("mistral-7b.q", usual), ("mistral-7b.q", two))
-    ]
-    runs += [Run(Case("mistral-7b.q", usual, t, dtype), everyone, seconds=0.1) for t in (1, 64, 4096)]
-    return runs
-
-
 def plan(device: str) -> dict[str, Callable[[], Record]]:
     """Name -> what measures it."""
-    runs = cpu() if device == "cpu" else cuda()
-    return {run.name: lambda run=run: run(device) for run in runs}
+    return {run.name: lambda run=run: run(device) for run in cpu()}

@@ -6,7 +6,7 @@ A block is what lies between <!-- bench:NAME --> and <!-- /bench -->. Nothing in
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -14,11 +14,12 @@ from smile_kernels.benchmark.command import describe
 from smile_kernels.benchmark.measure import Record, geometric_mean, summary
 from smile_kernels.benchmark.peers import BASELINE
 
+from . import RESULTS, gpu_tables
+from .gpu_tables import markdown
 from .models import tokens_per_second
 from .routing import mean
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "routing.md")
 NOT_MEASURED = "Not measured yet."
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -36,19 +37,13 @@ def load(results: Path = RESULTS) -> dict[str, dict[str, Record]]:
     return found
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, its first column to the left."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def summaries(part: Record) -> list[tuple[Record, dict[str, dict[str, float]]]]:
     """Every record of layers with its summary, by the limits of its number of threads."""
     limits = {rates["threads"]: rates for rates in part["limits"]}
     return [(record, summary(record, limits[record["threads"]])) for record in part["records"]]
 
 
-def over_linear(part: Record, passes: str, mode: str = "eager") -> str:
+def over_linear(part: Record, passes: str) -> str:
     """Time over F.linear of every peer, a row a layer, number of tokens and threads, a column a peer and dtype.
 
     Geometric means over the settings; a cell in which a setting was refused or could not run is empty.
@@ -57,7 +52,7 @@ def over_linear(part: Record, passes: str, mode: str = "eager") -> str:
     settings: dict[tuple[str, int, int], set[str]] = {}
     names: dict[str, None] = {}
     for record, peers in summaries(part):
-        if record["pass"] != passes or record["mode"] != mode or record["name"].endswith("all peers"):
+        if record["pass"] != passes or record["name"].endswith("all peers"):
             continue
         key = (record["layer"], record["tokens"], record["threads"])
         settings.setdefault(key, set()).add(_setting(record))
@@ -222,8 +217,8 @@ def routing_costs_table(part: Record, what: str) -> str:
     return markdown(["", *names], rows)
 
 
-def machine_line(part: Record) -> str:
-    """The machine, versions, commit and limits of a part."""
+def _machine(part: Record) -> list[str]:
+    """The machine, versions and commit of a part, and its limits: a line each."""
     machine = part["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
@@ -234,11 +229,22 @@ def machine_line(part: Record) -> str:
         matmul = ", ".join(f"{SHORT[dtype]} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in rates["matmul"].items())
         read = ", ".join(f"{rate / 1e9:.0f} GB/s for {size / 2**20:.0f} MiB" for size, rate in rates["bandwidth"])
         lines.append(f"- {rates['threads']} threads: {matmul}; reading {read}")
+    return lines
+
+
+def machine_line(part: Record) -> str:
+    """The machine, versions, commit and limits of layers measured on a CPU."""
+    lines = _machine(part)
     waiting = [row["waiting"] for record, peers in summaries(part) for row in peers.values() if record["threads"] == 1]
     if waiting:
         usual, worst = median(waiting), max(waiting)
         lines.append(f"- one thread waited for a core {usual:.1%} of the time in the median row, at worst {worst:.0%}")
     return "\n".join(lines)
+
+
+def gpu_machine_line(part: Record) -> str:
+    """The GPU, versions, commit and limits of what bench.gpu measured; empty where it did not come so far."""
+    return "\n".join(_machine(part)) if "device" in part["machine"] else ""
 
 
 def plot(part: Record, file: Path) -> None:
@@ -261,8 +267,7 @@ def plot(part: Record, file: Path) -> None:
             panel = lines.setdefault((record["layer"], record["dtype"]), {})
             for name, row in peers.items():
                 if name != BASELINE:
-                    label = f"{name}, CUDA graph" if record["mode"] == "graph" else name
-                    panel.setdefault(label, {}).setdefault(record["tokens"], []).append(row["over_linear"])
+                    panel.setdefault(name, {}).setdefault(record["tokens"], []).append(row["over_linear"])
     panels = {key: panel for key, panel in lines.items() if len({t for line in panel.values() for t in line}) > 1}
     columns = max(1, min(len(panels), 4))
     count = max(1, -(-len(panels) // columns))
@@ -289,22 +294,37 @@ def plot(part: Record, file: Path) -> None:
     os.replace(temporary, file)
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "forward": ("layers", lambda part: over_linear(part, "forward")),
-    "graph": ("layers", lambda part: over_linear(part, "forward", "graph")),
-    "backward": ("layers", lambda part: over_linear(part, "forward+backward")),
-    "peers": ("layers", peers_table),
-    "slower": ("layers", slower),
-    "refused": ("layers", refused),
-    "models": ("models", models_table),
-    "construction": ("construction", construction_table),
-    "svd": ("svd", svd_table),
-    "streaming": ("streaming", streaming_table),
-    "routing-6": ("routing", lambda part: routing_table(part, 6)),
-    "routing-8": ("routing", lambda part: routing_table(part, 8)),
-    "routing-models": ("routing_costs", lambda part: routing_costs_table(part, "batch")),
-    "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
-    "machine": ("layers", machine_line),
+# Device -> block -> the part it is made of, and how.
+BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
+    "cpu": {
+        "forward": ("layers", lambda part: over_linear(part, "forward")),
+        "backward": ("layers", lambda part: over_linear(part, "forward+backward")),
+        "peers": ("layers", peers_table),
+        "slower": ("layers", slower),
+        "refused": ("layers", refused),
+        "plot": ("layers", lambda _: "![Time over F.linear against tokens](/bench/results/cpu/forward.svg)"),
+        "models": ("models", models_table),
+        "construction": ("construction", construction_table),
+        "svd": ("svd", svd_table),
+        "streaming": ("streaming", streaming_table),
+        "routing-6": ("routing", lambda part: routing_table(part, 6)),
+        "routing-8": ("routing", lambda part: routing_table(part, 8)),
+        "routing-models": ("routing_costs", lambda part: routing_costs_table(part, "batch")),
+        "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
+        "machine": ("layers", machine_line),
+    },
+    "gpu": {
+        "machine": ("triton", gpu_machine_line),
+        "headline": ("triton", gpu_tables.headline),
+        "checked": ("triton", lambda part: f"{gpu_tables.summary(part)}\n\n{gpu_tables.failures(part)}"),
+        "graph": ("triton", lambda part: gpu_tables.forward(part, "graph")),
+        "eager": ("triton", lambda part: gpu_tables.forward(part, "eager")),
+        "training": ("triton", lambda part: gpu_tables.forward(part, "training")),
+        "kernels": ("triton", gpu_tables.kernels),
+        "aims": ("triton", lambda part: "\n".join(f"- {line}" for line in gpu_tables.aims(part))),
+        "models": ("models", models_table),
+        "construction": ("construction", construction_table),
+    },
 }
 
 
@@ -315,17 +335,16 @@ def block(name: str, results: dict[str, dict[str, Record]]) -> str:
         ValueError: no such block.
     """
     device, _, what = name.partition("-")
-    if device not in ("cpu", "gpu") or what not in (*BLOCKS, "plot"):
-        raise ValueError(f"bench:{name}: is unknown; expected cpu- or gpu- and one of plot, {', '.join(BLOCKS)}")
-    part_name, render = BLOCKS.get(what, ("layers", None))
+    if what not in BLOCKS.get(device, {}):
+        known = ", ".join(f"{device}-{what}" for device, blocks in BLOCKS.items() for what in blocks)
+        raise ValueError(f"bench:{name}: is unknown; expected one of {known}")
+    part_name, render = BLOCKS[device][what]
     texts = []
     for folder, parts in results.items():
         if (folder == "cpu") != (device == "cpu") or part_name not in parts:
             continue
-        if render is None:
-            texts.append(f"![Time over F.linear against tokens](/bench/results/{folder}/forward.svg)")
-        else:
-            texts.append((f"{folder}:\n\n" if device == "gpu" else "") + render(parts[part_name]))
+        if text := render(parts[part_name]):
+            texts.append((f"{folder}:\n\n" if device == "gpu" else "") + text)
     return "\n\n".join(texts) or NOT_MEASURED
 
 
@@ -340,9 +359,7 @@ def fill(text: str, results: dict[str, dict[str, Record]]) -> str:
 
 def main() -> None:
     results = load()
-    for folder, parts in results.items():
-        if "layers" in parts:
-            plot(parts["layers"], RESULTS / folder / "forward.svg")
+    plot(results["cpu"]["layers"], RESULTS / "cpu" / "forward.svg")
     for document in DOCUMENTS:
         text = document.read_text()
         temporary = document.with_name(f".{document.name}.part")

@@ -7,7 +7,6 @@ it goes on where it stopped, unless the commit or the machine has changed: then 
 import argparse
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +16,17 @@ import torch
 from smile_kernels.benchmark.command import write_json
 from smile_kernels.benchmark.measure import Record, limits, machine
 
-from . import construction, models, problems, routing, streaming, svd
+from . import construction, folder_of, models, problems, routing, streaming, svd
 
-RESULTS = Path(__file__).parent / "results"
-PARTS = {"layers": problems.plan, "models": models.plan, "construction": construction.plan}
-# Measured on a CPU, and longer: only if asked for.
+PARTS = {"models": models.plan, "construction": construction.plan}
+# On a GPU bench.gpu measures the layers. What comes after them takes longer: only if asked for.
 PARTS_ON_CPU = {
+    "layers": problems.plan,
     "svd": svd.plan,
     "streaming": streaming.plan,
     "routing": routing.plan,
     "routing_costs": routing.plan_costs,
 }
-
-
-def folder_of(device: str) -> Path:
-    """bench/results/cpu, or a folder named after the GPU."""
-    if device == "cpu":
-        return RESULTS / "cpu"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 def measure_all(
@@ -70,34 +62,35 @@ def measure_all(
     write_json(file, result)
 
 
-def measure_limits(device: str) -> list[Record]:
-    """The machine's limits, on a CPU with one thread and with two."""
+def measure_limits() -> list[Record]:
+    """The limits of a CPU, with one thread and with two."""
     measured = []
-    for threads in (1, 2) if device == "cpu" else (torch.get_num_threads(),):
+    for threads in (1, 2):
         torch.set_num_threads(threads)
-        measured.append(limits(device, (torch.float32, torch.bfloat16)))
+        measured.append(limits("cpu", (torch.float32, torch.bfloat16)))
     return measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = f"some of {', '.join(PARTS)}; on a CPU {', '.join(PARTS_ON_CPU)} too; by default {', '.join(PARTS)}"
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=names)
+    names = f"{', '.join(PARTS)}, which is the default; on a CPU {', '.join(PARTS_ON_CPU)} too, the first by default"
+    parser.add_argument("parts", nargs="*", help=names)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    plans = PARTS | PARTS_ON_CPU if options.device == "cpu" else PARTS
-    for part in options.parts:
+    on_cpu = options.device == "cpu"
+    plans = PARTS | PARTS_ON_CPU if on_cpu else PARTS
+    parts = options.parts or [*(["layers"] if on_cpu else []), *PARTS]
+    for part in parts:
         if part not in plans:
             parser.error(f"parts: {part!r} is unknown on {options.device}; expected some of {', '.join(plans)}")
     if os.getloadavg()[0] > 0.5:
         print(f"the load is {os.getloadavg()[0]:.1f}: what else runs here will be in the figures")
-    folder = folder_of(options.device)
+    folder = folder_of("cpu" if on_cpu else torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
-    for part in options.parts:
+    for part in parts:
         file = folder / f"{part}.json"
         # Only the layers are set against a floor.
-        rates = (lambda: measure_limits(options.device)) if part == "layers" else list
-        measure_all(plans[part](options.device), file, options.device, rates)
+        measure_all(plans[part](options.device), file, options.device, measure_limits if part == "layers" else list)
 
 
 if __name__ == "__main__":
