@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -289,17 +288,15 @@ def doctor() -> None:
 
     from . import __version__
     from .ops.library import backends, choose_backend
+    from .versions import TESTED, installed, newer_than_tested, tested
 
     console = Console()
-    versions = Table("package", "version", title="versions", title_justify="left")
+    versions = Table("package", "version", "tested with", title="versions", title_justify="left")
     versions.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     versions.add_row("smile-kernels", __version__)
-    for package in ("torch", "triton", "transformers", "peft", "vllm", "safetensors", "fusion-bench"):
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            version = "not installed"
-        versions.add_row(package, version)
+    for package in TESTED:
+        newer = " (this one is newer)" if newer_than_tested(package) else ""
+        versions.add_row(package, installed(package) or "not installed", tested(package) + newer)
     console.print(versions)
 
     devices = Table("device", "what it is", title="devices", title_justify="left")

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter  # public in pytest only from 8.1 on
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ class Outcomes:
         self.counts: dict[str, int] = {}
         self.failed: list[str] = []
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         stats = terminalreporter.stats
         self.counts = {outcome: len(stats.get(outcome, ())) for outcome in OUTCOMES}
         self.failed = sorted({report.nodeid for kind in ("failed", "error") for report in stats.get(kind, ())})

@@ -1,9 +1,13 @@
 """SMILE layers in the stacks people already use; each module here is imported only together with its stack."""
 
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 import warnings
+from pathlib import Path
+
+from ..versions import expect, installed, tested
 
 _QUANTIZERS = "transformers.quantizers.auto"
 
@@ -12,6 +16,8 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
     """Registers the `smile` quantizer once transformers has imported its own: neither import waits for the other."""
 
     def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            _check_quantizers(importlib.machinery.PathFinder.find_spec(name, path))
         if name != _QUANTIZERS:
             return None
         sys.meta_path.remove(self)
@@ -30,7 +36,26 @@ def _register_with_transformers() -> None:
     try:
         importlib.import_module(".transformers", __name__)
     except ImportError as error:
-        warnings.warn(f"SMILE checkpoints cannot be loaded with this version of transformers: {error}", stacklevel=2)
+        _warn(error)
+
+
+def _check_quantizers(spec: importlib.machinery.ModuleSpec | None) -> None:
+    """The finder waits for a module: where there is none of that name it would wait for ever, without a word."""
+    if spec is None or spec.origin is None:  # installed in a way that only its own finder knows
+        return
+    try:
+        module = Path(spec.origin).parents[1].joinpath(*_QUANTIZERS.split(".")).with_suffix(".py")
+        expect("transformers", module.exists(), f"a module {_QUANTIZERS}")
+    except ImportError as error:
+        _warn(error)
+
+
+def _warn(error: ImportError) -> None:
+    warnings.warn(
+        f"SMILE checkpoints cannot be loaded by transformers {installed('transformers')} (tested: "
+        f"{tested('transformers')}): {error}",
+        stacklevel=3,
+    )
 
 
 def register_with_transformers() -> None:

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from ..functional import select_experts, smile_linear
 from ..nn import SmileLinear
 from ..ops.reference import accumulate_dtype
+from ..versions import installed
 
 __all__ = ["ColwiseSmile", "RowwiseSmile", "replicate_singular_values", "tensor_parallel_plan"]
 
@@ -188,7 +189,15 @@ def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Para
 
     FSDP2 shards parameters of one dtype together and casts them to one dtype for the forward, while `s` [N, r] stays
     float32 in a low-precision model. Its gradient is averaged over `mesh`, as FSDP2 averages the others.
+
+    Raises:
+        RuntimeError: with PyTorch 2.8, where FSDP2 in mixed precision gives wrong weights.
     """
+    if (version := installed("torch") or "").startswith("2.8."):
+        raise RuntimeError(
+            f"torch: is {version}, with which FSDP2 in mixed precision gives wrong weights; expected 2.9 or newer, or "
+            "a model of one dtype without a mixed-precision policy"
+        )
 
     def average(p: nn.Parameter) -> None:
         gradient = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..nn import SmileLinear
+from ..versions import warn_if_newer
 
 __all__ = ["convert_state_dict", "from_fusion_bench", "holds_fusion_bench_layers"]
 
@@ -42,6 +43,7 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no such layer was found.
     """
+    warn_if_newer("fusion-bench")
     layers = {name: module for name, module in model.named_modules() if _is_smile(module)}
     if not layers:
         raise ValueError(f"model: {type(model).__name__} holds no SMILE layer of fusion_bench; expected at least one")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import router_scores, select_experts
 from ..nn import SmileLinear, smile_layers
+from ..versions import warn_if_newer
 
 __all__ = ["SmileBesideLinear", "split_base"]
 
@@ -56,6 +57,7 @@ def split_base(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model holds no SmileLinear.
     """
+    warn_if_newer("torchao")
     layers = smile_layers(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")

@@ -4,6 +4,8 @@ transformers lets a checkpoint name a "quantizer" that rebuilds modules before t
 SmileLinear where `quantization_config.modules` names a linear layer. `import smile_kernels` registers it.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -15,15 +17,53 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
 from ..routing import set_routing
+from ..versions import expect, warn_if_newer
 
-if not hasattr(HfQuantizer, "update_attn_implementation"):
-    raise ImportError("5.18 or newer is needed")
+
+def _expect_parameters(function: Callable, *names: str) -> None:
+    where = f"{function.__module__}.{function.__name__}"
+    expect("transformers", {*names} <= inspect.signature(function).parameters.keys(), f"{where}({', '.join(names)})")
+
+
+def _expect_call(caller: Callable, hook: str) -> None:
+    """A hook of HfQuantizer that is not called any more would be lost without a word."""
+    called = hook in inspect.unwrap(caller).__code__.co_names
+    expect("transformers", called, f"{caller.__qualname__} to call HfQuantizer.{hook}")
+
+
+_expect_parameters(get_model_conversion_mapping, "model", "hf_quantizer")
+_expect_parameters(rename_source_key, "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict")
+_expect_parameters(revert_weight_conversion, "model", "state_dict")
+_expect_call(auto.get_hf_quantizer, "update_attn_implementation")
+_expect_call(HfQuantizer.preprocess_model, "_process_model_before_weight_loading")
+_expect_call(HfQuantizer.postprocess_model, "_process_model_after_weight_loading")
+warn_if_newer("transformers")
+
+
+def checkpoint_renaming(
+    model: nn.Module, hf_quantizer: HfQuantizer | None = None
+) -> Callable[[str], tuple[str, str | None]]:
+    """How transformers names in `model` what a checkpoint stores.
+
+    Returns:
+        A function of a tensor's name in the checkpoint: its name in the model, and the pattern of the conversion that
+        makes it out of several tensors, or None.
+    """
+    transforms = get_model_conversion_mapping(model, hf_quantizer=hf_quantizer)
+    options = {
+        "weight_renamings": [t for t in transforms if isinstance(t, WeightRenaming)],
+        "weight_converters": [t for t in transforms if isinstance(t, WeightConverter)],
+        "base_model_prefix": model.base_model_prefix,
+        "meta_state_dict": model.state_dict(),
+    }
+    return lambda name: rename_source_key(name, **options)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -60,20 +100,18 @@ class SmileQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        _expect_call(model.save_pretrained, "get_state_dict_and_metadata")
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
                 "distributed_config: transformers' own tensor parallelism does not know SMILE layers; "
                 "load the model whole and use smile_kernels.integrations.distributed"
             )
         config = SmileConfig.from_dict(self.quantization_config.to_dict())
-        transforms = get_model_conversion_mapping(model, hf_quantizer=self)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        tensors = model.state_dict()
+        renamed, tensors = checkpoint_renaming(model, self), model.state_dict()
         self._layers, self._fan_in_fan_out = {}, []
         for name, entry in config.modules.items():
             # The checkpoint's name for a layer may differ from the model's: a head more or less, a renamed submodule.
-            key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, tensors)
+            key, _ = renamed(f"{name}.weight")
             if key not in tensors:
                 continue
             target = key.removesuffix(".weight")

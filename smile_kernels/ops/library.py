@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..versions import warn_if_newer
 from . import rules
+
+warn_if_newer("torch")
 
 # Backend name -> module of this package that implements it, best first.
 _MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}

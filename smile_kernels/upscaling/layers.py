@@ -104,16 +104,12 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
 
 def _stored_layers(model: nn.Module, matrices: Sequence[str]) -> dict[str, Layer]:
     """The model's linear layers whose weights are among the checkpoint's matrices, by their names in the model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from ..integrations.transformers import checkpoint_renaming
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict(keep_vars=True)
+    renamed, state = checkpoint_renaming(model), model.state_dict(keep_vars=True)
     own, tied = {}, {}
     for name in matrices:
-        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        key, converter = renamed(name)
         if converter is None and key in state:
             own[key] = tied[id(state[key])] = name
     layers = {}

@@ -1,7 +1,7 @@
 """fusion_bench's own modules against what they become here: same outputs, both key layouts, no fusion_bench needed."""
 
 import copy
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -129,12 +129,12 @@ def test_state_dict_of_either_layout(layout, rank):
 def language_model(name: str, base: nn.Module) -> tuple[nn.Module, dict]:
     """fusion_bench's model without its experts, and its config.
 
-    Its Llama and Qwen2 classes run on transformers 5. Its Mistral and Gemma2 classes do not: there its layers stand in
-    transformers' own class, which has the same keys.
+    Its Llama and Qwen2 classes run on transformers 5 before 5.24, which removed a module that they import. Elsewhere
+    its layers are put into transformers' own class, which has the same keys.
     """
     ranks = {"num_local_experts": N, "rank_of_expert": 4, "rank_of_router": 2, "num_experts_per_tok": 1}
     theirs = {"model_type": f"smile_{name.lower()}", "architectures": [f"Smile{name}ForCausalLM"]}
-    if name in ("Llama", "Qwen2"):
+    if name in ("Llama", "Qwen2") and importlib.util.find_spec("transformers.modeling_attn_mask_utils"):
         package = importlib.import_module(f"fusion_bench.models.modeling_smile_{name.lower()}")
         config = getattr(package, f"Smile{name}Config")(**GROUPED, **SPECIAL, **ranks)
         model = getattr(package, f"Smile{name}ForCausalLM")(config)

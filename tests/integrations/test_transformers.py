@@ -128,15 +128,6 @@ import smile_kernels
         assert ("no file named model.safetensors" in done.stdout) == warned
 
 
-def test_an_older_transformers_is_named():
-    program = (
-        "from transformers.quantizers.base import HfQuantizer; del HfQuantizer.update_attn_implementation\n"
-        "import smile_kernels"
-    )
-    done = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)
-    assert "cannot be loaded with this version of transformers: 5.18 or newer is needed" in done.stderr
-
-
 def test_what_transformers_saves_warns_without_the_import(fused, tmp_path):
     """Its own save_pretrained leaves out the name of a file of weights, so there the base model is loaded."""
     _, model = fused("LlamaForCausalLM")

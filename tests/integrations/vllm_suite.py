@@ -27,13 +27,14 @@ from tiny_models import build, fine_tuned
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from vllm.config import CompilationConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing
 from smile_kernels.config import SmileConfig, SmileModuleConfig
-from smile_kernels.integrations.vllm import kv_sums
+from smile_kernels.integrations.vllm import kv_sums, routing
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.nn import smile_layers
@@ -425,3 +426,20 @@ def test_experts_without_their_base_are_refused():
 def test_experts_of_a_head_are_refused():
     with pytest.raises(ValueError, match=r"modules: lm_head is a Embedding in vLLM; expected a linear layer"):
         vllm_config().get_quant_method(nn.Embedding(3, 2), "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"static_forward_context": None}, r"CompilationConfig\.static_forward_context, a dict"),
+        ({"splitting_ops": {"attention": True}}, r"CompilationConfig\.splitting_ops, a list of names"),
+        ({"splitting_ops": ["unified_attention"]}, r"CompilationConfig\.splitting_ops, a list of names"),
+    ],
+)
+def test_another_compilation_config_is_named(changed, message):
+    compilation = CompilationConfig()
+    routing._check_compilation(compilation)
+    for name, value in changed.items():
+        object.__setattr__(compilation, name, value)
+    with pytest.raises(ImportError, match=rf"vllm: is \S+; expected {message}.*, as in 0\.32\.0"):
+        routing._check_compilation(compilation)

@@ -3,9 +3,11 @@
 from vllm.model_executor.layers.quantization import register_quantization_config
 
 from ...config import QUANT_METHOD
+from ...versions import warn_if_newer
 from .linear import SmileQuantizationConfig
 
 
 def register() -> None:
     """Make vLLM know SMILE checkpoints; called by vLLM in each of its processes."""
+    warn_if_newer("vllm")
     register_quantization_config(QUANT_METHOD)(SmileQuantizationConfig)

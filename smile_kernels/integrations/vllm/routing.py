@@ -9,6 +9,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 
 from ...functional import select_experts
 from ...routing.policy import RoutingPolicy, block_numbers, energy_shares, log_evidence
+from ...versions import expect
 from .kv_sums import SumsCache
 
 
@@ -74,6 +75,7 @@ class RememberedRouting:
             # vLLM reads a layer's number from its name.
             self.cache_name = f"smile_routing.{model.get_total_num_hidden_layers()}"
             compilation = config.compilation_config
+            _check_compilation(compilation)
             compilation.static_forward_context[self.cache_name] = SumsCache(
                 lambda: self.count(0, self.routers) * self.n
             )
@@ -129,3 +131,12 @@ class RememberedRouting:
             weights, ids = self.weights[:tokens, None], self.ids[:tokens, None]
         locked = routers - max(scored, 1)
         return tuple(torch.cat([t, t[:, -1:].expand(-1, locked, -1)], 1) for t in (weights, ids))
+
+
+def _check_compilation(compilation: object) -> None:
+    """Raises ImportError where vLLM no longer has what carries the sums: they would be lost without a word."""
+    forward = getattr(compilation, "static_forward_context", None)
+    expect("vllm", isinstance(forward, dict), "CompilationConfig.static_forward_context, a dict of layers by name")
+    ops = getattr(compilation, "splitting_ops", 0)
+    named = ops is None or (isinstance(ops, list) and all(isinstance(op, str) and "::" in op for op in ops))
+    expect("vllm", named, "CompilationConfig.splitting_ops, a list of names such as 'vllm::unified_attention'")

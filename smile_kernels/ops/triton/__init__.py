@@ -3,10 +3,13 @@
 T tokens, D in_features, O out_features, N experts, m experts a token, r rank of an expert, g rank of the router.
 """
 
+import numpy
 import torch
 import triton
+from packaging.version import Version
 from torch import Tensor
 
+from ...versions import warn_if_newer
 from .. import rules
 from . import backward, configs, grouped
 from .common import INTERPRETED
@@ -16,14 +19,19 @@ from .route import empty_routing, scale
 from .route import route as _route
 from .shrink import shrink
 
+warn_if_newer("triton")
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device_type: str) -> str | None:
     """Why this backend cannot serve tensors on `device_type`; None if it can."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 3):
         return f"it needs Triton 3.3 or newer, not {triton.__version__}"
     if INTERPRETED.value:
+        if version < (3, 7) and Version(numpy.__version__) >= Version("2.4"):
+            return f"Triton {triton.__version__}'s interpreter needs NumPy before 2.4, not {numpy.__version__}"
         return None if device_type == "cpu" else f"Triton's interpreter serves cpu tensors, not {device_type} tensors"
     if device_type != "cuda":
         return f"it serves cuda tensors, not {device_type} tensors; TRITON_INTERPRET=1 interprets it on a CPU, slowly"

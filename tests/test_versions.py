@@ -1,0 +1,167 @@
+"""Other libraries change: newer versions are warned of once, and what is missing is named with both versions.
+
+Each test of a guard plays the change, most in a process of its own, where the other library is imported afresh.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from torch import nn
+
+from smile_kernels import versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Installed versions as a test gives them, and no warning yet."""
+    versions.warn_if_newer.cache_clear()
+    yield lambda **given: monkeypatch.setattr(versions, "installed", lambda library: given.get(library))
+    versions.warn_if_newer.cache_clear()
+
+
+def run(program: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "always", "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"), [("5.17.0", False), ("5.24.0", False), ("5.24.0+cpu", False), ("5.24.1", True), ("6.0", True)]
+)
+def test_one_warning_names_both_versions(version, newer, fresh):
+    fresh(transformers=version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        versions.warn_if_newer("transformers")
+        versions.warn_if_newer("transformers")
+    messages = [str(warning.message) for warning in caught]
+    newest = versions.TESTED["transformers"][1]
+    assert len(messages) == newer
+    assert all(version in message and newest in message and "transformers" in message for message in messages)
+
+
+def test_what_is_not_installed_is_not_newer(fresh):
+    fresh()
+    assert not versions.newer_than_tested("vllm")
+
+
+def test_the_bounds_are_what_was_tested():
+    for requirement in requirements():
+        if requirement.name in versions.TESTED and requirement.name != "fusion-bench":
+            oldest, newest = versions.TESTED[requirement.name]
+            assert f">={oldest}" in str(requirement.specifier)
+            assert newest in requirement.specifier
+            assert str(Version(newest).major + 1) not in requirement.specifier
+
+
+def test_constraints_hold_one_exact_version_within_the_bounds():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {}
+    for line in lines:
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            assert requirement.url is None
+            assert re.fullmatch(r"==[^,*]+", str(requirement.specifier)), line
+            pinned.setdefault(requirement.name, []).append(str(requirement.specifier)[2:])
+    for requirement in requirements():
+        name = requirement.name.replace("_", "-")
+        if name != "triton":  # which the Makefile names
+            assert pinned[name], name
+            assert all(version in requirement.specifier for version in pinned[name]), requirement
+
+
+def test_the_interpreter_of_triton_names_numpy(monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    import numpy
+
+    from smile_kernels.ops import triton as backend
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.5.5")
+    if backend.INTERPRETED.value:
+        assert "Triton 3.6.0's interpreter needs NumPy before 2.4, not 2.5.5" in backend.why_not("cpu")
+
+
+def test_mixed_precision_of_fsdp2_is_refused_by_torch_2_8(monkeypatch):
+    from smile_kernels.integrations import distributed
+
+    monkeypatch.setattr(distributed, "installed", lambda _: "2.8.0+cu128")
+    with pytest.raises(
+        RuntimeError, match=r"torch: is 2\.8\.0\+cu128, with which FSDP2 in mixed precision gives wrong"
+    ):
+        distributed.replicate_singular_values(nn.Linear(2, 2), None)
+    monkeypatch.setattr(distributed, "installed", lambda _: "2.9.1")
+    assert distributed.replicate_singular_values(nn.Linear(2, 2), None) == set()
+
+
+CHANGES = {
+    "the hook is gone": (
+        "from transformers.quantizers import auto\nauto.get_hf_quantizer = lambda config, quantization_config: None",
+        "to call HfQuantizer.update_attn_implementation",
+    ),
+    "an argument is renamed": (
+        "from transformers import core_model_loading\n"
+        "def rename_source_key(key, renamings, converters, prefix, state): pass\n"
+        "core_model_loading.rename_source_key = rename_source_key",
+        r"rename_source_key\(weight_renamings, weight_converters, base_model_prefix, meta_state_dict\)",
+    ),
+    "a name is gone": (
+        "from transformers import core_model_loading\ndel core_model_loading.revert_weight_conversion",
+        "cannot import name 'revert_weight_conversion'",
+    ),
+    "a step is not called": (
+        "from transformers.quantizers.base import HfQuantizer\n"
+        "HfQuantizer.preprocess_model = lambda self, model: model",
+        "to call HfQuantizer._process_model_before_weight_loading",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_transformers_is_named(change):
+    program, message = CHANGES[change]
+    done = run(f"import transformers.quantizers.auto\n{program}\nimport smile_kernels")
+    assert done.returncode == 0, done.stderr
+    named = r"SMILE checkpoints cannot be loaded by transformers \S+ \(tested: 5\.18 to .*\): .*"
+    assert re.search(named + message, done.stderr)
+
+
+def test_a_transformers_without_the_module_that_is_waited_for_is_named(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '7.0.0'\n")
+    done = run(f"import sys, smile_kernels\nsys.path.insert(0, {str(tmp_path)!r})\nimport transformers")
+    assert done.returncode == 0, done.stderr
+    assert "expected a module transformers.quantizers.auto" in done.stderr
+    done = run("import smile_kernels, transformers")
+    assert "cannot be loaded" not in done.stderr
+
+
+def test_a_save_that_asks_no_quantizer_is_refused(monkeypatch):
+    """The routing policy of a loaded model would be lost in transformers' own save_pretrained."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from smile_kernels.integrations.transformers import SmileQuantizer
+
+    model = transformers.PreTrainedModel(transformers.PretrainedConfig())
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda self, folder: None)
+    with pytest.raises(ImportError, match=r"to call HfQuantizer\.get_state_dict_and_metadata"):
+        SmileQuantizer.__new__(SmileQuantizer)._process_model_before_weight_loading(model)
