@@ -10,13 +10,14 @@ from .checkpoint import load_pretrained, save_pretrained
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
-from .routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from .routing import RoutingPolicy, calibrate, get_routing, set_routing, watch_routing
 from .upscaling import upscale, upscale_checkpoints
 
 __all__ = [
     "RoutingPolicy",
     "SmileLinear",
     "backends",
+    "calibrate",
     "from_fusion_bench",
     "functional",
     "get_routing",

@@ -3,10 +3,19 @@
 In the published method each token at each layer chooses alone, from one noisy score. A `RoutingPolicy` pools the very
 same score over tokens and adds up its logarithm over layers; nothing is trained. `policy.py` has the equations,
 `control.py` puts a policy on a model, `state.py` follows one forward pass, `tokens.py` reads padding and packing,
-`cache.py` keeps what generation needs beside a KV cache.
+`cache.py` keeps what generation needs beside a KV cache, `calibration.py` finds what is constant in the scores.
 """
 
+from .calibration import CalibrationReport, calibrate
 from .control import check_routing, get_routing, set_routing, watch_routing
 from .policy import RoutingPolicy
 
-__all__ = ["RoutingPolicy", "check_routing", "get_routing", "set_routing", "watch_routing"]
+__all__ = [
+    "CalibrationReport",
+    "RoutingPolicy",
+    "calibrate",
+    "check_routing",
+    "get_routing",
+    "set_routing",
+    "watch_routing",
+]

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from ..functional import route
 from ..nn import SmileLinear, smile_layers
-from .policy import RoutingPolicy
+from .policy import RoutingPolicy, block_numbers
 from .state import LayerPolicy, RootRouting
 from .tokens import Tokens
 
-__all__ = ["check_routing", "get_routing", "set_routing", "watch_routing"]
+__all__ = ["check_routing", "get_routing", "set_routing", "watch_routing", "watch_tokens"]
 
 
-def check_routing(model: nn.Module, policy: RoutingPolicy, layers: Mapping[str, int] | None = None) -> None:
+def check_routing(
+    model: nn.Module, policy: RoutingPolicy, layers: Mapping[str, int] | None = None, *, calibrating: bool = False
+) -> None:
     """Raises what `set_routing` would raise, and changes nothing.
 
     Args:
@@ -25,6 +28,7 @@ def check_routing(model: nn.Module, policy: RoutingPolicy, layers: Mapping[str, 
         policy: the policy.
         layers: names of the layers of `model` that are to become SMILE layers, with their number of experts; by default
             those that are SMILE layers.
+        calibrating: whether `calibrate` comes before the policy.
 
     Raises:
         ValueError: as `set_routing`.
@@ -37,8 +41,8 @@ def check_routing(model: nn.Module, policy: RoutingPolicy, layers: Mapping[str, 
     for name, experts in layers.items():
         if m is not None and m > experts:
             raise ValueError(f"num_experts_per_tok: is {m}; expected at most {experts}, as {name} has")
-    if policy.calibrated:
-        bare = [name for name in layers if name in found and found[name].router_prior is None]
+    if policy.calibrated and not calibrating:
+        bare = [name for name in layers if name not in found or found[name].router_prior is None]
         if bare:
             raise ValueError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
     if policy.is_published:
@@ -78,6 +82,7 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     """
     check_routing(model, policy)
     layers = smile_layers(model)
+    _warn_of_early_lock(policy, layers)
     for layer in layers.values():
         layer.set_num_experts_per_tok(policy.num_experts_per_tok)
     for root, names in _parts(model, layers).items():
@@ -94,6 +99,16 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
         if not policy.is_published:
             inside = [(name.removeprefix(root).removeprefix("."), layer) for name, layer in members]
             RootRouting(policy, module, inside)
+
+
+def _warn_of_early_lock(policy: RoutingPolicy, names: Iterable[str]) -> None:
+    blocks = max(block_numbers(names).values()) + 1
+    if policy.lock_after is not None and policy.lock_after < blocks // 4:
+        warnings.warn(
+            f"lock_after: is {policy.lock_after} of {blocks} blocks, before the experts can be told apart on every "
+            f"kind of input; expected {-(-blocks // 4)} or more",
+            stacklevel=3,
+        )
 
 
 def _root_routing(layer: SmileLinear) -> RootRouting | None:
@@ -127,12 +142,6 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     layers = smile_layers(model)
     counts = {name: torch.zeros(layer.num_local_experts, dtype=torch.int64) for name, layer in layers.items()}
-    tokens: Tokens | None = None
-
-    def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal tokens
-        names = inspect.signature(root.forward).parameters
-        tokens = Tokens(dict(zip(names, args)) | kwargs, RoutingPolicy(), type(root).__name__)
 
     def count(name: str, layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if kwargs.get("routing_weights") is not None:
@@ -145,20 +154,39 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             m, g = layer.num_experts_per_tok, layer.rank_of_router
             routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
         first = routing[1][..., 0]
-        if tokens is not None and tokens.real is not None and tokens.real.shape == first.shape:
-            first = first[tokens.real.to(first.device)]
+        real = real_tokens()
+        if real is not None and real.shape == first.shape:
+            first = first[real.to(first.device)]
         if first.numel() and routing[0].any():  # all experts are off while the base reads a prompt
             counts[name] += first.flatten().bincount(minlength=layer.num_local_experts).cpu()
         return args, {**kwargs, "routing": routing}
 
-    handles = [
-        model.get_submodule(root).register_forward_pre_hook(enter, with_kwargs=True) for root in _parts(model, layers)
-    ]
-    for name, layer in layers.items():
-        hook = functools.partial(count, name)
-        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    with watch_tokens(model) as real_tokens:
+        handles = [
+            layer.register_forward_pre_hook(functools.partial(count, name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+        try:
+            yield counts
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
+    """A function that tells, in a forward pass, which tokens are no padding: [B, S] bool; None: all, or not known."""
+    tokens: Tokens | None = None
+
+    def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal tokens
+        names = inspect.signature(root.forward).parameters
+        tokens = Tokens(dict(zip(names, args)) | kwargs, RoutingPolicy(), type(root).__name__)
+
+    roots = [model.get_submodule(root) for root in _parts(model, smile_layers(model))]
+    handles = [root.register_forward_pre_hook(enter, with_kwargs=True) for root in roots]
     try:
-        yield counts
+        yield lambda: None if tokens is None else tokens.real
     finally:
         for handle in handles:
             handle.remove()

@@ -107,6 +107,20 @@ class RoutingPolicy:
         """Whether each layer routes by itself, by the published rule."""
         return self.scope == "token" and not self.accumulate and not self.calibrated
 
+    @classmethod
+    def recommended(cls, model: torch.nn.Module) -> "RoutingPolicy":
+        """The policy that did best in what was measured (docs/routing.md) for the model's kind.
+
+        A causal language model that is calibrated: causal sums over tokens and layers, locked after a quarter of its
+        blocks. Every other model: the published routing.
+        """
+        names = [name for name, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
+        can = getattr(model, "can_generate", None)
+        if not names or can is None or not can() or getattr(model.config, "is_encoder_decoder", False):
+            return cls()
+        blocks = max(block_numbers(names).values()) + 1
+        return cls("causal", accumulate=True, calibrated=True, lock_after=-(-blocks // 4))
+
     def to_dict(self) -> dict:
         """The fields by name, as a checkpoint's config stores them under "routing"."""
         return asdict(self)

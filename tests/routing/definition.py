@@ -149,7 +149,8 @@ def definition(calls, real, policy, groups=None):
                     continue
                 pooled = [sum(share[b, s][i] for s in scope) / len(scope) for i in range(N)]
                 before = evidence.get((b, t), [0.0] * N) if policy.accumulate else [0.0] * N
-                evidence[b, t] = [before[i] + math.log(pooled[i]) for i in range(N)]
+                prior = layer.router_prior.tolist() if policy.calibrated else [0.0] * N
+                evidence[b, t] = [before[i] + math.log(pooled[i]) - prior[i] for i in range(N)]
                 order = sorted(range(N), key=lambda i: -evidence[b, t][i])[:m]
                 top = [math.exp(evidence[b, t][i] - evidence[b, t][order[0]]) for i in order]
                 choice[b, t] = [w / sum(top) for w in top], order

@@ -1,0 +1,239 @@
+"""Calibration: how large each expert's share of the router's energy is on inputs of no task, layer by layer.
+
+    log Pbar_i(l) = log of the mean of p_i(t, l) over all tokens t, read by the base model with all experts off
+
+A router's shares differ from expert to expert and layer to layer whatever the task; calibrated policies subtract that
+constant from the evidence (`policy.py`). An expert that did not change a layer has no share there, and its entry is 0.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import router_scores
+from ..nn import SmileLinear, smile_layers
+from .cache import cache_in
+from .control import get_routing, set_routing, watch_tokens
+from .policy import Routing, RoutingPolicy, energy_shares
+
+__all__ = ["CalibrationReport", "LayerBias", "calibrate", "check_calibration"]
+
+
+@dataclass(frozen=True)
+class LayerBias:
+    """What calibration found at one layer.
+
+    Args:
+        name: the layer.
+        prior: log Pbar_i for each expert i; 0 where the expert did not change the layer.
+        bias: root mean square of these logarithms, less their mean, over the experts that changed the layer.
+        tokens: how many tokens were read; 0: the layer did not run, and stays uncalibrated (its prior is 0).
+    """
+
+    name: str
+    prior: list[float]
+    bias: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` has read, and each layer's bias.
+
+    Args:
+        source: "written" by the model itself, "random" or "given".
+        layers: one entry for each SMILE layer.
+    """
+
+    source: str
+    layers: list[LayerBias]
+
+    def __str__(self) -> str:
+        ran = sorted((layer for layer in self.layers if layer.tokens), key=lambda layer: layer.bias)
+        lines = [
+            f"{len(ran)} of {len(self.layers)} SMILE layers calibrated on {ran[-1].tokens} tokens ({self.source})",
+            f"bias of the router (rms of log shares): median {ran[len(ran) // 2].bias:.3f}, "
+            f"largest {ran[-1].bias:.3f} at {ran[-1].name}",
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    inputs: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    seed: int = 0,
+    sequences: int = 32,
+    length: int = 40,
+) -> CalibrationReport:
+    """Sets `router_prior` of every SMILE layer, which policies with `calibrated=True` subtract; no data, no training.
+
+    The base model, all experts off, reads inputs of no task: text that a causal language model writes itself, sampled
+    at temperature 1 from its first special token alone; random ids, pixels or waves where a model cannot write; or
+    `inputs`. The same seed gives the same numbers. The routing policy that the model follows stays.
+
+    Args:
+        model: a model with SMILE layers; its weights do not change.
+        inputs: unlabelled inputs of the model's use instead: batches, each a mapping of its forward's arguments.
+        seed: of what is written or drawn.
+        sequences: how many are written or drawn.
+        length: of each, in tokens.
+
+    Returns:
+        The report, with each layer's bias.
+
+    Raises:
+        ValueError: no SMILE layers; inputs without a batch, or that reach no SMILE layer; or a model whose kind of
+            input is not known, without `inputs`. Nothing is changed then.
+    """
+    layers = smile_layers(model)
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
+    for name, value in (("sequences", sequences), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name}: is {value}; expected 1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    with _experts_off(model, layers) as shares:
+        if inputs is not None:
+            source = "given"
+            for batch in inputs:
+                if not isinstance(batch, Mapping):
+                    raise ValueError(
+                        f"inputs: holds a {type(batch).__name__}; expected mappings of forward's arguments"
+                    )
+                model(**batch)
+        elif _writes(model):
+            source = "written"
+            _write(model, sequences, length, generator)
+        else:
+            source = "random"
+            model(**_random_inputs(model, sequences, length, generator))
+    if not any(count for _, count in shares.values()):
+        raise ValueError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
+
+    report = []
+    for name, layer in layers.items():
+        total, count = shares[name]
+        mean = total / max(count, 1)
+        present = mean > 0
+        prior = torch.where(present, mean.clamp_min(torch.finfo(torch.float32).tiny).log(), 0)
+        spread = (prior - prior[present].mean())[present] if bool(present.any()) else prior
+        report.append(LayerBias(name, prior.tolist(), float(spread.square().mean().sqrt()), count))
+        layer.router_prior = prior.to(layer.s.device, layer.s.dtype)
+    return CalibrationReport(source, report)
+
+
+def check_calibration(model: nn.Module) -> None:
+    """Raises what `calibrate` would raise on a model of this kind without `inputs`."""
+    if not _writes(model):
+        _random_inputs(model, 1, 1, torch.Generator())
+
+
+@contextmanager
+def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """While it is open SMILE layers run without experts; fills the sum of p [N] float64 and the tokens of each."""
+    shares = {name: (torch.zeros(layer.num_local_experts, dtype=torch.float64), 0) for name, layer in layers.items()}
+    training = {module: module.training for module in model.modules()}
+
+    def reader(name: str) -> Callable[[SmileLinear, Tensor], Routing]:
+        def read(layer: SmileLinear, x: Tensor) -> Routing:
+            rows = layer.vh if layer.router is None else layer.router
+            p = energy_shares(router_scores(x.to(rows.dtype), rows, rank_of_router=layer.rank_of_router))
+            voting = p.sum(-1) > 0
+            real = tokens()
+            if real is not None and real.shape == voting.shape:
+                voting = voting & real.to(voting.device)
+            total, count = shares[name]
+            shares[name] = total + p[voting].double().sum(0).cpu(), count + int(voting.sum())
+            off = p.new_zeros(*x.shape[:-1], 1)
+            return off, off.int()
+
+        return read
+
+    policy = get_routing(model)
+    set_routing(model, RoutingPolicy())
+    try:
+        model.eval()
+        with watch_tokens(model) as tokens:
+            for name, layer in layers.items():
+                layer.router_policy = reader(name)
+            yield shares
+    finally:
+        for layer in layers.values():
+            layer.router_policy = None
+        for module, mode in training.items():
+            module.training = mode
+        set_routing(model, policy)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _writes(model: nn.Module) -> bool:
+    """Whether `model` is a causal language model: it generates, and has no encoder."""
+    can = getattr(model, "can_generate", None)
+    return can is not None and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _write(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> None:
+    """Lets the model write `sequences` texts of `length` tokens from its first special token, reading each once."""
+    config = _text_config(model)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    first = next((i for name in names if (i := getattr(config, name, None)) is not None), 0)
+    first = first[0] if isinstance(first, (list, tuple)) else first
+    device = next(model.parameters()).device
+    ids = torch.full((sequences, 1), first, device=device)
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
+    for _ in range(length):
+        output = model(**arguments)
+        odds = output.logits[:, -1].float().softmax(-1).cpu()
+        following = torch.multinomial(odds, 1, generator=generator).to(device)
+        cache = cache_in(output)
+        if cache is None:
+            raise ValueError(
+                f"inputs: {type(model).__name__} returns no KV cache, with which it would write; expected batches of "
+                "unlabelled inputs"
+            )
+        name = next(name for name, value in output.items() if value is cache)
+        arguments = {"input_ids": following, name: cache, "use_cache": True}
+
+
+def _random_inputs(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random ids, pixels or waves, as many as the model's config says, for what its forward takes."""
+    config, text = getattr(model, "config", None), _text_config(model)
+    main = getattr(model, "main_input_name", None)
+    towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
+    weight = next(model.parameters())
+    found: dict[str, Tensor] = {}
+    if main == "input_ids":
+        ids = torch.randint(0, text.vocab_size, (sequences, length), generator=generator)
+        found["input_ids"] = ids
+        if getattr(config, "is_encoder_decoder", False):
+            found["decoder_input_ids"] = ids.roll(1, 0)
+    if main == "pixel_values" or towers:
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        found["pixel_values"] = torch.randn(sequences, vision.num_channels, height, width, generator=generator)
+    if main == "input_values":
+        found["input_values"] = torch.randn(sequences, 400 * length, generator=generator)
+    if main == "input_features":
+        frames = 2 * config.max_source_positions
+        found["input_features"] = torch.randn(sequences, config.num_mel_bins, frames, generator=generator)
+        found["decoder_input_ids"] = torch.randint(0, config.vocab_size, (sequences, length), generator=generator)
+    if not found:
+        raise ValueError(
+            f"inputs: {type(model).__name__} says no kind of input that can be drawn (main_input_name is {main!r}); "
+            "expected batches of unlabelled inputs"
+        )
+    return {
+        name: t.to(weight.device, weight.dtype) if t.is_floating_point() else t.to(weight.device)
+        for name, t in found.items()
+    }

@@ -1,0 +1,142 @@
+"""Calibration: the mean shares of the definition, on what a model writes, on random inputs, and on given ones."""
+
+import math
+
+import pytest
+import torch
+import transformers as tf
+from definition import POLICIES, SIZES, Calls, G, N, R, assert_follows, bert, by_name, llama, logits, smile, t5, tokens
+from torch import nn
+
+import smile_kernels as sk
+from smile_kernels import SmileLinear
+from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
+
+CALIBRATED = {
+    name: RoutingPolicy(**POLICIES[name].to_dict() | {"calibrated": True})
+    for name in ("layers", "sequence+layers", "causal+layers", "causal+layers, lock 1, m 2")
+} | {"token": RoutingPolicy(calibrated=True), "token, m 2": RoutingPolicy(calibrated=True, num_experts_per_tok=2)}
+
+
+def shares_by_loop(calls, real):
+    """log of the mean share, layer by layer and token by token, in float64."""
+    found = {}
+    for layer, x, _ in calls:
+        for b, row in enumerate(real):
+            for t in range(len(row)):
+                if not row[t]:
+                    continue
+                energy = [float((layer.vh[i, :G].double() @ x[b, t].double()).square().sum()) for i in range(N)]
+                if sum(energy) > 0:
+                    found.setdefault(layer, []).append([e / sum(energy) for e in energy])
+    means = {layer: [sum(p[i] for p in rows) / len(rows) for i in range(N)] for layer, rows in found.items()}
+    return {layer: [math.log(m) if m > 0 else 0.0 for m in mean] for layer, mean in means.items()}
+
+
+@torch.no_grad()
+def base_of(model: nn.Module) -> None:
+    """Switches every expert off for good."""
+    for layer in model.modules():
+        if isinstance(layer, SmileLinear):
+            layer.u.zero_()
+            layer.expert_bias.zero_()
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_given_inputs_are_read_by_the_base(build):
+    model = build()
+    layer = next(m for m in model.modules() if isinstance(m, SmileLinear))
+    with torch.no_grad():
+        layer.vh[2] = 0  # an expert that left the layer alone
+    ids, mask = tokens(4, 6), torch.ones(4, 6, dtype=torch.int64)
+    mask[1, 4:], mask[2, :3] = 0, 0
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    report = calibrate(
+        model, [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}]
+    )
+    assert report.source == "given"
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+    names = {layer: name for name, layer in model.named_modules()}
+    found = {entry.name: entry for entry in report.layers}
+    base_of(model)
+    with Calls(model) as calls:
+        logits(model, input_ids=ids, attention_mask=mask)
+    for layer, want in shares_by_loop(calls, mask.bool().tolist()).items():
+        torch.testing.assert_close(layer.router_prior, torch.tensor(want), rtol=1e-4, atol=1e-5)
+        entry = found[names[layer]]
+        assert entry.tokens == int(mask.sum())
+        centred = [w - sum(v for v in want if v) / sum(v != 0 for v in want) for w in want if w]
+        assert entry.bias == pytest.approx(math.sqrt(sum(c * c for c in centred) / len(centred)), rel=1e-3)
+
+
+def test_a_language_model_writes_what_it_is_calibrated_on():
+    model = llama().train()
+    set_routing(model, POLICIES["causal+layers"])
+    report = calibrate(model, seed=3, sequences=4, length=6)
+    assert report.source == "written"
+    assert {entry.tokens for entry in report.layers} == {24}
+    assert model.training
+    assert get_routing(model) == POLICIES["causal+layers"]
+    first = [entry.prior for entry in report.layers]
+    state = torch.get_rng_state()
+    assert [entry.prior for entry in calibrate(model, seed=3, sequences=4, length=6).layers] == first
+    assert [entry.prior for entry in calibrate(model, seed=4, sequences=4, length=6).layers] != first
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers go on as they were"
+    assert "14 of 14 SMILE layers calibrated on 24 tokens (written)" in str(report)
+
+
+def test_models_that_cannot_write_read_random_inputs():
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = smile(tf.ViTModel(tf.ViTConfig(**vision, image_size=8, patch_size=4), add_pooling_layer=False))
+    for model, count in ((bert(), 24), (t5(), 24), (image, 4 * 5)):
+        report = calibrate(model, sequences=4, length=6)
+        assert report.source == "random"
+        assert {entry.tokens for entry in report.layers} == {count}
+    for model, match in (
+        (nn.Linear(2, 2), "^model: Linear has no"),
+        (nn.Sequential(SmileLinear(8, 8, N, R, G)), "^inputs: Sequential"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            calibrate(model)
+    with pytest.raises(ValueError, match=r"^inputs: reach no SMILE layer"):
+        calibrate(bert(), [])
+
+
+@by_name(CALIBRATED)
+@pytest.mark.parametrize("build", [bert, llama])
+def test_calibrated_policies_follow_the_definition(build, policy):
+    model = build()
+    with pytest.raises(ValueError, match=r"^calibrated: is True and .* has no router_prior"):
+        set_routing(model, policy)
+    for layer in model.modules():
+        if isinstance(layer, SmileLinear):
+            layer.router_prior = torch.randn(N)
+    set_routing(model, policy)
+    ids, mask = tokens(3, 7), torch.ones(3, 7, dtype=torch.int64)
+    mask[1, :2] = 0
+    with Calls(model) as calls:
+        logits(model, input_ids=ids, attention_mask=mask)
+    assert_follows(calls, mask.bool().tolist(), policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoints_carry_the_prior(dtype, tmp_path):
+    config = tf.LlamaConfig(**SIZES, intermediate_size=24, bos_token_id=1, eos_token_id=None)
+    base, finetuned = tf.LlamaForCausalLM(config).to(dtype), [tf.LlamaForCausalLM(config).to(dtype) for _ in range(3)]
+    model, _ = sk.upscale(base, finetuned, rank_of_expert=4, rank_of_router=2, exclude=["lm_head"], progress=False)
+    calibrate(model, sequences=2, length=4)
+    set_routing(model, RoutingPolicy.recommended(model))
+    assert get_routing(model) == RoutingPolicy("causal", accumulate=True, calibrated=True, lock_after=1)
+    sk.save_pretrained(model, tmp_path / "whole")
+    for loaded in (
+        sk.load_pretrained(tmp_path / "whole"),
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole"),
+        sk.load_pretrained(tmp_path / "whole", tf.LlamaForCausalLM(config).to(dtype)),
+    ):
+        assert get_routing(loaded) == get_routing(model)
+        for name, layer in loaded.named_modules():
+            if isinstance(layer, SmileLinear):
+                assert layer.router_prior.dtype == torch.float32
+                assert torch.equal(layer.router_prior, model.get_submodule(name).router_prior), name
+    low = model.to(torch.bfloat16).float()
+    assert low.model.layers[0].mlp.up_proj.router_prior.dtype == torch.float32
