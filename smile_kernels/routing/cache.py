@@ -74,8 +74,9 @@ class Memory:
             cache.routing_memory = self
 
     def choice(self, key: Key, locked: bool) -> Routing:
-        """The prompt's choice at a layer; layers that were locked share the last one."""
-        found = self.choices.get(key, self.choices[self.last] if locked else None)
+        """The choice made in an earlier pass at a layer; locked layers, and all of scope "prompt", share one."""
+        alike = self.last is not None and (locked or self.last == PROMPT)
+        found = self.choices.get(key, self.choices[self.last] if alike else None)
         if found is None:
             raise RuntimeError(
                 "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"

@@ -226,11 +226,10 @@ class ForwardPass:
         if self.voting:
             return self._vote(layer, x)
         block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
-        if policy.scope == "prompt":
-            assert self.choice is not None
-        elif self.held:
-            assert self.memory is not None
+        if self.held and self.memory is not None:
             self.choice = self.memory.choice(key, locked=policy.lock_after is not None)
+        elif policy.scope == "prompt":
+            pass  # `vote` has chosen
         elif policy.lock_after is None or block < policy.lock_after:
             self.choice = self._score(key, layer, x)
             if self.memory is not None and policy.scope == "sequence":

@@ -20,6 +20,7 @@ POLICIES = {
     "sequence+layers, m 2": RoutingPolicy("sequence", accumulate=True, num_experts_per_tok=2),
     "causal": RoutingPolicy("causal"),
     "causal+layers": RoutingPolicy("causal", accumulate=True),
+    "causal+layers, half-life 3": RoutingPolicy("causal", accumulate=True, half_life=3),
     "causal+layers, lock 1, m 2": RoutingPolicy("causal", accumulate=True, lock_after=1, num_experts_per_tok=2),
 }
 SEQUENCE = {name: policy for name, policy in POLICIES.items() if policy.scope == "sequence"}
@@ -119,7 +120,12 @@ class Calls:
             handle.remove()
 
 
-def definition(calls, real, policy, groups=None):
+def restarts(ids, pattern, b, t):
+    """Whether the tokens of `pattern` end at t."""
+    return pattern is not None and t + 1 >= len(pattern) and ids[b, t + 1 - len(pattern) : t + 1].tolist() == [*pattern]
+
+
+def definition(calls, real, policy, groups=None, token_ids=None):
     """The equations, loop by loop: for each call the weights and ids [B, S, m], over tokens real [B][S] (bool).
 
     groups [B][S] numbers the sequences packed in a row. Padding gets whatever its sequence gets.
@@ -147,7 +153,13 @@ def definition(calls, real, policy, groups=None):
                         scope.append(s)
                 if not scope:
                     continue
-                pooled = [sum(share[b, s][i] for s in scope) / len(scope) for i in range(N)]
+                pooled = [0.0] * N
+                for s in scope:
+                    if restarts(token_ids, policy.restart_at, b, s):
+                        pooled = [0.0] * N
+                    gamma = 2 ** (-1 / policy.half_life) if policy.half_life else 1.0
+                    pooled = [gamma * pooled[i] + share[b, s][i] for i in range(N)]
+                pooled = [p / sum(pooled) for p in pooled]
                 before = evidence.get((b, t), [0.0] * N) if policy.accumulate else [0.0] * N
                 prior = layer.router_prior.tolist() if policy.calibrated else [0.0] * N
                 evidence[b, t] = [before[i] + math.log(pooled[i]) - prior[i] for i in range(N)]
@@ -162,11 +174,11 @@ def definition(calls, real, policy, groups=None):
     return out
 
 
-def assert_follows(calls, real, policy, groups=None):
+def assert_follows(calls, real, policy, groups=None, token_ids=None):
     """Each recorded output is the layer's under the routing of the definition, where tokens are real."""
     assert calls
     chosen = set()
-    for (layer, x, y), routing in zip(calls, definition(calls, real, policy, groups)):
+    for (layer, x, y), routing in zip(calls, definition(calls, real, policy, groups, token_ids)):
         want = layer(x, routing=routing)
         torch.testing.assert_close(y[torch.tensor(real)], want[torch.tensor(real)], rtol=1e-4, atol=1e-5)
         chosen |= set(routing[1].unique().tolist())
