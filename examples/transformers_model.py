@@ -24,6 +24,7 @@ def make_models() -> tuple[torch.nn.Module, list[torch.nn.Module]]:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=200,
+        eos_token_id=None,  # random weights may emit it anywhere
     )
     base = MistralForCausalLM(config).eval()
     finetuned = [copy.deepcopy(base) for _ in range(3)]
