@@ -120,7 +120,7 @@ def on_cpu() -> Plan:
         headline=[Row(layer, small, t, mode, "cpu") for mode, t in modes],
         settings=[Row(layer, other, 3, "graph", "cpu")],
         single=[Row(layer, small, 3, "graph", "cpu", only=("single fused",))],
-        tests=["tests/triton/test_kernels.py", "-k", "test_ties"],
+        tests=["tests/ops/triton/test_kernels.py", "-k", "test_ties"],
         build=None,
         soak=Soak("cpu", 1.0, largest=6),
         workers=1,
@@ -388,7 +388,9 @@ def sanitize() -> None:
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "pytest", "-x"]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        subprocess.run([*command, "-k", chosen, "tests/triton/test_kernels.py"], cwd=ROOT, env=environment, check=True)
+        subprocess.run(
+            [*command, "-k", chosen, "tests/ops/triton/test_kernels.py"], cwd=ROOT, env=environment, check=True
+        )
 
 
 def main(arguments: Sequence[str] | None = None, work: Callable[[Any], Any] = perform_job) -> None:

@@ -4,7 +4,6 @@ import copy
 
 import torch
 import torch.distributed as dist
-from tiny_models import build, fine_tuned, fuse, inputs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,6 +17,7 @@ from smile_kernels.integrations.distributed import (
     tensor_parallel_plan,
 )
 from smile_kernels.nn import smile_layers
+from tests.integrations.tiny_models import build, fine_tuned, fuse, inputs
 
 
 def full(t: torch.Tensor) -> torch.Tensor:

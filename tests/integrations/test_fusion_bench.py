@@ -11,12 +11,12 @@ import torch
 from fusion_bench.models.smile_moe import linear_from_hf_config as headed
 from fusion_bench.models.smile_moe import linear_from_module as generic
 from safetensors.torch import save_model
-from tiny_models import GROUPED, SPECIAL, build, fine_tuned, linear_layers
 from torch import nn
 
 from smile_kernels import SmileLinear, load_pretrained
 from smile_kernels.integrations.fusion_bench import convert_state_dict, from_fusion_bench, holds_fusion_bench_layers
 from smile_kernels.nn import smile_layers
+from tests.integrations.tiny_models import GROUPED, SPECIAL, build, fine_tuned, linear_layers
 
 D, O, N = 20, 28, 3
 

@@ -6,7 +6,6 @@ import warnings
 import peft
 import pytest
 import torch
-from tiny_models import build, fine_tuned, output
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
@@ -16,6 +15,7 @@ from smile_kernels.integrations.peft import LowRankDelta, adapter_deltas, is_ada
 from smile_kernels.nn import smile_layers
 from smile_kernels.svd import lora_svd
 from smile_kernels.upscaling import upscale_checkpoints
+from tests.integrations.tiny_models import build, fine_tuned, output
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import build, fine_tuned, fuse, output
 from torch import nn
 
 from smile_kernels import SmileLinear
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
 from smile_kernels.nn import smile_layers
+from tests.integrations.tiny_models import build, fine_tuned, fuse, output
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2, 5])

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers, output
 from transformers.distributed import DistributedConfig
 
 import smile_kernels as sk
 from smile_kernels.nn import smile_layers
 from smile_kernels.upscaling import upscale_checkpoints
+from tests.integrations.tiny_models import CONFIGS, build, fine_tuned, fuse, inputs, linear_layers, output
 
 LAYERS = {
     "MistralForCausalLM": 14,

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import build, fine_tuned
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,6 +38,8 @@ from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.nn import smile_layers
 from smile_kernels.ops import library
 from smile_kernels.upscaling import upscale_checkpoints
+from tests.integrations import tiny_models
+from tests.integrations.tiny_models import build, fine_tuned
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)

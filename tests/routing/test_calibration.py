@@ -5,12 +5,27 @@ import math
 import pytest
 import torch
 import transformers as tf
-from definition import POLICIES, SIZES, Calls, G, N, R, assert_follows, bert, by_name, llama, logits, smile, t5, tokens
 from torch import nn
 
 import smile_kernels as sk
 from smile_kernels import SmileLinear
 from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
+from tests.routing.definition import (
+    POLICIES,
+    SIZES,
+    Calls,
+    G,
+    N,
+    R,
+    assert_follows,
+    bert,
+    by_name,
+    llama,
+    logits,
+    smile,
+    t5,
+    tokens,
+)
 
 CALIBRATED = {
     name: RoutingPolicy(**POLICIES[name].to_dict() | {"calibrated": True})

@@ -3,7 +3,11 @@
 import pytest
 import torch
 import transformers as tf
-from definition import (
+from torch import nn
+
+from smile_kernels import SmileLinear
+from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from tests.routing.definition import (
     CAUSAL,
     POLICIES,
     SEQUENCE,
@@ -22,10 +26,6 @@ from definition import (
     t5,
     tokens,
 )
-from torch import nn
-
-from smile_kernels import SmileLinear
-from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
 
 
 @by_name(POLICIES)

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from definition import (
+
+from smile_kernels.routing import RoutingPolicy, set_routing
+from tests.routing.definition import (
     CAUSAL,
     POLICIES,
     SEQUENCE,
@@ -18,8 +20,6 @@ from definition import (
     mistral,
     tokens,
 )
-
-from smile_kernels.routing import RoutingPolicy, set_routing
 
 
 @by_name(CAUSAL | {"layers": POLICIES["layers"]})

@@ -5,12 +5,12 @@ import inspect
 import pytest
 import torch
 import transformers as tf
-from definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smile_kernels import SmileLinear
 from smile_kernels.routing import set_routing, watch_routing
+from tests.routing.definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, tokens
 
 TWO = {name: POLICIES[name] for name in ("sequence+layers", "causal+layers")}
 # Public methods of transformers' Cache, 5.18 to 5.24. Those that move or repeat batch rows are followed.

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from definition import POLICIES, SIZES, Calls, G, N, R, bert, by_name, definition, llama, logits, t5, tokens
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,6 +18,21 @@ from smile_kernels.ops import composed
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
 from smile_kernels.routing.policy import block_numbers
 from smile_kernels.testing import Problem, assert_close, expectations
+from tests.routing.definition import (
+    POLICIES,
+    SIZES,
+    Calls,
+    G,
+    N,
+    R,
+    bert,
+    by_name,
+    definition,
+    llama,
+    logits,
+    t5,
+    tokens,
+)
 
 
 @pytest.mark.parametrize(

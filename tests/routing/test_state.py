@@ -8,12 +8,25 @@ import time
 
 import pytest
 import torch
-from definition import POLICIES, Calls, G, N, R, assert_follows, bert, by_name, definition, llama, logits, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smile_kernels import SmileLinear
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing
+from tests.routing.definition import (
+    POLICIES,
+    Calls,
+    G,
+    N,
+    R,
+    assert_follows,
+    bert,
+    by_name,
+    definition,
+    llama,
+    logits,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])

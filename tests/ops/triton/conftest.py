@@ -11,7 +11,7 @@ DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
 def device() -> str:
     """Where kernels run: on the GPU, or on the CPU under the interpreter."""
     if reason := backend.why_not(DEVICE):
-        pytest.fail(f"tests/triton needs Triton's interpreter or a GPU: {reason}")
+        pytest.fail(f"tests/ops/triton needs Triton's interpreter or a GPU: {reason}")
     return DEVICE
 
 

@@ -1,12 +1,12 @@
 """Compile the kernels ahead of time, for devices that are not here, and report what they use.
 
-    python tests/triton/aot.py [usual | recorded | every | extreme] [FAMILY ...]
-    python tests/triton/aot.py --write
+    python tests/ops/triton/aot.py [usual | recorded | every | extreme] [FAMILY ...]
+    python tests/ops/triton/aot.py --write
 
 prints one JSON line a kernel: those of decode and prefill; of one layer in every regime; every tile of every kernel; or
 those of the largest layers.
---write keeps the second as what this version of Triton makes of them, in tests/triton/resources.json, which the tests
-compare with. The backend's own launchers run on tensors without storage, and Triton compiles what they launch instead
+--write keeps the second as what this version of Triton makes of them, in resources.json, which the tests compare
+with. The backend's own launchers run on tensors without storage, and Triton compiles what they launch instead
 of running it.
 """
 

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from builds import ROOT
 
 from smile_kernels.ops import extension
+from tests.ops.extension.builds import ROOT
 
 LIBRARY = "smile_kernels/ops/_extension_cpu.so"
 

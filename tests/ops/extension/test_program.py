@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builds import HERE, TORCH, cached
 
 import smile_kernels as sk
 from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close
+from tests.ops.extension.builds import HERE, TORCH, cached
 
 
 class Model(torch.nn.Module):

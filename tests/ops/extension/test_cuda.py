@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from builds import CSRC, SANITIZERS, cached, emulated_library, run_sanitized
-from cases import SHAPES, check_backward, check_forward, check_routing
 
 from smile_kernels.testing import Problem, assert_close, expectations
+from tests.ops.extension.builds import CSRC, SANITIZERS, cached, emulated_library, run_sanitized
+from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = [

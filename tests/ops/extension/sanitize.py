@@ -3,10 +3,10 @@
 import os
 import sys
 
-import cases
 import torch
 
 from smile_kernels.testing import Problem
+from tests.ops.extension import cases
 
 
 def check_cpu() -> None:

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from builds import SANITIZERS, cpu_library, run_sanitized
-from cases import DTYPES, SHAPES, check_forward
 
 import smile_kernels as sk
 from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close, expectations
+from tests.ops.extension.builds import SANITIZERS, cpu_library, run_sanitized
+from tests.ops.extension.cases import DTYPES, SHAPES, check_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,7 +1,7 @@
 """The kernels compile for devices that are not here: no spills, shared memory within limits, tensor cores, wide loads.
 
-resources.json holds what each kernel uses, by version of Triton; `python tests/triton/aot.py --write` renews it where a
-change is meant.
+resources.json holds what each kernel uses, by version of Triton; `python tests/ops/triton/aot.py --write` renews it
+where a change is meant.
 """
 
 import json
@@ -24,7 +24,7 @@ DEVICES = list(SHARED)
 def compiled(which: str, *devices: str) -> dict[str, dict]:
     """What each kernel compiled for the devices uses. Triton cannot compile in a process in which it interprets."""
     # Where this process found its Triton, the other shall too.
-    path = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, HERE / "aot.py", which, *devices]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -76,7 +76,7 @@ def check_prefill(kernels: dict[str, dict]) -> None:
 def check_recorded(kernels: dict[str, dict]) -> None:
     if RECORDED is not None:
         changed = {key: (used, RECORDED.get(key)) for key, used in kernels.items() if used != RECORDED.get(key)}
-        assert not changed, "renew with `python tests/triton/aot.py --write` if this change is meant"
+        assert not changed, "renew with `python tests/ops/triton/aot.py --write` if this change is meant"
 
 
 def test_decode_and_prefill_fit_the_devices_and_use_them():
