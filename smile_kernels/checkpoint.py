@@ -104,7 +104,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     if "quantization_config" in config:
         smile = read_smile_config(folder)
         if model is None and smile.base_model_name_or_path is None:
-            return _transformers_class(config).from_pretrained(folder, **from_pretrained)
+            return _from_pretrained(_transformers_class(config), folder, from_pretrained)
         tensors = {name: tensor.load() for name, tensor in stored.items()}
     else:
         if not holds_fusion_bench_layers(stored):
@@ -229,6 +229,17 @@ def _transformers_class(config: Mapping[str, Any]) -> type:
     return cls
 
 
+def _from_pretrained(cls: type, folder: str | Path, options: dict[str, Any]) -> nn.Module:
+    try:
+        return cls.from_pretrained(folder, **options)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a config that does not fit makes an architecture raise
+        raise ValueError(
+            f"{folder}: transformers cannot load it as {cls.__name__} ({type(error).__name__}: {error})"
+        ) from error
+
+
 def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
     """The transformers model whose layers are about to be swapped."""
     cls = _transformers_class(config)
@@ -238,7 +249,7 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
                 f"base_model_name_or_path: is {smile.base_model_name_or_path!r}, no folder here; "
                 "expected the base checkpoint there, or the base model as `model`"
             )
-        return cls.from_pretrained(smile.base_model_name_or_path, **from_pretrained)
+        return _from_pretrained(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
     plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "torch_dtype")}
     plain = cls.config_class(**plain)

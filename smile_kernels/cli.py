@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -326,11 +327,13 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     """Settings of `upscale_checkpoints` from a YAML file in mergekit's manner."""
     import yaml
 
-    if not file.is_file():
+    from .storage import read_text
+
+    if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; expected a YAML file")
     try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(read_text(file, limit=1 << 20))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file}: is not YAML: {error}") from None
     keys = ("base_model", "models", "dtype", "parameters")
     _check_keys(str(file), content, keys)
@@ -339,12 +342,15 @@ def _from_yaml(file: Path) -> dict[str, Any]:
         settings["base"] = content["base_model"]
     if "models" in content:
         if not isinstance(content["models"], list):
-            raise ValueError(f"{file}: models is {content['models']!r}; expected a list of - model: FOLDER")
+            raise ValueError(f"{file}: models is {reprlib.repr(content['models'])}; expected a list of - model: FOLDER")
         for i, entry in enumerate(content["models"]):
             _check_keys(f"{file}: models[{i}]", entry, ("model",))
             if "model" not in entry:
                 raise ValueError(f"{file}: models[{i}]: model is missing; expected - model: FOLDER")
         settings["experts"] = [entry["model"] for entry in content["models"]]
+    for folder in (settings.get("base", ""), *settings.get("experts", ())):
+        if not isinstance(folder, str):
+            raise ValueError(f"{file}: a model is {reprlib.repr(folder)}; expected the path of a folder")
     if "dtype" in content:
         settings["dtype"] = content["dtype"]
     parameters = content.get("parameters", {})
@@ -357,7 +363,7 @@ def _from_yaml(file: Path) -> dict[str, Any]:
 
 def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: is {values!r}; expected the keys {', '.join(known)}")
+        raise ValueError(f"{where}: is {reprlib.repr(values)}; expected the keys {', '.join(known)}")
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")

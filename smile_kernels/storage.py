@@ -29,6 +29,10 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -62,8 +66,9 @@ class StoredTensor:
     def load(self) -> Tensor:
         """The data; raises ValueError, naming the file and the tensor, if it holds NaN or inf."""
         tensor = self.read()
-        if tensor.is_floating_point() and tensor.numel():
-            comparable = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
+            comparable = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            comparable = comparable if comparable.dtype.itemsize > 1 else comparable.float()
             if not all(math.isfinite(extreme.item()) for extreme in comparable.aminmax()):
                 bad = (~torch.isfinite(comparable)).nonzero()
                 raise ValueError(
@@ -86,38 +91,66 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a local folder that holds a checkpoint")
     index, files = _weight_files(folder)
-    weight_map = read_json(index).get("weight_map") if index else None
-    if index:
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: has no weight_map; expected tensor names and their files")
+    weight_map = _read_weight_map(index) if index else None
+    if weight_map is not None:
         files = [folder / file for file in sorted(set(weight_map.values()))]
-    tensors = {}
+    else:
+        _check_shards(files)
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; {index} names it")
+            kind = "a link to a missing file" if file.is_symlink() else "no such file"
+            raise FileNotFoundError(f"{file}: {kind}" + (f"; {index} names it" if index else ""))
         for tensor in read_safetensors(file) if file.suffix == ".safetensors" else _pickled_tensors(file):
-            if weight_map is None or weight_map.get(tensor.name) == file.name:
-                tensors[tensor.name] = tensor
+            if weight_map is not None and weight_map.get(tensor.name) != file.name:
+                continue
+            if tensor.name in tensors:
+                raise ValueError(f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file}, too; expected one")
+            tensors[tensor.name] = tensor
     for name in weight_map or ():
         if name not in tensors:
-            raise ValueError(f"{index}: tensor {name!r} is not in {weight_map[name]}")
+            raise ValueError(f"{index}: tensor {name!r} is not in {folder / weight_map[name]}; expected it there")
     return tensors
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The index of a folder's shards, or else its weight files."""
-    for pattern in ("model.safetensors.index.json", "*.safetensors.index.json"):
-        if found := sorted(folder.glob(pattern)):
-            return found[0], []
-    for pattern in ("model.safetensors", "*.safetensors"):
-        if found := sorted(folder.glob(pattern)):
-            return None, found
-    for pattern in ("pytorch_model.bin.index.json", "pytorch_model.bin"):
-        if (folder / pattern).exists():
-            return (folder / pattern, []) if pattern.endswith(".json") else (None, [folder / pattern])
+    """The index of a folder's shards, or else its weight files: what from_pretrained would read, in its order."""
+    for stem in ("model.safetensors", "pytorch_model.bin", "experts.safetensors"):
+        if (folder / stem).exists():
+            return None, [folder / stem]
+        if (folder / f"{stem}.index.json").exists():
+            return folder / f"{stem}.index.json", []
+    if found := sorted(folder.glob("*.safetensors.index.json")):
+        return found[0], []
+    if found := sorted(folder.glob("*.safetensors")):
+        return None, found
     raise FileNotFoundError(
         f"{folder}: holds no weights; expected model.safetensors, pytorch_model.bin, or an index of shards of either"
     )
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map; expected tensor names and their files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
+            raise ValueError(f"{index}: weight_map[{name!r}] is {file!r}; expected a weight file of the same folder")
+    return weight_map
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Raises FileNotFoundError if the names of shards, `...-00001-of-00003`, tell of files that are not there."""
+    names = {file.name for file in files}
+    for file in files:
+        if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\.\w+)", file.name):
+            stem, number, total, suffix = match.groups()
+            for i in range(1, min(int(total), 100_000) + 1):
+                shard = f"{stem}{i:0{len(number)}}-of-{total}{suffix}"
+                if shard not in names:
+                    raise FileNotFoundError(
+                        f"{file.with_name(shard)}: no such file; {file.name} says that there is one"
+                    )
 
 
 def read_safetensors(file: Path) -> list[StoredTensor]:
@@ -158,8 +191,16 @@ def _pickled_tensors(file: Path) -> list[StoredTensor]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{file}: is not a whole PyTorch file ({error}); fetch or write it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{file}: holds a {type(state).__name__} of more than tensors; expected tensors by name")
+    if not isinstance(state, dict):
+        raise ValueError(f"{file}: holds a {type(state).__name__}; expected tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: holds a {type(tensor).__name__} as {name!r}; expected tensors by name")
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"{file}: tensor {name!r} is {tensor.layout} {tensor.dtype}; expected a dense tensor of one of "
+                f"{', '.join(map(str, _DTYPE_NAMES))}"
+            )
 
     def reader(name: str) -> Callable[[], Tensor]:
         if not mapped:
@@ -245,9 +286,27 @@ def parse_size(size: int | str) -> int:
 def read_json(file: Path) -> dict[str, Any]:
     """The object a JSON file holds; raises ValueError, naming the file, if it holds none."""
     try:
-        value = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from None
+        value = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file}: is not JSON ({reason})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds a {type(value).__name__}; expected an object")
     return value
+
+
+def read_text(file: Path, limit: int = 1 << 28) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: not a regular file, more than `limit` bytes, or not UTF-8.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: is not a regular file; expected a text file")
+    size = file.stat().st_size
+    if size > limit:
+        raise ValueError(f"{file}: has {size:,} bytes; expected at most {limit:,}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 text ({error})") from None

@@ -5,8 +5,9 @@ SmileLinear where `quantization_config.modules` names a linear layer. `import sm
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,8 +23,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
+from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
 from ..routing import set_routing
+from ..storage import read_safetensors
 from ..versions import expect, warn_if_newer
 
 
@@ -113,7 +115,11 @@ class SmileQuantizer(HfQuantizer):
             # The checkpoint's name for a layer may differ from the model's: a head more or less, a renamed submodule.
             key, _ = renamed(f"{name}.weight")
             if key not in tensors:
-                continue
+                if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+                    raise ValueError(
+                        f"modules[{name!r}]: {type(model).__name__} has no such layer; expected its layers"
+                    )
+                continue  # a head that this class of model does without
             target = key.removesuffix(".weight")
             linear = model.get_submodule(target)
             if not isinstance(linear, (nn.Linear, Conv1D)):
@@ -132,6 +138,7 @@ class SmileQuantizer(HfQuantizer):
                 self._fan_in_fan_out.append(layer)
             model.set_submodule(target, layer.train(linear.training))
             self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
+        _check_stored_experts(kwargs.get("checkpoint_files") or (), config)
         if not self._layers:
             raise ValueError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
 
@@ -145,6 +152,11 @@ class SmileQuantizer(HfQuantizer):
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
+        for name, (layer, _) in self._layers.items():
+            for factor in FACTORS:
+                tensor = getattr(layer, factor)
+                if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
+                    raise ValueError(f"checkpoint: tensor {name}.{factor} holds NaN or inf; expected finite numbers")
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
         set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)
@@ -157,3 +169,15 @@ class SmileQuantizer(HfQuantizer):
         # Nothing is quantised: half(), float() and training work as on any model.
         model.is_quantized = False
         del self._layers, self._fan_in_fan_out
+
+
+def _check_stored_experts(files: Sequence[str | Path], config: SmileConfig) -> None:
+    """Raises ValueError if the files hold experts of a layer that the config does not name."""
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            for tensor in read_safetensors(Path(file)):
+                layer, _, factor = tensor.name.rpartition(".")
+                if factor == "vh" and layer not in config.modules:
+                    raise ValueError(
+                        f"{file}: holds experts of {layer!r}, which quantization_config.modules lacks; expected both"
+                    )

@@ -74,7 +74,7 @@ class _Job:
         self.tensors = StoredTensors(self.stored)
         base_config = read_config(base)
         if quantized := base_config.get("quantization_config"):
-            method = quantized.get("quant_method")
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise ValueError(f"base: {base} is stored as {method!r} already; expected a checkpoint of plain weights")
         for i, folder in enumerate(experts):
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
@@ -181,7 +181,7 @@ class _Job:
             known = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
             if file.is_file() and (file.suffix in _COPIED or file.stem in ("LICENSE", "NOTICE")) and not known:
                 shutil.copyfile(file, folder / file.name)
-        for stage in sorted(self.base.glob("[0-9]_*")):  # sentence-transformers' pooling and what follows it
+        for stage in sorted(self.base.glob("[0-9]_*/")):  # sentence-transformers' pooling and what follows it
             shutil.copytree(stage, folder / stage.name, dirs_exist_ok=True)
         base_config = read_config(self.base)
         if self.dtype is not None and base_config:
@@ -253,6 +253,9 @@ def upscale_checkpoints(
         routing=routing or RoutingPolicy(),
     )
     parse_size(max_shard_size)
+    check_device(device)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: is {workers}; expected 1 or more")
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
     job = _Job(base, experts, config, include, exclude, remaining, dtype, device)
@@ -321,6 +324,14 @@ def _check_space(work: Path, needed: int) -> None:
     if free + present < needed:
         message = f"disk is too full: {needed:,} bytes are needed and {free + present:,} are free"
         raise OSError(errno.ENOSPC, message, str(work))
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless tensors can be computed on `device` here."""
+    try:
+        torch.empty(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: is {device!r}, which cannot compute here ({str(error).splitlines()[0]})") from None
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

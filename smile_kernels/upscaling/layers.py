@@ -2,12 +2,14 @@
 
 import fnmatch
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..config import read_config
 from ..storage import StoredTensor
@@ -89,17 +91,43 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     architectures = read_config(folder).get("architectures")
     if not architectures:
         return None
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ValueError(f"{folder / 'config.json'}: architectures is {architectures!r}; expected a list of names")
     try:
         import transformers
     except ImportError:
         return None
     cls = getattr(transformers, architectures[0], None)
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         return None
-    with torch.device("meta"):
-        model = cls(cls.config_class.from_pretrained(folder))
-    model.tie_weights()
+    try:
+        with torch.device("meta"), _limited_modules():
+            model = cls(cls.config_class.from_pretrained(folder))
+        model.tie_weights()
+    except Exception as error:  # whatever a config that does not fit makes the architecture raise
+        raise ValueError(
+            f"{folder / 'config.json'}: transformers cannot make a {architectures[0]} of it "
+            f"({type(error).__name__}: {error}); expected the config of the weights beside it"
+        ) from error
     return model
+
+
+@contextmanager
+def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
+    """Stops a config that asks for a billion layers before they are made."""
+    count = 0
+
+    def made(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise ValueError(f"it has more than {limit:,} modules")
+
+    handle = register_module_module_registration_hook(made)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _stored_layers(model: nn.Module, matrices: Sequence[str]) -> dict[str, Layer]:
@@ -129,8 +157,11 @@ def select_layers(
     A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
 
     Raises:
-        ValueError: none is left.
+        ValueError: none is left, or a string in place of a list.
     """
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
+            raise ValueError(f"{argument}: is {patterns!r}; expected a list of patterns such as ['*.q_proj']")
     chosen = {
         name: layer
         for name, layer in layers.items()

@@ -1,0 +1,210 @@
+"""Malformed inputs: each ends in success or in an error that names the file, in seconds, and changes no input."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from smile_kernels import load_pretrained, save_pretrained, upscale, upscale_checkpoints
+from smile_kernels.checkpoint import describe
+
+SECONDS = 60  # of wall time, on a loaded machine
+ODD_VALUES: list[Any] = [
+    None, True, -1, 0, 1.5, 10**9, 10**400, "", "x", "nan", [], {}, [[]], ["x"], {"x": None}, "(a+)+$",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A tiny language model as shards, a fine-tuned version, an adapter of it, and the fused checkpoint."""
+    folder = tmp_path_factory.mktemp("inputs")
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(folder / "base", max_shard_size="8KB")
+    finetuned = LlamaForCausalLM(config)
+    finetuned.save_pretrained(folder / "expert")
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    factors = {
+        name.format(i, part): torch.randn(shape) for i in range(2) for part, shape in zip("AB", [(4, 16), (16, 4)])
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "alpha_pattern": {"k_proj": 4},
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    model, _ = upscale(base, [finetuned], rank_of_expert=4, rank_of_router=2, progress=False)
+    save_pretrained(model, folder / "fused")
+    return folder
+
+
+def mutate(folder: Path, rng: random.Random) -> str:
+    """One random fault in one file of a folder; returns what it was."""
+    file = rng.choice(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in (".json", ".safetensors")))
+    kinds = ["truncated", "flipped", "deleted", "emptied", "folder", "fifo", "loop", "dangling"]
+    if file.suffix == ".json":
+        kinds += ["value"] * 8 + ["key"] * 3 + ["deep", "list", "bytes"]
+    else:
+        kinds += ["tensor"] * 6 + ["copy", "shard"]
+    kind = rng.choice(kinds)
+    data = file.read_bytes()
+    if kind == "truncated":
+        file.write_bytes(data[: rng.randrange(len(data))])
+    elif kind == "flipped":
+        at = rng.randrange(min(len(data), 4000))
+        file.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :])
+    elif kind == "emptied":
+        file.write_bytes(b"")
+    elif kind == "value" or kind == "key":
+        file.write_text(json.dumps(changed_json(json.loads(data), rng, kind)))
+    elif kind == "deep":
+        file.write_text("[" * 100_000)
+    elif kind == "list":
+        file.write_text("[1]")
+    elif kind == "bytes":
+        file.write_bytes(b"\xff\xfe{}")
+    elif kind == "tensor":
+        save_file(changed_tensors(load_file(file), rng), file)
+    elif kind == "copy":
+        shutil.copy(file, folder / f"copy-{file.name}")
+    elif kind == "shard":
+        file.rename(folder / "model-00002-of-00003.safetensors")
+    else:
+        file.unlink()
+        if kind == "folder":
+            file.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(file)
+        elif kind != "deleted":
+            file.symlink_to(file.name if kind == "loop" else "no-such-file")
+    return f"{folder.name}/{file.name} {kind}"
+
+
+def changed_json(value: Any, rng: random.Random, kind: str) -> Any:
+    if isinstance(value, dict) and value and (rng.random() < 0.7 or kind == "key"):
+        key = rng.choice(sorted(value))
+        if kind == "key":
+            value["odd" + key if rng.random() < 0.5 else "x"] = value.pop(key)
+        else:
+            value[key] = changed_json(value[key], rng, kind)
+        return value
+    return rng.choice(ODD_VALUES)
+
+
+def changed_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, torch.Tensor]:
+    name = rng.choice(sorted(tensors))
+    tensor = tensors[name]
+    change = rng.randrange(7)
+    if change == 0:
+        del tensors[name]
+    elif change == 1:
+        tensors["odd." + name] = tensors.pop(name)
+    elif change == 2:
+        tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([torch.nan, torch.inf])
+    elif change == 3:
+        tensors[name] = tensor[:0]
+    elif change == 4:
+        tensors[name] = tensor.unsqueeze(0)
+    elif change == 5:
+        tensors[name] = tensor.to(rng.choice([torch.int8, torch.float64, torch.complex64, torch.float8_e4m3fn]))
+    else:
+        tensors["more." + name] = tensor.clone()
+    return tensors
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(f.relative_to(folder)): f.read_bytes() if f.is_file() and not f.is_fifo() else None
+        for f in sorted(folder.rglob("*"))
+    }
+
+
+class Unfinished(OSError):
+    pass
+
+
+def outcome(job: Callable[[], object]) -> str:
+    """ "success", the type of a user error, or else "fault: ...", as for a job that does not end."""
+
+    def late(*_: object) -> None:
+        raise Unfinished(f"did not end in {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            job()
+        return "success"
+    except (ValueError, OSError) as error:
+        fault = isinstance(error, Unfinished) or not str(error).strip()
+        return f"fault: {error!r}" if fault else type(error).__name__
+    except Exception as error:
+        return f"fault: {error!r}"
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(400, marks=pytest.mark.exhaustive)])
+def test_malformed_folders(inputs, tmp_path, cases):
+    seed = int(os.environ.get("SEED", "0" if cases == 40 else time.time_ns() % 2**32))
+    outcomes, faults = Counter[str](), []
+    for case in range(cases):
+        rng = random.Random(f"{seed}-{case}")
+        folder = tmp_path / str(case)
+        shutil.copytree(inputs, folder)
+        parts = rng.choices(["base", "expert", "adapter", "fused"], k=rng.choice([1, 1, 2]))
+        what = [mutate(folder / part, rng) for part in parts]
+        before = listing(folder)
+        jobs: dict[str, Callable[[], object]] = {}
+        if {"base", "expert", "adapter"} & set(parts):
+            experts = [folder / "expert", folder / "adapter"]
+            options = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
+            jobs["fuse"] = functools.partial(upscale_checkpoints, folder / "base", experts, folder / "out", **options)
+        if "fused" in parts:
+            jobs |= {
+                "describe": functools.partial(describe, folder / "fused"),
+                "load": functools.partial(load_pretrained, folder / "fused"),
+            }
+        for name, job in jobs.items():
+            result = outcome(job)
+            if result.startswith("fault"):
+                faults.append(f"case {case}, {name}: {', '.join(what)}: {result}")
+            outcomes[result.split(":")[0]] += 1
+        if (folder / "out").exists():
+            assert any(name.endswith(".vh") for name in load_file(folder / "out" / "model.safetensors"))
+            shutil.rmtree(folder / "out")
+        after = {name: data for name, data in listing(folder).items() if not name.startswith("out.partial")}
+        assert after == before, what
+        shutil.rmtree(folder)
+    print(f"{cases} malformed folders: {dict(outcomes)}")
+    assert not faults, f"seed {seed}:\n" + "\n".join(faults)
+    assert outcomes["ValueError"] > cases / 4
+
+
+def test_the_untouched_inputs_are_fused_and_load(inputs, tmp_path):
+    experts = [inputs / "expert", inputs / "adapter"]
+    upscale_checkpoints(inputs / "base", experts, tmp_path / "out", rank_of_expert=4, rank_of_router=2)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
