@@ -101,7 +101,7 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         if not file.is_file():
             kind = "a link to a missing file" if file.is_symlink() else "no such file"
             raise FileNotFoundError(f"{file}: {kind}" + (f"; {index} names it" if index else ""))
-        for tensor in read_safetensors(file) if file.suffix == ".safetensors" else _pickled_tensors(file):
+        for tensor in read_safetensors(file) if file.suffix == ".safetensors" else read_pickled(file):
             if weight_map is not None and weight_map.get(tensor.name) != file.name:
                 continue
             if tensor.name in tensors:
@@ -175,7 +175,8 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     return [StoredTensor(name, _DTYPES[dtype], shape, reader(name), file) for name, (dtype, shape) in headers.items()]
 
 
-def _pickled_tensors(file: Path) -> list[StoredTensor]:
+def read_pickled(file: Path) -> list[StoredTensor]:
+    """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or holds more."""
     mapped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 cannot be mapped
 
     def open_file() -> dict[str, Tensor]:

@@ -8,17 +8,20 @@ and stands for W + scale * B A with scale = alpha / q, or alpha / sqrt(q) where 
 """
 
 import fnmatch
-import json
 import math
 import re
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import regex
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from ..storage import read_json, read_pickled, read_safetensors
 
 __all__ = ["LowRankDelta", "ModuleDelta", "adapter_deltas", "is_adapter"]
 
@@ -129,7 +132,7 @@ def adapter_deltas(directory: str | Path, base: Mapping[str, Tensor]) -> dict[st
 def _config(directory: Path) -> dict:
     if not is_adapter(directory):
         raise FileNotFoundError(f"directory: {directory} has no {_CONFIG}; expected a PEFT adapter")
-    config = json.loads((directory / _CONFIG).read_text())
+    config = read_json(directory / _CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(
             f"peft_type: {directory} is {config.get('peft_type')}; expected LORA (DoRA and rsLoRA included)"
@@ -143,14 +146,43 @@ def _config(directory: Path) -> dict:
     for key in _NOT_LORA:
         if config.get(key):
             raise ValueError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
+    _check_values(directory / _CONFIG, config)
     return config
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+def _check_values(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the values that a change is computed from have their types."""
+    if not _is_number(config.get("lora_alpha")):
+        raise ValueError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}; expected a positive number")
+    for name in ("alpha_pattern", "rank_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping) or not all(_is_number(value) for value in patterns.values()):
+            raise ValueError(f"{file}: {name} is {reprlib.repr(patterns)}; expected positive numbers by pattern")
+        for pattern in patterns:
+            try:
+                regex.compile(pattern)
+            except regex.error as error:
+                raise ValueError(f"{file}: {name}: {pattern!r} is not a regular expression ({error})") from None
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora"):
+        if not isinstance(config.get(name, False), bool):
+            raise ValueError(f"{file}: {name} is {config[name]!r}; expected true or false")
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=1.0))
+    except TimeoutError:
+        raise ValueError(f"alpha_pattern: {pattern!r} takes more than a second on {module!r}; expected less") from None
+
+
 def _tensors(directory: Path) -> dict[str, Tensor]:
-    if (path := directory / "adapter_model.safetensors").is_file():
-        return load_file(path)
-    if (path := directory / "adapter_model.bin").is_file():
-        return torch.load(path, map_location="cpu", weights_only=True)
+    for name, read in (("adapter_model.safetensors", read_safetensors), ("adapter_model.bin", read_pickled)):
+        if (directory / name).exists():
+            return {tensor.name: tensor.load() for tensor in read(directory / name)}
     raise FileNotFoundError(f"directory: {directory} has no adapter_model.safetensors and no adapter_model.bin")
 
 
@@ -159,7 +191,7 @@ def _low_rank(module: str, tensors: dict[str, Tensor], config: dict) -> tuple[Lo
     if b.shape[1] != a.shape[0]:
         raise ValueError(f"{module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    alpha = next((patterns[key] for key in patterns if _matches(key, module)), config["lora_alpha"])
     q = a.shape[0]
     scale = alpha / (math.sqrt(q) if config.get("use_rslora") else q)
     bias = tensors.get("lora_B.bias")

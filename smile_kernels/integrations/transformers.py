@@ -5,7 +5,7 @@ SmileLinear where `quantization_config.modules` names a linear layer. `import sm
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +138,14 @@ class SmileQuantizer(HfQuantizer):
                 self._fan_in_fan_out.append(layer)
             model.set_submodule(target, layer.train(linear.training))
             self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
-        _check_stored_experts(kwargs.get("checkpoint_files") or (), config)
+        known = {renamed(f"{name}.weight")[0] for name in config.modules}
+        for file in kwargs.get("checkpoint_files") or ():
+            stored = read_safetensors(Path(file)) if str(file).endswith(".safetensors") else ()
+            for name in (tensor.name.removesuffix(".vh") for tensor in stored if tensor.name.endswith(".vh")):
+                if renamed(f"{name}.weight")[0] not in known:
+                    raise ValueError(
+                        f"{file}: holds experts of {name!r}, which quantization_config.modules lacks; expected both"
+                    )
         if not self._layers:
             raise ValueError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
 
@@ -169,15 +176,3 @@ class SmileQuantizer(HfQuantizer):
         # Nothing is quantised: half(), float() and training work as on any model.
         model.is_quantized = False
         del self._layers, self._fan_in_fan_out
-
-
-def _check_stored_experts(files: Sequence[str | Path], config: SmileConfig) -> None:
-    """Raises ValueError if the files hold experts of a layer that the config does not name."""
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            for tensor in read_safetensors(Path(file)):
-                layer, _, factor = tensor.name.rpartition(".")
-                if factor == "vh" and layer not in config.modules:
-                    raise ValueError(
-                        f"{file}: holds experts of {layer!r}, which quantization_config.modules lacks; expected both"
-                    )

@@ -91,8 +91,8 @@ def test_with_and_without_the_import(fused, tmp_path):
     """Ours first, without importing transformers; or theirs alone, which finds nothing to load."""
     base, model = fused("LlamaForCausalLM")
     sk.save_pretrained(model, tmp_path / "saved")
-    sk.save_pretrained(model, tmp_path / "experts", base=tmp_path)
     base.save_pretrained(tmp_path / "base")
+    sk.save_pretrained(model, tmp_path / "experts", base=tmp_path / "base")
     fine_tuned(base, 1).save_pretrained(tmp_path / "expert")
     options = {"rank_of_expert": 4, "rank_of_router": 2}
     upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "upscaled", **options)
@@ -254,9 +254,8 @@ def test_continuous_batching(fused):
     assert [answers[f"req_{i}"].generated_tokens for i in (0, 1)] == want
     sk.set_routing(model, sk.RoutingPolicy("sequence"))
     answers = model.generate_batch(prompts, **options)
-    assert {answer.error for answer in answers.values()} == {
-        "routing: a paged cache keeps no routing state yet; expected past_key_values"
-    }
+    for answer in answers.values():
+        assert "is a PagedAttentionCache, which routing policies do not follow" in answer.error
 
 
 def test_disk_offload(fused, tmp_path):
