@@ -75,19 +75,19 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
 
     Args:
         case: the layer and the batch; the router is the first rows of each expert.
-        linear: how it is routed: "decode", "single", "together" or "first" (see `configs.linear_path`).
-        apply: how the experts are applied: "fused", "tma", "delta" or "grouped" (see `configs.apply_path`).
+        linear: how it is routed, one of `configs.LINEAR_PATHS` (see `configs.linear_path`).
+        apply: how the experts are applied, one of `configs.APPLY_PATHS` (see `configs.apply_path`).
         splits: parts into which the sum over D of the first low-rank product is cut.
         block: tokens of a block of the tail, which covers all experts present in it.
     """
-    for name, value, known in (("linear", linear, LINEAR_PATHS), ("apply", apply, APPLY_PATHS)):
+    for name, value, known in (("linear", linear, configs.LINEAR_PATHS), ("apply", apply, configs.APPLY_PATHS)):
         if value not in known:
             raise ValueError(f"{name}: is {value!r}; expected {', '.join(known)}")
     (_, o, bias), t, size = case.shape, case.tokens, case.dtype.itemsize
     n, r, g, m = astuple(case.setting)
     k, chosen, base = max(r, g), round(case.present()), case.dense()
     routing = 8 * t * m
-    if linear in ("decode", "single"):
+    if linear in ("decode", "decode_one_launch"):
         # The first half also adds its partial sums and scales them; the second reads all of u, chosen or not.
         handed_on = Work(size * t * n * r + 4 * t * n * bias, 0)
         shrink = _low_rank(case, n * k, splits) + Work(4 * splits * t * n * k + 4 * n * r + routing, 0) + handed_on
@@ -96,7 +96,7 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
 
     again = Work(size * t * o, 0)  # what one kernel wrote of y, another reads
     found = {}
-    if linear == "first":
+    if linear == "route_first":
         found["gate"] = _low_rank(case, n * g, splits)
         found["route"] = Work(4 * splits * t * n * g + routing, 2 * t * n * g)
         if apply == "grouped":
@@ -118,7 +118,7 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
     last = list(found)[-1]
     found[last] += Work(4 * splits * t * m * r + size * t * n * (r + bias), t * m * r)
     tail = _tail(case, o, bias, block)
-    # "together" forms every product, so nothing is left to group.
+    # "one_product" forms every product, so nothing is left to group.
     if apply in ("delta", "grouped"):
         return {**found, "tail": tail + again, "base": base + again}
     return {**found, "expand": base + tail}
@@ -158,7 +158,7 @@ def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
     if bias and m > 1:
         found["a of the biases"] = products(1)
     # The router's gradient takes a and h once more; what is written are dh, the scaled products and shares of ds.
-    shares = 4 * (entries if grouped else t / configs.route(n, m, r)["BLOCK_T"] * n) * r
+    shares = 4 * (entries if grouped else t / configs.route_blocks(n, m, r)["BLOCK_T"] * n) * r
     found["dh"] = Work(round(4 * 2 * entries * r + 2 * size * t * columns * r + shares), 6 * entries * r)
     if grouped:
         found |= _scatter(case, "dx tail", r, d, 0)
@@ -174,10 +174,6 @@ def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
     return found
 
 
-LINEAR_PATHS = ("decode", "single", "together", "first")
-APPLY_PATHS = ("fused", "tma", "delta", "grouped")
-
-
 def chosen_paths(case: Case, device: configs.Device, save: bool = False) -> tuple[str, str]:
     """(linear, apply): how the heuristics run a case."""
     (d, o, _), t = case.shape, case.tokens
@@ -190,14 +186,14 @@ def splits(case: Case, linear: str, device: configs.Device) -> int:
     """Parts into which the launchers cut the sum over D of the first low-rank product."""
     (d, o, _), t = case.shape, case.tokens
     n, r, g, _ = astuple(case.setting)
-    rows = n * (g if linear == "first" else max(r, g))
-    if linear in ("decode", "single"):
+    rows = n * (g if linear == "route_first" else max(r, g))
+    if linear in ("decode", "decode_one_launch"):
         tile = configs.tile("decode", device, case.dtype, t, o, d)
         programs = cdiv(rows, tile["BLOCK_O"])
     else:
         tile = configs.tile("shrink", device, case.dtype, t, rows, d)
         programs = cdiv(t, tile["BLOCK_T"]) * cdiv(rows, tile["BLOCK_R"])
-    return configs.split(d, tile["BLOCK_D"], programs, device)[0]
+    return configs.split_depth(d, tile["BLOCK_D"], programs, device)[0]
 
 
 def seconds(works: dict[str, Work]) -> float:
@@ -227,7 +223,13 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def tables() -> dict[str, str]:
     """Name -> the table of predictions in Markdown."""
-    letters = {"decode": "d", "together fused": "f", "together delta": "c", "first fused": "s", "first grouped": "g"}
+    letters = {
+        "decode": "d",
+        "one_product fused": "f",
+        "one_product delta": "c",
+        "route_first fused": "s",
+        "route_first grouped": "g",
+    }
     found = {}
     for mode, graph, columns in (("graph", True, TOKENS), ("eager", False, TOKENS[:4])):
         rows = []

@@ -99,7 +99,11 @@ def on_gpu() -> Plan:
         checks=selftest.checks("cuda"),
         headline=[*rows[:9], *eager[:6], *trained[:1], *rows[9:], *eager[6:], *trained[1:], *kernels],
         settings=others,
-        single=[Row(la, usual, t, "graph", "cuda", only=("single fused",)) for t in (1, 16) for la in HEADLINE_LAYERS],
+        single=[
+            Row(la, usual, t, "graph", "cuda", only=("decode_one_launch fused",))
+            for t in (1, 16)
+            for la in HEADLINE_LAYERS
+        ],
         tests=[*map(str, files), "-m", "not exhaustive", *plugins],
         build=[sys.executable, "setup.py", "build_ext", "--inplace"],
         soak=Soak("cuda", 15.0),
@@ -119,7 +123,7 @@ def on_cpu() -> Plan:
         checks=[c for c in checks if c.backend == "triton"],
         headline=[Row(layer, small, t, mode, "cpu") for mode, t in modes],
         settings=[Row(layer, other, 3, "graph", "cpu")],
-        single=[Row(layer, small, 3, "graph", "cpu", only=("single fused",))],
+        single=[Row(layer, small, 3, "graph", "cpu", only=("decode_one_launch fused",))],
         tests=["tests/ops/triton/test_kernels.py", "-k", "test_ties"],
         build=None,
         soak=Soak("cpu", 1.0, largest=6),

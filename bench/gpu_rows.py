@@ -20,8 +20,7 @@ from smile_kernels.benchmark.peers import BASELINE, PEERS, CannotRunError
 from smile_kernels.benchmark.problems import Case, Setting
 from smile_kernels.functional import smile_linear
 from smile_kernels.ops import reference
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 from smile_kernels.selftest import Check, perform, triton_paths
 from smile_kernels.testing import Problem, assert_close, expectations, taking
 
@@ -100,7 +99,7 @@ def _forward_calls(row: Row, copies: list[Problem]) -> tuple[dict[str, Call], di
         for linear, apply in triton_paths(row.device, DTYPE, row.tokens, n, max(r, g)):
             few = row.device == "cuda" and row.tokens <= 64  # where these two are never the best
             # Programs of the single launch wait for one another: only a row of its own takes it.
-            if not (few and apply in ("delta", "grouped")) and (linear != "single" or row.only):
+            if not (few and apply in ("delta", "grouped")) and (linear != "decode_one_launch" or row.only):
                 calls[f"{linear} {apply}"] = by(linear, apply)
     peers = ["smile:cuda"]
     if row.mode == "eager" and (row.tokens <= 64 or row.tokens == 2048):
@@ -214,12 +213,12 @@ def training(row: Row) -> Record:
 @contextmanager
 def _one_after_another() -> Iterator[None]:
     """While this lasts, no kernel starts before the one ahead of it has ended."""
-    device = configs.device
-    configs.device = lambda d: replace(device(d), pdl=False)
+    device = configs.device_of
+    configs.device_of = lambda d: replace(device(d), pdl=False)
     try:
         yield
     finally:
-        configs.device = device
+        configs.device_of = device
 
 
 def kernels(row: Row) -> Record:
@@ -291,7 +290,7 @@ def soak(job: Soak, seed: int | None = None) -> Record:
         setting = Setting(n, r, size(min(32, d)), draw.randint(1, min(n, 4)))
         dtype, seed = draw.choice([torch.float32, torch.bfloat16, torch.float16]), draw.randrange(2**31)
         paths = triton_paths(job.device, dtype, tokens, n, max(r, setting.rank_of_router))
-        linear, apply = draw.choice([p for p in paths if p[0] != "single" and " ".join(p) not in job.skip])
+        linear, apply = draw.choice([p for p in paths if p[0] != "decode_one_launch" and " ".join(p) not in job.skip])
         shape = (tokens, d, o, *astuple(setting))
         try:
             perform(Check("triton", job.device, dtype, False, (shape,), linear, apply, seed=seed))

@@ -314,7 +314,7 @@ def doctor() -> None:
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         table = Table("backend", "on " + device_type, title=f"backends on {device_type}", title_justify="left")
         try:
-            chosen = choose_backend(None, device_type, False)
+            chosen = choose_backend(None, device_type, torch.float32, 1, False)
         except (RuntimeError, ValueError) as error:
             chosen = None
             console.print(f"SMILE_KERNELS_BACKEND={os.environ.get('SMILE_KERNELS_BACKEND')}: {error}", markup=False)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .ops import library, reference
 
-__all__ = ["route", "router_scores", "select_experts", "smile_linear"]
+__all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_linear"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -75,9 +75,8 @@ def smile_linear(
 
     Source: SMILE, arXiv 2408.10174.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if _autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, vh, u, expert_bias, router = (
             t.to(dtype) if t is not None and t.dtype != torch.float64 else t
             for t in (x, weight, bias, vh, u, expert_bias, router)
@@ -134,21 +133,39 @@ def route(
     return weights.view(shape), ids.view(shape)
 
 
+def router_projections(x: Tensor, vh: Tensor, router: Tensor | None = None, *, rank_of_router: int) -> Tensor:
+    """q_i(x) = vh[i, :g] x for every expert: x [..., D], vh [N, >= g, D] -> [..., N, g] float32.
+
+    Where x and vh are split along D, the projections add up over the parts; their norms, the scores, do not. float64
+    where x is float64. Differentiable.
+
+    router: [N, g, D] rows instead of those of `vh`.
+    """
+    rows = reference.router_rows(vh, router, rank_of_router)
+    _check_router(x, rows, rank_of_router)
+    if not _autocasts(x):
+        return reference.projections(x, rows)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.projections(x, rows)
+
+
 def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
     """score_i(x) = ||vh[i, :g] x||_2 for every expert: x [..., D], vh [N, >= g, D] -> [..., N] float32.
 
     The one seam for every routing policy: feed what a policy makes of it to `select_experts`, and that to
     `smile_linear(routing=...)`. float64 where x is float64. Differentiable.
     """
-    _check_router(x, vh, rank_of_router)
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.scores(x, vh[:, :rank_of_router])
+    return torch.linalg.vector_norm(router_projections(x, vh, rank_of_router=rank_of_router), dim=-1)
 
 
 def select_experts(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """The m largest of scores [..., N], ties to the lower index -> their softmax [..., m] and ids [..., m] int32."""
     _check_range("num_experts_per_tok", num_experts_per_tok, scores.shape[-1], "the number of experts")
     return reference.select(scores, num_experts_per_tok)
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> ValueError:
@@ -165,7 +182,7 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
         raise _shape_error("vh", vh, ("N", "max(r, g)", "D"))
     if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
         raise _shape_error("x", x, ("...", vh.shape[2]))
-    if x.dtype not in _DTYPES or x.dtype != vh.dtype:
+    if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not _autocasts(x)):
         raise ValueError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
     _check_range("rank_of_router", rank_of_router, vh.shape[1], "the rows of vh an expert has")
 

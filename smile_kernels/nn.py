@@ -257,7 +257,7 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
         if not isinstance(layer, SmileLinear):
             continue
         device = layer.weight.device
-        if library.choose_backend(None, device.type, training) != "triton":
+        if library.choose_backend(None, device.type, layer.weight.dtype, layer.num_local_experts, training) != "triton":
             continue
         parameters = layer.weight, layer.bias, layer.vh, layer.s, layer.u, layer.expert_bias, layer.router
         options = layer.num_experts_per_tok, layer.rank_of_router

@@ -58,17 +58,17 @@ class Check:
     @property
     def waits(self) -> bool:
         """Whether its programs wait for one another, so that a fault hangs the GPU."""
-        return self.linear == "single"
+        return self.linear == "decode_one_launch"
 
 
 def triton_paths(device: str, dtype: torch.dtype, tokens: int, n: int, k: int) -> list[tuple[str, str]]:
     """(how it is routed, how it is applied) of every way a layer of n experts of k rows can run its forward."""
     from .ops.triton import configs
 
-    found = configs.device(torch.device(device))
+    found = configs.device_of(torch.device(device))
     few = [(linear, "fused") for linear in configs.linear_paths(found, dtype, tokens, n, k, False)[:-2]]
     applied = ["fused", *(["tma"] if found.tma and dtype.itemsize == 2 else []), "delta"]
-    return [*few, *product(["together"], applied), *product(["first"], ["fused", "delta", "grouped"])]
+    return [*few, *product(["one_product"], applied), *product(["route_first"], ["fused", "delta", "grouped"])]
 
 
 def checks(device: str) -> list[Check]:
@@ -84,11 +84,11 @@ def checks(device: str) -> list[Check]:
                 continue  # it has no backward
             ways = [("", "")]
             if backend == "triton" and training:
-                ways = [("together", "fused"), ("first", "grouped")]
+                ways = [("one_product", "fused"), ("route_first", "grouped")]
             elif backend == "triton":
                 ways = triton_paths(device, dtype, 1, 8, 32)
             for linear, apply in ways:
-                most = _FEW if linear in ("decode", "single") else max(s[0] for s in shapes)
+                most = _FEW if linear in ("decode", "decode_one_launch") else max(s[0] for s in shapes)
                 kept = tuple(s for s in shapes if s[0] <= most and not (training and s[0] == 1))
                 found.append(Check(backend, device, dtype, training, kept, linear, apply))
     return sorted(found, key=lambda check: check.waits)
@@ -207,7 +207,7 @@ def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str
         failure = outcomes[check.name].failure if check.name in outcomes else None
         if failure is None:
             continue
-        parts = [check.linear] if check.linear in ("decode", "single") else [check.linear, check.apply]
+        parts = [check.linear] if check.linear in ("decode", "decode_one_launch") else [check.linear, check.apply]
         at_fault = [part for part in parts if (check.backend, check.dtype, check.training, part) not in passed]
         for part in [""] if check.training or not check.linear else at_fault or [check.apply]:
             name = excluded.name_of(check.backend, part, check.dtype, check.training)

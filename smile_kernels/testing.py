@@ -83,7 +83,7 @@ class Problem:
 
     def rows(self) -> Tensor:
         """The router's rows [N, g, D]."""
-        return self.vh[:, : self.rank_of_router] if self.router is None else self.router
+        return reference.router_rows(self.vh, self.router, self.rank_of_router)
 
 
 def expectations(

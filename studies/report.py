@@ -34,7 +34,7 @@ def machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "backend": library.choose_backend(None, "cpu", training=False),
+        "backend": library.choose_backend(None, "cpu", torch.float32, 1, training=False),
     }
 
 

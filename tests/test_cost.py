@@ -7,8 +7,7 @@ from triton.runtime.jit import KernelInterface
 from bench import cost
 from bench.cost import backward, kernels
 from smile_kernels.benchmark.problems import Case, Setting, Work
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 
 
 def case(tokens: int, *setting: int, layer: str = "mistral-7b.q") -> Case:
@@ -70,23 +69,23 @@ def test_the_launches_of_a_small_layer():
     # u [2, 4, 2] and expert_bias [2, 4].
     stream = base + Work(2 * (16 + 8) + 2 * 8 + 4 * 4, 2 * 2 * 4 * 4)
     assert kernels(small, "decode", "fused", splits=3) == {"shrink": first, "stream": stream}
-    assert kernels(small, "single", "fused", splits=3) == {"shrink, stream": first + stream}
-    fused = kernels(small, "together", "fused", splits=3)
+    assert kernels(small, "decode_one_launch", "fused", splits=3) == {"shrink, stream": first + stream}
+    fused = kernels(small, "one_product", "fused", splits=3)
     assert fused["shrink"] == shrink
     # One router row of each of two experts, then two rows of the chosen one; weights and ids; scaled and gates written.
     assert fused["route and scale"] == Work(4 * 3 * 2 * 2 + 16 + 4 * 3 * 2 * 2 + 2 * 2 * 2 * 3, 2 * 2 * 2 + 2 * 2)
     # round(1.5) = 2 experts in the block and altogether: scaled [2, 4], gates [2, 2], u and expert_bias.
     assert fused["expand"] == base + Work(2 * (8 + 4 + 16 + 8), 2 * 2 * 4 * 4 + 2 * 2 * 2 * 4)
-    delta = kernels(small, "together", "delta", splits=3)
+    delta = kernels(small, "one_product", "delta", splits=3)
     assert total(delta).bytes == total(fused).bytes + 2 * 2 * (2 * 4)
     assert total(delta).flops == total(fused).flops
     with pytest.raises(ValueError, match="apply: is 'x'"):
-        kernels(small, "together", "x")
+        kernels(small, "one_product", "x")
 
 
 def test_grouping_avoids_what_a_dense_tail_multiplies():
     many = case(8192, 64, 64, 8)
-    fused, grouped = kernels(many, "together", "fused"), kernels(many, "first", "grouped")
+    fused, grouped = kernels(many, "one_product", "fused"), kernels(many, "route_first", "grouped")
     # Every token meets 64 of 4096 ranks; a block of 128 tokens meets 55.5, rounded to 55 or 56 experts, on average.
     assert grouped["scatter 0"].flops == 2 * 8192 * 64 * 4096
     assert fused["expand"].flops - many.dense().flops == 2 * 8192 * 55 * 64 * 4096
@@ -94,7 +93,7 @@ def test_grouping_avoids_what_a_dense_tail_multiplies():
 
 
 def test_two_experts_a_token_pass_over_y_again():
-    one, two = (total(_scatters(kernels(case(2048, 64, 64, 8, m), "first", "grouped"))) for m in (1, 2))
+    one, two = (total(_scatters(kernels(case(2048, 64, 64, 8, m), "route_first", "grouped"))) for m in (1, 2))
     assert two.bytes - one.bytes == 2 * (2048 * 64 + 2 * 2048 * 4096)
     assert two.flops == 2 * one.flops
 
@@ -121,13 +120,13 @@ def test_two_experts_a_token_cost_as_one_where_every_expert_takes_all_tokens():
 @pytest.mark.parametrize(
     ("linear", "apply"),
     [
-        *(("decode", "fused"), ("single", "fused"), ("together", "fused"), ("together", "delta")),
-        *(("first", "fused"), ("first", "grouped")),
+        *(("decode", "fused"), ("decode_one_launch", "fused"), ("one_product", "fused"), ("one_product", "delta")),
+        *(("route_first", "fused"), ("route_first", "grouped")),
     ],
 )
 def test_every_launch_is_counted(linear, apply, m, monkeypatch):
     """As many launches as the model says, cuBLAS's products among them."""
-    if reason := backend.why_not("cpu"):
+    if reason := backend.why_not("cpu", torch.float32, 1, False):
         pytest.skip(reason)
     small = case(5, 3, 4, 2, m, layer="16x24")
     p = small.problem("cpu")
@@ -138,7 +137,7 @@ def test_every_launch_is_counted(linear, apply, m, monkeypatch):
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda *args: launches.append(1) or launch(*args))
     addmm = torch.Tensor.addmm_
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: launches.append(1) or addmm(*args))
-    y, weights, ids, h = backend.linear(*p.arguments(), m, 2, linear not in ("decode", "single"))
+    y, weights, ids, h = backend.linear(*p.arguments(), m, 2, linear not in ("decode", "decode_one_launch"))
     assert len(launches) == len(kernels(small, linear, apply))
     if h.numel():
         launches.clear()

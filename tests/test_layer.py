@@ -395,23 +395,22 @@ def test_bad_sizes_are_named(name, args):
 
 
 def test_backend_choice(monkeypatch):
-    assert library.choose_backend("torch", "cpu", True) == "torch"
+    cpu = "cpu", torch.float32, 4
+    assert library.choose_backend("torch", *cpu, True) == "torch"
     with pytest.raises(ValueError, match="backend: 'fast' is unknown"):
-        library.choose_backend("fast", "cpu", False)
+        library.choose_backend("fast", *cpu, False)
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run here"):
-        library.choose_backend("cuda", "cpu", False)
+        library.choose_backend("cuda", *cpu, False)
     monkeypatch.setenv("SMILE_KERNELS_BACKEND", "")
-    assert library.choose_backend(None, "cpu", True) == "torch"
+    assert library.choose_backend(None, *cpu, True) == "torch"
     monkeypatch.setenv("SMILE_KERNELS_BACKEND", "torch")
-    assert library.choose_backend(None, "cpu", False) == "torch"
+    assert library.choose_backend(None, *cpu, False) == "torch"
     monkeypatch.setenv("SMILE_KERNELS_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="cannot run here"):
         call(problem("top-1"))
     assert call(problem("top-1"), backend="torch").shape == (33, 16)
-    with monkeypatch.context() as patch:
-        patch.setattr(library, "why_not", lambda *_: None)
-        with pytest.raises(RuntimeError, match="'cpu' has no backward"):
-            library._choose.__wrapped__("cpu", "cpu", True)
+    with pytest.raises(RuntimeError, match="backend: 'cpu' cannot run here: it has no backward"):
+        library.choose_backend("cpu", *cpu, True)
     assert sk.backends("cpu")["torch"] is None
     assert list(sk.backends()) == ["triton", "cuda", "cpu", "torch"]
 

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from torch import nn
@@ -94,12 +95,14 @@ def test_the_interpreter_of_triton_names_numpy(monkeypatch):
     triton = pytest.importorskip("triton", reason="triton is not installed")
     import numpy
 
-    from smile_kernels.ops import triton as backend
+    from smile_kernels.ops.triton import backend
 
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(numpy, "__version__", "2.5.5")
     if backend.INTERPRETED.value:
-        assert "Triton 3.6.0's interpreter needs NumPy before 2.4, not 2.5.5" in backend.why_not("cpu")
+        assert "Triton 3.6.0's interpreter needs NumPy before 2.4, not 2.5.5" in backend.why_not(
+            "cpu", torch.float32, 1, False
+        )
 
 
 def test_mixed_precision_of_fsdp2_is_refused_by_torch_2_8(monkeypatch):

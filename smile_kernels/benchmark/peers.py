@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,18 +48,17 @@ def _linear(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     return lambda x: F.linear(x, weight, bias), [weight] if bias is None else [weight, bias]
 
 
-def why_not(backend: str, device: str) -> str | None:
-    """Why a backend cannot be timed on a device; None if it can."""
+def why_not(backend: str, device: str, *layer: Any) -> str | None:
+    """Why a backend cannot be timed on a device, with `layer` as for `library.why_not`; None if it can."""
     if backend == "triton" and device == "cpu":
         return "on a CPU it is interpreted, which is no measure of it"
-    return library.why_not(backend, device)
+    return library.why_not(backend, device, *layer)
 
 
 def _smile(backend: str, problem: Problem, weights: Tensor, ids: Tensor) -> Built:
-    if reason := why_not(backend, problem.x.device.type):
+    x, n = problem.x, problem.s.shape[0]
+    if reason := why_not(backend, x.device.type, x.dtype, n, x.requires_grad):
         raise CannotRunError(reason)
-    if backend == "cpu" and problem.x.requires_grad:
-        raise CannotRunError("the compiled CPU operator has no backward")
     layer = functools.partial(
         smile_linear,
         num_experts_per_tok=problem.num_experts_per_tok,

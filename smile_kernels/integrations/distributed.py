@@ -14,16 +14,14 @@ import fnmatch
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from ..functional import select_experts, smile_linear
+from ..functional import router_projections, select_experts, smile_linear
 from ..nn import SmileLinear
-from ..ops.reference import accumulate_dtype
 from ..versions import installed
 
 __all__ = ["ColwiseSmile", "RowwiseSmile", "replicate_singular_values", "tensor_parallel_plan"]
@@ -116,10 +114,8 @@ class RowwiseSmile(ColwiseSmile):
         _refuse_policy(layer)
         x = _dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Shard(x.dim() - 1)]).to_local()
         vh = layer.vh.to_local()
-        rows = vh[:, : layer.rank_of_router] if layer.router is None else layer.router.to_local()
-        acc = accumulate_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            projections = F.linear(x.to(acc), rows.flatten(0, 1).to(acc)).unflatten(-1, rows.shape[:2])
+        router = None if layer.router is None else layer.router.to_local()
+        projections = router_projections(x, vh, router, rank_of_router=layer.rank_of_router)
         whole = DTensor.from_local(projections, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()])
         scores = torch.linalg.vector_norm(_summed_gradient(whole), dim=-1)
         # Biases enter the sum over ranks once; the product keeps every rank in the backward's all-reduce.

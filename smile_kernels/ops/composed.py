@@ -14,8 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rules
-from .reference import accumulate_dtype, select
+from . import registration
+from .reference import accumulate_dtype, router_rows, select
+
+
+def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
+    """None: it serves every layer on every device."""
+    return None
+
 
 # Entries per block of the padded layout.
 BLOCK = 64
@@ -82,7 +88,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         every_h, q = _two_products(x, vh)
         weights, ids = select(torch.linalg.vector_norm(q[:, :, :rank_of_router], dim=-1), num_experts_per_tok)
     else:
-        weights, ids = route(x, vh[:, :rank_of_router] if router is None else router, num_experts_per_tok)
+        weights, ids = route(x, router_rows(vh, router, rank_of_router), num_experts_per_tok)
     y = F.linear(x, weight, bias)
     w = weights if num_experts_per_tok > 1 else None
     return y, weights, ids, _add_experts(y, x, vh, s, u, expert_bias, w, ids, save, every_h)
@@ -273,7 +279,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     return dx, dweight, dbias, cast[0], ds, cast[1], cast[2], dweights
 
 
-linear_backward = functools.partial(rules.linear_backward, apply_backward, route_backward)
+linear_backward = functools.partial(registration.linear_backward, apply_backward, route_backward)
 
 
 def _host_reads_are_free(x: Tensor) -> bool:

@@ -11,14 +11,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import rules
+from . import registration
 
 _LIBRARY = torch.library.Library("smile_kernels_ext", "FRAGMENT")
 
 
+def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
+    """Why the extension cannot serve such a layer on `device_type`, in one sentence; None where it can."""
+    if device_type == "cpu" and training:
+        return "it has no backward"
+    if device_type == "cuda" and dtype == torch.float64:
+        return "its kernels take float32, bfloat16 and float16, not float64"
+    if device_type == "cuda" and num_experts > 256:
+        return f"its kernels take up to 256 experts, not {num_experts}"
+    return unavailable(device_type)
+
+
 @functools.cache
-def why_not(device_type: str) -> str | None:
-    """Why the extension cannot serve tensors on `device_type`, in one sentence; None where it can."""
+def unavailable(device_type: str) -> str | None:
+    """Why the extension's library for `device_type` cannot be used here; None where it can."""
     if device_type not in ("cpu", "cuda"):
         return f"the compiled extension has no kernels for {device_type} tensors"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
@@ -46,12 +57,12 @@ def why_not(device_type: str) -> str | None:
 def _load(path: Path) -> None:
     torch.ops.load_library(path)
     if path.name == "_extension_cpu.so":
-        for name, fake in (("route", rules.fake_route), ("apply", rules.fake_apply), ("linear", rules.fake_linear)):
-            rules.register(_LIBRARY, name, fake)
+        for name in ("route", "apply", "linear"):
+            registration.register(_LIBRARY, name, getattr(registration, f"fake_{name}"))
 
 
 def _require(device_type: str) -> bool:
-    if reason := why_not(device_type):
+    if reason := unavailable(device_type):
         raise RuntimeError(f"the compiled extension cannot run: {reason}")
     return True
 
@@ -97,7 +108,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     return tuple(g if needed else None for g, needed in zip(gradients, needs))
 
 
-linear_backward = functools.partial(rules.linear_backward, apply_backward, route_backward)
+linear_backward = functools.partial(registration.linear_backward, apply_backward, route_backward)
 
 
 def _bits(needs: Sequence[bool]) -> int:

@@ -22,26 +22,33 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..versions import warn_if_newer
-from . import rules
+from . import registration
 
 warn_if_newer("torch")
 
 # Backend name -> module of this package that implements it, best first.
-_MODULES = {"triton": ".triton", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
+_MODULES = {"triton": ".triton.backend", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
 
 
 def _implementation(backend: str):
     return importlib.import_module(_MODULES[backend], __package__)
 
 
-def why_not(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot serve tensors on `device_type`; None if it can."""
-    if backend == "torch":
-        return None
+def why_not(
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype = torch.float32,
+    num_experts: int = 1,
+    training: bool = False,
+) -> str | None:
+    """Why `backend` cannot serve a layer of `num_experts` on tensors of `dtype` on `device_type`; None if it can.
+
+    training: with gradients.
+    """
     if backend in ("cuda", "cpu") and backend != device_type:
         return f"it serves {backend} tensors, not {device_type} tensors"
     try:
-        return _implementation(backend).why_not(device_type)
+        return _implementation(backend).why_not(device_type, dtype, num_experts, training)
     except ImportError as error:
         return str(error)
 
@@ -55,28 +62,28 @@ def backends(device_type: str | None = None) -> dict[str, str | None]:
     return {backend: why_not(backend, device_type) for backend in _MODULES}
 
 
-@functools.lru_cache(maxsize=64)
-def _choose(backend: str | None, device_type: str, training: bool) -> str:
+@functools.lru_cache(maxsize=256)
+def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str:
+    layer = device_type, dtype, num_experts, training
     if backend is not None:
         if backend not in _MODULES:
             raise ValueError(f"backend: {backend!r} is unknown; expected one of {', '.join(_MODULES)}")
-        if reason := why_not(backend, device_type):
+        if device_type != "meta" and (reason := why_not(backend, *layer)):
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
-        if backend == "cpu" and training:
-            raise RuntimeError("backend: 'cpu' has no backward; expected 'torch' where gradients are needed")
         return backend
-    # The compiled CPU operator serves inference, the composition trains; Triton's interpreter is for tests.
-    unwanted = {"triton" if device_type == "cpu" else "", "cpu" if training else ""}
-    candidates = [name for name in _MODULES if name not in unwanted]
-    return next(name for name in candidates if why_not(name, device_type) is None)
+    # Triton's interpreter is for tests.
+    candidates = [name for name in _MODULES if (name, device_type) != ("triton", "cpu")]
+    return next(name for name in candidates if why_not(name, *layer) is None)
 
 
-def choose_backend(backend: str | None, device_type: str, training: bool) -> str:
-    """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the best backend for the device.
+def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str:
+    """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the best that serves such a layer.
 
-    A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another.
+    A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another. On
+    meta tensors, of which shapes alone are computed, every name is right.
     """
-    return _choose(backend or os.environ.get("SMILE_KERNELS_BACKEND") or None, device_type, training)
+    backend = backend or os.environ.get("SMILE_KERNELS_BACKEND") or None
+    return _choose(backend, device_type, dtype, num_experts, training)
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile's machinery, a second.
@@ -92,7 +99,7 @@ def _define(name: str, arguments: str, returns: int, kernel: Callable, fake: Cal
     schema = f"({arguments}, str backend) -> ({', '.join(['Tensor'] * returns)})"
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    return rules.register(_LIBRARY, name, fake)
+    return registration.register(_LIBRARY, name, fake)
 
 
 def _defined(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -119,7 +126,7 @@ _route = _define(
     "Tensor x, Tensor router, int num_experts_per_tok",
     2,
     lambda x, router, m, backend: _implementation(backend).route(x, router, m),
-    _any_backend(rules.fake_route),
+    _any_backend(registration.fake_route),
 )
 _route_backward = _define(
     "route_backward",
@@ -133,7 +140,7 @@ _apply = _define(
     f"Tensor x, {_PARAMETERS}, Tensor weights, Tensor ids, bool save",
     2,
     lambda *args: _implementation(args[-1]).apply(*args[:-1]),
-    _any_backend(rules.fake_apply),
+    _any_backend(registration.fake_apply),
 )
 _apply_backward = _define(
     "apply_backward",
@@ -150,7 +157,7 @@ _linear = _define(
     f"Tensor x, {_PARAMETERS}, Tensor? router, int num_experts_per_tok, int rank_of_router, bool save",
     4,
     lambda *args: _implementation(args[-1]).linear(*args[:-1]),
-    _any_backend(rules.fake_linear),
+    _any_backend(registration.fake_linear),
 )
 _linear_backward = _define(
     "linear_backward",
@@ -244,7 +251,7 @@ def _compiled(backend: str, x: Tensor) -> bool:
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """x [T, D], router [N, g, D] -> weights [T, m], ids [T, m], differentiable."""
     training = _needs_gradient(x, router)
-    backend = choose_backend(backend, x.device.type, training)
+    backend = choose_backend(backend, x.device.type, x.dtype, int(router.shape[0]), training)
     if training:
         return _Route.apply(x, router, num_experts_per_tok, backend)
     if _compiled(backend, x):
@@ -256,7 +263,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     """The expert half under a given routing -> y [T, O], differentiable."""
     arguments = (x, weight, bias, vh, s, u, expert_bias, weights)
     training = _needs_gradient(*arguments)
-    backend = choose_backend(backend, x.device.type, training)
+    backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[0]), training)
     if training:
         return _Apply.apply(*arguments, ids, backend)[0]
     if _compiled(backend, x):
@@ -268,7 +275,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     """Route and apply in one pass -> y [T, O], differentiable."""
     arguments = (x, weight, bias, vh, s, u, expert_bias, router)
     training = _needs_gradient(*arguments)
-    backend = choose_backend(backend, x.device.type, training)
+    backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[0]), training)
     if training:
         return _Linear.apply(*arguments, num_experts_per_tok, rank_of_router, backend)[0]
     if _compiled(backend, x):

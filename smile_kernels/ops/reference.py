@@ -1,4 +1,4 @@
-"""The oracle: a SMILE layer written to be read, differentiable by autograd, float32 (float64 for float64) inside.
+"""The reference: a SMILE layer written to be read, differentiable by autograd, float32 (float64 for float64) inside.
 
 Shapes: T tokens, D in_features, O out_features, N experts, m experts per token, r rank of an expert, g of the router.
 """
@@ -13,11 +13,20 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def router_rows(vh: Tensor, router: Tensor | None, rank_of_router: int) -> Tensor:
+    """The router's rows [N, g, D]: its own, or the first g of each expert's vh [N, >= g, D]."""
+    return vh[:, :rank_of_router] if router is None else router
+
+
+def projections(x: Tensor, router: Tensor) -> Tensor:
+    """q_i = router_i x: x [..., D], router [N, g, D] -> [..., N, g] float32."""
+    acc = accumulate_dtype(x)
+    return torch.einsum("...d,ngd->...ng", x.to(acc), router.to(acc))
+
+
 def scores(x: Tensor, router: Tensor) -> Tensor:
     """score_i(x) = ||router_i x||_2: x [..., D], router [N, g, D] -> [..., N] float32."""
-    acc = accumulate_dtype(x)
-    q = torch.einsum("...d,ngd->...ng", x.to(acc), router.to(acc))
-    return torch.linalg.vector_norm(q, dim=-1)
+    return torch.linalg.vector_norm(projections(x, router), dim=-1)
 
 
 def select(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -78,5 +87,5 @@ def linear(
     rank_of_router: int,
 ) -> Tensor:
     """Route, then apply: x [T, D] -> y [T, O]."""
-    weights, ids = route(x, vh[:, :rank_of_router] if router is None else router, num_experts_per_tok)
+    weights, ids = route(x, router_rows(vh, router, rank_of_router), num_experts_per_tok)
     return apply(x, weight, bias, vh, s, u, expert_bias, weights, ids)

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig
-from ...functional import select_experts, smile_linear
+from ...functional import router_projections, select_experts, smile_linear
 from .routing import RememberedRouting
 
 
@@ -206,12 +206,13 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         p = len(self.present)
         scored = p if self.routing is None else self.routing.count(self.first, p)
         if scored:
-            rows = (layer.vh[:, : self.g] if layer.router is None else layer.router)[: scored * self.n]
-            projections = F.linear(x.float(), rows.flatten(0, 1).float())
+            rows = slice(scored * self.n)
+            router = None if layer.router is None else layer.router[rows]
+            projections = router_projections(x, layer.vh[rows], router, rank_of_router=self.g)
             if split:
                 # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
                 projections = tensor_model_parallel_all_reduce(projections)
-            scores = torch.linalg.vector_norm(projections.unflatten(-1, (scored, self.n, self.g)), dim=-1)
+            scores = torch.linalg.vector_norm(projections, dim=-1).unflatten(-1, (scored, self.n))
         else:
             scores = x.new_empty(*x.shape[:-1], 0, self.n)
         if self.routing is None:

@@ -178,10 +178,9 @@ def _outer(
     tl.store(out_ptrs, cast(acc, out.dtype.element_ty), mask=(k < R)[:, None] & (d < D)[None, :])
 
 
-def outer(left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
+def outer(device: configs.Device, left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
     """out_i = sum over the entries of expert i of left right^T: left [T, m, r], right [T, D], out [N, r, D]."""
     (tokens, m, r), (n, _, d) = left.shape, out.shape
-    device = configs.device(left.device)
     config = configs.tile("outer", device, left.dtype, r, d, tokens, copies=n)
     _outer[cdiv(r, config["BLOCK_R"]) * cdiv(d, config["BLOCK_D"]), n](
         left, right, groups.order, groups.start, out,
@@ -222,7 +221,7 @@ def _sum(
     tl.store(out + expert * R + k, tl.sum(acc, 0)[None, :], mask=k < R)
 
 
-def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
+def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
 
     With a_i = u_i^T dy and z_i = s_i h_i: dw_i = a_i . z_i + dy . expert_bias_i, dh_i = w_i s_i a_i,
@@ -240,17 +239,18 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
     if not (needs_x or any(needs[3:])):
         return dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights
 
-    device = configs.device(x.device)
     groups = None
     if configs.apply_path(device, x.dtype, tokens, d, o, n, r, m) == "grouped":
-        groups = grouped.group(ids, n, x.dtype)
+        groups = grouped.group(device, ids, n, x.dtype)
 
     def products(rows: Tensor) -> Tensor:
         """dy rows^T of the columns that the kernel takes: rows [N, r, O] -> [splits, T, m or N, r]."""
-        return grouped.shrink(dy, rows, groups) if groups else shrink(dy, rows, ids if tokens <= 64 else None)
+        if groups:
+            return grouped.shrink(device, dy, rows, groups)
+        return shrink(device, dy, rows, ids if tokens <= 64 else None)
 
     columns = m if groups else n
-    config = configs.route(columns, m, r)
+    config = configs.route_blocks(columns, m, r)
     config["BLOCK_C"] = config.pop("BLOCK_N")
     blocks = cdiv(tokens, config["BLOCK_T"])
     needs_h = needs_x or needs_vh
@@ -278,20 +278,20 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
     )  # fmt: skip
 
     if needs_x and groups:
-        dx = grouped.expand(dh, vh[:, :r], groups).addmm_(dy, weight)
+        dx = grouped.expand(device, dh, vh[:, :r], groups).addmm_(dy, weight)
     elif needs_x:
         tail = Tail(dh, None, present, config["BLOCK_T"])
-        dx = expand(dy, weight.T, None, tail, vh[:, :r].mT, None, "delta")
+        dx = expand(device, dy, weight.T, None, tail, vh[:, :r].mT, None, "delta")
     if needs_vh and groups:
         dvh = torch.empty_like(vh) if vh.shape[1] == r else torch.zeros_like(vh)
-        outer(dh, x, groups, dvh[:, :r])
+        outer(device, dh, x, groups, dvh[:, :r])
     elif needs_vh:
         dvh = (dh.view(tokens, n * r).T @ x).view(n, r, d)
         if vh.shape[1] > r:
             dvh = torch.nn.functional.pad(dvh, (0, 0, 0, vh.shape[1] - r))
     if needs_s and groups:
         ds = torch.empty_like(s)
-        entries = configs.entries(r)
+        entries = configs.entry_blocks(r)
         _sum[cdiv(r, entries["BLOCK_K"]), n](
             shares, groups.order, groups.start, ds, tokens, n, r, m, **entries, **device.launch()
         )
@@ -299,12 +299,12 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs,
         ds = shares.sum(0)
     if needs_u and groups:
         du = torch.empty_like(u)
-        outer(scaled, dy, groups, du.mT)
+        outer(device, scaled, dy, groups, du.mT)
     elif needs_u:
         du = (dy.T @ scaled.view(tokens, n * r)).view(o, n, r).transpose(0, 1).contiguous()
     if needs_expert_bias and groups:
         dexpert_bias = torch.empty_like(expert_bias)
-        outer(gates[..., None], dy, groups, dexpert_bias[:, None])
+        outer(device, gates[..., None], dy, groups, dexpert_bias[:, None])
     elif needs_expert_bias:
         dexpert_bias = gates.T @ dy
     return dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights
@@ -352,25 +352,25 @@ def _score_backward(
         tl.store(dq + entries + k, cast(value, dq.dtype.element_ty), mask=mask)
 
 
-def route_backward(dweights, x, router, weights, ids, needs):
+def route_backward(device, dweights, x, router, weights, ids, needs):
     """Gradients of x and router; None where `needs` says so.
 
     With q_i = router_i x and dq_i = w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i||: dx = sum_i router_i^T dq_i, and
     drouter_i = dq_i x^T summed over tokens.
     """
     (tokens, m), (n, g, _) = ids.shape, router.shape
-    groups = grouped.group(ids, n, x.dtype)
-    partial = grouped.shrink(x, router, groups, routes=True)
+    groups = grouped.group(device, ids, n, x.dtype)
+    partial = grouped.shrink(device, x, router, groups, routes=True)
     dq = torch.empty(tokens, m, g, dtype=x.dtype, device=x.device)
-    blocks = configs.route(m, m, g)
+    blocks = configs.route_blocks(m, m, g)
     blocks.pop("BLOCK_N")
     _score_backward[(cdiv(tokens, blocks["BLOCK_T"]),)](
         partial, weights, dweights, dq, tokens, len(partial), g, m,
-        **blocks, **configs.device(x.device).launch(),
+        **blocks, **device.launch(),
     )  # fmt: skip
-    dx = grouped.expand(dq, router, groups) if needs[0] else None
+    dx = grouped.expand(device, dq, router, groups) if needs[0] else None
     drouter = None
     if needs[1]:
         drouter = torch.empty(router.shape, dtype=router.dtype, device=router.device)
-        outer(dq, x, groups, drouter)
+        outer(device, dq, x, groups, drouter)
     return dx, drouter

@@ -4,20 +4,26 @@ A choice depends on the device, the dtype and the bucket of the shape alone, nev
 run time. The first of these that knows the bucket decides:
 
 1. the user's table, which `tuning.tune` writes for the GPU at hand (`user_table`),
-2. the shipped table of measured choices, `measured.json` beside this file,
-3. the heuristics of `tile`, `apply_path` and `linear_path`.
+2. the heuristics of `tile`, `apply_path` and `linear_path`.
 """
 
 import functools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from .common import TensorDescriptor, cdiv, gdc_wait, next_power_of_2
+
+# How a layer is routed (`linear_path`), and how given experts are applied (`apply_path`).
+LinearPath = Literal["decode", "decode_one_launch", "one_product", "route_first"]
+ApplyPath = Literal["fused", "tma", "delta", "grouped"]
+LINEAR_PATHS: tuple[LinearPath, ...] = get_args(LinearPath)
+APPLY_PATHS: tuple[ApplyPath, ...] = get_args(ApplyPath)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ _FAMILIES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
 
 @functools.lru_cache
-def device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
     """The device a tensor lies on; tensors on a CPU are served by the interpreter alone."""
     if device.type == "cpu":
         return Device("interpreter", "interpreter", 4, pdl=False, tma=TensorDescriptor is not None)
@@ -194,8 +200,7 @@ def tile(
     split where the kernel does that, else the smallest.
     """
     fitting = candidates(kernel, device, dtype, rows, columns)
-    measured = _measured(device, dtype, kernel, (rows, columns, depth), fitting)
-    if measured in fitting:
+    if measured := _measured(device, dtype, kernel, (rows, columns, depth), fitting):
         return measured
     if kernel in _SPLITTING:
         copies *= _MOST_SPLITS
@@ -206,7 +211,7 @@ def tile(
     return config
 
 
-def split(depth: int, block: int, programs: int, device: Device) -> tuple[int, int]:
+def split_depth(depth: int, block: int, programs: int, device: Device) -> tuple[int, int]:
     """Into how many splits to cut a sum over `depth` so that `programs` times them fill the device; blocks of each."""
     blocks = cdiv(depth, block)
     chunks = cdiv(blocks, min(_MOST_SPLITS, max(1, device.multiprocessors // programs)))
@@ -219,13 +224,13 @@ def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
     return max((b for b in blocks if b * n <= tokens), default=blocks[0])
 
 
-def entries(r: int) -> dict[str, int]:
+def entry_blocks(r: int) -> dict[str, int]:
     """Block sizes of kernels that take each entry's r values by themselves: 4 a thread."""
     block_k = min(64, next_power_of_2(r))
     return {"BLOCK_E": 512 // block_k, "BLOCK_K": block_k}
 
 
-def route(n: int, m: int, width: int) -> dict[str, int]:
+def route_blocks(n: int, m: int, width: int) -> dict[str, int]:
     """Block sizes of the route kernels for n experts, m a token, `width` products an expert.
 
     Few tokens a program and up to 8 products a thread, so that many programs wait for their partial sums at once.
@@ -241,16 +246,15 @@ def rank_block(r: int, dtype: torch.dtype) -> int:
     return min(128 // dtype.itemsize, max(16, next_power_of_2(r)))
 
 
-def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> str:
+def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> ApplyPath:
     """How given experts are applied.
 
     "fused": base product and a tail over the experts present in one accumulator; "tma": the same, its 16-bit numbers
     read by the tensor memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert,
     then cuBLAS on top.
     """
-    paths = ["fused", *(["tma"] if device.tma and dtype.itemsize == 2 else []), "delta", "grouped"]
-    measured = _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths)
-    if measured in paths:
+    paths: list[ApplyPath] = ["fused", *(["tma"] if device.tma and dtype.itemsize == 2 else []), "delta", "grouped"]
+    if measured := _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths):
         return measured
     # Estimates for an H200, not measured: grouping saves the products of n - m experts, reads x and y once more, which
     # is what a few hundred ranks cost, and takes six launches more, which is what 8e9 FLOPs do.
@@ -262,34 +266,33 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     return "fused" if tokens <= 64 or small else "delta"
 
 
-def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> list[str]:
+def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> list[LinearPath]:
     """The ways in which a layer of n experts of k rows can be routed; see `linear_path`."""
     # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
     held = next_power_of_2(n) * max(16, next_power_of_2(k))
     few = tokens <= 16 and n <= 16 and held <= 256 and not save and bool(_tiles("decode", device, dtype))
-    return [*(["decode", "single"] if few else []), "together", "first"]
+    return [*(("decode", "decode_one_launch") if few else ()), "one_product", "route_first"]
 
 
 def linear_path(
     device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, k: int, g: int, r: int, m: int, save: bool
-) -> str:
+) -> LinearPath:
     """How a layer is routed whose router is the first g of each expert's k rows.
 
-    "decode": all in two launches; "single": all in one; "together": one product of all rows, routed, then applied as
-    `apply_path` says; "first": routed by the router's rows alone, then applied. Only the last two can `save`, and
-    serve every number of tokens and float32, which has no tiles for the others.
+    "decode": all in two launches; "decode_one_launch": all in one; "one_product": one product of all rows, routed, then
+    applied as `apply_path` says; "route_first": routed by the router's rows alone, then applied. Only the last two can
+    `save`, and serve every number of tokens and float32, which has no tiles for the others.
     """
     paths = linear_paths(device, dtype, tokens, n, k, save)
-    measured = _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths)
-    if measured in paths:
+    if measured := _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths):
         return measured
     if "decode" in paths:
         return "decode"
     if tokens > 64:
-        return "first" if apply_path(device, dtype, tokens, d, o, n, r, m) == "grouped" else "together"
+        return "route_first" if apply_path(device, dtype, tokens, d, o, n, r, m) == "grouped" else "one_product"
     # Two launches more cost what 8 MB of reading does.
     saved = n * k - n * g - min(n, tokens * m) * r
-    return "first" if saved * d * dtype.itemsize > 8e6 else "together"
+    return "route_first" if saved * d * dtype.itemsize > 8e6 else "one_product"
 
 
 def user_table() -> Path:
@@ -297,24 +300,25 @@ def user_table() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "smile_kernels" / "triton.json"
 
 
+class Tables(dict[str, dict[str, Any]]):
+    """Device name -> key -> choice: a tile, or the name of a path.
+
+    While `asked` is a dictionary, as in tuning, it takes every key looked up -> its possible choices.
+    """
+
+    asked: dict[str, list] | None = None
+
+
 @functools.cache
-def tables() -> dict[str, dict]:
-    """Device name -> key -> choice: a tile, or the name of a path. The user's entries come before the shipped ones."""
-    merged: dict[str, dict] = {}
-    for path in (Path(__file__).with_name("measured.json"), user_table()):
-        if not path.exists():
-            continue
-        try:
-            table = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: is not valid JSON ({error}); delete it, or write it anew by tuning") from None
-        for name, choices in table.items():
-            merged.setdefault(name, {}).update(choices)
-    return merged
-
-
-# While `tuning.tune` listens: each key asked for -> its possible choices.
-asked: dict[str, list] | None = None
+def tables() -> Tables:
+    """The user's table, read once in a process; tuning adds to it."""
+    path = user_table()
+    if not path.exists():
+        return Tables()
+    try:
+        return Tables(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}); delete it, or write it again by tuning") from None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -322,35 +326,13 @@ def _key(kind: str, numbers: str, dimensions: tuple[int, ...]) -> str:
     return " ".join([kind, numbers, *(str(next_power_of_2(n)) for n in dimensions)])
 
 
-def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[int, ...], choices: list):
-    """The table's choice for these dimensions, each rounded up to a power of two; None if it has none."""
-    if asked is None and device.name not in tables():
+def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[int, ...], choices: Sequence) -> Any:
+    """The table's choice for these dimensions, each rounded up to a power of two; None if it has none of `choices`."""
+    table = tables()
+    if table.asked is None and device.name not in table:
         return None
     key = _key(kind, "half" if dtype.itemsize == 2 else precision(dtype, device), dimensions)
-    if asked is not None:
-        asked[key] = choices
-    return tables().get(device.name, {}).get(key)
-
-
-# Counters of `decode`, two for each call in flight, which leaves them at zero again.
-_COUNTERS = 1 << 16
-_counters: dict[torch.device, tuple[Tensor, dict[str, int]]] = {}
-
-
-def arrivals(device: torch.device) -> Tensor:
-    """Two counters at zero, [2] int32, that no other launch uses at the same time.
-
-    Eager launches take turns over half of them, far more than streams queue. A launch captured in a CUDA graph keeps
-    its own for good, as the graph may be replayed at any time.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if device not in _counters and not capturing:
-        _counters[device] = torch.zeros(_COUNTERS, 2, dtype=torch.int32, device=device), {"eager": 0, "captured": 0}
-    counters, used = _counters.get(device, (None, {"captured": _COUNTERS // 2}))
-    if not capturing:
-        used["eager"] = (used["eager"] + 1) % (_COUNTERS // 2)
-        return counters[used["eager"]]
-    if used["captured"] == _COUNTERS // 2:
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    used["captured"] += 1
-    return counters[-used["captured"]]
+    if table.asked is not None:
+        table.asked[key] = list(choices)
+    choice = table.get(device.name, {}).get(key)
+    return choice if choice in choices else None

@@ -5,9 +5,12 @@ The first half forms h = x V^T in slices; the last of its programs to arrive add
 second each program streams its rows of the weight, then adds the chosen experts and the biases in the same accumulator.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import configs
 from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, sum_splits, wait_for_previous_kernel
@@ -153,22 +156,64 @@ def _decode(
             tl.store(arrivals + 1, 0, mask=last)
 
 
-def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, rank_of_router: int, single: bool):
+class _Counters:
+    """Counters of one GPU's launches of `decode`, two for each call in flight, which leaves them at zero again."""
+
+    def __init__(self, device: torch.device):
+        self.rows = torch.zeros(1 << 16, 2, dtype=torch.int32, device=device)
+        self.eager = self.captured = 0
+
+    def take(self, capturing: bool) -> Tensor:
+        """Two counters at zero, [2] int32, that no other launch uses at the same time.
+
+        Eager launches take turns over half of them, far more than streams queue. A launch captured in a CUDA graph
+        keeps its own for good, as the graph may be replayed at any time.
+        """
+        half = len(self.rows) // 2
+        if not capturing:
+            self.eager = (self.eager + 1) % half
+            return self.rows[self.eager]
+        if self.captured == half:
+            return torch.zeros(2, dtype=torch.int32, device=self.rows.device)
+        self.captured += 1
+        return self.rows[-self.captured]
+
+
+_counters = functools.cache(_Counters)
+
+
+def arrivals(device: torch.device) -> Tensor:
+    """Two counters at zero for one launch on `device`."""
+    return _counters(device).take(device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def decode(
+    device: configs.Device,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    num_experts_per_tok: int,
+    rank_of_router: int,
+    one_launch: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, O], weights [T, m] and ids [T, m] of a layer routed by the first rows of vh, for x [T, D] of few tokens.
 
-    T is at most the largest BLOCK_T of the kernel's tiles. `single`: in one launch rather than two.
+    T is at most the largest BLOCK_T of the kernel's tiles. `one_launch`: in one launch rather than two.
     """
     (tokens, d), (n, o, r), k, m = x.shape, u.shape, vh.shape[1], num_experts_per_tok
-    device = configs.device(x.device)
     config = configs.tile("decode", device, x.dtype, tokens, o, d)
     row_blocks, tiles = cdiv(n * k, config["BLOCK_O"]), cdiv(o, config["BLOCK_O"])
-    splits, chunks = configs.split(d, config["BLOCK_D"], row_blocks, device)
+    splits, chunks = configs.split_depth(d, config["BLOCK_D"], row_blocks, device)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     weights, ids = empty_routing(x, m)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     scaled = torch.empty(tokens, n, r, dtype=x.dtype, device=x.device)
     gates = None if expert_bias is None else torch.empty(tokens, n, dtype=torch.float32, device=x.device)
-    arrivals = configs.arrivals(x.device)
+    counters = arrivals(x.device)
 
     numbers = tokens, d, o, splits, chunks, n, k, rank_of_router, r, m, x.stride(0)
     constants = {
@@ -181,11 +226,11 @@ def decode(x, weight, bias, vh, s, u, expert_bias, num_experts_per_tok: int, ran
 
     def launch(programs, shrink, expand, **options):
         _decode[(programs,)](
-            x, weight, bias, vh, s, u, expert_bias, partial, arrivals, scaled, gates, y, weights, ids, *numbers,
+            x, weight, bias, vh, s, u, expert_bias, partial, counters, scaled, gates, y, weights, ids, *numbers,
             SHRINK=shrink, EXPAND=expand, **constants, **options,
         )  # fmt: skip
 
-    if single:
+    if one_launch:
         programs = 1 if device.family == "interpreter" else min(device.multiprocessors, max(tiles, row_blocks * splits))
         options = {**device.launch(waits=False), "PDL": False, "launch_cooperative_grid": True}
         launch(programs, True, True, **options)

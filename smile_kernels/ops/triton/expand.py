@@ -127,7 +127,14 @@ def _describable(t: Tensor) -> bool:
 
 
 def expand(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail, u: Tensor, expert_bias: Tensor | None, path: str
+    device: configs.Device,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tail,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    path: configs.ApplyPath,
 ) -> Tensor:
     """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
 
@@ -136,7 +143,7 @@ def expand(
     unless their alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
-    device, block_n = configs.device(x.device), next_power_of_2(n)
+    block_n = next_power_of_2(n)
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
     tma = path == "tma" and _describable(x) and _describable(weight)

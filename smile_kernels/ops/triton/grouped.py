@@ -117,13 +117,12 @@ class Groups(NamedTuple):
     block: int  # entries of one block of the schedule
 
 
-def group(ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
+def group(device: configs.Device, ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
     """Sort the entries of ids [T, m] int32 by expert, and cut those of each of the n experts into blocks.
 
     The blocks are of the size that the grouped kernels take for operands of `dtype`.
     """
     tokens, m = ids.shape
-    device = configs.device(ids.device)
     block_n, block = next_power_of_2(n), configs.group_block(tokens, n, device, dtype)
     block_c = max(16, 4096 // block_n)
     blocks, schedule = cdiv(tokens, block_c), cdiv(tokens, block) + min(n, tokens) - 1
@@ -205,14 +204,13 @@ def _shrink(
         tl.store(at, acc, mask=real[:, None] & (k < R)[None, :])
 
 
-def shrink(x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) -> Tensor:
+def shrink(device: configs.Device, x: Tensor, factors: Tensor, groups: Groups, *, routes: bool = False) -> Tensor:
     """Partial sums over D of factors_i x for the experts i of each token: x [T, D], factors [N, r, D] of any strides
     -> [splits, T, m, r] float32."""
     (tokens, d), (n, r, _), (m, schedule) = x.shape, factors.shape, groups.experts.shape
-    device = configs.device(x.device)
     config = configs.tile("gather", device, x.dtype, groups.block, r, d, copies=schedule * m)
     programs = schedule * cdiv(r, config["BLOCK_R"])
-    splits, chunks = configs.split(d, config["BLOCK_D"], programs * m, device)
+    splits, chunks = configs.split_depth(d, config["BLOCK_D"], programs * m, device)
     partial = torch.empty(splits, tokens, m, r, dtype=torch.float32, device=x.device)
     _shrink[programs, m, splits](
         x, factors, *groups[:4], partial,
@@ -322,6 +320,7 @@ def _expand(
 
 
 def expand(
+    device: configs.Device,
     scaled: Tensor,
     factors: Tensor,
     groups: Groups,
@@ -334,7 +333,6 @@ def expand(
     scaled [T, m, r], factors [N, r, O] of any strides, weights [T, m], expert_bias [N, O], bias [O].
     """
     (tokens, m, r), (n, _, o) = scaled.shape, factors.shape
-    device = configs.device(scaled.device)
     y = torch.empty(tokens, o, dtype=scaled.dtype, device=scaled.device)
     config = configs.tile("scatter", device, scaled.dtype, groups.block, o, r)
     schedule = groups.experts.shape[1]
@@ -350,23 +348,29 @@ def expand(
 
 
 def scale(
-    partial: Tensor, s: Tensor, weights: Tensor, ids: Tensor, dtype: torch.dtype, save: bool
+    device: configs.Device,
+    partial: Tensor,
+    s: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    dtype: torch.dtype,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The scaled products w_i s_i h_i [T, m, r], and h [T, m, r] float32 if `save`, from partial [splits, T, m, r]."""
     splits, tokens, m, r = partial.shape
-    config = configs.entries(r)
+    config = configs.entry_blocks(r)
     scaled = torch.empty(tokens, m, r, dtype=dtype, device=s.device)
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
     _scale[(cdiv(tokens * m, config["BLOCK_E"]),)](
         partial, weights, ids, s, scaled, h if save else None, tokens, splits, r, m,
-        SAVE=save, **config, **configs.device(s.device).launch(),
+        SAVE=save, **config, **device.launch(),
     )  # fmt: skip
     return scaled, h
 
 
-def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
+def apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     """As the backend's `apply`, for experts whose rows together are too many to form every product."""
-    groups = group(ids, s.shape[0], x.dtype)
-    scaled, h = scale(shrink(x, vh[:, : s.shape[1]], groups), s, weights, ids, x.dtype, save)
-    y = expand(scaled, u.mT, groups, weights, expert_bias, bias)
+    groups = group(device, ids, s.shape[0], x.dtype)
+    scaled, h = scale(device, shrink(device, x, vh[:, : s.shape[1]], groups), s, weights, ids, x.dtype, save)
+    y = expand(device, scaled, u.mT, groups, weights, expert_bias, bias)
     return y.addmm_(x, weight.T), h

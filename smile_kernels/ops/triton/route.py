@@ -162,11 +162,11 @@ class Tail(NamedTuple):
     tokens_per_block: int
 
 
-def _launch(partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
+def _launch(device, partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
     (splits, tokens, n, k), m = partial.shape, ids.shape[1]
     r = 0 if s is None else s.shape[1]
     scaled, gates, present, _ = tail or (None, None, None, None)
-    device, config = configs.device(partial.device), configs.route(n, m, max(g, r))
+    config = configs.route_blocks(n, m, max(g, r))
     _route[(cdiv(tokens, config["BLOCK_T"]),)](
         partial, weights, ids, s, scaled, gates, present, h,
         tokens, splits, n, k, g, r, m,
@@ -181,17 +181,18 @@ def empty_routing(x: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
 
 
-def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+def route(device: configs.Device, x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """The m experts with the largest ||router_i x||_2 and the softmax of their scores.
 
     x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32.
     """
     weights, ids = empty_routing(x, num_experts_per_tok)
-    _launch(shrink(x, router), weights, ids, None, router.shape[1], None, None, routes=True)
+    _launch(device, shrink(device, x, router), weights, ids, None, router.shape[1], None, None, routes=True)
     return weights, ids
 
 
 def scale(
+    device: configs.Device,
     partial: Tensor,
     s: Tensor,
     weights: Tensor,
@@ -209,7 +210,7 @@ def scale(
     """
     (_, tokens, n, _), r, m = partial.shape, s.shape[1], ids.shape[1]
     g = rank_of_router or 0
-    block = configs.route(n, m, max(g, r))["BLOCK_T"]
+    block = configs.route_blocks(n, m, max(g, r))["BLOCK_T"]
     tail = Tail(
         scaled=torch.empty(tokens, n, r, dtype=dtype, device=s.device),
         gates=torch.empty(tokens, n, dtype=dtype, device=s.device) if gates else None,
@@ -217,5 +218,5 @@ def scale(
         tokens_per_block=block,
     )
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
-    _launch(partial, weights, ids, s, g, tail, h if save else None, routes=rank_of_router is not None)
+    _launch(device, partial, weights, ids, s, g, tail, h if save else None, routes=rank_of_router is not None)
     return tail, h

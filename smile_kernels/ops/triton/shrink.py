@@ -71,17 +71,16 @@ def _shrink(
     tl.store(out, acc, mask=(t < written_t)[:, None] & (row < N * K)[None, :])
 
 
-def shrink(x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
+def shrink(device: configs.Device, x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     """Partial sums over D of x rows^T: x [T, D], rows [N, K, D] of any strides -> [splits, T, N, K] float32.
 
     With ids [T, m] int32, only products of experts that some token of the same block chose are written. The number of
     splits depends on the shapes alone, so the sums are the same on every run.
     """
     (tokens, d), (n, k, _) = x.shape, rows.shape
-    device = configs.device(x.device)
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
     programs = cdiv(tokens, config["BLOCK_T"]) * cdiv(n * k, config["BLOCK_R"])
-    splits, chunks = configs.split(d, config["BLOCK_D"], programs, device)
+    splits, chunks = configs.split_depth(d, config["BLOCK_D"], programs, device)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     m = 1 if ids is None else ids.shape[1]
     _shrink[programs, splits](

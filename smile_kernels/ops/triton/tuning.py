@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from . import apply, apply_backward, configs, linear, linear_backward
+from . import configs
+from .backend import apply, apply_backward, linear, linear_backward
 
 
 def warmup(
@@ -65,7 +66,7 @@ def tune(
     Every path is timed, each with its best tiles; `report` is told of each configuration and its seconds. The choices
     hold in this process from now on, and in others once `save` has written them.
     """
-    table = configs.tables().setdefault(configs.device(weight.device).name, {})
+    table = configs.tables().setdefault(configs.device_of(weight.device).name, {})
     best: dict[str, object] = {}
     for t in tokens:
         x = torch.randn(t, weight.shape[1], device=weight.device).to(weight.dtype)
@@ -102,12 +103,13 @@ def _search(run: Callable, table: dict, fixed: dict, report: Callable) -> tuple[
 
 def _asked(run: Callable) -> dict[str, list]:
     """The choices that `run` makes: key -> what it could have chosen."""
-    configs.asked = {}
+    tables = configs.tables()
+    tables.asked = {}
     try:
         run()
-        return configs.asked
+        return tables.asked
     finally:
-        configs.asked = None
+        tables.asked = None
 
 
 def _seconds(run: Callable, calls: int = 20, rounds: int = 11) -> float:
@@ -136,7 +138,7 @@ def save(device: torch.device, choices: dict[str, object]) -> None:
     """Add choices for `device` to the user's table, which every later process reads."""
     path = configs.user_table()
     table = json.loads(path.read_text()) if path.exists() else {}
-    table.setdefault(configs.device(device).name, {}).update(choices)
+    table.setdefault(configs.device_of(device).name, {}).update(choices)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(table, indent=1, sort_keys=True))

@@ -56,5 +56,5 @@ def test_the_recorded_reason_is_reported(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
     monkeypatch.setattr(extension, "_load", lambda path: None)
     assert f"its {kind} library was not built when smile_kernels was installed (there was no nvcc)" in (
-        extension.why_not.__wrapped__(kind)
+        extension.unavailable.__wrapped__(kind)
     )

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.fixture(autouse=True, scope="module")
 def _built():
-    assert extension.why_not("cpu") is None, extension.why_not("cpu")
+    assert extension.unavailable("cpu") is None, extension.unavailable("cpu")
 
 
 def test_an_old_pytorch_is_named(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert extension.why_not.__wrapped__("cpu") == "it needs PyTorch 2.10 or later, not 2.9.1+cu128"
+    assert extension.unavailable.__wrapped__("cpu") == "it needs PyTorch 2.10 or later, not 2.9.1+cu128"
 
 
 def linear(problem: Problem, save: bool = False):
@@ -168,8 +168,8 @@ def test_opcheck():
 
 
 def test_layer_uses_it_for_inference_and_the_composition_for_training():
-    assert sk.ops.library.choose_backend(None, "cpu", training=False) == "cpu"
-    assert sk.ops.library.choose_backend(None, "cpu", training=True) == "torch"
+    assert sk.ops.library.choose_backend(None, "cpu", torch.float32, 4, training=False) == "cpu"
+    assert sk.ops.library.choose_backend(None, "cpu", torch.float32, 4, training=True) == "torch"
 
 
 def test_layer_whose_parameter_is_computed():

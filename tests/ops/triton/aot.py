@@ -30,8 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 from smile_kernels.ops.triton.common import TensorDescriptor, gdc_wait
 from smile_kernels.testing import taking
 
@@ -97,7 +96,7 @@ class _Driver:
 def compiling(name: str) -> Iterator[dict[str, dict]]:
     """While this lasts, launches for device `name` are compiled and not run; what each kernel uses, by a label."""
     target, found = TARGETS[name], {}
-    run, device = JITFunction.run, configs.device
+    run, device = JITFunction.run, configs.device_of
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -113,11 +112,11 @@ def compiling(name: str) -> Iterator[dict[str, dict]]:
     seen: set[str] = set()
     driver.set_active(_Driver(name))
     JITFunction.run = compile_only
-    configs.device = lambda _: configs.Device(name, target.family, 132, pdl=target.pdl, tma=target.tma)
+    configs.device_of = lambda _: configs.Device(name, target.family, 132, pdl=target.pdl, tma=target.tma)
     try:
         yield found
     finally:
-        JITFunction.run, configs.device = run, device
+        JITFunction.run, configs.device_of = run, device
 
 
 def resources(kernel) -> dict:
@@ -181,12 +180,12 @@ class Layer:
         shape = (tokens, self.m)
         return self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.int32)
 
-    def linear(self, tokens: int, linear: str = "together", apply: str = "fused", save: bool = False) -> None:
+    def linear(self, tokens: int, linear: str = "one_product", apply: str = "fused", save: bool = False) -> None:
         with taking(linear, apply):
             backend.linear(self.empty(tokens, self.d), *self.parameters, None, self.m, self.g, save)
 
     def apply(self, tokens: int, apply: str = "fused", save: bool = False) -> None:
-        with taking("first", apply):
+        with taking("route_first", apply):
             backend.apply(self.empty(tokens, self.d), *self.parameters, *self.routing(tokens), save)
 
     def backward(self, tokens: int, apply: str = "delta") -> None:
@@ -195,7 +194,7 @@ class Layer:
         weights, ids = self.routing(tokens)
         h = self.empty(tokens, self.m, self.r, dtype=torch.float32)
         layer, needs = (dy, x, weight, vh, s, u, expert_bias), [True] * 7
-        with taking("first", apply):
+        with taking("route_first", apply):
             backend.apply_backward(*layer, weights, ids, h, [*needs, self.m > 1])
             backend.linear_backward(*layer, None, weights, ids, h, self.g, [*needs, False])
             if self.m > 1:
@@ -227,12 +226,12 @@ def recorded(name: str) -> dict[str, dict]:
         layer.linear(1, "decode")
         layer.linear(2048)
         if name == "sm90":
-            layer.linear(1, "single")
+            layer.linear(1, "decode_one_launch")
             layer.linear(64)
             layer.linear(2048, apply="tma" if TMA else "fused", save=True)
             layer.linear(2048, apply="delta")
             layer.apply(16)
-            Layer(64, 64, 8).linear(2048, "first", "grouped")
+            Layer(64, 64, 8).linear(2048, "route_first", "grouped")
             Layer(8, 32, 16, 2).backward(2048)
             Layer(64, 64, 8).backward(2048, "grouped")
             for tf32 in (False, True):
@@ -262,7 +261,7 @@ def every(name: str) -> dict[str, dict]:
                         for layer in (Layer(8, 32, 16, 2, dtype=dtype), Layer(3, 512, 8, dtype=dtype)):
                             if layer.r == 32 and "decode" in kernels:
                                 layer.linear(16, "decode")
-                                layer.linear(16, "single")
+                                layer.linear(16, "decode_one_launch")
                             tma = TARGETS[name].tma and operands == "half"
                             for apply in ("fused", "delta", *(["tma"] if tma else [])):
                                 layer.linear(2048, apply=apply)

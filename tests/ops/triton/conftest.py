@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 
 DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
 
@@ -10,7 +9,7 @@ DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
 @pytest.fixture
 def device() -> str:
     """Where kernels run: on the GPU, or on the CPU under the interpreter."""
-    if reason := backend.why_not(DEVICE):
+    if reason := backend.why_not(DEVICE, torch.float32, 1, False):
         pytest.fail(f"tests/ops/triton needs Triton's interpreter or a GPU: {reason}")
     return DEVICE
 
@@ -32,7 +31,7 @@ def _poisoned_memory(monkeypatch):
 def take(monkeypatch):
     """Make layers take given paths, whatever the heuristics say."""
 
-    def take(linear: str = "first", apply: str = "fused"):
+    def take(linear: str = "route_first", apply: str = "fused"):
         monkeypatch.setattr(configs, "linear_path", lambda *_: linear)
         monkeypatch.setattr(configs, "apply_path", lambda *_: apply)
 

@@ -11,12 +11,11 @@ from bench import RESULTS, cost, gpu, gpu_rows, gpu_tables, report
 from smile_kernels.benchmark.peers import PEERS
 from smile_kernels.benchmark.problems import Case, Setting
 from smile_kernels.ops import reference
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 from smile_kernels.selftest import triton_paths
 from smile_kernels.testing import taking
 
-BROKEN = {("decode", "fused"): "hung", ("together", "tma"): "raised", ("first", "grouped"): "wrong"}
+BROKEN = {("decode", "fused"): "hung", ("one_product", "tma"): "raised", ("route_first", "grouped"): "wrong"}
 
 
 def faulty(job):
@@ -53,19 +52,24 @@ def test_broken_paths_are_named_and_the_rest_is_measured(tmp_path, monkeypatch, 
 
     found = {(check["linear"], check["apply"]): check["failure"] for check in part["checks"]}
     assert {path: failure.split()[0].rstrip(":") for path, failure in found.items() if failure} == BROKEN
-    assert {("single", "fused"), ("together", "fused"), ("together", "delta"), ("first", "fused")} < found.keys()
+    assert {
+        ("decode_one_launch", "fused"),
+        ("one_product", "fused"),
+        ("one_product", "delta"),
+        ("route_first", "fused"),
+    } < found.keys()
 
     rows = {record["name"]: record for record in part["records"]}
     assert not any("failure" in record for record in rows.values()), rows
     graph = rows["32x32 N3 r4 g2 top-1 T3 graph"]
-    others = {"together fused", "together delta", "first fused", "first delta"}
+    others = {"one_product fused", "one_product delta", "route_first fused", "route_first delta"}
     assert graph["us"].keys() == {"F.linear", "chosen", *others}
     failed = {" ".join(path) for path in BROKEN}
     assert graph["cannot_run"].keys() == {*failed, "smile:cuda"}
     assert graph["wrong"] == {}
     assert "expert loop" in rows["32x32 N3 r4 g2 top-1 T3 eager"]["us"]
     assert rows["32x32 N3 r4 g2 top-1 T5 training"]["us"].keys() == {"F.linear", "chosen"}
-    assert "single fused" in rows["32x32 N3 r4 g2 top-1 T3 graph single fused"]["us"]
+    assert "decode_one_launch fused" in rows["32x32 N3 r4 g2 top-1 T3 graph decode_one_launch fused"]["us"]
     assert rows["soak"]["agreed"] > 0
     assert part["tests"]["passed"] > 0
     assert part["tests"]["failed"] == []
@@ -153,8 +157,8 @@ def test_soak_passes_and_names_what_fails(device, monkeypatch):
 
 def test_paths_are_taken_only_for_a_while():
     before = configs.linear_path, configs.apply_path
-    with taking("first", "delta"):
-        assert configs.linear_path() == "first"
+    with taking("route_first", "delta"):
+        assert configs.linear_path() == "route_first"
         assert configs.apply_path() == "delta"
     assert before == (configs.linear_path, configs.apply_path)
 

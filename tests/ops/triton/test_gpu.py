@@ -11,8 +11,7 @@ import torch
 
 from smile_kernels.functional import smile_linear
 from smile_kernels.ops import extension, library, reference
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 from smile_kernels.testing import Problem, assert_close, expectations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -22,12 +21,12 @@ SETTINGS = [(8, 32, 16, 1), (8, 128, 16, 1), (8, 32, 16, 2), (3, 512, 8, 1), (64
 # Linear path, apply path, and whether it takes more tokens than 16.
 PATHS = [
     ("decode", "fused", False),
-    ("single", "fused", False),
-    ("first", "fused", False),
-    ("together", "fused", True),
-    ("together", "tma", True),
-    ("together", "delta", True),
-    ("first", "grouped", True),
+    ("decode_one_launch", "fused", False),
+    ("route_first", "fused", False),
+    ("one_product", "fused", True),
+    ("one_product", "tma", True),
+    ("one_product", "delta", True),
+    ("route_first", "grouped", True),
 ]
 
 
@@ -130,7 +129,7 @@ def test_launches_that_overlap_give_the_bits_of_those_that_do_not(linear_path, a
     monkeypatch.undo()  # Poisoning launches kernels in between, and nothing overlaps.
     take(linear_path, apply_path)
     problems = [problem(1000 if many else 16, 1024, 1536, SETTINGS[0], seed=i) for i in range(2)]
-    device = configs.device(problems[0].x.device)
+    device = configs.device_of(problems[0].x.device)
     with monkeypatch.context() as patch:
         patch.setattr(configs, "device", lambda _: replace(device, pdl=False))
         want = [linear(p) for p in problems]
@@ -143,7 +142,7 @@ def test_launches_that_overlap_give_the_bits_of_those_that_do_not(linear_path, a
 @pytest.mark.parametrize("apply", ["delta", "grouped"])
 def test_launches_of_the_backward_that_overlap_give_the_bits_of_those_that_do_not(apply, take, monkeypatch):
     monkeypatch.undo()  # As above.
-    take("first" if apply == "grouped" else "together", apply)
+    take("route_first" if apply == "grouped" else "one_product", apply)
     problems = [problem(1000, 1024, 1536, SETTINGS[2], seed=i) for i in range(2)]
     leaves = [[t.requires_grad_() for t in p.tensors().values()] for p in problems]
     dy = torch.randn(1000, 1536, device="cuda", dtype=torch.bfloat16)
@@ -151,7 +150,7 @@ def test_launches_of_the_backward_that_overlap_give_the_bits_of_those_that_do_no
     def gradients(i):
         return torch.autograd.grad(call(problems[i], "triton"), leaves[i], dy)
 
-    device = configs.device(problems[0].x.device)
+    device = configs.device_of(problems[0].x.device)
     with monkeypatch.context() as patch:
         patch.setattr(configs, "device", lambda _: replace(device, pdl=False))
         want = [gradients(i) for i in range(2)]
@@ -182,7 +181,7 @@ def test_forward_and_backward_give_the_same_bits_again(setting, name):
 @pytest.mark.parametrize("apply", ["delta", "grouped"])
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[3]], ids=str)
 def test_backward_matches_the_oracle(setting, apply, name, take):
-    take("first" if apply == "grouped" else "together", apply)
+    take("route_first" if apply == "grouped" else "one_product", apply)
     p = problem(400, 512, 768, setting)
     leaves = {tensor: t.requires_grad_() for tensor, t in p.tensors().items()}
     y = call(p, name)
@@ -194,7 +193,7 @@ def test_backward_matches_the_oracle(setting, apply, name, take):
         assert_close(f"d{tensor}", gradient, *expected[tensor])
 
 
-@pytest.mark.parametrize("path", ["decode", "single"])
+@pytest.mark.parametrize("path", ["decode", "decode_one_launch"])
 def test_decode_never_mixes_two_streams(path, take):
     take(path)
     problems = [problem(8, 2048, 4096, SETTINGS[0], seed=i) for i in range(2)]
@@ -255,7 +254,7 @@ def test_compiled_by_inductor(name):
 
 
 def test_what_this_device_is():
-    device = configs.device(torch.device("cuda", torch.cuda.current_device()))
+    device = configs.device_of(torch.device("cuda", torch.cuda.current_device()))
     assert device.family in configs.TILES
     if torch.cuda.get_device_capability() == (9, 0):
         assert device == configs.Device(device.name, "sm90", device.multiprocessors, pdl=True, tma=True)

@@ -8,13 +8,11 @@ from hypothesis import strategies as st
 
 from smile_kernels.functional import smile_linear
 from smile_kernels.ops import reference
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import configs
+from smile_kernels.ops.triton import backend, configs
 from smile_kernels.testing import Problem, assert_close, expectations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LINEAR_PATHS = ["decode", "single", "together", "first"]
-APPLY_PATHS = ["fused", "tma", "delta", "grouped"]
+LINEAR_PATHS, APPLY_PATHS = configs.LINEAR_PATHS, configs.APPLY_PATHS
 
 
 def call(p: Problem, **options) -> torch.Tensor:
@@ -43,15 +41,15 @@ def check(p: Problem, *, backward: bool) -> None:
 
 def possible(dtype: torch.dtype, device: str) -> list[str]:
     """The ways in which a small layer can be routed here."""
-    return configs.linear_paths(configs.device(torch.zeros(0, device=device).device), dtype, 1, 1, 1, False)
+    return configs.linear_paths(configs.device_of(torch.zeros(0, device=device).device), dtype, 1, 1, 1, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", [*LINEAR_PATHS[:2], *APPLY_PATHS])
+@pytest.mark.parametrize("path", ["decode", "decode_one_launch", *APPLY_PATHS])
 def test_forward_by_every_path(path, dtype, device, take):
     if path in LINEAR_PATHS and path not in possible(dtype, device):
         pytest.skip(f"no tiles of {dtype} for {path} on this device")
-    take(path) if path in LINEAR_PATHS else take("together" if path != "grouped" else "first", path)
+    take(path) if path in LINEAR_PATHS else take("one_product" if path != "grouped" else "route_first", path)
     check(Problem.random(13, 48, 40, 5, 6, 3, 2, dtype=dtype, device=device), backward=False)
 
 
@@ -59,13 +57,13 @@ def test_forward_by_every_path(path, dtype, device, take):
     ("tokens", "d", "o", "n", "r", "g", "m", "linear", "apply", "options"),
     [
         pytest.param(1, 16, 16, 1, 1, 1, 1, "decode", "fused", {}, id="one-of-everything"),
-        pytest.param(16, 33, 50, 3, 5, 9, 3, "single", "fused", {}, id="all-experts"),
-        pytest.param(37, 40, 33, 4, 20, 24, 1, "together", "fused", {}, id="router-rank-above-expert-rank"),
-        pytest.param(19, 35, 17, 3, 7, 2, 2, "first", "fused", {"router": True}, id="separate-router"),
-        pytest.param(33, 17, 21, 3, 70, 3, 1, "together", "delta", {"bias": False}, id="rank-beyond-one-block"),
-        pytest.param(20, 34, 40, 66, 2, 2, 3, "together", "tma", {"expert_bias": False}, id="many-experts"),
-        pytest.param(40, 33, 70, 6, 40, 3, 2, "first", "grouped", {"bias": False}, id="grouped-odd"),
-        pytest.param(5, 16, 16, 256, 1, 1, 1, "first", "grouped", {}, id="grouped-more-experts-than-tokens"),
+        pytest.param(16, 33, 50, 3, 5, 9, 3, "decode_one_launch", "fused", {}, id="all-experts"),
+        pytest.param(37, 40, 33, 4, 20, 24, 1, "one_product", "fused", {}, id="router-rank-above-expert-rank"),
+        pytest.param(19, 35, 17, 3, 7, 2, 2, "route_first", "fused", {"router": True}, id="separate-router"),
+        pytest.param(33, 17, 21, 3, 70, 3, 1, "one_product", "delta", {"bias": False}, id="rank-beyond-one-block"),
+        pytest.param(20, 34, 40, 66, 2, 2, 3, "one_product", "tma", {"expert_bias": False}, id="many-experts"),
+        pytest.param(40, 33, 70, 6, 40, 3, 2, "route_first", "grouped", {"bias": False}, id="grouped-odd"),
+        pytest.param(5, 16, 16, 256, 1, 1, 1, "route_first", "grouped", {}, id="grouped-more-experts-than-tokens"),
     ],
 )
 def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options, device, take):
@@ -75,7 +73,7 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
 
 @pytest.mark.parametrize("seed", range(5))
 def test_many_experts_are_not_rounded_as_the_base_product_is(seed, device, take):
-    take("first", "fused")
+    take("route_first", "fused")
     check(Problem.random(1, 33, 8, 64, 33, 33, 47, router=True, seed=seed, device=device), backward=False)
 
 
@@ -94,7 +92,7 @@ def test_many_experts_are_not_rounded_as_the_base_product_is(seed, device, take)
     ],
 )
 def test_backward(shape, dtype, options, apply, device, take):
-    take("first" if apply == "grouped" else "together", apply)
+    take("route_first" if apply == "grouped" else "one_product", apply)
     check(Problem.random(*shape, dtype=dtype, device=device, **options), backward=True)
 
 
@@ -107,7 +105,7 @@ def test_backward(shape, dtype, options, apply, device, take):
     ],
 )
 def test_each_gradient_alone_equals_that_of_all(needed, router, apply, device, take):
-    take("first", apply)
+    take("route_first", apply)
     p = Problem.random(9, 16, 18, 3, 4, 2, 2, router=router, device=device)
     dy = torch.randn(9, 18, device=device)
 
@@ -187,7 +185,7 @@ def test_route_of_extreme_sizes(n, g, m, device):
 
 @pytest.mark.parametrize("apply", APPLY_PATHS)
 def test_inputs_of_any_strides(apply, device, take):
-    take("first" if apply == "grouped" else "together", apply)
+    take("route_first" if apply == "grouped" else "one_product", apply)
     # The interpreter of Triton 3.4 and 3.5 takes descriptors of rows of a multiple of 16 numbers.
     p = Problem.random(10, 48, 20, 3, 4, 5, 2, device=device)
     want = call(p)
@@ -200,7 +198,7 @@ def test_inputs_of_any_strides(apply, device, take):
 
 
 def test_gradient_that_is_a_broadcast_number(device, take):
-    take("together", "fused")
+    take("one_product", "fused")
     p = Problem.random(6, 16, 18, 3, 4, 2, device=device)
     p.u.requires_grad_()
     a = torch.autograd.grad(call(p).sum(), p.u)[0]
@@ -219,7 +217,13 @@ def test_no_tokens(device):
 
 @pytest.mark.parametrize(
     ("linear", "apply"),
-    [("decode", "fused"), ("single", "fused"), ("together", "fused"), ("together", "tma"), ("first", "grouped")],
+    [
+        ("decode", "fused"),
+        ("decode_one_launch", "fused"),
+        ("one_product", "fused"),
+        ("one_product", "tma"),
+        ("route_first", "grouped"),
+    ],
 )
 def test_offsets_beyond_32_bits(linear, apply, device, take):
     """Over 2^31 elements from the first row of x to the last; memory is reserved, and only the rows are touched."""
@@ -231,7 +235,7 @@ def test_offsets_beyond_32_bits(linear, apply, device, take):
     storage = torch.UntypedStorage(2 * (12 * gap + 16), device=device)
     rows = p.x.new_zeros(0).set_(storage, 0, (13, 16), (gap, 1))
     rows.copy_(p.x)
-    p.vh.requires_grad_(linear not in ("decode", "single"))
+    p.vh.requires_grad_(linear not in ("decode", "decode_one_launch"))
     far, near = call(Problem(**{**vars(p), "x": rows})), call(p)
     assert torch.equal(far, near)
     if near.requires_grad:
@@ -241,11 +245,11 @@ def test_offsets_beyond_32_bits(linear, apply, device, take):
 
 def test_an_old_triton_is_named(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.2.0")
-    assert backend.why_not("cuda") == "it needs Triton 3.3 or newer, not 3.2.0"
+    assert backend.why_not("cuda", torch.float32, 1, False) == "it needs Triton 3.3 or newer, not 3.2.0"
 
 
 def test_float64_is_refused(device):
-    with pytest.raises(ValueError, match=r"x: is torch\.float64; the triton backend takes float32"):
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run here: it takes float32, .* not float64"):
         call(Problem.random(2, 16, 16, 2, 2, 2, dtype=torch.float64, device=device))
 
 
@@ -261,10 +265,10 @@ def test_float64_is_refused(device):
 def test_any_shape_by_any_path(shape, m, linear, apply, dtype, seed, device, take):
     tokens, d, o, n, r, g = shape
     if linear not in possible(dtype, device):
-        linear = "together"
-    if linear in ("decode", "single"):
+        linear = "one_product"
+    if linear in ("decode", "decode_one_launch"):
         tokens, n = min(tokens, 16), min(n, 4)
-    take("first" if apply == "grouped" else linear, apply)
+    take("route_first" if apply == "grouped" else linear, apply)
     p = Problem.random(tokens, d, o, n, r, min(g, d), min(m, n), dtype=dtype, seed=seed, device=device)
     check(p, backward=False)
 
@@ -285,10 +289,10 @@ def test_heuristics_choose_what_can_run():
     device = configs.Device("some GPU", "sm90", 132, pdl=True, tma=True)
     half = torch.bfloat16
     assert configs.linear_path(device, half, 1, 4096, 4096, 8, 32, 16, 32, 1, False) == "decode"
-    assert configs.linear_path(device, half, 1, 4096, 4096, 8, 32, 16, 32, 1, True) == "together"
-    assert configs.linear_path(device, torch.float32, 1, 4096, 4096, 8, 32, 16, 32, 1, False) == "together"
-    assert configs.linear_path(device, half, 17, 4096, 4096, 8, 32, 16, 32, 1, False) == "together"
-    assert configs.linear_path(device, half, 4, 4096, 4096, 64, 64, 8, 64, 1, False) == "first"
+    assert configs.linear_path(device, half, 1, 4096, 4096, 8, 32, 16, 32, 1, True) == "one_product"
+    assert configs.linear_path(device, torch.float32, 1, 4096, 4096, 8, 32, 16, 32, 1, False) == "one_product"
+    assert configs.linear_path(device, half, 17, 4096, 4096, 8, 32, 16, 32, 1, False) == "one_product"
+    assert configs.linear_path(device, half, 4, 4096, 4096, 64, 64, 8, 64, 1, False) == "route_first"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 8, 32, 1) == "delta"
     assert configs.apply_path(device, half, 64, 4096, 4096, 64, 64, 1) == "fused"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 1) == "grouped"
@@ -299,7 +303,7 @@ def test_heuristics_choose_what_can_run():
 
 
 def test_compiled_without_graph_breaks(device, take):
-    take("together", "fused")
+    take("one_product", "fused")
     p = Problem.random(5, 16, 18, 3, 4, 2, 2, device=device)
     p.u.requires_grad_()
     _, *parameters = p.arguments()

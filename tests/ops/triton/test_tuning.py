@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import smile_kernels
-from smile_kernels.ops import triton as backend
-from smile_kernels.ops.triton import common, configs, tuning
+from smile_kernels.ops.triton import backend, common, configs, decode, tuning
 from smile_kernels.testing import Problem
 
 DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
@@ -78,7 +77,9 @@ def test_a_model_is_warmed_up_once_for_each_shape(training, monkeypatch):
         smile_kernels.warmup(model, [3, 0])
 
 
-@pytest.mark.parametrize(("linear", "apply"), [("together", "fused"), ("together", "delta"), ("first", "grouped")])
+@pytest.mark.parametrize(
+    ("linear", "apply"), [("one_product", "fused"), ("one_product", "delta"), ("route_first", "grouped")]
+)
 def test_what_is_compiled_does_not_depend_on_the_batch(linear, apply, device, monkeypatch, take):
     """Between two powers of two, every number of tokens launches the same kernels with the same constants."""
     take(linear, apply)
@@ -97,7 +98,7 @@ def test_what_is_compiled_does_not_depend_on_the_batch(linear, apply, device, mo
 def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatch):
     """With times made up so that one path and one tile are best."""
     p = Problem.random(40, 32, 32, 3, 4, 2, dtype=torch.bfloat16, device=device)
-    name = configs.device(p.x.device).name
+    name = configs.device_of(p.x.device).name
     chosen = []
 
     def seconds(run):
@@ -143,15 +144,15 @@ def test_a_broken_table_is_named():
 
 
 def test_counters_of_decode_are_not_shared(device):
-    slots = [configs.arrivals(torch.device(device, 0) if device == "cuda" else torch.device(device)) for _ in range(3)]
+    slots = [decode.arrivals(torch.device(device, 0) if device == "cuda" else torch.device(device)) for _ in range(3)]
     assert len({t.data_ptr() for t in slots}) == 3
     assert all((t == 0).all() for t in slots)
 
 
-@pytest.mark.parametrize("linear", ["decode", "single"])
+@pytest.mark.parametrize("linear", ["decode", "decode_one_launch"])
 def test_decode_leaves_its_counters_at_zero(linear, device, take, monkeypatch):
     counters = torch.zeros(2, dtype=torch.int32, device=device)
-    monkeypatch.setattr(configs, "arrivals", lambda _: counters)
+    monkeypatch.setattr(decode, "arrivals", lambda _: counters)
     take(linear)
     p = Problem.random(5, 70, 90, 4, 16, 3, 2, dtype=torch.bfloat16, device=device)
     first = backend.linear(*p.arguments(), 2, 3, False)

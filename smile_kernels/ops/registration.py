@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .reference import accumulate_dtype
+from .reference import accumulate_dtype, router_rows
 
 
 def fake_route(x, router, num_experts_per_tok):
@@ -73,7 +73,7 @@ def linear_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, vh, s, u, expert_bias and router from a backend's two halves."""
-    rows, needs_rows = (vh[:, :rank_of_router], needs[3]) if router is None else (router, needs[7])
+    rows, needs_rows = router_rows(vh, router, rank_of_router), needs[3 if router is None else 7]
     # One selected expert has weight 1 whatever its score: the router gets no gradient.
     routed = ids.shape[1] > 1 and (needs[0] or needs_rows)
     wanted = [*needs[:7], routed]

@@ -1,0 +1,142 @@
+"""The Triton backend: NVIDIA GPUs from compute capability 8.0, AMD gfx942; CPU tensors under Triton's interpreter.
+
+T tokens, D in_features, O out_features, N experts, m experts a token, r rank of an expert, g rank of the router.
+"""
+
+import numpy
+import torch
+import triton
+from packaging.version import Version
+from torch import Tensor
+
+from ...versions import warn_if_newer
+from .. import registration
+from ..reference import router_rows
+from . import backward, configs, grouped
+from .common import INTERPRETED
+from .decode import decode
+from .expand import expand
+from .route import empty_routing, scale
+from .route import route as _route
+from .shrink import shrink
+
+warn_if_newer("triton")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
+    """Why this backend cannot serve such a layer on `device_type`; None if it can."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 3):
+        return f"it needs Triton 3.3 or newer, not {triton.__version__}"
+    if INTERPRETED.value and version < (3, 7) and Version(numpy.__version__) >= Version("2.4"):
+        return f"Triton {triton.__version__}'s interpreter needs NumPy before 2.4, not {numpy.__version__}"
+    if INTERPRETED.value and device_type != "cpu":
+        return f"Triton's interpreter serves cpu tensors, not {device_type} tensors"
+    if not INTERPRETED.value and device_type != "cuda":
+        return f"it serves cuda tensors, not {device_type} tensors; TRITON_INTERPRET=1 interprets it on a CPU, slowly"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    if dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32."""
+    if x.shape[0] == 0:
+        return empty_routing(x, num_experts_per_tok)
+    if router.stride()[1:] != (router.shape[2], 1):
+        router = router.contiguous()
+    with torch.cuda.device_of(x):
+        return _route(configs.device_of(x.device), _rows(x), router, num_experts_per_tok)
+
+
+def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
+    """Route and apply in one pass -> y [T, O], weights [T, m], ids [T, m], h [T, m, r]."""
+    (tokens, d), (n, o, r), k, m, g = x.shape, u.shape, vh.shape[1], num_experts_per_tok, rank_of_router
+    device = configs.device_of(x.device)
+    path: configs.LinearPath = "route_first"
+    if router is None and tokens:
+        path = configs.linear_path(device, x.dtype, tokens, d, o, n, k, g, r, m, save)
+    if path == "route_first":
+        weights, ids = route(x, router_rows(vh, router, g), m)
+        y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
+        return y, weights, ids, h
+    x = _rows(x)
+    weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
+    with torch.cuda.device_of(x):
+        if path in ("decode", "decode_one_launch"):
+            one_launch = path == "decode_one_launch"
+            y, weights, ids = decode(device, x, weight, bias, vh, s, u, expert_bias, m, g, one_launch=one_launch)
+            return y, weights, ids, s.new_empty(0)
+        weights, ids = empty_routing(x, m)
+        gates = expert_bias is not None
+        partial = shrink(device, x, vh)
+        tail, h = scale(device, partial, s, weights, ids, x.dtype, rank_of_router=g, gates=gates, save=save)
+        apply_path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
+        if apply_path == "grouped":  # every product is there already
+            apply_path = "delta"
+        return expand(device, x, weight, bias, tail, u, expert_bias, apply_path), weights, ids, h
+
+
+def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
+    """y [T, O] = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x if `save`."""
+    (tokens, d), (n, o, r), m = x.shape, u.shape, ids.shape[1]
+    if tokens == 0:
+        return x.new_empty(0, o), s.new_empty((0, m, r) if save else 0)
+    x = _rows(x)
+    weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
+    weights, ids = _contiguous(weights, ids)
+    device = configs.device_of(x.device)
+    path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
+    with torch.cuda.device_of(x):
+        if path == "grouped":
+            return grouped.apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
+        partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None)
+        tail, h = scale(device, partial, s, weights, ids, x.dtype, gates=expert_bias is not None, save=save)
+        return expand(device, x, weight, bias, tail, u, expert_bias, path), h
+
+
+def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
+
+    With rank_of_router, the weights come from the first rank_of_router products in h, and their gradient goes on there.
+    """
+    if x.shape[0] == 0:
+        like = (x, weight, weight[:, 0], vh, s, u, expert_bias, weights)
+        return tuple(torch.zeros_like(t) if needed else None for t, needed in zip(like, needs))
+    dy, x = _rows(dy), _rows(x)
+    vh, s, u, expert_bias, weights, ids = _contiguous(vh, s, u, expert_bias, weights, ids)
+    device, factors = configs.device_of(x.device), (vh, s, u, expert_bias)
+    with torch.cuda.device_of(x):
+        return backward.apply_backward(device, dy, x, weight, *factors, weights, ids, h, needs, rank_of_router)
+
+
+def route_backward(dweights, x, router, weights, ids, needs):
+    """Gradients of x and router from those of the weights; None where `needs` says so."""
+    if x.shape[0] == 0:
+        return tuple(torch.zeros_like(t) if needed else None for t, needed in zip((x, router), needs))
+    dweights, weights, ids = _contiguous(dweights, weights, ids)
+    with torch.cuda.device_of(x):
+        return backward.route_backward(configs.device_of(x.device), dweights, _rows(x), router, weights, ids, needs)
+
+
+def linear_backward(dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, needs):
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and router; None where `needs` says so."""
+    layer = dy, x, weight, vh, s, u, expert_bias
+    if router is None and rank_of_router <= h.shape[-1] and ids.shape[1] > 1:
+        # h holds the router's products: one pass serves both.
+        return apply_backward(*layer, weights, ids, h, [*needs[:7], False], rank_of_router)
+    rest = router, weights, ids, h, rank_of_router, needs
+    return registration.linear_backward(apply_backward, route_backward, *layer, *rest)
