@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import smile_kernels as sk
 from smile_kernels.functional import route, router_scores, select_experts, smile_linear
-from smile_kernels.ops import composed, library, reference
+from smile_kernels.ops import composed, extension, library, reference
 from smile_kernels.testing import Problem, assert_close, expectations
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -411,6 +411,16 @@ def test_backend_choice(monkeypatch):
     assert call(problem("top-1"), backend="torch").shape == (33, 16)
     with pytest.raises(RuntimeError, match="backend: 'cpu' cannot run here: it has no backward"):
         library.choose_backend("cpu", *cpu, True)
+    # Without Triton, a GPU serves by the extension what it takes, and by the composition the rest.
+    with monkeypatch.context() as patch:
+        patch.setitem(library._MODULES, "triton", ".not_installed")
+        patch.setattr(extension, "unavailable", lambda _: None)
+        patch.delenv("SMILE_KERNELS_BACKEND")
+        layers = [(torch.bfloat16, 256), (torch.float64, 4), (torch.float32, 257)]
+        chosen = [library._choose.__wrapped__(None, "cuda", *layer, True) for layer in layers]
+        assert chosen == ["cuda", "torch", "torch"]
+        with pytest.raises(RuntimeError, match="'cuda' cannot run here: its kernels take up to 256 experts, not 257"):
+            library._choose.__wrapped__("cuda", "cuda", *layers[2], True)
     assert sk.backends("cpu")["torch"] is None
     assert list(sk.backends()) == ["triton", "cuda", "cpu", "torch"]
 
@@ -445,3 +455,12 @@ def test_random_layers_equal_fusion_bench(data):
     clear = torch.ones(tokens, dtype=torch.bool) if m == n else scores[:, m - 1] - scores[:, m] > 1e-4
     torch.testing.assert_close(ours(x)[clear], theirs(x)[clear], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours(x)[clear], theirs(x[None])[0][clear], rtol=1e-4, atol=1e-5)
+
+
+def test_meta_tensors_give_a_meta_tensor():
+    p = problem("top-2")
+    meta = [t if t is None else t.to("meta") for t in p.arguments()]
+    options = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router}
+    y = smile_linear(*meta, **options)
+    assert y.device.type == "meta"
+    assert y.shape == call(p).shape

@@ -36,10 +36,12 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
         return f"Triton's interpreter serves cpu tensors, not {device_type} tensors"
     if not INTERPRETED.value and device_type != "cuda":
         return f"it serves cuda tensors, not {device_type} tensors; TRITON_INTERPRET=1 interprets it on a CPU, slowly"
-    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or newer"
     if dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
     return None
 
 
