@@ -189,13 +189,13 @@ def running_sums(shares: Tensor, factors: Tensor | None, before: Tensor | None =
 
     Args:
         shares: [B, S, N].
-        factors: [B or 1, S], 0 to 1: how much of the sum before each token is left; None: all of it.
+        factors: [B or 1, S or 1], 0 to 1: how much of the sum before each token is left; None: all of it.
         before: [B, N]; None: 0.
     """
     if factors is None:
         sums = shares.cumsum(1)
         return sums if before is None else sums + before[:, None]
-    factors = factors[..., None].to(shares.dtype)
+    factors = factors.expand(-1, shares.shape[1])[..., None].to(shares.dtype)
     if before is not None:
         first = shares[:, :1] + factors[:, :1] * before[:, None]
         shares = first if shares.shape[1] == 1 else torch.cat([first, shares[:, 1:]], dim=1)

@@ -262,7 +262,7 @@ class ForwardPass:
 
     def _vote(self, layer: SmileLinear, x: Tensor) -> Routing:
         shares = self._shares(layer, x)
-        votes = self.tokens.last_votes().to(shares.device, shares.dtype)
+        votes = self.tokens.last_votes(shares.shape[1]).to(shares.device, shares.dtype)
         self._add(layer, (shares * votes[..., None]).sum(1), x)
         self.m = self.policy.num_experts_per_tok or layer.num_experts_per_tok
         off = torch.zeros((*x.shape[:-1], 1), dtype=shares.dtype, device=x.device)

@@ -65,7 +65,7 @@ class Tokens:
                 f"restart_at: {root_name} is called without input_ids, in which the tokens {list(policy.restart_at)} "
                 "would be found; expected input_ids, or a policy without restart_at"
             )
-        self.factors: Tensor | None = None  # [B or 1, S], how much of the sum before each token is left; None: all
+        self.factors: Tensor | None = None  # [B or 1, S or 1], how much of the sum before each token is left; None: all
         self.starts: Tensor | None = None
         self.ends: Tensor | None = None
         if arguments.get("cu_seq_lens_q") is not None:
@@ -90,7 +90,9 @@ class Tokens:
         if half_life is None and pattern is None:
             return
         device = self.ids.device if self.ids is not None else None if self.real is None else self.real.device
-        factors = torch.full((1, self.length), 1.0 if half_life is None else 2.0 ** (-1 / half_life), device=device)
+        factors = torch.full(
+            (1, self.length or 1), 1.0 if half_life is None else 2.0 ** (-1 / half_life), device=device
+        )
         if pattern is not None:
             ids = self.ids if history is None else torch.cat([history.to(self.ids), self.ids], dim=1)
             width = len(pattern)
@@ -102,15 +104,13 @@ class Tokens:
             factors = torch.where(self.starts == at, 0.0, factors.to(at.device))
         self.factors = factors if self.real is None else torch.where(self.real, factors.to(self.real.device), 1.0)
 
-    def last_votes(self) -> Tensor:
-        """[B or 1, S] float: how much each token counts in the causal sum at the last one; padding counts 0."""
+    def last_votes(self, length: int) -> Tensor:
+        """[B or 1, S] float: how much each of S tokens counts in the causal sum at the last one; padding counts 0."""
         if self.factors is None:
-            votes = torch.ones(1, self.length) if self.real is None else self.real.float()
-        else:
-            left = F.pad(self.factors[:, 1:], (0, 1), value=1.0)
-            votes = left.flip(1).cumprod(1).flip(1)
-            votes = votes if self.real is None else torch.where(self.real, votes, 0.0)
-        return votes
+            return torch.ones(1, length) if self.real is None else self.real.float()
+        left = F.pad(self.factors.expand(-1, length)[:, 1:], (0, 1), value=1.0)
+        votes = left.flip(1).cumprod(1).flip(1)
+        return votes if self.real is None else torch.where(self.real, votes, 0.0)
 
     def shape(self, x: Tensor) -> tuple[int, int]:
         """(sequences, rows of x in each) for a layer's input x [..., D]."""
