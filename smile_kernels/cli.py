@@ -101,16 +101,7 @@ def upscale(
         }
         policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after}
         given["routing"] = {name: value for name, value in policy.items() if value is not None} or None
-        given = {name: value for name, value in given.items() if value is not None}
-        settings = _from_yaml(config) if config else {}
-        for name in given:
-            if name in settings:
-                raise ValueError(f"{name}: is given as an option and in {config}; expected one of the two")
-        settings |= given
-        for name in ("base", "experts", "rank_of_expert", "rank_of_router"):
-            if name not in settings:
-                option = {"experts": "expert"}.get(name, name).replace("_", "-")
-                raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
+        settings = _settings(config, {name: value for name, value in given.items() if value is not None})
         if out is None:
             raise ValueError("out: is not given; expected --out FOLDER")
         import torch
@@ -321,6 +312,20 @@ def doctor() -> None:
         for backend, reason in backends(device_type).items():
             table.add_row(backend, reason or ("would run" if backend == chosen else "can run"))
         console.print(table)
+
+
+def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the YAML file and those given as options, which set each at most once."""
+    settings = _from_yaml(config) if config else {}
+    for name in given:
+        if name in settings:
+            raise ValueError(f"{name}: is given as an option and in {config}; expected one of the two")
+    settings |= given
+    for name in ("base", "experts", "rank_of_expert", "rank_of_router"):
+        if name not in settings:
+            option = {"experts": "expert"}.get(name, name).replace("_", "-")
+            raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
+    return settings
 
 
 def _from_yaml(file: Path) -> dict[str, Any]:

@@ -35,15 +35,6 @@ def tables(results: dict) -> list[TableRows]:
     def share(row: dict, layers: Sequence[str]) -> str:
         return f"{statistics.fmean(run['own_expert'][name] for run in row['runs'] for name in layers):.0f}"
 
-    tasks = [
-        [
-            t["name"],
-            f"“{t['prompt'].strip()}”",
-            t["package"],
-            *(str(t[k]) for k in ("classes", "train", "validation", "test")),
-        ]
-        for t in results["tasks"]
-    ]
     accuracy = []
     for row in rows:
         by_task = [f"{statistics.fmean(scores):.1f}" for scores in zip(*(run["accuracy"] for run in row["runs"]))]
@@ -78,17 +69,8 @@ def tables(results: dict) -> list[TableRows]:
         else [t["name"], t["missing"], "–"]
         for t in results["time"]
     ]
-    fidelity = [
-        [
-            {0: "base", -1: "full"}.get(f["rank"], str(f["rank"])),
-            f"{f['cosine']:.4f}",
-            f"{f['parameters']:.2f}×",
-            f"{f['energy_mean']:.0f}" if "energy_mean" in f else "–",
-        ]
-        for f in results["fidelity"]
-    ]
     return [
-        ("Tasks", ["task", "prompt", "package", "classes", "train", "validation", "test"], tasks),
+        _task_table(results),
         (
             "Accuracy on held-out texts, %",
             [
@@ -106,12 +88,30 @@ def tables(results: dict) -> list[TableRows]:
         ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
         ("Tokens at their own expert, %, by layer", ["layer", *(row["name"] for row in smile)], routing),
         ("CPU time to encode one batch of 32 texts on one thread", ["", "ms", "over the plain encoder"], timing),
-        (
-            "Embeddings of a published fine-tune (sre-embedding-model)",
-            ["rank", "mean cosine", "parameters", "energy, %"],
-            fidelity,
-        ),
+        _fidelity_table(results),
     ]
+
+
+def _task_table(results: dict) -> TableRows:
+    numbers = ("classes", "train", "validation", "test")
+    rows = [
+        [t["name"], f"“{t['prompt'].strip()}”", t["package"], *(str(t[k]) for k in numbers)] for t in results["tasks"]
+    ]
+    return "Tasks", ["task", "prompt", "package", *numbers], rows
+
+
+def _fidelity_table(results: dict) -> TableRows:
+    rows = [
+        [
+            {0: "base", -1: "full"}.get(f["rank"], str(f["rank"])),
+            f"{f['cosine']:.4f}",
+            f"{f['parameters']:.2f}×",
+            f"{f['energy_mean']:.0f}" if "energy_mean" in f else "–",
+        ]
+        for f in results["fidelity"]
+    ]
+    columns = ["rank", "mean cosine", "parameters", "energy, %"]
+    return "Embeddings of a published fine-tune (sre-embedding-model)", columns, rows
 
 
 def markdown(results: dict) -> str:

@@ -211,6 +211,20 @@ def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]
     return rows
 
 
+def _described(t: Trained) -> dict:
+    """A task as the results list it."""
+    return {
+        "name": t.task.name,
+        "prompt": t.task.prompt,
+        "package": f"{t.task.package.name} {t.task.package.version}",
+        "licence": t.task.package.licence,
+        "classes": t.probe.out_features,
+        "train": t.train_rows,
+        "validation": len(t.validation.labels),
+        "test": len(t.test.labels),
+    }
+
+
 def study(
     quick: bool = False,
     seeds: int = 1,
@@ -294,25 +308,9 @@ def study(
         "recipe": asdict(recipe),
         "seeds": seeds,
         "quick": quick,
-        "tasks": [
-            {
-                "name": t.task.name,
-                "prompt": t.task.prompt,
-                "package": f"{t.task.package.name} {t.task.package.version}",
-                "licence": t.task.package.licence,
-                "classes": t.probe.out_features,
-                "train": t.train_rows,
-                "validation": len(t.validation.labels),
-                "test": len(t.test.labels),
-            }
-            for t in trained
-        ],
+        "tasks": [_described(t) for t in trained],
         "rows": [
-            {
-                "name": name,
-                "parameters": (whole - upper_parameters + runs[0]["upper_parameters"]) / whole,
-                "runs": runs,
-            }
+            {"name": name, "parameters": 1 + (runs[0]["upper_parameters"] - upper_parameters) / whole, "runs": runs}
             for name, runs in rows.items()
         ],
         "time": timings,

@@ -1,0 +1,117 @@
+"""The package's modules import in one direction, and nothing in it imports the repository's other folders."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "smile_kernels"
+# From top to bottom: a module imports from its own room and from those below.
+ROOMS = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("benchmark", "selftest"),
+    ("upscaling",),
+    ("checkpoint",),
+    ("integrations",),
+    ("config",),
+    ("routing",),
+    ("nn",),
+    ("functional",),
+    ("svd", "storage", "testing", "worker"),
+    ("publishing",),
+    ("ops",),
+    ("versions",),
+)
+FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+BACKENDS = ("composed", "extension", "triton")
+# What a module of ops/ may not import: a backend neither another nor what chooses among them.
+APART = {"reference": (*BACKENDS, "library"), **dict.fromkeys(BACKENDS, (*BACKENDS, "library"))}
+LONGEST = 80  # lines of a function, its docstring aside
+
+
+def imports(source: str, module: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """What a module imports, anywhere in its text, as paths; `module` is its own path."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = module[: len(module) - node.level] if node.level else ()
+            start += tuple(node.module.split(".")) if node.module else ()
+            yield from ((*start, alias.name) for alias in node.names)
+
+
+def wrong_imports(source: str, module: tuple[str, ...]) -> list[str]:
+    """The imports that go up, or from one backend to another, or out of the package into the repository."""
+    wrong = []
+    for path in imports(source, module):
+        own, other = (p[1] if len(p) > 1 else "__init__" for p in (module, path))
+        if path[0] in ("bench", "studies", "tests", "examples"):
+            wrong.append(".".join(path))
+        elif path[0] != "smile_kernels" or path[1:] == ("__version__",):
+            continue
+        elif (
+            FLOORS[other] < FLOORS[own]
+            or (FLOORS[other] == FLOORS[own] and other != own)
+            or (own == other == "ops" and module[2] != path[2] and module[2] in APART and path[2] in APART[module[2]])
+        ):
+            wrong.append(".".join(path))
+    return wrong
+
+
+def long_functions(source: str) -> list[str]:
+    """The functions, but GPU kernels, that are too long."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(each) for each in node.decorator_list):
+            continue
+        documented = ast.get_docstring(node) is not None
+        first = node.body[0].end_lineno + 1 - node.body[0].lineno if documented else 0
+        if node.end_lineno + 1 - node.lineno - first > LONGEST and node.name != "apply_backward":
+            found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_modules_import_from_below(file):
+    assert not wrong_imports(file.read_text(), file.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("smile_kernels/nn", "from .routing import set_routing"),
+        ("smile_kernels/nn", "def f():\n    from smile_kernels.config import SmileConfig"),
+        ("smile_kernels/storage", "from .svd import check_ranks"),
+        ("smile_kernels/integrations/fusion_bench", "from ..checkpoint import describe"),
+        ("smile_kernels/integrations/vllm/linear", "from ...upscaling import upscale"),
+        ("smile_kernels/ops/extension", "from . import composed"),
+        ("smile_kernels/ops/triton/route", "from ..extension import load"),
+        ("smile_kernels/ops/reference", "from . import library"),
+        ("smile_kernels/testing", "import bench.problems"),
+        ("smile_kernels/cli", "from studies.encoder import run"),
+    ],
+)
+def test_an_import_from_above_is_found(module, source):
+    assert len(wrong_imports(source, tuple(module.split("/")))) == 1
+
+
+@pytest.mark.parametrize("folder", ["smile_kernels", "bench", "studies"])
+def test_functions_are_short(folder):
+    found = {file.name: names for file in (ROOT / folder).rglob("*.py") if (names := long_functions(file.read_text()))}
+    assert not found
+
+
+def test_a_long_function_is_found():
+    body = "    x = 1\n" * (LONGEST - 1)
+    assert not long_functions(f'def f():\n    """One line."""\n{body}')
+    assert long_functions(f"def f():\n    x = 0\n{body}") == ["f"]
+    assert not long_functions(f"@triton.jit\ndef f():\n    x = 0\n{body}")
+
+
+def test_no_folder_of_tests_hides_a_package():
+    """Each is a package, so pytest puts the repository's root alone on sys.path, where no `triton` is."""
+    folders = {file.parent for file in (ROOT / "tests").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
