@@ -21,7 +21,7 @@ from smile_kernels.benchmark.problems import Case, Setting
 from smile_kernels.functional import smile_linear
 from smile_kernels.ops import reference
 from smile_kernels.ops.triton import backend, configs
-from smile_kernels.selftest import Check, perform, triton_paths
+from smile_kernels.selftest import Check, checks, perform, triton_paths
 from smile_kernels.testing import Problem, assert_close, expectations, taking
 
 DTYPE = torch.bfloat16
@@ -230,26 +230,25 @@ def kernels(row: Row) -> Record:
 
     copies = problems(row)
     calls, _ = _forward_calls(row, copies)
-    wrong, found = _check(row, copies, calls), {}
-    activity = ProfilerActivity.CUDA if row.device == "cuda" else ProfilerActivity.CPU
+    found: dict[str, list[tuple[str, float]]] = {}
     with torch.no_grad(), _one_after_another():
-        for name, call in calls.items():
-            run = _in_turn(call, copies, CALLS if row.device == "cuda" else 1)
+        wrong = _check(row, copies, calls)
+        # Triton's interpreter launches no kernel.
+        for name, call in calls.items() if row.device == "cuda" and not row.prepare else []:
+            run = _in_turn(call, copies, CALLS)
             run()
-            with profile(activities=[activity]) as profiled:
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 run()
+                torch.cuda.synchronize()
             events = [e for e in profiled.events() if e.device_type.name == "CUDA"]
             events = sorted(events, key=lambda e: e.time_range.start)
-            if row.device == "cpu":  # a rehearsal: the interpreter launches no kernel
-                continue
             each = len(events) // CALLS
             if each == 0 or len(events) % CALLS:
                 wrong[name] = f"the profiler saw {len(events)} kernels of {CALLS} calls"
                 continue
-            found[name] = [
-                [events[i].name[:60], round(statistics.median(e.device_time for e in events[i::each]), 3)]
-                for i in range(each)
-            ]
+            times = [statistics.median(e.time_range.elapsed_us() for e in events[i::each]) for i in range(each)]
+            found[name] = [(events[i].name[:60], round(us, 3)) for i, us in enumerate(times)]
     return {"kernels": found, "wrong": wrong}
 
 
@@ -261,6 +260,15 @@ class Machine:
     rehearsal: bool
 
     name = "machine"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The checks of a device, as a process sees them that began after a library was built."""
+
+    device: str
+
+    name = "listing"
 
 
 @dataclass(frozen=True)
@@ -300,11 +308,13 @@ def soak(job: Soak, seed: int | None = None) -> Record:
     return {"agreed": count}
 
 
-def perform_job(job: Any) -> Record:
+def perform_job(job: Any) -> Any:
     """What one job measures; the work of the processes that `bench.gpu` starts."""
     if isinstance(job, Machine):
         rates = [] if job.rehearsal else [limits(job.device, (DTYPE,))]
         return {"machine": {**machine(job.device), "rehearsal": job.rehearsal}, "limits": rates}
+    if isinstance(job, Listing):
+        return {"checks": checks(job.device)}
     if isinstance(job, Check):
         return perform(job)
     if isinstance(job, Soak):

@@ -33,44 +33,59 @@ def over_linear(record: Record) -> dict[str, float]:
     }
 
 
-def floor_ratio(record: Record, limits: Sequence[Record]) -> float:
-    """The layer's least time over the dense layer's, at the bandwidth from memory and the matmul rate measured here."""
+def floor_ratio(record: Record, limits: Sequence[Record]) -> float | None:
+    """The layer's least time over the dense layer's, at the bandwidth from memory and the matmul rate measured here.
+
+    None where these limits were not measured.
+    """
+    if not limits:
+        return None
     case, trained = case_of(record), record["mode"] == "training"
     rates = limits[0]["bandwidth"][-1][1], limits[0]["matmul"]["bfloat16"]
     return case.work(backward=trained).floor(*rates) / case.dense(trained).floor(*rates)
 
 
 def _timed(part: Record, *modes: str) -> list[Record]:
-    """The records of these modes in which the layer was timed."""
+    """The records of these modes in which the layer was timed; none of a rehearsal."""
+    if part["machine"].get("rehearsal"):
+        return []
     found = [record for record in part["records"] if record.get("mode") in modes and "us" in record]
     return [record for record in found if BASELINE in record["us"]]
 
 
-def _cell(ratios: dict[str, float], name: str) -> str:
-    return f"{ratios[name]:.2f}" if name in ratios else "–"
+def _merged(part: Record, mode: str) -> list[tuple[Record, dict[str, float]]]:
+    """Each case with the ratios of all its records: some paths are measured in a row of their own."""
+    found: dict[tuple[str, str, int], tuple[Record, dict[str, float]]] = {}
+    for record in _timed(part, mode):
+        key = record["layer"], str(Setting(**record["setting"])), record["tokens"]
+        found.setdefault(key, (record, {}))[1].update(over_linear(record))
+    return [found[key] for key in sorted(found)]
+
+
+def _cell(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def forward(part: Record, mode: str) -> str:
     """Time over F.linear of the layer as it chooses and of its every path, a row a layer, setting and tokens."""
-    records = _timed(part, mode)
-    if not records or not part["limits"]:
+    merged = _merged(part, mode)
+    if not merged:
         return ""
-    names = list(dict.fromkeys(name for record in records for name in over_linear(record)))
+    names = list(dict.fromkeys(name for _, ratios in merged for name in ratios))
     names = sorted(names, key=lambda name: name != "chosen")
     rows = []
-    for record in sorted(records, key=lambda r: (r["layer"], str(r["setting"]), r["tokens"])):
-        ratios = over_linear(record)
+    for record, ratios in merged:
         about = [f"{record['layer']}, {Setting(**record['setting'])}", str(record["tokens"])]
         dense = f"{statistics.median(record['us'][BASELINE]):.1f}"
-        cells = [_cell(ratios, name) for name in names]
-        rows.append([*about, dense, f"{floor_ratio(record, part['limits']):.2f}", *cells])
+        cells = [_cell(ratios.get(name)) for name in names]
+        rows.append([*about, dense, _cell(floor_ratio(record, part["limits"])), *cells])
     return markdown(["layer", "tokens", "F.linear µs", "floor", *names], rows)
 
 
 def headline(part: Record) -> str:
     """The layer as it chooses, over F.linear: a row a layer and mode, a column a number of tokens (the floor)."""
     records = _timed(part, "graph", "eager", "training")
-    if not records or not part["limits"]:
+    if not records:
         return ""
     usual = [record for record in records if record["setting"] == records[0]["setting"]]
     tokens = sorted({record["tokens"] for record in usual})
@@ -78,7 +93,7 @@ def headline(part: Record) -> str:
     for record in usual:
         ratios = over_linear(record)
         if "chosen" in ratios:
-            cell = f"{ratios['chosen']:.2f} ({floor_ratio(record, part['limits']):.2f})"
+            cell = f"{ratios['chosen']:.2f} ({_cell(floor_ratio(record, part['limits']))})"
             lines.setdefault((record["layer"], record["mode"]), {})[record["tokens"]] = cell
     words = {"graph": "forward, CUDA graph", "eager": "forward, eager", "training": "forward + backward, CUDA graph"}
     rows = [[f"{layer}, {words[mode]}", *(of.get(t, "") for t in tokens)] for (layer, mode), of in lines.items()]
@@ -88,8 +103,7 @@ def headline(part: Record) -> str:
 def faster_paths(part: Record) -> str:
     """Rows in which a path was over 3% faster than the one that the layer chose: a line each."""
     lines = []
-    for record in _timed(part, "graph") if part["limits"] else []:
-        ratios = over_linear(record)
+    for record, ratios in _merged(part, "graph"):
         chosen = ratios.pop("chosen", None)
         best = min(ratios, key=lambda name: ratios[name], default=None)
         if chosen is not None and best is not None and ratios[best] < 0.97 * chosen:
@@ -139,7 +153,7 @@ def aims(part: Record) -> list[str]:
     Forward and backward: 1.15. A loop over the experts takes 20 times as long up to 64 tokens, 1.5 at 2048.
     """
     lines = []
-    for record in _timed(part, "graph", "eager", "training") if part["limits"] else []:
+    for record in _timed(part, "graph", "eager", "training"):
         case, mode, ratios = case_of(record), record["mode"], over_linear(record)
         if "chosen" not in ratios:
             continue
@@ -149,8 +163,9 @@ def aims(part: Record) -> list[str]:
             slack = 1.15
         elif mode == "graph" and (case.tokens >= 2048 or (case.tokens <= 64 and usual)):
             slack = 1.08 if case.tokens >= 2048 else 1.10
-        if slack is not None:
-            most = slack * floor_ratio(record, part["limits"])
+        floor = floor_ratio(record, part["limits"])
+        if slack is not None and floor is not None:
+            most = slack * floor
             met = "met" if ratios["chosen"] <= most else "MISSED"
             lines.append(f"{met}: {record['name']}: {ratios['chosen']:.2f}, at most {most:.2f}")
         loop = next((name for name in LOOPS if name in ratios), None)

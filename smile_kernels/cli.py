@@ -274,15 +274,87 @@ def tune(
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, devices, which backend would run on each, and why the others would not."""
+def doctor(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every path with the float64 reference; leave out what fails.")
+    ] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Choose what failed again.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Where --verify writes its results.  [default: in the cache folder]")
+    ] = None,
+) -> None:
+    """Show versions, devices, which backend would run on each, and why the others would not.
+
+    --verify runs every path of this machine's backends, in processes that may crash or hang: about a minute on a GPU,
+    seconds on a CPU. Paths that fail are not chosen on this machine again, until a new version, --verify or --forget.
+    """
+    import torch
+
+    console = Console()
+    device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with _errors():
+        if report is not None and not report.parent.is_dir():
+            raise ValueError(f"report: is {str(report)!r}; expected a file in a folder that exists")
+        if forget:
+            from .ops import excluded
+
+            for device_type in device_types:
+                excluded.record(device_type, {})
+        failed = _verify(device_types, report, console) if verify else False
+        _show_machine(console)
+        for device_type in device_types:
+            _show_backends(device_type, console)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _verify(device_types: tuple[str, ...], report: Path | None, console: Console) -> bool:
+    """Run the selftest, write its results and what is left out from now on; whether anything failed."""
+    from contextlib import ExitStack
+
+    from . import selftest
+    from .benchmark.measure import machine
+    from .ops import excluded
+    from .storage import write_text
+    from .worker import Worker
+
+    results, left_out, failed = {}, {}, 0
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for device_type in device_types:
+            todo = selftest.checks(device_type)
+            bar = progress.add_task(f"verify {device_type}", total=len(todo))
+            count = min(8, os.cpu_count() or 1) if device_type == "cuda" else 1
+            with ExitStack() as stack:
+                workers = [stack.enter_context(Worker(selftest.perform)) for _ in range(count)]
+                outcomes = selftest.verify(todo, workers, report=lambda *_, bar=bar: progress.advance(bar))
+            left_out[device_type] = selftest.blamed(todo, outcomes)
+            checks = [selftest.as_record(check, outcomes[check.name]) for check in todo]
+            results[device_type] = {"machine": machine(device_type), "checks": checks}
+            failed += sum(check["failure"] is not None for check in checks)
+    file = report or excluded.file().with_name("verify.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(results, indent=1) + "\n")
+    for device_type, reasons in left_out.items():
+        excluded.record(device_type, reasons)
+    for device_type, result in results.items():
+        wrong = [check for check in result["checks"] if check["failure"] is not None]
+        total = len(result["checks"])
+        console.print(f"{device_type}: {total - len(wrong)} of {total} paths agree with the reference", highlight=False)
+        for check in wrong:
+            console.print(f"  {check['name']}: {check['failure']}", markup=False, highlight=False, soft_wrap=True)
+    said = "attach it to a bug report" if failed else "written"
+    console.print(f"{file}: {said}", markup=False, highlight=False, soft_wrap=True)
+    return failed > 0
+
+
+def _show_machine(console: Console) -> None:
+    """Versions and devices."""
     import torch
 
     from . import __version__
-    from .ops.library import backends, choose_backend
     from .versions import TESTED, installed, newer_than_tested, tested
 
-    console = Console()
     versions = Table("package", "version", "tested with", title="versions", title_justify="left")
     versions.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     versions.add_row("smile-kernels", __version__)
@@ -302,16 +374,30 @@ def doctor() -> None:
         devices.add_row("cuda", f"not available: torch {torch.__version__} is built with {build}")
     console.print(devices)
 
-    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        table = Table("backend", "on " + device_type, title=f"backends on {device_type}", title_justify="left")
+
+def _show_backends(device_type: str, console: Console) -> None:
+    """Which backend would run, why the others would not, and what --verify left out."""
+    import warnings
+
+    from .ops import excluded
+    from .ops.library import backends, choose_backend
+
+    table = Table("backend", "on " + device_type, title=f"backends on {device_type}", title_justify="left")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out is shown below
+        left_out = excluded.paths(device_type)
         try:
             chosen = choose_backend(None, device_type, torch.float32, 1, False)
         except (RuntimeError, ValueError) as error:
             chosen = None
             console.print(f"SMILE_KERNELS_BACKEND={os.environ.get('SMILE_KERNELS_BACKEND')}: {error}", markup=False)
-        for backend, reason in backends(device_type).items():
-            table.add_row(backend, reason or ("would run" if backend == chosen else "can run"))
-        console.print(table)
+    for backend, reason in backends(device_type).items():
+        table.add_row(backend, reason or ("would run" if backend == chosen else "can run"))
+    console.print(table)
+    for name, reason in left_out.items():
+        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if left_out:
+        console.print("smile-kernels doctor --forget chooses it again", markup=False, highlight=False)
 
 
 def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from ..versions import installed
 
 
 def file() -> Path:
@@ -36,12 +37,7 @@ def device_name(device_type: str) -> str:
 
 def machine(device_type: str) -> str:
     """The key of the record: device and versions."""
-    versions = []
-    for package in ("smile-kernels", "torch", "triton"):
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
+    versions = [f"{name} {installed(name) or 'not installed'}" for name in ("smile-kernels", "torch", "triton")]
     return f"{device_type}: {'; '.join([device_name(device_type), *versions])}"
 
 
@@ -55,13 +51,23 @@ def name_of(backend: str, part: str, dtype: torch.dtype, training: bool) -> str:
 def paths(device_type: str) -> Mapping[str, str]:
     """Name of each excluded path of this machine -> why. Read once; a warning says what is excluded."""
     found = _read().get(machine(device_type), {}) if file().exists() else {}
-    for name, reason in found.items():
+    if found:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         warnings.warn(
-            f"smile_kernels does not choose `{name}` on this {device_type} device: {reason}. "
-            "`smile-kernels doctor` shows it, `smile-kernels doctor --forget` undoes it.",
+            f"smile_kernels leaves out what failed `smile-kernels doctor --verify` on this {device_type} device: "
+            f"{listed}. `smile-kernels doctor` lists it, `smile-kernels doctor --forget` undoes it.",
             stacklevel=2,
         )
     return found
+
+
+def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: bool) -> str | None:
+    """Why the automatic choice leaves out a whole backend; None if it does not."""
+    found = paths(device_type) if device_type in ("cpu", "cuda") else {}
+    for kind in (False, True) if training else (False,):
+        if reason := found.get(name_of(backend, "", dtype, kind)):
+            return reason
+    return None
 
 
 def record(device_type: str, reasons: Mapping[str, str]) -> None:
@@ -70,7 +76,7 @@ def record(device_type: str, reasons: Mapping[str, str]) -> None:
     content.pop(machine(device_type), None)
     when = time.strftime("%Y-%m-%d", time.gmtime())
     if reasons:
-        content[machine(device_type)] = {name: f"it failed verification on {when}: {r}" for name, r in reasons.items()}
+        content[machine(device_type)] = {name: f"{reason} ({when})" for name, reason in reasons.items()}
     file().parent.mkdir(parents=True, exist_ok=True)
     temporary = file().with_name(f".{file().name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

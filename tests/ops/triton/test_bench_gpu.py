@@ -212,4 +212,13 @@ def test_tables_and_aims_of_made_up_records():
     assert gpu_tables.faster_paths(part) == "q T1 graph: chosen 1.10, decode fused 1.05"
     assert gpu_tables.failures(part) == "- row q T4 graph: hung: no answer within 30 s\n- test t.py::x: E no"
     assert "0 of 0 paths agree" in gpu_tables.summary(part)
+    # Without the machine's limits there is no floor and no aim, but what was timed is shown.
+    unlimited = {**part, "limits": []}
+    assert "| 1.10 (–) | 1.30 (–) |" in gpu_tables.headline(unlimited)
+    assert [line for line in gpu_tables.aims(unlimited) if "expert loop" not in line] == []
+    assert gpu_tables.headline({**part, "machine": {"rehearsal": True}}) == ""
+    # A path in a row of its own stands beside the others.
+    alone = part_of(row(1, "graph", chosen=1.1), row(1, "graph", single_fused=1.0))
+    assert gpu_tables.forward(alone, "graph").splitlines()[2].endswith("| 1.04 | 1.10 | 1.00 |")
+    assert gpu_tables.faster_paths(alone) == "q T1 graph: chosen 1.10, single fused 1.00"
     assert statistics.median(part["records"][0]["us"]["chosen"]) == 16.5

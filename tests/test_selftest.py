@@ -1,0 +1,222 @@
+"""`smile-kernels doctor --verify`: what it finds, what is left out for it, what undoes it, and what is kept."""
+
+import json
+import os
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from smile_kernels import cli, selftest
+from smile_kernels.ops import composed, excluded, library
+from smile_kernels.worker import Outcome, Worker
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FAULTS = {"wrong": "wrong", "die": "died", "raise": "raised"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder and choices of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SMILE_KERNELS_BACKEND", raising=False)
+
+    def clear():
+        excluded.paths.cache_clear()
+        library._choose.cache_clear()
+
+    clear()
+    yield tmp_path / "smile_kernels"
+    clear()
+
+
+def check(linear="", apply="", *, backend="triton", dtype=BF16, training=False, seed=0):
+    return selftest.Check(backend, "cpu", dtype, training, ((7, 33, 29, 3, 5, 7, 2),), linear, apply, seed)
+
+
+def faulty(job):
+    """The work of a machine whose composition is broken in the way that the check's seed names."""
+    fault = [*FAULTS, None][job.seed]
+    linear = composed.linear
+
+    def broken(*args):
+        if fault == "die":
+            os._exit(5)
+        if fault == "raise":
+            raise RuntimeError("planted")
+        y, *others = linear(*args)
+        y[3, 5] += 0.5
+        return (y, *others)
+
+    composed.linear = broken if fault else linear
+    try:
+        return selftest.perform(job)
+    finally:
+        composed.linear = linear
+
+
+def test_what_is_broken_is_named_and_the_rest_is_checked():
+    dtypes = (BF16, torch.float16, FP32)
+    todo = [check(backend="torch", dtype=dtype, seed=seed) for seed, dtype in enumerate(dtypes)]
+    todo.append(check(backend="torch", training=True, seed=3))
+    seen = []
+    with Worker(faulty) as worker:
+        outcomes = selftest.verify(todo, [worker], report=lambda one, _: seen.append(one))
+    assert seen == todo
+    found = [outcomes[one.name].failure for one in todo]
+    assert [failure and failure.split()[0].rstrip(":") for failure in found] == [*FAULTS.values(), None]
+    assert "T 7, 33 to 29, N, r, g, m (3, 5, 7, 2): y: off by 0." in found[0]
+    assert found[1] == "died: exit status 5"
+    records = [selftest.as_record(one, outcomes[one.name]) for one in todo]
+    assert json.loads(json.dumps(records)) == records
+
+
+def test_every_kind_of_wrong_result_is_seen(monkeypatch):
+    """A planted error in y, ids, weights, a gradient, and a number that is not written."""
+    one = check(backend="torch", dtype=FP32)
+    selftest.perform(one)
+    linear, backward = composed.linear, composed.linear_backward
+
+    def spoil(index, change):
+        def wrong(*args):
+            out = [t.clone() for t in linear(*args)]
+            change(out[index])
+            return tuple(out)
+
+        return wrong
+
+    changes = {
+        "y: off": spoil(0, lambda y: y[2, 3].add_(1e-3)),
+        "ids: an expert": spoil(2, lambda ids: ids[4].add_(1).remainder_(3)),
+        "ids: are": spoil(2, lambda ids: ids[4, 0].fill_(3)),
+        "weights: are off": spoil(1, lambda w: w[1].mul_(1.01)),
+        "y: off by nan": spoil(0, lambda y: y.copy_(torch.empty_like(y))),
+    }
+    for message, planted in changes.items():
+        monkeypatch.setattr(composed, "linear", planted)
+        with pytest.raises(AssertionError, match=message):
+            selftest.perform(one)
+    monkeypatch.setattr(composed, "linear", linear)
+
+    def wrong_gradient(*args):
+        gradients = list(backward(*args))
+        gradients[5] = gradients[5] * 1.01
+        return tuple(gradients)
+
+    monkeypatch.setattr(composed, "linear_backward", wrong_gradient)
+    with pytest.raises(AssertionError, match="du: off"):
+        selftest.perform(replace(one, training=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_every_backend_and_dtype_of_this_machine_is_checked():
+    found = {(one.backend, one.dtype, one.training) for one in selftest.checks("cpu")}
+    for dtype in (BF16, torch.float16, FP32):
+        assert {("torch", dtype, False), ("torch", dtype, True)} <= found
+        if library.why_not("cpu", "cpu") is None:
+            assert ("cpu", dtype, False) in found
+    if library.why_not("triton", "cpu") is None:
+        paths = {(one.linear, one.apply) for one in selftest.checks("cpu") if one.backend == "triton"}
+        assert {("decode", "fused"), ("together", "tma"), ("first", "grouped")} < paths
+        assert selftest.checks("cpu")[-1].waits
+    assert len({one.name for one in selftest.checks("cpu")}) == len(selftest.checks("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("failing", "parts"),
+    [
+        ([("decode", "fused")], {"decode"}),
+        ([("together", "tma")], {"tma"}),
+        ([("first", "grouped")], {"grouped"}),
+        ([("together", "fused"), ("together", "tma"), ("together", "delta")], {"together", "tma"}),
+        ([("together", "fused"), ("first", "fused")], {"fused"}),
+        ([("together", "fused")], {"fused"}),  # each part passed with another
+        ([("first", "fused"), ("first", "delta"), ("first", "grouped")], {""}),
+    ],
+)
+def test_blame_falls_on_what_never_passed(failing, parts):
+    paths = [("decode", "fused"), ("together", "fused"), ("together", "tma"), ("together", "delta")]
+    paths += [("first", "fused"), ("first", "delta"), ("first", "grouped")]
+    todo = [check(*path) for path in paths]
+    outcomes = {
+        c.name: Outcome(None, "wrong: y\nmore") if (c.linear, c.apply) in failing else Outcome(1.0) for c in todo
+    }
+    blamed = selftest.blamed(todo, outcomes)
+    assert blamed == {excluded.name_of("triton", part, BF16, False): "wrong: y" for part in parts}
+
+
+def test_a_failed_backend_is_not_chosen_again_until_it_is_forgotten(cache):
+    if library.why_not("cpu", "cpu") is not None:
+        pytest.skip("the compiled extension is not built")
+
+    def chosen(backend=None, dtype=FP32, training=False):
+        return library.choose_backend(backend, "cpu", dtype, 4, training)
+
+    assert chosen() == "cpu"
+    excluded.record("cpu", {"cpu float32 inference": "wrong: y: off by 3"})
+    library._choose.cache_clear()
+    with pytest.warns(UserWarning, match=r"leaves out what failed.*cpu float32 inference: wrong: y: off by 3 \(20"):
+        assert chosen() == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen() == "torch"  # said once
+        assert chosen(dtype=BF16) == "cpu"  # another dtype is not concerned
+    with pytest.warns(UserWarning, match="backend: 'cpu' is used as asked, though it failed"):
+        assert chosen("cpu") == "cpu"
+    excluded.record("cpu", {})
+    library._choose.cache_clear()
+    assert chosen() == "cpu"
+
+
+def test_the_record_holds_for_one_machine_and_is_kept_whole(cache, monkeypatch):
+    excluded.record("cpu", {"cpu float32 inference": "wrong: y"})
+    monkeypatch.setattr(excluded, "device_name", lambda _: "another")
+    excluded.paths.cache_clear()
+    assert excluded.paths("cpu") == {}
+    excluded.record("cpu", {"torch float32 inference": "died"})
+    assert len(json.loads(excluded.file().read_text())) == 2
+    assert [file.name for file in cache.iterdir()] == ["excluded.json"]
+    excluded.file().write_text("[1]")
+    excluded.paths.cache_clear()
+    with pytest.raises(ValueError, match=r"excluded.json: is not a record of excluded paths"):
+        excluded.paths("cpu")
+
+
+def test_doctor_verifies_writes_and_forgets(cache, tmp_path, monkeypatch):
+    def run(*arguments, status=0):
+        result = CliRunner().invoke(cli.app, ["doctor", *arguments])
+        assert result.exit_code == status, result.output
+        return result.output
+
+    def verify(todo, workers, report):
+        outcomes = {one.name: Outcome(0.1) for one in todo}
+        outcomes["torch float32 inference"] = Outcome(None, "wrong: y: off by 3")
+        return outcomes
+
+    monkeypatch.setattr(selftest, "verify", verify)
+    total = len(selftest.checks("cpu"))
+    output = run("--verify", "--report", str(tmp_path / "found.json"), status=1)
+    assert f"cpu: {total - 1} of {total} paths agree with the reference" in output
+    assert "  torch float32 inference: wrong: y: off by 3" in output
+    assert "found.json: attach it to a bug report" in output
+    assert "left out: torch float32 inference: wrong: y: off by 3" in output
+    found = json.loads((tmp_path / "found.json").read_text())["cpu"]
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    assert len(found["checks"]) == total
+    assert "left out: torch float32 inference" in run()
+    assert "left out" not in run("--forget")
+    assert "left out" not in run()
+    monkeypatch.setattr(selftest, "verify", lambda todo, workers, report: {one.name: Outcome(0.1) for one in todo})
+    assert f"{total} of {total} paths agree" in run("--verify")
+    assert (cache / "verify.json").exists()
+    assert "expected a file in a folder that exists" in run(
+        "--verify", "--report", str(tmp_path / "no" / "x"), status=1
+    )
+
+
+def test_verify_ends_at_its_deadline():
+    with Worker(selftest.perform) as worker:
+        assert selftest.verify([check(backend="torch")], [worker], deadline=time.monotonic() - 1) == {}
