@@ -299,7 +299,7 @@ def doctor(
             from .ops import excluded
 
             for device_type in device_types:
-                excluded.record(device_type, {})
+                excluded.record(excluded.device_name(device_type), {})
         failed = _verify(device_types, report, console) if verify else False
         _show_machine(console)
         for device_type in device_types:
@@ -336,7 +336,7 @@ def _verify(device_types: tuple[str, ...], report: Path | None, console: Console
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(results, indent=1) + "\n")
     for device_type, reasons in left_out.items():
-        excluded.record(device_type, reasons)
+        excluded.record(excluded.device_name(device_type), reasons)
     for device_type, result in results.items():
         wrong = [check for check in result["checks"] if check["failure"] is not None]
         total = len(result["checks"])
@@ -379,13 +379,15 @@ def _show_backends(device_type: str, console: Console) -> None:
     """Which backend would run, why the others would not, and what --verify left out."""
     import warnings
 
+    import torch
+
     from .ops import excluded
     from .ops.library import backends, choose_backend
 
     table = Table("backend", "on " + device_type, title=f"backends on {device_type}", title_justify="left")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left out is shown below
-        left_out = excluded.paths(device_type)
+        left_out = excluded.paths(excluded.device_name(device_type))
         try:
             chosen = choose_backend(None, device_type, torch.float32, 1, False)
         except (RuntimeError, ValueError) as error:

@@ -195,7 +195,8 @@ def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str
 
     A failed check blames what no passed check of the same dtype and pass has used: how it routes, how it applies, or
     both; where each has passed with another, how it applies. A backend is blamed as a whole where it has no such parts,
-    where its training failed, and where "first" failed, which alone serves given routing.
+    where its training failed, and where "route_first" failed, which alone
+    serves given routing.
     """
     passed: set[tuple[str, torch.dtype, bool, str]] = set()
     for check in todo:
@@ -208,7 +209,7 @@ def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str
             continue
         parts = [check.linear] if check.linear in ("decode", "decode_one_launch") else [check.linear, check.apply]
         at_fault = [part for part in parts if (check.backend, check.dtype, check.training, part) not in passed]
-        for part in [""] if check.training or {"", "first"} & {*at_fault} else at_fault or [check.apply]:
+        for part in [""] if check.training or {"", "route_first"} & {*at_fault} else at_fault or [check.apply]:
             name = excluded.name_of(check.backend, part, check.dtype, check.training)
             reasons.setdefault(name, failure.splitlines()[0][:300])
     return reasons

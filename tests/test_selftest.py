@@ -120,7 +120,7 @@ def test_every_backend_and_dtype_of_this_machine_is_checked():
             assert ("cpu", dtype, False) in found
     if library.why_not("triton", "cpu") is None:
         paths = {(one.linear, one.apply) for one in selftest.checks("cpu") if one.backend == "triton"}
-        assert {("decode", "fused"), ("together", "tma"), ("first", "grouped")} < paths
+        assert {("decode", "fused"), ("one_product", "tma"), ("route_first", "grouped")} < paths
         assert selftest.checks("cpu")[-1].waits
     assert len({one.name for one in selftest.checks("cpu")}) == len(selftest.checks("cpu"))
 
@@ -129,17 +129,17 @@ def test_every_backend_and_dtype_of_this_machine_is_checked():
     ("failing", "parts"),
     [
         ([("decode", "fused")], {"decode"}),
-        ([("together", "tma")], {"tma"}),
-        ([("first", "grouped")], {"grouped"}),
-        ([("together", "fused"), ("together", "tma"), ("together", "delta")], {"together", "tma"}),
-        ([("together", "fused"), ("first", "fused")], {"fused"}),
-        ([("together", "fused")], {"fused"}),  # each part passed with another
-        ([("first", "fused"), ("first", "delta"), ("first", "grouped")], {""}),
+        ([("one_product", "tma")], {"tma"}),
+        ([("route_first", "grouped")], {"grouped"}),
+        ([("one_product", "fused"), ("one_product", "tma"), ("one_product", "delta")], {"one_product", "tma"}),
+        ([("one_product", "fused"), ("route_first", "fused")], {"fused"}),
+        ([("one_product", "fused")], {"fused"}),  # each part passed with another
+        ([("route_first", "fused"), ("route_first", "delta"), ("route_first", "grouped")], {""}),
     ],
 )
 def test_blame_falls_on_what_never_passed(failing, parts):
-    paths = [("decode", "fused"), ("together", "fused"), ("together", "tma"), ("together", "delta")]
-    paths += [("first", "fused"), ("first", "delta"), ("first", "grouped")]
+    paths = [("decode", "fused"), ("one_product", "fused"), ("one_product", "tma"), ("one_product", "delta")]
+    paths += [("route_first", "fused"), ("route_first", "delta"), ("route_first", "grouped")]
     todo = [check(*path) for path in paths]
     outcomes = {
         c.name: Outcome(None, "wrong: y\nmore") if (c.linear, c.apply) in failing else Outcome(1.0) for c in todo
@@ -156,7 +156,8 @@ def test_a_failed_backend_is_not_chosen_again_until_it_is_forgotten(cache):
         return library.choose_backend(backend, "cpu", dtype, 4, training)
 
     assert chosen() == "cpu"
-    excluded.record("cpu", {"cpu float32 inference": "wrong: y: off by 3"})
+    cpu = excluded.device_name("cpu")
+    excluded.record(cpu, {"cpu float32 inference": "wrong: y: off by 3"})
     library._choose.cache_clear()
     with pytest.warns(UserWarning, match=r"leaves out what failed.*cpu float32 inference: wrong: y: off by 3 \(20"):
         assert chosen() == "torch"
@@ -166,23 +167,56 @@ def test_a_failed_backend_is_not_chosen_again_until_it_is_forgotten(cache):
         assert chosen(dtype=BF16) == "cpu"  # another dtype is not concerned
     with pytest.warns(UserWarning, match="backend: 'cpu' is used as asked, though it failed"):
         assert chosen("cpu") == "cpu"
-    excluded.record("cpu", {})
+    excluded.record(cpu, {})
     library._choose.cache_clear()
     assert chosen() == "cpu"
 
 
-def test_the_record_holds_for_one_machine_and_is_kept_whole(cache, monkeypatch):
-    excluded.record("cpu", {"cpu float32 inference": "wrong: y"})
-    monkeypatch.setattr(excluded, "device_name", lambda _: "another")
-    excluded.paths.cache_clear()
-    assert excluded.paths("cpu") == {}
-    excluded.record("cpu", {"torch float32 inference": "died"})
+def test_the_record_holds_for_one_machine_and_is_kept_whole(cache):
+    excluded.record("one", {"cpu float32 inference": "wrong: y"})
+    assert excluded.paths("another") == {}
+    excluded.record("another", {"torch float32 inference": "died"})
     assert len(json.loads(excluded.file().read_text())) == 2
     assert [file.name for file in cache.iterdir()] == ["excluded.json"]
+    excluded.file().write_text(excluded.file().read_text().replace("torch 2", "torch 1"))
+    excluded.paths.cache_clear()
+    assert excluded.paths("one") == {}  # of another version
     excluded.file().write_text("[1]")
     excluded.paths.cache_clear()
     with pytest.raises(ValueError, match=r"excluded.json: is not a record of excluded paths"):
-        excluded.paths("cpu")
+        excluded.paths("one")
+
+
+def test_the_composition_runs_whatever_was_said_of_it(cache):
+    cpu = excluded.device_name("cpu")
+    excluded.record(cpu, {f"{name} float32 inference": "wrong" for name in ("cpu", "torch")})
+    with pytest.warns(UserWarning, match="leaves out"):
+        assert library.choose_backend(None, "cpu", FP32, 4, False) == "torch"
+
+
+@pytest.mark.filterwarnings("ignore:smile_kernels leaves out")
+def test_a_failed_path_of_triton_gives_way_to_the_next():
+    configs = pytest.importorskip("smile_kernels.ops.triton.configs")
+    device = configs.Device("a GPU", "sm90", 132, pdl=True, tma=True)
+
+    def chosen(tokens, dtype=BF16, n=8, r=32):
+        linear = configs.linear_path(device, dtype, tokens, 4096, 4096, n, r, 16, r, 1, False)
+        return linear, configs.apply_path(device, dtype, tokens, 4096, 4096, n, r, 1)
+
+    def exclude(*parts):
+        excluded.record("a GPU", {excluded.name_of("triton", part, BF16, False): "wrong" for part in parts})
+
+    assert [chosen(1)[0], chosen(2048)[1], chosen(2048, n=64, r=64)[1]] == ["decode", "delta", "grouped"]
+    exclude("decode")
+    assert chosen(1) == ("one_product", "fused")
+    assert configs.linear_paths(device, BF16, 1, 8, 32, False)[0] == "decode"  # what can be verified anew
+    exclude("decode", "one_product", "fused")
+    assert chosen(1) == ("route_first", "tma")
+    exclude("delta", "grouped")
+    assert [chosen(2048)[1], chosen(2048, n=64, r=64)[1]] == ["fused", "fused"]
+    assert chosen(2048, torch.float32)[1] == "delta"
+    exclude()
+    assert chosen(1)[0] == "decode"
 
 
 def test_doctor_verifies_writes_and_forgets(cache, tmp_path, monkeypatch):

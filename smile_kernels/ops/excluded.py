@@ -35,10 +35,10 @@ def device_name(device_type: str) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def machine(device_type: str) -> str:
-    """The key of the record: device and versions."""
+def machine(device: str) -> str:
+    """The key of the record: the device's name and versions."""
     versions = [f"{name} {installed(name) or 'not installed'}" for name in ("smile-kernels", "torch", "triton")]
-    return f"{device_type}: {'; '.join([device_name(device_type), *versions])}"
+    return "; ".join([device, *versions])
 
 
 def name_of(backend: str, part: str, dtype: torch.dtype, training: bool) -> str:
@@ -48,14 +48,14 @@ def name_of(backend: str, part: str, dtype: torch.dtype, training: bool) -> str:
 
 
 @functools.cache
-def paths(device_type: str) -> Mapping[str, str]:
-    """Name of each excluded path of this machine -> why. Read once; a warning says what is excluded."""
-    found = _read().get(machine(device_type), {}) if file().exists() else {}
+def paths(device: str) -> Mapping[str, str]:
+    """Name of each path excluded on the device of this name -> why. Read once; a warning says what is excluded."""
+    found = _read().get(machine(device), {}) if file().exists() else {}
     if found:
         listed = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         warnings.warn(
-            f"smile_kernels leaves out what failed `smile-kernels doctor --verify` on this {device_type} device: "
-            f"{listed}. `smile-kernels doctor` lists it, `smile-kernels doctor --forget` undoes it.",
+            f"smile_kernels leaves out what failed `smile-kernels doctor --verify` on {device}: {listed}. "
+            "`smile-kernels doctor` lists it, `smile-kernels doctor --forget` undoes it.",
             stacklevel=2,
         )
     return found
@@ -63,20 +63,20 @@ def paths(device_type: str) -> Mapping[str, str]:
 
 def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: bool) -> str | None:
     """Why the automatic choice leaves out a whole backend; None if it does not."""
-    found = paths(device_type) if device_type in ("cpu", "cuda") else {}
-    for kind in (False, True) if training else (False,):
-        if reason := found.get(name_of(backend, "", dtype, kind)):
-            return reason
-    return None
+    if device_type not in ("cpu", "cuda"):
+        return None
+    found = paths(device_name(device_type))
+    kinds = (False, True) if training else (False,)
+    return next(filter(None, (found.get(name_of(backend, "", dtype, kind)) for kind in kinds)), None)
 
 
-def record(device_type: str, reasons: Mapping[str, str]) -> None:
-    """Exclude these paths of this machine, and no others; {} excludes none."""
+def record(device: str, reasons: Mapping[str, str]) -> None:
+    """Exclude these paths on the device of this name, and no others; {} excludes none."""
     content = _read() if file().exists() else {}
-    content.pop(machine(device_type), None)
+    content.pop(machine(device), None)
     when = time.strftime("%Y-%m-%d", time.gmtime())
     if reasons:
-        content[machine(device_type)] = {name: f"{reason} ({when})" for name, reason in reasons.items()}
+        content[machine(device)] = {name: f"{reason} ({when})" for name, reason in reasons.items()}
     file().parent.mkdir(parents=True, exist_ok=True)
     temporary = file().with_name(f".{file().name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -92,4 +92,4 @@ def _read() -> dict[str, dict[str, str]]:
         problem = "its values are not objects"
     except (ValueError, AttributeError) as error:
         problem = str(error)
-    raise ValueError(f"{file()}: is not a record of excluded paths ({problem}); delete it, or run doctor --verify anew")
+    raise ValueError(f"{file()}: is not a record of excluded paths ({problem}); delete it")

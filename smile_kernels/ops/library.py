@@ -14,6 +14,7 @@ A backend is a module with these six as functions over 2-D x. `h` [T, m, r] is w
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..versions import warn_if_newer
 from . import registration
+from .excluded import why_excluded
 
 warn_if_newer("torch")
 
@@ -70,10 +72,16 @@ def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_exper
             raise ValueError(f"backend: {backend!r} is unknown; expected one of {', '.join(_MODULES)}")
         if device_type != "meta" and (reason := why_not(backend, *layer)):
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
+        if reason := why_excluded(backend, device_type, dtype, training):
+            warnings.warn(
+                f"backend: {backend!r} is used as asked, though it failed verification: {reason}", stacklevel=3
+            )
         return backend
     # Triton's interpreter is for tests.
-    candidates = [name for name in _MODULES if (name, device_type) != ("triton", "cpu")]
-    return next(name for name in candidates if why_not(name, *layer) is None)
+    candidates = [name for name in _MODULES if (name, device_type) != ("triton", "cpu") and not why_not(name, *layer)]
+    # The composition is the last, and runs whatever verification said of it.
+    allowed = [name for name in candidates if not why_excluded(name, device_type, dtype, training)]
+    return (allowed or candidates[-1:])[0]
 
 
 def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str:

@@ -5,6 +5,8 @@ run time. The first of these that knows the bucket decides:
 
 1. the user's table, which `tuning.tune` writes for the GPU at hand (`user_table`),
 2. the heuristics of `tile`, `apply_path` and `linear_path`.
+
+Paths that failed `smile-kernels doctor --verify` on the GPU at hand are not among the choices (`excluded`).
 """
 
 import functools
@@ -17,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .. import excluded
 from .common import TensorDescriptor, cdiv, gdc_wait, next_power_of_2
 
 # How a layer is routed (`linear_path`), and how given experts are applied (`apply_path`).
@@ -254,8 +257,14 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     then cuBLAS on top.
     """
     paths: list[ApplyPath] = ["fused", *(["tma"] if device.tma and dtype.itemsize == 2 else []), "delta", "grouped"]
+    paths = _allowed(device, dtype, paths)
     if measured := _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths):
         return measured
+    path = _estimated_apply_path(dtype, tokens, d, o, n, r, m)
+    return path if path in paths else paths[0]
+
+
+def _estimated_apply_path(dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> ApplyPath:
     # Estimates for an H200, not measured: grouping saves the products of n - m experts, reads x and y once more, which
     # is what a few hundred ranks cost, and takes six launches more, which is what 8e9 FLOPs do.
     unchosen = (n - m) * r
@@ -283,16 +292,26 @@ def linear_path(
     applied as `apply_path` says; "route_first": routed by the router's rows alone, then applied. Only the last two can
     `save`, and serve every number of tokens and float32, which has no tiles for the others.
     """
-    paths = linear_paths(device, dtype, tokens, n, k, save)
+    paths = _allowed(device, dtype, linear_paths(device, dtype, tokens, n, k, save))
     if measured := _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths):
         return measured
     if "decode" in paths:
         return "decode"
+    if "one_product" not in paths:
+        return "route_first"
     if tokens > 64:
         return "route_first" if apply_path(device, dtype, tokens, d, o, n, r, m) == "grouped" else "one_product"
     # Two launches more cost what 8 MB of reading does.
     saved = n * k - n * g - min(n, tokens * m) * r
     return "route_first" if saved * d * dtype.itemsize > 8e6 else "one_product"
+
+
+def _allowed(device: Device, dtype: torch.dtype, paths: list) -> list:
+    """The paths that are not excluded on this GPU; all of them where none is left: then the backend is."""
+    left_out = excluded.paths(device.name)
+    if not left_out:
+        return paths
+    return [path for path in paths if excluded.name_of("triton", path, dtype, False) not in left_out] or paths
 
 
 def user_table() -> Path:
