@@ -86,7 +86,7 @@ def on_gpu() -> Plan:
         if setting != usual or la not in HEADLINE_LAYERS
     ]
     others += [replace(trained[0], setting=setting) for setting in (SETTINGS[2], SETTINGS[4])]
-    folder = ROOT / "tests" / "triton"
+    folder = ROOT / "tests" / "ops" / "triton"
     # Compiling ahead of time and the rehearsal need no GPU.
     without = {"test_gpu.py", "test_aot.py", "test_bench_gpu.py"}
     files = [folder / "test_gpu.py", *sorted(f for f in folder.glob("test_*.py") if f.name not in without)]

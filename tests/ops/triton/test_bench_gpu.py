@@ -103,6 +103,28 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
         gpu.sanitize()
 
 
+def test_the_plan_of_a_gpu_is_whole(monkeypatch):
+    monkeypatch.setattr(gpu.selftest, "checks", lambda device: [])
+    monkeypatch.setattr(gpu, "build_for_this_gpu", lambda: [])
+    plan = gpu.on_gpu()
+    files = [file for file in plan.tests if file.endswith(".py")]
+    assert [gpu.Path(file).name for file in files[:2]] == ["test_gpu.py", "test_kernels.py"]
+    assert all(gpu.Path(file).exists() for file in files)
+    rows = [*plan.headline, *plan.settings, *plan.single]
+    assert len({row.name for row in rows}) == len(rows)
+    assert not any(row.only is None and row.mode == "kernels" for row in rows)
+    for row in rows:
+        in_features, out_features, _ = row.case.shape
+        assert row.setting.rank_of_expert <= min(in_features, out_features)
+    graph = {(row.layer, row.tokens) for row in plan.headline if row.mode == "graph"}
+    assert graph == set(gpu.product(gpu.HEADLINE_LAYERS, (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)))
+    assert {row.tokens for row in plan.headline if row.mode == "eager"} >= {1, 16}
+    assert sum(row.mode == "training" for row in plan.headline) == 2
+    # Stages follow one another, and the last ends before the call does.
+    assert sorted(gpu.ENDS.values()) == [*gpu.ENDS.values()]
+    assert max(gpu.ENDS.values()) < 1
+
+
 def test_a_failing_stage_does_not_end_the_call(tmp_path, monkeypatch, capsys):
     def fail(self):
         raise OSError("no space left")
