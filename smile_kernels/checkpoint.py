@@ -68,7 +68,7 @@ def save_pretrained(
         output.publish()
 
 
-def _write_checkpoint(model: nn.Module, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
+def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -216,7 +216,7 @@ def _untied(model: nn.Module) -> list[str]:
     return names
 
 
-def _transformers_class(config: Mapping[str, Any]) -> type:
+def _transformers_class(config: Mapping[str, Any]) -> Any:
     architectures = config.get("architectures")
     if not architectures:
         raise ValueError("model: config.json names no architecture; expected the base model's module as `model`")
@@ -229,7 +229,7 @@ def _transformers_class(config: Mapping[str, Any]) -> type:
     return cls
 
 
-def _from_pretrained(cls: type, folder: str | Path, options: dict[str, Any]) -> nn.Module:
+def _from_pretrained(cls: Any, folder: str | Path, options: dict[str, Any]) -> nn.Module:
     try:
         return cls.from_pretrained(folder, **options)
     except (ValueError, OSError):
@@ -252,8 +252,7 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
         return _from_pretrained(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
     plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "torch_dtype")}
-    plain = cls.config_class(**plain)
-    return cls._from_config(plain, **from_pretrained).eval()
+    return cls._from_config(cls.config_class(**plain), **from_pretrained).eval()
 
 
 @torch.no_grad()
@@ -265,7 +264,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
     layers = {}
     for name, entry in config.modules.items():
         try:
-            linear = model.get_submodule(name)
+            linear: Any = model.get_submodule(name)
         except AttributeError:
             raise ValueError(
                 f"model: {type(model).__name__} has no layer {name!r}, which the checkpoint names"

@@ -1,6 +1,7 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,14 @@ class SmileLinear(nn.Module):
     Source: SMILE, arXiv 2408.10174.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    vh: nn.Parameter
+    s: nn.Parameter
+    u: nn.Parameter
+    expert_bias: nn.Parameter | None
+    router: nn.Parameter | None
+    router_prior: Tensor | None
     # Asked for the routing (weights, ids) of each input; without it, or where it answers None, the layer routes itself.
     router_policy: "Callable[[SmileLinear, Tensor], tuple[Tensor, Tensor] | None] | None" = None
     _own_num_experts_per_tok: int | None = None  # where a routing policy has set another number
@@ -75,18 +84,17 @@ class SmileLinear(nn.Module):
         self.num_local_experts, self.num_experts_per_tok = n, num_experts_per_tok
         self.rank_of_expert, self.rank_of_router = r, g
 
-        def parameter(present: bool, *shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if present else None
+        def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         s_dtype = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
-        self.weight = parameter(True, o, d)
-        self.register_parameter("bias", parameter(bias, o))
-        self.vh = parameter(True, n, r if router else max(r, g), d)
-        self.s = parameter(True, n, r, dtype=s_dtype)
-        self.u = parameter(True, n, o, r)
-        self.register_parameter("expert_bias", parameter(expert_bias, n, o))
-        self.register_parameter("router", parameter(router, n, g, d))
-        self.router_prior: Tensor | None
+        self.weight = parameter(o, d)
+        self.register_parameter("bias", parameter(o) if bias else None)
+        self.vh = parameter(n, r if router else max(r, g), d)
+        self.s = parameter(n, r, dtype=s_dtype)
+        self.u = parameter(n, o, r)
+        self.register_parameter("expert_bias", parameter(n, o) if expert_bias else None)
+        self.register_parameter("router", parameter(n, g, d) if router else None)
         self.register_buffer("router_prior", torch.zeros(n, device=device, dtype=s_dtype) if router_prior else None)
         self.reset_parameters()
 
@@ -135,13 +143,15 @@ class SmileLinear(nn.Module):
         cls,
         weight: Tensor,
         bias: Tensor | None,
-        factors: dict[str, Tensor | None],
+        factors: Mapping[str, Tensor | None],
         *,
         rank_of_router: int,
         num_experts_per_tok: int = 1,
     ) -> "SmileLinear":
         """A layer from tensors: weight [O, D], bias [O] | None, and `factors` by parameter name (shapes above)."""
-        n, o, r = factors["u"].shape
+        u = factors["u"]
+        assert u is not None
+        n, o, r = u.shape
         layer = cls(
             weight.shape[1],
             o,
@@ -181,8 +191,8 @@ class SmileLinear(nn.Module):
         self._own_num_experts_per_tok = None if num_experts_per_tok is None else own
         self.num_experts_per_tok = own if num_experts_per_tok is None else num_experts_per_tok
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        p = self._parameters
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        p: dict[str, Any] = self._parameters
         try:  # as attributes they would be looked up by Module.__getattr__, one by one
             return p["weight"], p["bias"], p["vh"], p["s"], p["u"], p["expert_bias"], p["router"]
         except KeyError:  # one of them is computed, as by torch.nn.utils.parametrize
@@ -259,7 +269,7 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
         device = layer.weight.device
         if library.choose_backend(None, device.type, layer.weight.dtype, layer.num_local_experts, training) != "triton":
             continue
-        parameters = layer.weight, layer.bias, layer.vh, layer.s, layer.u, layer.expert_bias, layer.router
+        parameters = layer._tensors()
         options = layer.num_experts_per_tok, layer.rank_of_router
         shapes = (device, *options, *(t if t is None else (t.shape, t.stride(), t.dtype) for t in parameters))
         if shapes not in warm:

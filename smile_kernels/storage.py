@@ -226,7 +226,8 @@ def plan_shards(
 ) -> dict[str, list[StoredTensor]]:
     """File name -> its tensors, in their order, each file up to max_shard_size (or one tensor, if that is larger)."""
     limit = parse_size(max_shard_size)
-    shards, size = [[]], 0
+    shards: list[list[StoredTensor]] = [[]]
+    size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > limit:
             shards.append([])
@@ -246,7 +247,8 @@ def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
     """
     # Readers map the file: the widest type first keeps each tensor aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for t in tensors:
         end = offset + t.nbytes
         header[t.name] = {"dtype": _DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
@@ -259,7 +261,7 @@ def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
             data = t.load()
             if data.shape != t.shape or data.dtype != t.dtype:
                 raise ValueError(f"{t.file}: tensor {t.name!r} changed while it was read")
-            f.write(memoryview(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            f.write(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_index(folder: Path, shards: Mapping[str, list[StoredTensor]], *, stem: str) -> None:

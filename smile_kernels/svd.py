@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -212,8 +213,8 @@ def decompose_linear(
     for i, part in enumerate(parts):
         vh[i, : len(part.vh)], s[i, : len(part.s)], u[i, :, : len(part.s)] = part.vh, part.s, part.u
     expert_bias = torch.stack(biases).to(weight.dtype)
-    factors = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias if expert_bias.any() else None}
-    return factors, [part.certificate for part in parts]
+    parameters = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias if expert_bias.any() else None}
+    return parameters, [part.certificate for part in parts]
 
 
 def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> TruncatedSVD:
@@ -292,13 +293,15 @@ def check_ranks(
     In a `layer`, `rank` is called rank_of_expert and the router has one row or more.
     """
     most, least, name = min(shape), int(layer), "rank_of_expert" if layer else "rank"
-    checked = []
-    for argument, value in ((name, rank), ("rank_of_router", rank_of_router)):
+
+    def integer(argument: str, value: SupportsIndex) -> int:
         try:
-            checked.append(value if argument == name and isinstance(value, float) else operator.index(value))
+            return operator.index(value)
         except TypeError as error:
             raise TypeError(f"{argument}: is {value!r}; expected a number") from error
-    rank, g = checked
+
+    rank = rank if isinstance(rank, float) else integer(name, rank)
+    g = integer("rank_of_router", rank_of_router)
     if not (0 < rank < 1 if isinstance(rank, float) else rank == -1 or 1 <= rank <= most):
         raise ValueError(
             f"{name}: is {rank}; expected 1 to {most} for a weight of shape {tuple(shape)}, -1 for full rank, or a "

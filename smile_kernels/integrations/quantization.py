@@ -29,10 +29,14 @@ class SmileBesideLinear(nn.Module):
         layer: the layer; its tensors are shared, not copied.
     """
 
+    expert_bias: nn.Parameter | None
+    router: nn.Parameter | None
+
     def __init__(self, layer: SmileLinear):
         super().__init__()
         self.base = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.base.weight, self.base.bias = layer.weight, layer.bias
+        self.base.weight = layer.weight
+        self.base.register_parameter("bias", layer.bias)
         self.vh, self.s, self.u = layer.vh, layer.s, layer.u
         self.register_parameter("expert_bias", layer.expert_bias)
         self.register_parameter("router", layer.router)
@@ -55,12 +59,19 @@ def split_base(model: nn.Module) -> nn.Module:
     """Swaps every SmileLinear of `model` for a SmileBesideLinear, in place; returns the model, or the swapped layer.
 
     Raises:
-        ValueError: the model holds no SmileLinear.
+        ValueError: the model holds no SmileLinear, or one that follows a routing policy, which a SmileBesideLinear
+            cannot. Nothing is changed then.
     """
     warn_if_newer("torchao")
     layers = smile_layers(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
+    for name, layer in layers.items():
+        if layer.router_policy is not None:
+            raise ValueError(
+                f"model: {name or 'it'} follows a routing policy, which a split layer cannot; expected published "
+                "routing (set_routing(model, RoutingPolicy()))"
+            )
     for name, layer in layers.items():
         split = SmileBesideLinear(layer).train(layer.training)
         if not name:

@@ -14,13 +14,13 @@ from .report import LayerReport
 from .sources import ExpertSource
 
 
-class _Weights(Sequence):
+class _Weights(Sequence[Any]):
     """The experts' weights of one layer, each read when its turn comes."""
 
     def __init__(self, read: Callable[[ExpertSource], Any], sources: Sequence[ExpertSource]):
         self.read, self.sources = read, sources
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return self.read(self.sources[index])
 
     def __len__(self) -> int:

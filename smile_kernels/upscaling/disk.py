@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import model_card
@@ -156,7 +157,7 @@ class _Job:
             mean = self.remaining == "average" and name not in shared and tensor.dtype.is_floating_point
             read = functools.partial(average, name, self.tensors, self.sources) if mean else tensor.load
             dtype = self._dtype(tensor.dtype)
-            yield replace(tensor, dtype=dtype, read=lambda read=read, dtype=dtype: read().to(dtype))
+            yield replace(tensor, dtype=dtype, read=functools.partial(_read_as, read, dtype))
         for layer in upscaled:
             yield from factors[layer.name]
 
@@ -315,6 +316,10 @@ def _write(
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)
     return report
+
+
+def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    return read().to(dtype)
 
 
 def _check_space(work: Path, needed: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +47,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear, and transformers' Conv1D, by its first name in the model.
 
     Left out are those whose weight is not floating point, or is computed (weight norm, parametrizations).
     """
     return {
-        name: module
+        name: cast(nn.Linear, module)  # Conv1D has the same attributes
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_conv1d(module))
         and isinstance(module.weight, nn.Parameter)
@@ -97,7 +98,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
         import transformers
     except ImportError:
         return None
-    cls = getattr(transformers, architectures[0], None)
+    cls: Any = getattr(transformers, architectures[0], None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         return None
     try:

@@ -1,7 +1,7 @@
 """A model and its fine-tuned versions -> the model with SMILE layers in place of its linear layers, and a report."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,26 +66,28 @@ def upscale(
         raise ValueError(
             "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
         )
-    ranks = {"rank_of_expert": rank_of_expert, "rank_of_router": rank_of_router}
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
     layers = select_layers(every, include, exclude)
     sources: list[ExpertSource] = []
     for i, expert in enumerate(finetuned):
         if isinstance(expert, nn.Module):
-            source = ModuleSource(f"finetuned[{i}]", expert)
-            source.check(model, every, layers)
+            module = ModuleSource(f"finetuned[{i}]", expert)
+            module.check(model, every, layers)
+            sources.append(module)
         else:
-            source = AdapterSource(f"finetuned[{i}]", expert, base)
-            source.check(every)
-        sources.append(source)
-    check_layer_ranks(layers.values(), base, **ranks)
+            adapter = AdapterSource(f"finetuned[{i}]", expert, base)
+            adapter.check(every)
+            sources.append(adapter)
+    check_layer_ranks(layers.values(), base, rank_of_expert, rank_of_router)
     check_called("model", model, layers, base, sources)
     check_finite("model", dict(model.named_parameters()))
 
     decomposed = list(
         _track(
             in_threads(
-                lambda layer: decompose(layer, base, sources, **ranks),
+                lambda layer: decompose(
+                    layer, base, sources, rank_of_expert=rank_of_expert, rank_of_router=rank_of_router
+                ),
                 list(layers.values()),
                 1 if any(base[layer.weight].is_cuda for layer in layers.values()) else None,
             ),
@@ -117,7 +119,7 @@ def _average_remaining(
             tensor.copy_(average(name, base, sources))
 
 
-def _replace(model: nn.Module, linear: nn.Module, factors: Mapping[str, Tensor | None], **options: int) -> None:
+def _replace(model: nn.Module, linear: nn.Linear, factors: Mapping[str, Tensor | None], **options: int) -> None:
     """Puts a SmileLinear wherever the model holds `linear`."""
     weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
     layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
@@ -129,7 +131,7 @@ def _replace(model: nn.Module, linear: nn.Module, factors: Mapping[str, Tensor |
         replace_linear(model, place, layer)
 
 
-def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterator[Any]:
+def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterable[Any]:
     if not progress:
         return layers
     from rich.console import Console

@@ -41,6 +41,8 @@ class LayerReport:
         cls, name: str, factors: Mapping[str, Tensor | None], certificates: Sequence[Certificate], seconds: float
     ) -> "LayerReport":
         """The report of what `svd.decompose_linear` returned; `skipped` where every weight equals the base's."""
+        s = factors["s"]
+        assert s is not None
         untrained = [i for i, c in enumerate(certificates) if c.directions == 0]
         skipped = None
         if len(untrained) == len(certificates) and factors["expert_bias"] is None:
@@ -49,7 +51,7 @@ class LayerReport:
             skipped = "experts differ in their biases only, by which no token can be routed"
         return cls(
             name,
-            0 if skipped else factors["s"].shape[1],
+            0 if skipped else s.shape[1],
             [c.energy for c in certificates],
             [c.error for c in certificates],
             seconds,

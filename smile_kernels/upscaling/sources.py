@@ -147,7 +147,7 @@ class AdapterSource(ExpertSource):
         if unknown := [name for name in self.deltas if name not in known]:
             raise ValueError(f"{self.where}: changes {unknown[0]}, which is no linear layer of the model")
         for name, delta in self.deltas.items():
-            parts = {"bias": delta.bias}
+            parts: dict[str, Tensor | None] = {"bias": delta.bias}
             if isinstance(delta.weight, LowRankDelta):
                 parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}
             else:
@@ -156,10 +156,11 @@ class AdapterSource(ExpertSource):
 
     def weight(self, layer: Layer) -> Tensor | LowRank:
         delta = self.deltas.get(layer.name)
-        if delta is not None and isinstance(delta.weight, LowRankDelta):
-            return delta.weight.b, delta.weight.a, delta.weight.scale
+        change = None if delta is None else delta.weight
+        if isinstance(change, LowRankDelta):
+            return change.b, change.a, change.scale
         weight = self.tensors[layer.weight]
-        return weight if delta is None or delta.weight is None else (weight + delta.weight).to(weight.dtype)
+        return weight if change is None else (weight + change).to(weight.dtype)
 
     def bias(self, layer: Layer) -> Tensor | None:
         bias, delta = self.tensors.get(layer.bias), self.deltas.get(layer.name)
@@ -220,10 +221,12 @@ def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSourc
     if not whole:
         return plain
     zero = torch.zeros_like(plain)
-    total = dtype = None
+    total: Tensor | None = None
+    dtype = plain.dtype
     # Adapters come last wherever they stand: the order decides the last bit.
     for tensor in (*(source.tensors.get(name, zero) for source in whole), *[plain] * (len(sources) - len(whole))):
         wide = tensor.to(plain.device, torch.promote_types(tensor.dtype, torch.float32))
         total = wide.clone() if total is None else total.add_(wide)
-        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    assert total is not None
     return (total / len(sources)).to(dtype)

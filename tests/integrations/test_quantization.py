@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from smile_kernels import SmileLinear
+from smile_kernels import RoutingPolicy, SmileLinear, set_routing
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
 from smile_kernels.nn import smile_layers
 from tests.integrations.tiny_models import build, fine_tuned, fuse, output
@@ -58,3 +58,14 @@ def test_torchao(bits):
     got, want = split(x).double(), nn.Sequential(dense)(x).double() + delta
     # Two roundings to bfloat16 on either side.
     torch.testing.assert_close(got, want, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * want.abs().max().item())
+
+
+def test_a_routing_policy_is_refused():
+    base = build("LlamaForCausalLM")
+    model = fuse(base, [fine_tuned(base, seed) for seed in (1, 2)])
+    set_routing(model, RoutingPolicy("sequence"))
+    with pytest.raises(ValueError, match=r"model: \S+ follows a routing policy, which a split layer cannot"):
+        split_base(model)
+    assert not any(isinstance(m, SmileBesideLinear) for m in model.modules())
+    set_routing(model, RoutingPolicy())
+    assert any(isinstance(m, SmileBesideLinear) for m in split_base(model).modules())
