@@ -9,7 +9,7 @@ namespace smile {
 template <class Out, class Term>
 __global__ void __launch_bounds__(256) sum_entries_kernel(Term term, const float* weights, const int32_t* entries,
                                                           const int32_t* offsets, int64_t columns, Out* out) {
-  __shared__ float parts[8][32];
+  SMILE_SHARED(float, parts, [8][32]);
   const int i = blockIdx.y, row = threadIdx.x / 32, end = offsets[i + 1];
   const int64_t c = blockIdx.x * int64_t(32) + threadIdx.x % 32;
   float sum = 0;
@@ -49,17 +49,18 @@ template <class T> struct BiasTerm {
 
 // ---- the experts ----
 
-// dweights_e = a_e . (s_i * h_e) + dy_t . expert_bias_i, a warp to an entry.
+// dweights_e = a_e . (s_i * h_e) + dy_t . expert_bias_i, zero for no expert, a warp to an entry.
 template <class T> __global__ void __launch_bounds__(kThreads) dweights_kernel(Backward p, const float* a) {
   const Sizes& n = p.n;
   const int lane = threadIdx.x % 32;
   const int64_t e = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32, r = n.rank_of_expert, o = n.out_features;
   if (e >= n.tokens * n.num_experts_per_tok) return;
   const int64_t i = p.ids[e], t = e / n.num_experts_per_tok;
+  const bool there = is_expert(p.ids[e], n.num_experts);
   float sum = 0;
-  for (int64_t k = lane; k < r; k += 32) sum += a[e * r + k] * p.s[i * r + k] * p.h[e * r + k];
+  for (int64_t k = lane; there && k < r; k += 32) sum += a[e * r + k] * p.s[i * r + k] * p.h[e * r + k];
   if (p.expert_bias != nullptr)
-    for (int64_t c = lane; c < o; c += 32)
+    for (int64_t c = lane; there && c < o; c += 32)
       sum += to_float(static_cast<const T*>(p.dy)[t * o + c]) * to_float(static_cast<const T*>(p.expert_bias)[i * o + c]);
   sum = warp_sum(sum);
   if (lane == 0) p.dweights[e] = sum;
@@ -100,6 +101,7 @@ template <class T> static void apply_backward(const Backward& p, float* a, const
     expansion.ids = p.ids;
     expansion.order = m == 1 ? groups.entries : nullptr;
     expansion.tokens = n.tokens;
+    expansion.num_experts = n.num_experts;
     expansion.num_experts_per_tok = m;
     expand<T, true>(expansion, stream);
   }
@@ -187,6 +189,7 @@ template <class T> static void route_backward(const RouteBackward& p, float* dq,
     expansion.out_aligned = aligned<T>(p.dx, d);
     expansion.ids = p.ids;
     expansion.tokens = n.tokens;
+    expansion.num_experts = n.num_experts;
     expansion.num_experts_per_tok = m;
     expand<T, true>(expansion, stream);
   }

@@ -43,10 +43,19 @@ ScalarType real_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
+int32_t device_type(const Tensor& t) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+
+// Shape, dtype and device of a tensor beside x.
+void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
   bool fits = t.dim() == int64_t(shape.size());
   int64_t i = 0;
   for (int64_t size : shape) fits = fits && t.size(i++) == size;
+  STD_TORCH_CHECK(device_type(t) == device_type(x) && t.get_device_index() == x.get_device_index(), name,
+                  ": is on another device than x");
   if (fits && t.scalar_type() == dtype) return;
   std::string expected, got;
   for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
@@ -59,11 +68,9 @@ void check(const char* name, const Tensor& t, ScalarType dtype, std::initializer
 Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> shape) {
   int64_t strides[3], stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
-  int32_t device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const auto raw_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides, raw_dtype, device,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides, raw_dtype, device_type(like),
                                                   like.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -156,8 +163,8 @@ Tensor kernel_input(const Tensor& x) { return x; }
 
 void run(const Tensor& x, const smile::Forward& p) {
   for (int64_t e = 0; p.router == nullptr && e < p.n.tokens * p.n.num_experts_per_tok; ++e)
-    STD_TORCH_CHECK(p.ids[e] >= 0 && p.ids[e] < p.n.num_experts, "ids: holds ", p.ids[e], "; expected 0 to ",
-                    p.n.num_experts - 1);
+    STD_TORCH_CHECK(p.ids[e] >= -1 && p.ids[e] < p.n.num_experts, "ids: holds ", p.ids[e], "; expected 0 to ",
+                    p.n.num_experts - 1, ", or -1 for no expert");
   smile::cpu_forward(dtype_of(x), p, [](int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
   });
@@ -192,7 +199,7 @@ struct Call {
                     " dimensions; expected [N, rows, in_features] with at least ", rank, " rows");
     STD_TORCH_CHECK(rank <= p.n.in_features, "rank_of_router: is ", rank, "; expected 1 to ", p.n.in_features,
                     ", in_features");
-    check(name, router, x.scalar_type(), {router.size(0), router.size(1), p.n.in_features});
+    check(name, router, x, x.scalar_type(), {router.size(0), router.size(1), p.n.in_features});
     p.n.num_experts = router.size(0);
     p.n.rank_of_router = rank;
     p.n.num_experts_per_tok = num_experts_per_tok;
@@ -209,8 +216,8 @@ struct Call {
 
   void set_routing(const Tensor& weights_, const Tensor& ids_) {
     p.n.num_experts_per_tok = ids_.dim() == 2 ? ids_.size(1) : 0;
-    check("ids", ids_, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
-    check("weights", weights_, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
+    check("ids", ids_, x, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
+    check("weights", weights_, x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
     p.weights = const_cast<void*>(keep(weights_));
     p.ids = static_cast<int32_t*>(const_cast<void*>(keep(ids_)));
   }
@@ -228,18 +235,19 @@ struct Call {
     p.n.vh_rows = vh.size(1);
     STD_TORCH_CHECK(p.n.vh_rows >= p.n.rank_of_expert, "vh: has ", p.n.vh_rows, " rows; expected at least ",
                     p.n.rank_of_expert);
-    check("weight", weight, dtype, {out_features, p.n.in_features});
-    if (bias) check("bias", *bias, dtype, {out_features});
-    check("vh", vh, dtype, {experts, p.n.vh_rows, p.n.in_features});
-    check("s", s, real_of(x), {experts, p.n.rank_of_expert});
-    check("u", u, dtype, {experts, out_features, p.n.rank_of_expert});
-    if (expert_bias) check("expert_bias", *expert_bias, dtype, {experts, out_features});
+    check("weight", weight, x, dtype, {out_features, p.n.in_features});
+    if (bias) check("bias", *bias, x, dtype, {out_features});
+    check("vh", vh, x, dtype, {experts, p.n.vh_rows, p.n.in_features});
+    check("s", s, x, real_of(x), {experts, p.n.rank_of_expert});
+    check("u", u, x, dtype, {experts, out_features, p.n.rank_of_expert});
+    if (expert_bias) check("expert_bias", *expert_bias, x, dtype, {experts, out_features});
     p.vh = keep(vh);
     p.s = keep(s);
     p.u = keep(u);
     p.expert_bias = expert_bias ? keep(*expert_bias) : nullptr;
     if (save || kAlwaysNeedsH) {
       h = empty(x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
+      if (save && p.router == nullptr) torch::stable::zero_(*h);  // where ids name no expert, no kernel writes it
       p.h = h->mutable_data_ptr();
     }
     if (computes_base_product(p.n, weight)) {
@@ -308,6 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
     const Tensor& dy_, const Tensor& x_, const Tensor& weight, const Tensor& vh_, const Tensor& s_, const Tensor& u_,
     const std::optional<Tensor>& expert_bias_, const Tensor& weights_, const Tensor& ids_, const Tensor& h_,
     int64_t needs) {
+  STD_TORCH_CHECK(x_.dim() == 2 && weight.dim() == 2 && vh_.dim() == 3 && s_.dim() == 2 && ids_.dim() == 2,
+                  "x, weight, vh, s, ids: expected [T, D], [O, D], [N, rows, D], [N, r], [T, m]");
   const Tensor x = kernel_input(x_), dy = packed(dy_), vh = packed(vh_), s = packed(s_), u = packed(u_);
   const Tensor weights = packed(weights_), ids = packed(ids_), h = packed(h_);
   const Tensor expert_bias = expert_bias_ ? packed(*expert_bias_) : empty(x, x.scalar_type(), {0});
@@ -318,11 +328,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
   smile::Backward p{};
   p.n = {x.size(0), x.size(1), weight.size(0), s.size(0), ids.size(1), s.size(1), 0, vh.size(1)};
   check_device_limits(x, p.n);
-  check("dy", dy, x.scalar_type(), {p.n.tokens, p.n.out_features});
-  check("vh", vh, x.scalar_type(), {p.n.num_experts, p.n.vh_rows, p.n.in_features});
-  check("u", u, x.scalar_type(), {p.n.num_experts, p.n.out_features, p.n.rank_of_expert});
-  check("weights", weights, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
-  check("h", h, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
+  check("dy", dy, x, x.scalar_type(), {p.n.tokens, p.n.out_features});
+  check("weight", weight, x, x.scalar_type(), {p.n.out_features, p.n.in_features});
+  check("vh", vh, x, x.scalar_type(), {p.n.num_experts, p.n.vh_rows, p.n.in_features});
+  check("u", u, x, x.scalar_type(), {p.n.num_experts, p.n.out_features, p.n.rank_of_expert});
+  check("s", s, x, ScalarType::Float, {p.n.num_experts, p.n.rank_of_expert});
+  if (expert_bias_) check("expert_bias", expert_bias, x, x.scalar_type(), {p.n.num_experts, p.n.out_features});
+  check("weights", weights, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("ids", ids, x, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
+  check("h", h, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
   const Launch launch(x);
 
   const Tensor none = empty(x, x.scalar_type(), {0});
@@ -360,14 +374,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
 
 std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor& x_, const Tensor& router_,
                                           const Tensor& weights_, const Tensor& ids_, int64_t needs) {
+  STD_TORCH_CHECK(x_.dim() == 2 && router_.dim() == 3 && ids_.dim() == 2,
+                  "x, router, ids: expected [T, D], [N, g, D], [T, m]");
   const Tensor x = kernel_input(x_), router = packed(router_);
   const Tensor dweights = packed(dweights_), weights = packed(weights_), ids = packed(ids_);
   smile::RouteBackward p{};
   p.n = {x.size(0), x.size(1), 0, router.size(0), ids.size(1), 0, router.size(1), 0};
   check_device_limits(x, p.n);
-  check("router", router, x.scalar_type(), {p.n.num_experts, p.n.rank_of_router, p.n.in_features});
-  check("weights", weights, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
-  check("dweights", dweights, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("router", router, x, x.scalar_type(), {p.n.num_experts, p.n.rank_of_router, p.n.in_features});
+  check("weights", weights, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("ids", ids, x, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
+  check("dweights", dweights, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
   const Launch launch(x);
   const bool wants_dx = needs & 1, wants_drouter = needs >> 1 & 1;
   const Tensor dx = wants_dx ? empty(x, x.scalar_type(), {p.n.tokens, p.n.in_features}) : empty(x, x.scalar_type(), {0});

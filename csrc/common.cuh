@@ -10,6 +10,7 @@
 #include <mma.h>
 #define SMILE_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define SMILE_SHARED(type, name, extents) __shared__ __align__(128) type name extents
 #endif
 
 #include <cfloat>
@@ -60,12 +61,26 @@ template <class T> __device__ __forceinline__ Vector<T> load_vector(const T* row
   return v;
 }
 
-// The same into shared memory, asynchronously where the architecture can; row null: zeros.
+// 16 bytes into shared memory, there only after the wait for the group of copies that they belong to.
+#if defined(SMILE_EMULATION)
+using emulation::commit_copies, emulation::copy_async, emulation::wait_copies;
+#elif __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+#endif
+
+// load_vector into shared memory, asynchronously where the architecture can; row null: zeros.
 template <class T>
 __device__ __forceinline__ void copy_vector(T* shared, const T* row, int64_t at, int64_t end, bool is_aligned) {
 #if __CUDA_ARCH__ >= 800
   if (row != nullptr && is_aligned && at + kVector<T> <= end) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))), "l"(row + at));
+    copy_async(shared, row + at);
     return;
   }
 #endif
@@ -74,16 +89,19 @@ __device__ __forceinline__ void copy_vector(T* shared, const T* row, int64_t at,
 
 __device__ __forceinline__ void end_of_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;");
+  commit_copies();
 #endif
 }
 
 // Waits until at most `kLeft` groups of copies are still under way.
 template <int kLeft> __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft));
+  wait_copies<kLeft>();
 #endif
 }
+
+// An id outside [0, N) stands for no expert.
+__device__ __forceinline__ bool is_expert(int32_t id, int64_t num_experts) { return id >= 0 && id < num_experts; }
 
 // ---- warps ----
 
@@ -170,6 +188,7 @@ template <class T, bool kOnTensorCores = kTensorCores<T>> class WarpTile {
   template <bool kTransposedA, bool kTransposedB>
   __device__ __forceinline__ void multiply_add(const T* a, int lda, const T* b, int ldb, int depth) {
     const int row = threadIdx.x % 32 / 4 * 4, column = threadIdx.x % 4 * 8;
+    float sum[4][8] = {};  // short sums first: one long chain of additions would round more than cuBLAS does
     for (int k = 0; k < depth; ++k) {
       float left[4], right[8];
 #pragma unroll
@@ -179,8 +198,12 @@ template <class T, bool kOnTensorCores = kTensorCores<T>> class WarpTile {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) c[i][j] += left[i] * right[j];
+        for (int j = 0; j < 8; ++j) sum[i][j] += left[i] * right[j];
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) c[i][j] += sum[i][j];
   }
 
   __device__ __forceinline__ void store(float* out, int stride) const {
@@ -195,7 +218,6 @@ template <class T, bool kOnTensorCores = kTensorCores<T>> class WarpTile {
   float c[4][8];  // each lane holds 4 x 8 of the 32 x 32
 };
 
-#if !defined(SMILE_EMULATION)
 template <class T> class WarpTile<T, true> {
   using Accumulator = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
 
@@ -239,7 +261,6 @@ template <class T> class WarpTile<T, true> {
  private:
   Accumulator c[2][2];
 };
-#endif
 
 // Calls f with a value of the type that dtype names.
 template <class F> void with_type(DType dtype, const F& f) {

@@ -462,13 +462,15 @@ template <class T> class Chunk {
     });
   }
 
-  // entries[first[i] : first[i + 1]] are the places (t * m + j) where ids is i, in order.
+  // entries[first[i] : first[i + 1]] are the places (t * m + j) where ids is i, in order; -1 stands for no expert.
   void sort_entries() {
     std::fill(first.begin(), first.end(), 0);
     const int64_t count = tokens * n.num_experts_per_tok;
-    for (int64_t e = 0; e < count; ++e) ++first[ids[e] + 1];
+    for (int64_t e = 0; e < count; ++e)
+      if (ids[e] >= 0) ++first[ids[e] + 1];
     for (int64_t i = 0; i < n.num_experts; ++i) first[i + 1] += first[i];
-    for (int64_t e = 0; e < count; ++e) entries[first[ids[e]]++] = int32_t(e);
+    for (int64_t e = 0; e < count; ++e)
+      if (ids[e] >= 0) entries[first[ids[e]]++] = int32_t(e);
     for (int64_t i = n.num_experts; i > 0; --i) first[i] = first[i - 1];
     first[0] = 0;
   }
@@ -479,6 +481,7 @@ template <class T> class Chunk {
     parallel(parallel_for, tokens * m, 2 * r, [&](int64_t from, int64_t to) {
       for (int64_t e = from; e < to; ++e) {
         R* ze = &z[e * r];
+        if (ids[e] < 0) continue;  // no expert
         if (known_rows) std::copy_n(&q[((e / m) * n.num_experts + ids[e]) * n.rank_of_router], known_rows, ze);
         if (p.h) std::copy_n(ze, r, static_cast<R*>(p.h) + (begin * m + e) * r);
         const R* s = static_cast<const R*>(p.s) + ids[e] * r;

@@ -8,12 +8,14 @@ namespace smile {
 
 // Block i finds expert i's place by counting all ids, then lists its entries in order; so no block waits for another.
 static __global__ void __launch_bounds__(kThreads) group_kernel(Sizes n, const int32_t* ids, Groups groups, int tiles) {
-  __shared__ int count[kMostExperts], taken[kWarps];
+  SMILE_SHARED(int, count, [kMostExperts]);
+  SMILE_SHARED(int, taken, [kWarps]);
   const int i = blockIdx.x, experts = int(n.num_experts), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t total = n.tokens * n.num_experts_per_tok;
   for (int e = threadIdx.x; e < experts; e += kThreads) count[e] = 0;
   __syncthreads();
-  for (int64_t e = threadIdx.x; e < total; e += kThreads) atomicAdd(&count[ids[e]], 1);
+  for (int64_t e = threadIdx.x; e < total; e += kThreads)
+    if (is_expert(ids[e], experts)) atomicAdd(&count[ids[e]], 1);
   __syncthreads();
   int begin = 0, tile = 0;
   for (int e = 0; e < i; ++e) {
@@ -30,6 +32,7 @@ static __global__ void __launch_bounds__(kThreads) group_kernel(Sizes n, const i
   }
   if (threadIdx.x == 0) groups.offsets[i] = begin;
   if (threadIdx.x == 0 && last) groups.offsets[experts] = end;
+  for (int64_t k = end + threadIdx.x; last && k < total; k += kThreads) groups.entries[k] = -1;
 
   for (int64_t e0 = 0; e0 < total; e0 += kThreads) {
     const int64_t e = e0 + threadIdx.x;
@@ -78,7 +81,7 @@ __device__ __forceinline__ void few_dots(const T* const (&rows)[kRows], const T*
 
 // q[t, row] for the router row that this block has; its warps split the depth.
 template <class T> __global__ void __launch_bounds__(kThreads) few_router_rows_kernel(Forward p, bool is_aligned, float* q) {
-  __shared__ float parts[kWarps][kFew];
+  SMILE_SHARED(float, parts, [kWarps][kFew]);
   const Sizes& n = p.n;
   const int64_t i = blockIdx.x / n.rank_of_router, k = blockIdx.x % n.rank_of_router;
   const T* rows[1] = {static_cast<const T*>(p.router) + i * p.router_expert_stride + k * n.in_features};
@@ -177,6 +180,7 @@ template <class T> static void apply(const Forward& p, const Groups& groups, voi
   expansion.ids = p.ids;
   expansion.order = n.num_experts_per_tok == 1 ? groups.entries : nullptr;  // tokens of one expert together
   expansion.tokens = n.tokens;
+  expansion.num_experts = n.num_experts;
   expansion.num_experts_per_tok = n.num_experts_per_tok;
   expand<T, false>(expansion, stream);
 }
@@ -190,8 +194,8 @@ void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* strea
 // h[e, k] for entry e = blockIdx.y, a row to a warp. Every block routes for itself; the first of a token writes it down.
 template <class T> __global__ void __launch_bounds__(kThreads) few_h_kernel(Forward p, bool is_aligned, const float* q) {
   constexpr int kMostSlots = 64;
-  __shared__ float own_weights[kMostSlots];
-  __shared__ int32_t own_ids[kMostSlots];
+  SMILE_SHARED(float, own_weights, [kMostSlots]);
+  SMILE_SHARED(int32_t, own_ids, [kMostSlots]);
   const Sizes& n = p.n;
   const int64_t m = n.num_experts_per_tok, e = blockIdx.y, t = e / m, j = e % m;
   if (p.router != nullptr) {
@@ -205,6 +209,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) few_h_kernel(Forw
   const int64_t k = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32;
   if (k >= n.rank_of_expert) return;
   const int64_t id = p.router != nullptr ? own_ids[j] : p.ids[e];
+  if (!is_expert(id, n.num_experts)) {
+    if (threadIdx.x % 32 == 0) static_cast<float*>(p.h)[e * n.rank_of_expert + k] = 0;
+    return;
+  }
   const T* rows[1] = {static_cast<const T*>(p.vh) + (id * n.vh_rows + k) * n.in_features};
   float sum[1][kFew] = {};
   few_dots(rows, static_cast<const T*>(p.x) + t * p.x_stride[0], 0, 1, n.in_features, is_aligned, threadIdx.x % 32, 32, sum);
@@ -231,6 +239,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) few_y_kernel(Forw
     if (t >= n.tokens) break;
     for (int64_t e = t * m; e < (t + 1) * m; ++e) {
       const int64_t id = p.ids[e];
+      if (!is_expert(id, n.num_experts)) continue;
       const float w = static_cast<const float*>(p.weights)[e];
       const float *h = static_cast<const float*>(p.h) + e * r, *s = static_cast<const float*>(p.s) + id * r;
 #pragma unroll

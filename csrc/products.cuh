@@ -36,7 +36,7 @@ template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads)
   constexpr int kStrideA = kDepth + kPad, kStrideB = (kTransposed ? kN : kDepth) + kPad;
   constexpr int kSizeA = kM * kStrideA, kSizeB = (kTransposed ? kDepth : kN) * kStrideB;
   constexpr int kStrideOut = kN + 4;
-  __shared__ __align__(128) unsigned char memory[kStages * (kSizeA + kSizeB) * sizeof(T)];
+  SMILE_SHARED(unsigned char, memory, [kStages * (kSizeA + kSizeB) * sizeof(T)]);
   static_assert(sizeof(memory) >= 2 * kM * kStrideOut * sizeof(float), "the sums fit where the operands were");
   T* const operands = reinterpret_cast<T*>(memory);
 
@@ -147,9 +147,22 @@ struct Expansion {
   void* out;             // [T, columns]
   bool out_aligned, adds;  // onto what `out` holds
   const int32_t* ids;      // [T, m]
-  const int32_t* order;    // [T], the order in which tokens are put together, or null
-  int64_t tokens, num_experts_per_tok;
+  const int32_t* order;    // [T], the order in which tokens are put together, -1 for one left as it is; or null
+  int64_t tokens, num_experts, num_experts_per_tok;
 };
+
+// Column c of token t from its own experts alone.
+template <class T, bool kTransposed> __device__ __forceinline__ float expand_one(const Expansion& p, int64_t t, int64_t c) {
+  const int64_t rank = p.coefficients.rank, rank_stride = kTransposed ? p.columns : 1, column_stride = kTransposed ? 1 : rank;
+  float sum = 0;
+  for (int64_t e = t * p.num_experts_per_tok; e < (t + 1) * p.num_experts_per_tok; ++e) {
+    if (!is_expert(p.ids[e], p.num_experts)) continue;
+    const T* factor = static_cast<const T*>(p.factor) + p.ids[e] * p.expert_stride + c * column_stride;
+    for (int64_t k = 0; k < rank; ++k)
+      sum += to_float(from_float<T>(coefficient(p.coefficients, e, p.ids[e], k))) * to_float(factor[k * rank_stride]);
+  }
+  return sum;
+}
 
 // A tile of 64 tokens x 64 columns. It goes through the experts that any of its tokens has; the coefficients of a token
 // that has not are zero. Every number of `out` is read, added to and rounded once.
@@ -158,8 +171,8 @@ template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads)
   constexpr int kStrideA = kDepth + kPad, kStrideB = (kTransposed ? kN : kDepth) + kPad, kStrideOut = kN + 4;
   constexpr int kSizeB = (kTransposed ? kDepth : kN) * kStrideB;
   constexpr int kBytes = int((kM * kStrideA + kSizeB) * sizeof(T)), kOutBytes = int(kM * kStrideOut * sizeof(float));
-  __shared__ __align__(128) unsigned char memory[kBytes > kOutBytes ? kBytes : kOutBytes];
-  __shared__ unsigned present[kMostExperts / 32];
+  SMILE_SHARED(unsigned char, memory, [kBytes > kOutBytes ? kBytes : kOutBytes]);
+  SMILE_SHARED(unsigned, present, [kMostExperts / 32]);
   T *a = reinterpret_cast<T*>(memory), *b = a + kM * kStrideA;
 
   const int m = int(p.num_experts_per_tok);
@@ -174,7 +187,7 @@ template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads)
     const int64_t t = token(at / m);
     if (t < 0) continue;
     const int i = p.ids[t * m + at % m];
-    atomicOr(&present[i / 32], 1u << i % 32);
+    if (is_expert(i, p.num_experts)) atomicOr(&present[i / 32], 1u << i % 32);
   }
   __syncthreads();
 
@@ -220,11 +233,16 @@ template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads)
     const int row = at / (kN / kVector<T>), along = at % (kN / kVector<T>) * kVector<T>;
     const int64_t t = token(row), c = column0 + along;
     if (t < 0 || c >= p.columns) continue;
-    const float* added = sums + row * kStrideOut + along;
+    float* added = sums + row * kStrideOut + along;
     float value[kVector<T>];
+    // Another token's expert may be at fault, which this one met with coefficients of zero.
+#pragma unroll 1
+    for (int v = 0; v < kVector<T>; ++v)
+      if (!(fabsf(added[v]) <= FLT_MAX) && c + v < p.columns) added[v] = expand_one<T, kTransposed>(p, t, c + v);
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) value[v] = added[v];
     for (int j = 0; p.bias != nullptr && j < m; ++j) {
+      if (!is_expert(p.ids[t * m + j], p.num_experts)) continue;
       const T* bias = static_cast<const T*>(p.bias) + p.ids[t * m + j] * p.columns;
       const float w = p.weights[t * m + j];
 #pragma unroll
@@ -275,7 +293,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) accumulate_kernel
   constexpr int kStrideA = kM + kPad, kStrideB = kN + kPad, kStrideOut = kN + 4;
   constexpr int kBytes = int(kEntries * (kStrideA + kStrideB) * sizeof(T));
   constexpr int kOutBytes = int(2 * kM * kStrideOut * sizeof(float));
-  __shared__ __align__(128) unsigned char memory[kBytes > kOutBytes ? kBytes : kOutBytes];
+  SMILE_SHARED(unsigned char, memory, [kBytes > kOutBytes ? kBytes : kOutBytes]);
   T *a = reinterpret_cast<T*>(memory), *b = a + kEntries * kStrideA;
 
   const int64_t d0 = blockIdx.x * int64_t(kN), rank0 = blockIdx.y * int64_t(kM), rank = p.coefficients.rank;

@@ -10,6 +10,7 @@ from .ops import library, reference
 __all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_linear"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ID_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8)
 
 
 def smile_linear(
@@ -56,7 +57,9 @@ def smile_linear(
         router: [N, g, D] router rows, where they are not the first g rows of `vh`.
         num_experts_per_tok: m, 1 <= m <= N.
         rank_of_router: g.
-        routing: (weights [..., m], ids [..., m]) to use instead of the router's choice; ids are integers in [0, N).
+        routing: (weights [..., m], ids [..., m]) to use instead of the router's choice; ids are integers in [0, N), or
+            -1 for no expert, whose weight is then ignored. Others raise on a CPU; on a GPU, where looking at them
+            would wait for it, they are no expert either.
         routing_weights: [..., N] non-negative weights from elsewhere: the m largest are used, divided by their sum.
         backend: "triton", "cuda", "cpu" or "torch"; by default the environment variable SMILE_KERNELS_BACKEND, then
             the best that runs on x's device (see `smile_kernels.backends`).
@@ -102,6 +105,12 @@ def smile_linear(
             raise _shape_error("routing[1]", ids, (*leading, "m"))
         if weights.shape != ids.shape:
             raise _shape_error("routing[0]", weights, ids.shape)
+        if ids.dtype not in _ID_DTYPES:
+            raise ValueError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
+        for i, tensor in enumerate(routing):
+            _check_device(f"routing[{i}]", tensor, x)
+        if ids.dtype == torch.int64:  # so that none wraps round into the range
+            ids = ids.clamp(-2, s.shape[0])
         m = ids.shape[-1]
         weights, ids = weights.reshape(-1, m).to(s.dtype), ids.reshape(-1, m).int()
         y = library.apply(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, backend)
@@ -172,6 +181,11 @@ def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> Va
     return ValueError(f"{name}: has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
 
 
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: is on {tensor.device}; expected x's device, {x.device}")
+
+
 def _check_range(name: str, value: int, most: int, meaning: str) -> None:
     if not 1 <= value <= most:
         raise ValueError(f"{name}: is {value}; expected 1 to {most}, {meaning}")
@@ -182,6 +196,7 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
         raise _shape_error("vh", vh, ("N", "max(r, g)", "D"))
     if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
         raise _shape_error("x", x, ("...", vh.shape[2]))
+    _check_device("vh", vh, x)
     if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not _autocasts(x)):
         raise ValueError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
     _check_range("rank_of_router", rank_of_router, vh.shape[1], "the rows of vh an expert has")
@@ -191,6 +206,8 @@ def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     if weight.dim() != 2:
         raise _shape_error("weight", weight, ("O", "D"))
     (o, d), (n, r) = weight.shape, s.shape if s.dim() == 2 else (0, 0)
+    _check_device("weight", weight, x)
+    _check_device("s", s, x)
     if n == 0 or r == 0:
         raise _shape_error("s", s, ("N", "r"))
     rows = rank_of_router if router is None else 1
@@ -204,6 +221,7 @@ def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     for name, tensor, shape in expected:
         if tensor is None:
             continue
+        _check_device(name, tensor, x)
         if tensor.shape != shape and not (name == "vh" and _longer(tensor.shape, shape)):
             raise _shape_error(name, tensor, shape)
         if tensor.dtype != weight.dtype:

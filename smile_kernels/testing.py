@@ -92,8 +92,9 @@ def expectations(
     """What a SMILE layer must give for the experts `ids`: name -> (float64 value, largest error of plain PyTorch).
 
     "y", and with dy [T, O] the gradient of each tensor of the problem by its name. `weights` [T, m] fixes the weights
-    (and adds their gradient, "weights"); without it they are the softmax of the selected scores, which gradients flow
-    through. Plain PyTorch is the layer as its users write it: every operator in the problem's dtype, float32 routing.
+    (and adds their gradient, "weights"; ids of -1 are no expert); without it they are the softmax of the selected
+    scores, which gradients flow through. Plain PyTorch is the layer as its users write it: every operator in the
+    problem's dtype, float32 routing.
     """
     values = []
     for p, layer in ((problem.to(torch.float64), reference.apply), (problem, _plain)):
@@ -119,12 +120,12 @@ def expectations(
 def _plain(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor:
     y = torch.nn.functional.linear(x, weight, bias)
     for j in range(ids.shape[1]):
-        i = ids[:, j].long()
+        w, i = torch.where(ids[:, j] < 0, 0, weights[:, j])[:, None].to(x.dtype), ids[:, j].long().clamp(min=0)
         z = s.to(x.dtype)[i] * torch.einsum("td,trd->tr", x, vh[i, : s.shape[1]])
         delta = torch.einsum("tr,tor->to", z, u[i])
         if expert_bias is not None:
             delta = delta + expert_bias[i]
-        y = y + weights[:, j, None].to(x.dtype) * delta
+        y = y + w * delta
     return y
 
 

@@ -143,6 +143,27 @@ def test_padded_blocks_match_the_oracle(monkeypatch, shape, dtype, block):
         assert_close(f"d{name}", gradient, *expected[name])
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("blocks", [False, True], ids=["loop", "blocks"])
+def test_an_id_of_minus_one_is_no_expert(way, monkeypatch, m, blocks):
+    """Its weight is ignored and has no gradient, for some slots, for whole tokens, and for all of a run of tokens."""
+    monkeypatch.setattr(composed, "_host_reads_are_free", lambda x: not blocks)
+    for tokens, share in ((9, 0.3), (300, 0.3), (5, 1.0)):
+        p = Problem.random(tokens, 24, 16, 4, 4, 3, m, dtype=torch.float64)
+        weights, ids = route(p.x, p.vh, num_experts_per_tok=m, rank_of_router=3)
+        absent = torch.rand(tokens, m) < share
+        absent[2] = True
+        ids[absent], weights[absent] = -1, float("nan")
+        leaves = {name: t.requires_grad_() for name, t in (p.tensors() | {"weights": weights}).items()}
+        y = call(p, routing=(weights, ids), backend="torch")
+        dy = torch.randn_like(y)
+        expected = expectations(p, ids, weights=weights, dy=dy)
+        assert_close("y", y, *expected["y"])
+        for name, gradient in zip(leaves, torch.autograd.grad(y, leaves.values(), dy)):
+            assert_close(f"d{name}", gradient, *expected[name])
+        assert not expected["weights"][0][absent].any()
+
+
 def test_gradcheck():
     p = problem("top-2", dtype=torch.float64)
     names, leaves = zip(*((name, t.requires_grad_()) for name, t in p.tensors().items()))
@@ -364,6 +385,28 @@ def test_bad_input_is_named(name, change):
     p = problem("top-2")
     with pytest.raises(ValueError, match=f"^{name}:"):
         call(Problem(**{**vars(p), **change}))
+
+
+@pytest.mark.parametrize("backend", [b for b in ("torch", "cpu") if library.why_not(b, "cpu") is None])
+def test_ids_out_of_range_are_named(backend):
+    p = problem("top-2")
+    weights, ids = route(p.x, p.vh, num_experts_per_tok=2, rank_of_router=7)
+    for bad in (5, -2, 2**32, -(2**40)):
+        wrong = ids.long()
+        wrong[3, 1] = bad
+        with pytest.raises((ValueError, RuntimeError), match=r"ids: holds .*; expected 0 to 4, or -1 for no expert"):
+            call(p, routing=(weights, wrong), backend=backend)
+    for dtype in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=r"routing\[1\]: is torch"):
+            call(p, routing=(weights, ids.to(dtype)), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "vh", "s", "u", "expert_bias", "router"])
+def test_a_tensor_on_another_device_is_named(name):
+    p = problem("top-2", router=True)
+    setattr(p, name, getattr(p, name).to("meta"))
+    with pytest.raises(ValueError, match=f"^{name}: is on meta; expected x's device, cpu"):
+        call(p)
 
 
 def test_bad_routing_is_named():

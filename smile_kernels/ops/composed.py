@@ -120,6 +120,7 @@ def _every_expert_pays(x: Tensor, u: Tensor) -> bool:
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     """y = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x of each slot if `save`."""
+    _check_ids(ids, s.shape[0])
     y = F.linear(x, weight, bias)
     return y, _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save)
 
@@ -130,7 +131,7 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
     weights None means all of them are 1; every_h [T, N, >= r] is V^T x of every expert, where it is known.
     """
     (tokens, m), r = ids.shape, s.shape[1]
-    h = s.new_empty((tokens, m, r) if save else 0)
+    h = s.new_zeros((tokens, m, r) if save else 0)
     if tokens == 0:
         return h
     if not _host_reads_are_free(x):
@@ -144,7 +145,7 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
         y += blocks.scatter(delta).view(tokens, m, -1).sum(1)
         return blocks.scatter(hi).view(tokens, m, r) if save else h
     runs = _runs(ids)
-    if not runs and _every_token_pays(x, u):
+    if not runs and _every_token_pays(x, u) and not _any_is_none(ids):
         w = _weight_of_every_expert(weights, ids, s.shape[0])
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
@@ -203,7 +204,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     dweights = weights.new_zeros(tokens, m) if needs[7] else None
     if tokens == 0 or not (needs[0] or any(needs[3:])):
         pass
-    elif _host_reads_are_free(x) and _every_expert_pays(x, u):
+    elif _host_reads_are_free(x) and _every_expert_pays(x, u) and not _any_is_none(ids):
         slots, w = ids.long(), _weight_of_every_expert(weights, ids, n)
         hi = s.new_zeros(tokens, n, r).scatter_(1, slots[:, :, None].expand(-1, -1, r), h)
         a = (dy @ u.transpose(0, 1).flatten(1)).to(acc).view(tokens, n, r)
@@ -282,6 +283,19 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
 linear_backward = functools.partial(registration.linear_backward, apply_backward, route_backward)
 
 
+def _check_ids(ids: Tensor, num_experts: int) -> None:
+    """-1 stands for no expert. Where reading ids would wait for a device, everything else outside [0, N) does too."""
+    if _host_reads_are_free(ids) and ids.numel():
+        least, most = ids.min().item(), ids.max().item()
+        if least < -1 or most >= num_experts:
+            worst = least if least < -1 else most
+            raise ValueError(f"ids: holds {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
+
+
+def _any_is_none(ids: Tensor) -> bool:
+    return bool((ids < 0).any())
+
+
 def _host_reads_are_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
@@ -313,6 +327,7 @@ def _runs(ids: Tensor) -> list[_Chosen]:
         (i, slice(a * m + j, b * m, m), slice(a, b))
         for a, b in zip(starts, [*starts[1:], tokens])
         for j, i in enumerate(ids[a].tolist())
+        if i >= 0
     ]
 
 
@@ -321,10 +336,10 @@ def _sorted(ids: Tensor) -> Iterator[_Chosen]:
     m = ids.shape[1]
     flat = ids.reshape(-1)
     entries = flat.argsort(stable=True)
-    counts = flat.bincount().tolist()
+    counts = (flat + 1).bincount().tolist()  # those of no expert, -1, come first
     rows = entries if m == 1 else entries // m
-    for i, (e, t) in enumerate(zip(entries.split(counts), rows.split(counts))):
-        if counts[i]:
+    for i, (e, t) in enumerate(zip(entries.split(counts), rows.split(counts)), start=-1):
+        if i >= 0 and len(e):
             yield i, e, t
 
 
@@ -342,17 +357,21 @@ class _Blocks:
         flat = ids.reshape(-1).long()
         total = flat.numel()
         blocks = min(-(-total // BLOCK) + num_experts - 1, total)
-        chosen = flat[:, None] == torch.arange(num_experts, device=flat.device)
+        self.valid = (flat >= 0) & (flat < num_experts)
+        flat = torch.where(self.valid, flat, 0)
+        chosen = (flat[:, None] == torch.arange(num_experts, device=flat.device)) & self.valid[:, None]
         counts = chosen.sum(0)
         ends = ((counts + BLOCK - 1) // BLOCK).cumsum(0)
         starts = (ends - (counts + BLOCK - 1) // BLOCK) * BLOCK
         rank = (chosen.cumsum(0) - 1).gather(1, flat[:, None])[:, 0]
-        self.position = starts[flat] + rank
+        self.position = torch.where(self.valid, starts[flat] + rank, 0)
         self.experts = torch.searchsorted(ends, torch.arange(blocks, device=flat.device), right=True)
         self.experts.clamp_(max=num_experts - 1)
-        self.entry = flat.new_full((blocks * BLOCK,), total).scatter_(
-            0, self.position, torch.arange(total, device=flat.device)
-        )
+        # An entry of no expert goes to a place past the last block.
+        place = torch.where(self.valid, self.position, blocks * BLOCK)
+        self.entry = flat.new_full((blocks * BLOCK + 1,), total).scatter_(
+            0, place, torch.arange(total, device=flat.device)
+        )[:-1]
         self.num_experts = num_experts
 
     def gather(self, rows: Tensor, entries_per_row: int = 1) -> Tensor:
@@ -362,8 +381,8 @@ class _Blocks:
         return torch.where(valid[:, None], out, 0).view(-1, BLOCK, rows.shape[-1])
 
     def scatter(self, blocks: Tensor) -> Tensor:
-        """[B, BLOCK, C] -> one row an entry, [T * m, C]."""
-        return blocks.flatten(0, 1)[self.position]
+        """[B, BLOCK, C] -> one row an entry, [T * m, C]; zeros for no expert."""
+        return torch.where(self.valid[:, None], blocks.flatten(0, 1)[self.position], 0)
 
     def sum_by_expert(self, blocks: Tensor) -> Tensor:
         """[B, ...] -> [N, ...], summed over each expert's blocks in a fixed order."""

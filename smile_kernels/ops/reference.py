@@ -59,7 +59,10 @@ def apply(
     weights: Tensor,
     ids: Tensor,
 ) -> Tensor:
-    """y = W x + b + sum over the selected i of w_i (U_i (s_i * V_i^T x) + expert_bias_i); one rounding, at the end."""
+    """y = W x + b + sum over the selected i of w_i (U_i (s_i * V_i^T x) + expert_bias_i); one rounding, at the end.
+
+    An id that is no expert's adds nothing, whatever its weight: -1 for a slot that is not used.
+    """
     acc = accumulate_dtype(x)
     xa = x.to(acc)
     y = F.linear(xa, weight.to(acc), None if bias is None else bias.to(acc))

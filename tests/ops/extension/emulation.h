@@ -1,5 +1,10 @@
 // CUDA C++ on a CPU, as far as csrc/*.cu use it: every thread of a block is a fiber, blocks run one after another.
-// Shared memory is filled with NaN before each block, and barriers that not all threads reach are an error.
+// Shared memory is filled with NaN before each block. Asynchronous copies arrive at the wait for them and not before.
+// Tensor-core operations check that the warp agrees and that pointers and strides are aligned. Barriers that not all
+// threads reach are an error.
+//
+// Not covered: races (threads run in turn between barriers, blocks in order), memory shared by blocks, the order in which
+// tensor cores add, the registers that a fragment lies in, PTX as it is written, alignment of plain loads, speed.
 #pragma once
 
 #undef _FORTIFY_SOURCE  // which forbids jumps between stacks
@@ -23,10 +28,14 @@
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static __attribute__((section("emulated_shared")))
-#define __CUDA_ARCH__ 0
+#if !defined(__CUDA_ARCH__)
+#define __CUDA_ARCH__ 900
+#endif
 
-extern unsigned char __start_emulated_shared[], __stop_emulated_shared[];
+// The object beside the memory makes it known to run_block, whatever template it is a part of.
+#define SMILE_SHARED(type, name, extents)                 \
+  alignas(128) static type name extents;                  \
+  static const emulation::Shared name##_shared(&name, sizeof(name))
 
 // ---- numbers ----
 
@@ -40,6 +49,8 @@ inline __nv_bfloat16 __float2bfloat16(float v) {
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 inline float __half2float(__half v) { return float(v.value); }
+inline float number(__nv_bfloat16 v) { return __bfloat162float(v); }
+inline float number(__half v) { return __half2float(v); }
 inline __half __float2half(float v) { return {_Float16(v)}; }
 inline int __popc(unsigned v) { return std::popcount(v); }
 
@@ -54,15 +65,30 @@ namespace emulation {
 
 enum class State { running, at_warp_barrier, at_block_barrier, done };
 
+// What a thread has asked to be copied, in groups of which the last is still open.
+struct Copy { void* to; const void* from; };
+using Copies = std::vector<std::vector<Copy>>;
+
 struct Fiber {
   ucontext_t start;
   jmp_buf place;
   std::unique_ptr<char[]> stack;  // null before it starts
   State state;
   dim3 thread;
+  Copies copies;
 };
 
 inline std::vector<Fiber> fibers;
+inline std::vector<std::pair<void*, size_t>> shared;
+
+// One array of shared memory.
+struct Shared {
+  Shared(void* memory, size_t size) {
+    shared.emplace_back(memory, size);
+    std::memset(memory, 0xff, size);
+  }
+};
+
 inline Fiber* current;
 inline jmp_buf scheduler;
 inline dim3 block, grid;
@@ -100,6 +126,8 @@ inline void fail(const char* what) {
   std::abort();
 }
 
+inline std::function<void()> of_warp[32];  // what lane 0 of a warp does for all of it at its next barrier
+
 inline bool release(size_t begin, size_t end, State barrier) {
   size_t waiting = 0, done = 0;
   for (size_t i = begin; i < end; ++i) {
@@ -108,16 +136,22 @@ inline bool release(size_t begin, size_t end, State barrier) {
   }
   if (waiting == 0 || waiting + done < end - begin) return false;
   if (done) fail("a barrier after which some threads had already left");
+  if (barrier == State::at_warp_barrier && of_warp[begin / 32]) {
+    for (size_t i = begin + 1; i < end; ++i)
+      if (exchange[i] != exchange[begin]) fail("a warp whose threads disagree about a matrix");
+    std::exchange(of_warp[begin / 32], nullptr)();
+  }
   for (size_t i = begin; i < end; ++i) fibers[i].state = State::running;
   return true;
 }
 
 inline void run_block(size_t threads) {
-  std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+  for (const auto& [memory, size] : shared) std::memset(memory, 0xff, size);
   if (fibers.size() < threads) fibers.resize(threads);
   for (size_t i = 0; i < threads; ++i) {
     fibers[i].state = State::running;
     fibers[i].thread = dim3(unsigned(i), 0, 0);
+    fibers[i].copies.assign(1, {});
   }
   for (bool progress = true; progress;) {
     progress = false;
@@ -131,6 +165,9 @@ inline void run_block(size_t threads) {
   }
   for (size_t i = 0; i < threads; ++i)
     if (fibers[i].state != State::done) fail("threads that wait for different barriers");
+  for (size_t i = 0; i < threads; ++i)
+    for (const auto& group : fibers[i].copies)
+      if (!group.empty()) fail("a copy that no thread waited for");
 }
 
 inline void launch(dim3 grid_, unsigned threads, std::function<void()> kernel_) {
@@ -150,7 +187,87 @@ template <class V> V shuffle(V value, unsigned source) {
   return value;
 }
 
+// ---- asynchronous copies ----
+
+inline void copy_async(void* to, const void* from) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) fail("an asynchronous copy that is not aligned");
+  current->copies.back().push_back({to, from});
+}
+
+inline void commit_copies() { current->copies.emplace_back(); }
+
+template <size_t kLeft> void wait_copies() {
+  Copies& copies = current->copies;
+  for (; copies.size() > kLeft + 1; copies.erase(copies.begin()))
+    for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, 16);
+}
+
+// ---- tensor cores ----
+
+// What the whole warp does at once: all its threads must come here with the same arguments.
+template <class Body> void together(const void* argument, size_t stride, const Body& body) {
+  const unsigned self = current->thread.x;
+  exchange[self] = uint64_t(uintptr_t(argument)) * 31 + stride;
+  if (self % 32 == 0) of_warp[self / 32] = std::cref(body);
+  wait(State::at_warp_barrier);
+}
+
 }  // namespace emulation
+
+// A fragment lies in lane 0 as a whole, and is NaN until it is written.
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major { static constexpr bool kRows = true; };
+struct col_major { static constexpr bool kRows = false; };
+enum layout_t { mem_row_major };
+
+template <class Use, int kM, int kN, int kK, class T, class Layout = row_major> struct fragment {
+  static_assert(kM == 16 && kN == 16 && kK == 16, "the only shape that is emulated");
+  float value[16][16];
+  fragment() { std::memset(value, 0xff, sizeof(value)); }
+};
+
+inline void check(const void* p, size_t stride_bytes) {
+  if (uintptr_t(p) % 32) emulation::fail("a matrix of the tensor cores that is not aligned to 32 bytes");
+  if (stride_bytes % 16) emulation::fail("a matrix of the tensor cores whose rows are not aligned to 16 bytes");
+}
+
+template <class F> void fill_fragment(F& f, float value) {
+  for (auto& row : f.value)
+    for (float& v : row) v = value;
+}
+
+template <class Use, class T, class Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* p, unsigned stride) {
+  check(p, stride * sizeof(T));
+  emulation::together(p, stride, [&] {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) f.value[i][j] = number(Layout::kRows ? p[i * stride + j] : p[j * stride + i]);
+  });
+}
+
+template <class A, class B, class C> void mma_sync(C& d, const A& a, const B& b, const C& c) {
+  emulation::together(nullptr, 0, [&] {
+    C sum = c;
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 16; ++j) sum.value[i][j] += a.value[i][k] * b.value[k][j];
+    d = sum;
+  });
+}
+
+template <class F> void store_matrix_sync(float* p, const F& f, unsigned stride, layout_t) {
+  check(p, stride * sizeof(float));
+  emulation::together(p, stride, [&] {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) p[i * stride + j] = f.value[i][j];
+  });
+}
+
+}  // namespace nvcuda::wmma
 
 #define threadIdx (emulation::current->thread)
 #define blockIdx (emulation::block)

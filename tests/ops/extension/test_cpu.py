@@ -149,10 +149,22 @@ def test_what_does_not_fit_is_named(change):
 
 def test_ids_out_of_range_are_refused():
     p = Problem.random(4, 24, 16, 3, 4, 2, 2)
-    for bad in (3, -1):
+    for bad in (3, -2):
         ids = torch.tensor([[0, 1]] * 3 + [[0, bad]], dtype=torch.int32)
-        with pytest.raises(RuntimeError, match=f"ids: holds {bad}"):
+        with pytest.raises(RuntimeError, match=f"ids: holds {bad}; expected 0 to 2, or -1 for no expert"):
             extension.apply(*p.arguments()[:7], torch.rand(4, 2), ids, False)
+
+
+@pytest.mark.parametrize("tokens", [6, 90])
+def test_an_id_of_minus_one_is_no_expert(tokens):
+    p = Problem.random(tokens, 24, 70, 3, 4, 2, 2)
+    weights, ids = extension.route(p.x, p.rows(), 2)
+    absent = torch.rand(tokens, 2) < 0.3
+    absent[1] = True
+    ids[absent], weights[absent] = -1, float("nan")
+    y, h = extension.apply(*p.arguments()[:7], weights, ids, True)
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
+    assert not h[absent].any()
 
 
 def test_opcheck():

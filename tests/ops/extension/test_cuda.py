@@ -12,7 +12,7 @@ import torch
 import triton
 
 from smile_kernels.testing import Problem, assert_close, expectations
-from tests.ops.extension.builds import CSRC, SANITIZERS, cached, emulated_library, run_sanitized
+from tests.ops.extension.builds import CSRC, EMULATION, HERE, SANITIZERS, cached, emulated_library, run_sanitized
 from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -30,6 +30,27 @@ def ops():
     namespace = torch.ops.smile_kernels_emulated
     names = ("route", "apply", "linear", "route_backward", "apply_backward")
     return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
+
+
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [
+        ("poison", "nan nan 0 0 0 0"),
+        ("copies", "nan nan 1 nan 1 5"),
+        ("aligned matrix", "0 0 0 0 0 0"),
+        ("forgotten copy", "a copy that no thread waited for"),
+        ("unaligned copy", "an asynchronous copy that is not aligned"),
+        ("unaligned matrix", "not aligned to 32 bytes"),
+        ("unaligned rows", "rows are not aligned to 16 bytes"),
+        ("lanes that disagree", "threads disagree about a matrix"),
+        ("barrier", "a barrier after which some threads had already left"),
+    ],
+)
+def test_the_emulation_notices(case, found):
+    command = ("c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", *EMULATION, HERE / "emulation_checks.cpp", "-o")
+    done = subprocess.run([cached("emulation_checks.out", command), case], capture_output=True, text=True)
+    assert found in done.stdout + done.stderr
+    assert (done.returncode == 0) == bool(done.stdout)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
@@ -83,6 +104,62 @@ def test_ties_extremes_and_nonfinite_rows(ops):
         assert torch.equal(ids[:2], ordinary[2][:2])
         assert weights.isfinite().all()
         assert all(torch.equal(a[4:], b[4:]) for a, b in zip((y, weights, ids), ordinary))
+
+
+@pytest.mark.parametrize("tokens", [7, 90], ids=["few", "many"])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("none", [-1, 6, 2**31 - 1, -(2**31)])
+def test_ids_outside_the_range_are_no_expert(ops, tokens, m, none):
+    p = Problem.random(tokens, 40, 72, 6, 5, 3, m)
+    weights, ids = ops.route(p.x, p.rows(), m)
+    absent = torch.rand(tokens, m) < 0.3
+    absent[3] = True
+    ids[absent] = none
+    weights[absent] = float("nan")
+    y, h = ops.apply(*p.arguments()[:7], weights, ids, True)
+    dy = torch.randn_like(y)
+    got = ops.apply_backward(dy, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h, 0xFF)
+    want = expectations(p, torch.where(absent, -1, ids), weights=weights, dy=dy)
+    assert not h[absent].any()
+    assert not got[7][absent].any()
+    assert_close("y", y, *want["y"])
+    for name, gradient in zip(("x", "weight", "bias", "vh", "s", "u", "expert_bias", "weights"), got):
+        assert_close(f"d{name}", gradient, *want[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_non_finite_expert_reaches_its_own_tokens_only(ops, dtype):
+    p = Problem.random(100, 40, 72, 4, 5, 3, 2, dtype=dtype)
+    y, weights, ids, h = ops.linear(*p.arguments(), 2, 3, True)
+    dy = torch.randn_like(y)
+    want = expectations(p, ids, weights=weights, dy=dy)
+    others = (ids != 2).all(1)
+    assert others.any()
+    assert not others.all()
+    p.u[2, 5, 1], p.u[2, 6, 2], p.vh[2, 4, 7] = float("inf"), float("nan"), float("inf")
+    bad = ops.linear(*p.arguments(), 2, 3, False)[0]
+    assert_close("y", bad[others], want["y"][0][others], want["y"][1])
+    assert not bad[~others][:, [5, 6]].isfinite().any()
+    saved = (p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h)
+    dx = ops.apply_backward(dy, *saved, 1)[0]
+    assert_close("dx", dx[others], want["x"][0][others], want["x"][1])
+
+
+def test_what_does_not_fit_is_named_in_the_backward(ops):
+    p = Problem.random(12, 24, 16, 3, 4, 2, 2)
+    y, weights, ids, h = ops.linear(*p.arguments(), 2, 2, True)
+    arguments = dict(
+        dy=y, x=p.x, weight=p.weight, vh=p.vh, s=p.s, u=p.u, expert_bias=p.expert_bias, weights=weights, ids=ids, h=h
+    )
+    for name in ("dy", "weight", "vh", "s", "u", "expert_bias", "weights", "ids", "h"):
+        wrong = {torch.float32: torch.float64, torch.int32: torch.int64}[arguments[name].dtype]
+        with pytest.raises(RuntimeError, match=f" {name}: has another dtype"):
+            ops.apply_backward(*(arguments | {name: arguments[name].to(wrong)}).values(), 0xFF)
+    arguments = dict(dweights=weights, x=p.x, router=p.vh, weights=weights, ids=ids)
+    for name in ("dweights", "router", "weights", "ids"):
+        wrong = {torch.float32: torch.float64, torch.int32: torch.int64}[arguments[name].dtype]
+        with pytest.raises(RuntimeError, match=f" {name}: has another dtype"):
+            ops.route_backward(*(arguments | {name: arguments[name].to(wrong)}).values(), 3)
 
 
 def test_largest_number_of_experts(ops):
