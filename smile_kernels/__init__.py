@@ -6,7 +6,7 @@
 __version__ = "0.1.0"
 
 from . import functional, integrations
-from .checkpoint import load_pretrained, save_pretrained
+from .checkpoint import calibrate_checkpoint, load_pretrained, save_pretrained
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
@@ -18,6 +18,7 @@ __all__ = [
     "SmileLinear",
     "backends",
     "calibrate",
+    "calibrate_checkpoint",
     "from_fusion_bench",
     "functional",
     "get_routing",

@@ -5,6 +5,7 @@ checkpoint is whole, or holds the experts only, beside the path of its base.
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,18 @@ from torch import Tensor, nn
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import replace_linear, smile_layers
-from .publishing import check_folder, output_folder, write_text
-from .routing import set_routing
+from .publishing import MANIFEST, check_folder, output_folder, write_text
+from .routing import CalibrationReport, RoutingPolicy, calibrate, set_routing
 from .storage import (
     StoredTensor,
+    add_tensors,
     parse_size,
     read_json,
     read_tensors,
     write_tensors,
 )
 
-__all__ = ["describe", "load_pretrained", "save_pretrained"]
+__all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrained"]
 
 
 def save_pretrained(
@@ -117,6 +119,58 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
         model = _base_model(config, smile, from_pretrained)
     _attach(model, smile, tensors)
     return model
+
+
+def calibrate_checkpoint(
+    folder: str | Path, *, routing: RoutingPolicy | None = None, seed: int = 0, **from_pretrained: Any
+) -> CalibrationReport:
+    """Calibrates a SMILE checkpoint on disk: `calibrate`, whose `router_prior` of each layer is stored with the rest.
+
+    The folder is replaced atomically; its other tensors and files stay as they are.
+
+    Args:
+        folder: a checkpoint that smile-kernels wrote.
+        routing: the policy that the loaded model is to follow; by default `RoutingPolicy.recommended`.
+        seed: as in `calibrate`.
+        **from_pretrained: for transformers' from_pretrained: device_map, where the model does not fit, ...
+
+    Raises:
+        ValueError: not a SMILE checkpoint, or a model that `calibrate` or the policy does not fit.
+        FileExistsError: the folder holds a file that smile-kernels did not write, or another process writes it.
+    """
+    source = Path(folder)
+    read_smile_config(source)
+    with output_folder(check_folder(source), {}, force=True) as output:
+        try:
+            for file in source.rglob("*"):
+                if file.is_file() and file.name != MANIFEST:
+                    target = output.output / file.relative_to(source)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, target)
+            report = add_calibration(output.output, routing, seed, **from_pretrained)
+        except BaseException:
+            output.discard()
+            raise
+        output.publish()
+    return report
+
+
+def add_calibration(
+    folder: Path, routing: RoutingPolicy | None, seed: int, **from_pretrained: Any
+) -> CalibrationReport:
+    """Adds `router_prior` and the policy to a checkpoint folder that is still being written."""
+    config = read_smile_config(folder)
+    model = load_pretrained(folder, **from_pretrained)
+    report = calibrate(model, seed=seed)
+    set_routing(model, routing or RoutingPolicy.recommended(model))
+    layers = smile_layers(model)
+    if missing := [name for name in config.modules if name not in layers]:
+        raise ValueError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
+    priors = [StoredTensor.of(f"{name}.router_prior", layers[name].router_prior) for name in config.modules]
+    add_tensors(folder, priors, file="router_prior.safetensors")
+    modules = {name: replace(module, router_prior=True) for name, module in config.modules.items()}
+    write_config(folder, read_config(folder), replace(config, modules=modules, routing=stored_routing(model)))
+    return report
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

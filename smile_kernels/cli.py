@@ -31,6 +31,7 @@ _PARAMETERS = (
     "exclude",
     "remaining",
     "routing",
+    "calibrate",
 )
 
 
@@ -53,10 +54,14 @@ def upscale(
         str | None, typer.Option(help="Where other tensors come from: base or average.  [default: base]")
     ] = None,
     routing: Annotated[
-        str | None, typer.Option(help="Whose scores count: token, sequence or causal.  [default: token]")
+        str | None, typer.Option(help="Whose scores count: token, sequence, causal or prompt.  [default: token]")
     ] = None,
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
+    half_life: Annotated[float | None, typer.Option(help="Tokens after which a token's share counts half.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Calibrate the routers; without --routing, take the recommended policy.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
     out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
@@ -99,8 +104,10 @@ def upscale(
             "remaining": remaining,
             "dtype": dtype,
         }
-        policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after}
-        given["routing"] = {name: value for name, value in policy.items() if value is not None} or None
+        policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
+        policy = {name: value for name, value in policy.items() if value is not None}
+        given["routing"] = (policy | {"calibrated": True} if calibrate else policy) if policy else None
+        given["calibrate"] = calibrate or None
         settings = _settings(config, {name: value for name, value in given.items() if value is not None})
         if out is None:
             raise ValueError("out: is not given; expected --out FOLDER")
@@ -135,6 +142,37 @@ def upscale(
         if first:
             print(report)
             print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+
+
+@app.command()
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint that smile-kernels wrote.")],
+    routing: Annotated[
+        str | None, typer.Option(help="Whose scores count: token, sequence, causal or prompt.  [default: recommended]")
+    ] = None,
+    accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
+    lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
+    half_life: Annotated[float | None, typer.Option(help="Tokens after which a token's share counts half.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the text that the model writes.")] = 0,
+    device_map: Annotated[str | None, typer.Option(help="As in transformers, for a model that does not fit.")] = None,
+) -> None:
+    """Find the constant part of every router's shares, which calibrated routing policies subtract; no data is needed.
+
+    A language model reads text that it writes itself. The folder is replaced once the result is whole.
+
+    \b
+    Example:
+      smile-kernels calibrate fused
+    """
+    with _errors():
+        from .checkpoint import calibrate_checkpoint
+        from .routing import RoutingPolicy
+
+        policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
+        policy = {name: value for name, value in policy.items() if value is not None}
+        options = {} if device_map is None else {"device_map": device_map}
+        chosen = RoutingPolicy.from_dict(policy | {"calibrated": True}) if policy else None
+        print(calibrate_checkpoint(folder, routing=chosen, seed=seed, **options))
 
 
 @app.command()

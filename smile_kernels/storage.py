@@ -221,6 +221,24 @@ def write_tensors(
     write_index(folder, shards, stem=stem)
 
 
+def add_tensors(folder: Path, tensors: list[StoredTensor], *, file: str) -> None:
+    """Adds tensors to a checkpoint of safetensors: in a `file` of their own where it is sharded, else to its one file.
+
+    Tensors of the same names are replaced.
+    """
+    index, files = _weight_files(folder)
+    names = {tensor.name for tensor in tensors}
+    if index is None:
+        write_shard(files[0], [*(t for t in read_safetensors(files[0]) if t.name not in names), *tensors])
+        return
+    write_shard(folder / file, tensors)
+    stored = read_json(index)
+    added = sum(t.nbytes for t in tensors if t.name not in stored["weight_map"])
+    stored["weight_map"] |= dict.fromkeys(names, file)
+    stored["metadata"]["total_size"] += added
+    write_text(index, json.dumps(stored, indent=2) + "\n")
+
+
 def plan_shards(
     tensors: Iterable[StoredTensor], *, stem: str, max_shard_size: int | str
 ) -> dict[str, list[StoredTensor]]:

@@ -6,7 +6,7 @@ same score over tokens and adds up its logarithm over layers; nothing is trained
 `cache.py` keeps what generation needs beside a KV cache, `calibration.py` finds what is constant in the scores.
 """
 
-from .calibration import CalibrationReport, calibrate
+from .calibration import CalibrationReport, calibrate, check_calibration
 from .control import check_routing, get_routing, set_routing, watch_routing
 from .policy import RoutingPolicy
 
@@ -14,6 +14,7 @@ __all__ = [
     "CalibrationReport",
     "RoutingPolicy",
     "calibrate",
+    "check_calibration",
     "check_routing",
     "get_routing",
     "set_routing",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import model_card
+from ..checkpoint import add_calibration, model_card
 from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
@@ -207,6 +207,7 @@ def upscale_checkpoints(
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
     routing: RoutingPolicy | None = None,
+    calibrate: bool = False,
     dtype: torch.dtype | None = None,
     experts_only: bool = False,
     max_shard_size: int | str = "5GB",
@@ -223,7 +224,9 @@ def upscale_checkpoints(
         out: new or empty.
         rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude: as in `upscale`.
         remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
-        routing: the policy that the loaded model follows; by default each token chooses for itself.
+        routing: the policy that the loaded model follows; by default each token chooses for itself, or
+            `RoutingPolicy.recommended` of a model that is calibrated.
+        calibrate: also `smile_kernels.calibrate` the result; the whole model is loaded for it.
         dtype: of the result; by default the base's, which the experts must share.
         experts_only: store the experts alone, beside the path of the base.
         max_shard_size: of one file.
@@ -243,6 +246,8 @@ def upscale_checkpoints(
         OSError: the disk is full.
     """
     check_request("experts", experts, num_experts_per_tok, remaining)
+    if routing is not None and routing.calibrated and not calibrate:
+        raise ValueError("routing: is calibrated; expected calibrate, without which no layer has a router_prior")
     # Ranks and counts are checked as the config they will stand in.
     config = SmileConfig(
         num_local_experts=len(experts),
@@ -251,7 +256,7 @@ def upscale_checkpoints(
         rank_of_router=rank_of_router,
         modules={},
         base_model_name_or_path=os.path.abspath(base) if experts_only else None,
-        routing=routing or RoutingPolicy(),
+        routing=RoutingPolicy() if calibrate or routing is None else routing,  # calibration sets it
     )
     parse_size(max_shard_size)
     check_device(device)
@@ -261,6 +266,7 @@ def upscale_checkpoints(
     target = check_folder(out, inputs=folders)
     job = _Job(base, experts, config, include, exclude, remaining, dtype, device)
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
+    settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
         output = OutputFolder(target, settings)
         if rank == 0:
@@ -274,6 +280,9 @@ def upscale_checkpoints(
             return UpscaleReport.load(target / "smile_report.json")
         report = _write(job, output, (rank, world, barrier), experts_only, max_shard_size, workers, progress)
         if rank == 0:
+            if calibrate:
+                report = replace(report, calibration=add_calibration(output.output, routing, seed=0))
+                report.save(output.output / "smile_report.json")
             output.publish()
         barrier()
     return report

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
-from ..routing import RoutingPolicy, check_routing, set_routing
+from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
+from ..routing import calibrate as calibrate_model
 from .decompose import decompose, in_threads
 from .layers import check_layer_ranks, fused_experts, is_conv1d, layers_of_model, linear_layers, select_layers
 from .report import UpscaleReport
@@ -30,6 +32,7 @@ def upscale(
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
     routing: RoutingPolicy | None = None,
+    calibrate: bool = False,
     inplace: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, UpscaleReport]:
@@ -49,7 +52,9 @@ def upscale(
         include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
         remaining: "base" keeps every other parameter and buffer as the base has it; "average" takes the mean of the
             fine-tuned models'.
-        routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself.
+        routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself,
+            or `RoutingPolicy.recommended` of a model that is calibrated.
+        calibrate: also `smile_kernels.calibrate` the model.
         inplace: change `model` itself, rather than a copy.
         progress: show a progress bar.
 
@@ -97,14 +102,19 @@ def upscale(
     )
     report = UpscaleReport([*(report for _, report in decomposed), *fused_experts(model)])
     factors = {report.name: factors for factors, report in decomposed if not report.skipped}
+    if calibrate:
+        check_calibration(model)
     if routing is not None:
-        check_routing(model, routing, dict.fromkeys(factors, len(finetuned)))
+        check_routing(model, routing, dict.fromkeys(factors, len(finetuned)), calibrating=calibrate)
     model = model if inplace else copy.deepcopy(model)
     linears = {name: linear for name, linear in linear_layers(model).items() if name in factors}
     if remaining == "average":
         _average_remaining(model, {id(p) for linear in linears.values() for p in linear.parameters()}, base, sources)
     for name, linear in linears.items():
         _replace(model, linear, factors[name], rank_of_router=rank_of_router, num_experts_per_tok=num_experts_per_tok)
+    if calibrate:
+        report = replace(report, calibration=calibrate_model(model))
+        routing = routing or RoutingPolicy.recommended(model)
     if routing is not None:
         set_routing(model, routing)
     return model, report

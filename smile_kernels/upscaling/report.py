@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..publishing import write_text
+from ..routing import CalibrationReport
 from ..storage import read_json
 from ..svd import Certificate
 
@@ -65,15 +66,21 @@ class UpscaleReport:
     """The report of every layer; printed as a table, saved as JSON."""
 
     layers: list[LayerReport]
+    calibration: CalibrationReport | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON; the file appears whole or not at all."""
-        write_text(Path(path), json.dumps({"layers": [asdict(layer) for layer in self.layers]}, indent=1) + "\n")
+        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "UpscaleReport":
         """The report that `save` wrote."""
-        return cls([LayerReport(**layer) for layer in read_json(Path(path))["layers"]])
+        stored = read_json(Path(path))
+        calibration = stored.get("calibration")
+        return cls(
+            [LayerReport(**layer) for layer in stored["layers"]],
+            calibration and CalibrationReport.from_dict(calibration),
+        )
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -90,4 +97,4 @@ class UpscaleReport:
         console = Console(width=120)
         with console.capture() as text:
             console.print(table)
-        return text.get().rstrip("\n")
+        return text.get().rstrip("\n") + (f"\n{self.calibration}" if self.calibration else "")

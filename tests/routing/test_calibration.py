@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from typer.testing import CliRunner
 
 import smile_kernels as sk
 from smile_kernels import SmileLinear
+from smile_kernels.cli import app
 from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
 from tests.routing.definition import (
     POLICIES,
@@ -155,3 +157,71 @@ def test_checkpoints_carry_the_prior(dtype, tmp_path):
                 assert torch.equal(layer.router_prior, model.get_submodule(name).router_prior), name
     low = model.to(torch.bfloat16).float()
     assert low.model.layers[0].mlp.up_proj.router_prior.dtype == torch.float32
+
+
+def folders(tmp_path) -> tuple[dict[str, str], list[str]]:
+    config = tf.LlamaConfig(**SIZES, intermediate_size=24, bos_token_id=1, eos_token_id=None)
+    for name in ("base", "one", "two"):
+        tf.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in ("base", "one", "two", "out", "again")}
+    arguments = ["upscale", "--base", paths["base"], "--expert", paths["one"], "--expert", paths["two"]]
+    return paths, [*arguments, "--rank-of-expert", "2", "--rank-of-router", "2", "--exclude", "lm_head"]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("shards", [(), ("--out-shard-size", "8KB")], ids=["one file", "shards"])
+def test_folders_are_calibrated_by_either_command(shards, tmp_path):
+    paths, arguments = folders(tmp_path)
+    assert "calibrated on 1280 tokens (written)" in run(*arguments, *shards, "--out", paths["out"], "--calibrate")
+    run(*arguments, *shards, "--out", paths["again"])
+    assert "calibrated on 1280 tokens" in run("calibrate", paths["again"])
+    one, two = (sk.load_pretrained(paths[name]) for name in ("out", "again"))
+    for model in (one, two):
+        assert get_routing(model) == RoutingPolicy("causal", accumulate=True, calibrated=True, lock_after=1)
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(t, two.state_dict()[name]) for name, t in one.state_dict().items())
+    in_memory = sk.load_pretrained(paths["out"])
+    calibrate(in_memory)
+    assert all(torch.equal(t, one.state_dict()[name]) for name, t in in_memory.state_dict().items())
+    run("calibrate", paths["again"], "--routing", "causal", "--half-life", "8", "--seed", "1")
+    assert get_routing(sk.load_pretrained(paths["again"])) == RoutingPolicy("causal", calibrated=True, half_life=8)
+
+
+def test_a_folder_keeps_what_smile_kernels_did_not_write(tmp_path):
+    paths, arguments = folders(tmp_path)
+    run(*arguments, "--out", paths["out"])
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    result = CliRunner().invoke(app, ["calibrate", paths["out"]])
+    assert result.exit_code != 0
+    assert "notes.txt" in result.output
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"^routing: is calibrated; expected calibrate"):
+        sk.upscale_checkpoints(
+            paths["base"],
+            [paths["one"]],
+            paths["again"],
+            rank_of_expert=2,
+            rank_of_router=2,
+            routing=RoutingPolicy(calibrated=True),
+        )
+
+
+def test_upscale_calibrates():
+    config = tf.LlamaConfig(**SIZES, intermediate_size=24, bos_token_id=1, eos_token_id=None)
+    base, finetuned = tf.LlamaForCausalLM(config), [tf.LlamaForCausalLM(config) for _ in range(2)]
+    options = {"rank_of_expert": 2, "rank_of_router": 2, "exclude": ["lm_head"], "progress": False}
+    model, report = sk.upscale(base, finetuned, **options, calibrate=True)
+    assert get_routing(model) == RoutingPolicy.recommended(model)
+    assert report.calibration.source == "written"
+    plain = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"^inputs: Sequential says no kind of input"):
+        sk.upscale(plain, [nn.Sequential(nn.Linear(8, 8))], **options | {"exclude": None}, calibrate=True, inplace=True)
+    assert type(plain[0]) is nn.Linear
+    with pytest.raises(ValueError, match=r"^calibrated: is True"):
+        sk.upscale(base, finetuned, **options, routing=RoutingPolicy(calibrated=True), inplace=True)
+    assert isinstance(base.model.layers[0].mlp.up_proj, nn.Linear)
