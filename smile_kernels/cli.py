@@ -103,11 +103,9 @@ def upscale(
             "exclude": exclude,
             "remaining": remaining,
             "dtype": dtype,
+            "routing": _policy(routing, accumulate, lock_after, half_life, calibrate),
+            "calibrate": calibrate or None,
         }
-        policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
-        policy = {name: value for name, value in policy.items() if value is not None}
-        given["routing"] = (policy | {"calibrated": True} if calibrate else policy) if policy else None
-        given["calibrate"] = calibrate or None
         settings = _settings(config, {name: value for name, value in given.items() if value is not None})
         if out is None:
             raise ValueError("out: is not given; expected --out FOLDER")
@@ -144,6 +142,15 @@ def upscale(
             print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
 
 
+def _policy(
+    scope: str | None, accumulate: bool, lock_after: int | None, half_life: float | None, calibrated: bool
+) -> dict[str, Any] | None:
+    """The fields of the routing policy that options set; None where they set none."""
+    policy = {"scope": scope, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
+    policy = {name: value for name, value in policy.items() if value is not None}
+    return policy | ({"calibrated": True} if calibrated else {}) if policy else None
+
+
 @app.command()
 def calibrate(
     folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint that smile-kernels wrote.")],
@@ -168,10 +175,9 @@ def calibrate(
         from .checkpoint import calibrate_checkpoint
         from .routing import RoutingPolicy
 
-        policy = {"scope": routing, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
-        policy = {name: value for name, value in policy.items() if value is not None}
+        policy = _policy(routing, accumulate, lock_after, half_life, calibrated=True)
         options = {} if device_map is None else {"device_map": device_map}
-        chosen = RoutingPolicy.from_dict(policy | {"calibrated": True}) if policy else None
+        chosen = None if policy is None else RoutingPolicy.from_dict(policy)
         print(calibrate_checkpoint(folder, routing=chosen, seed=seed, **options))
 
 
