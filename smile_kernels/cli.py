@@ -106,9 +106,7 @@ def upscale(
             "routing": _policy(routing, accumulate, lock_after, half_life, calibrate),
             "calibrate": calibrate or None,
         }
-        settings = _settings(config, {name: value for name, value in given.items() if value is not None})
-        if out is None:
-            raise ValueError("out: is not given; expected --out FOLDER")
+        settings = _settings(config, {name: value for name, value in given.items() if value is not None}, out)
         import torch
 
         from .routing import RoutingPolicy
@@ -446,7 +444,7 @@ def _show_backends(device_type: str, console: Console) -> None:
         console.print("smile-kernels doctor --forget chooses it again", markup=False, highlight=False)
 
 
-def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> dict[str, Any]:
     """The settings of the YAML file and those given as options, which set each at most once."""
     settings = _from_yaml(config) if config else {}
     for name in given:
@@ -457,6 +455,8 @@ def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         if name not in settings:
             option = {"experts": "expert"}.get(name, name).replace("_", "-")
             raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
+    if out is None:
+        raise ValueError("out: is not given; expected --out FOLDER")
     return settings
 
 
