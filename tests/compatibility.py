@@ -52,9 +52,8 @@ def installed() -> list[tuple[str, str, str]]:
     return list(found.values())
 
 
-def record(arguments: list[str], outcomes: Outcomes, seconds: float) -> str:
+def record(commit: str, arguments: list[str], outcomes: Outcomes, seconds: float) -> str:
     """The text of one record: what was installed, what was run, how it ended."""
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.counts.items() if count) or "no test ran"
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     lines = [
@@ -87,8 +86,9 @@ def write(name: str, text: str) -> None:
 def main() -> int:
     name, *arguments = sys.argv[1:]
     outcomes, started = Outcomes(), time.monotonic()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     status = pytest.main([*arguments], plugins=[outcomes])
-    write(name, record(arguments, outcomes, time.monotonic() - started))
+    write(name, record(commit, arguments, outcomes, time.monotonic() - started))
     return int(status)
 
 
