@@ -112,6 +112,8 @@ def _forward_calls(row: Row, copies: list[Problem]) -> tuple[dict[str, Call], di
             calls[name] = lambda p, built=built: built[id(p)](p.x)
         except CannotRunError as reason:
             cannot[name] = str(reason)
+        except Exception as error:  # whatever a peer raises is why it cannot run
+            cannot[name] = f"raised {type(error).__name__}: {error}"[:500]
     wanted = calls if row.only is None else row.only
     return {name: call for name, call in calls.items() if name in wanted and name not in row.skip}, cannot
 
@@ -301,9 +303,9 @@ def soak(job: Soak, seed: int | None = None) -> Record:
         linear, apply = draw.choice([p for p in paths if p[0] != "decode_one_launch" and " ".join(p) not in job.skip])
         shape = (tokens, d, o, *astuple(setting))
         try:
-            perform(Check("triton", job.device, dtype, False, (shape,), linear, apply, seed=seed))
+            perform(Check("triton", job.device, dtype, False, shape, linear, apply, seed=seed))
         except AssertionError as error:
-            raise AssertionError(f"{linear} {apply}, {dtype}, seed {seed}: {error}") from None
+            raise AssertionError(f"{linear} {apply}, {dtype}, {shape}, seed {seed}: {error}") from None
         count += 1
     return {"agreed": count}
 

@@ -125,7 +125,7 @@ def kernels(part: Record) -> str:
 
 def failures(part: Record) -> str:
     """What failed: paths against the reference, rows, tests. One line each."""
-    lines = [f"path {c['name']}: {c['failure']}" for c in part["checks"] if c["failure"]]
+    lines = [f"{c['name']}: {c['failure']}" for c in part["checks"] if c["failure"]]
     for record in part["records"]:
         if record.get("failure"):
             lines.append(f"row {record['name']}: {record['failure']}")
@@ -141,7 +141,7 @@ def summary(part: Record) -> str:
     agreed = sum(check["failure"] is None for check in checks)
     soaked = sum(record.get("agreed", 0) for record in part["records"])
     return (
-        f"{agreed} of {len(checks)} paths agree with the float64 reference, and {soaked} random layers; "
+        f"{agreed} of {len(checks)} checks of paths agree with the float64 reference, and {soaked} random layers; "
         f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped."
     )
 

@@ -382,7 +382,9 @@ def _verify(device_types: tuple[str, ...], report: Path | None, console: Console
     for device_type, result in results.items():
         wrong = [check for check in result["checks"] if check["failure"] is not None]
         total = len(result["checks"])
-        console.print(f"{device_type}: {total - len(wrong)} of {total} paths agree with the reference", highlight=False)
+        console.print(
+            f"{device_type}: {total - len(wrong)} of {total} checks agree with the reference", highlight=False
+        )
         for check in wrong:
             console.print(f"  {check['name']}: {check['failure']}", markup=False, highlight=False, soft_wrap=True)
     said = "attach it to a bug report" if failed else "written"

@@ -93,7 +93,7 @@ def run_all(
         workers: what runs the jobs, side by side.
         jobs: in the order in which they begin.
         seconds: after which a job is ended as hung.
-        deadline: on the clock of `time.monotonic`, after which no job is begun; those are not reported.
+        deadline: on the clock of `time.monotonic`; what was not begun or has not ended by then is not reported.
         report: told of each job and its outcome, one at a time.
     """
     lock, waiting, done = threading.Lock(), iter(jobs), object()
@@ -105,6 +105,8 @@ def run_all(
             if job is done:
                 return
             outcome = worker(job, min(seconds, left))
+            if left < seconds and outcome.failure is not None and outcome.failure.startswith("hung"):
+                return
             with lock:
                 report(job, outcome)
 

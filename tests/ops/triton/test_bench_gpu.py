@@ -77,9 +77,9 @@ def test_broken_paths_are_named_and_the_rest_is_measured(tmp_path, monkeypatch, 
 
     text = printed[printed.index("A REHEARSAL") :]
     assert len(text.encode()) < 10_000
-    assert "5 of 8 paths agree" in text
+    assert "5 of 8 checks of paths agree" in text
     for path in failed:
-        assert f"- path triton {path} bfloat16 inference: {found[tuple(path.split())]}" in text
+        assert f"- triton {path} bfloat16 inference, T5 48 to 32 N3 r4 g2 top-1: {found[tuple(path.split())]}" in text
     assert "Nothing was timed." in text
 
     # Nothing takes it for a measurement.
@@ -173,7 +173,7 @@ def test_soak_passes_and_names_what_fails(device, monkeypatch):
     assert gpu_rows.soak(job)["agreed"] > 0
     linear = backend.linear
     monkeypatch.setattr(backend, "linear", lambda *args: (linear(*args)[0] + 9, *linear(*args)[1:]))
-    with pytest.raises(AssertionError, match=r"torch\.\w+, seed \d+: T \d.* y: off by"):
+    with pytest.raises(AssertionError, match=r"torch\.\w+, \(.*\), seed \d+: y: off by"):
         gpu_rows.soak(job)
 
 
@@ -233,7 +233,7 @@ def test_tables_and_aims_of_made_up_records():
     assert "| mistral-7b.q, N8 r32 g16 top-1 | 1 | 15.0 | 1.04 | 1.10 | 1.05 |" in gpu_tables.forward(part, "graph")
     assert gpu_tables.faster_paths(part) == "q T1 graph: chosen 1.10, decode fused 1.05"
     assert gpu_tables.failures(part) == "- row q T4 graph: hung: no answer within 30 s\n- test t.py::x: E no"
-    assert "0 of 0 paths agree" in gpu_tables.summary(part)
+    assert "0 of 0 checks of paths agree" in gpu_tables.summary(part)
     # Without the machine's limits there is no floor and no aim, but what was timed is shown.
     unlimited = {**part, "limits": []}
     assert "| 1.10 (–) | 1.30 (–) |" in gpu_tables.headline(unlimited)
