@@ -327,8 +327,8 @@ def doctor(
 ) -> None:
     """Show versions, devices, which backend would run on each, and why the others would not.
 
-    --verify runs every path of this machine's backends, in processes that may crash or hang: about a minute on a GPU,
-    seconds on a CPU. Paths that fail are not chosen on this machine again, until a new version, --verify or --forget.
+    --verify runs every path of this machine's backends, in processes that may crash or hang: seconds on a CPU; on a GPU
+    kernels are compiled first. Paths that fail are not chosen here again, until a new version, --verify or --forget.
     """
     import torch
 

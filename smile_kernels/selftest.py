@@ -3,7 +3,6 @@
 `smile-kernels doctor --verify` runs it for users, `bench.gpu` before it times anything.
 """
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +110,6 @@ def perform(check: Check) -> float:
 @contextmanager
 def taking_path(check: Check) -> Iterator[None]:
     """The path of a check, in memory that holds NaN wherever nothing was written."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
