@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import router_scores
 from ..nn import SmileLinear, smile_layers
 from .cache import cache_in
 from .control import get_routing, set_routing, watch_tokens
-from .policy import Routing, RoutingPolicy, energy_shares
+from .policy import Routing, RoutingPolicy, energy_shares, router_energies
 
 __all__ = ["CalibrationReport", "LayerBias", "calibrate", "check_calibration"]
 
@@ -148,7 +147,7 @@ def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterato
     def reader(name: str) -> Callable[[SmileLinear, Tensor], Routing]:
         def read(layer: SmileLinear, x: Tensor) -> Routing:
             rows = layer.vh if layer.router is None else layer.router
-            p = energy_shares(router_scores(x.to(rows.dtype), rows, rank_of_router=layer.rank_of_router))
+            p = energy_shares(router_energies(x.to(rows.dtype), rows[:, : layer.rank_of_router]))
             voting = p.sum(-1) > 0
             real = tokens()
             if real is not None and real.shape == voting.shape:

@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Routing", "RoutingPolicy", "block_numbers", "energy_shares", "log_evidence", "running_sums"]
+from ..ops.reference import accumulate_dtype
+
+__all__ = [
+    "Routing",
+    "RoutingPolicy",
+    "block_numbers",
+    "energy_shares",
+    "log_evidence",
+    "router_energies",
+    "running_sums",
+]
 
 Routing = tuple[Tensor, Tensor]  # (weights [..., m], ids [..., m] int32)
 
@@ -159,17 +169,25 @@ def block_numbers(names: Iterable[str]) -> dict[str, int]:
     return {name: order[key or first_block] for name, key in zip(names, keys)}
 
 
-def energy_shares(scores: Tensor) -> Tensor:
-    """p_i = score_i^2 / sum_j score_j^2 over the last dimension; all 0 where the scores are. NaN counts as 0."""
-    scores = scores.nan_to_num(nan=0.0)
-    ratio = scores / scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    energy = ratio.square()
-    # A share that vanishes in rounding is still evidence; only a score of 0 is none.
-    share = (energy / energy.sum(-1, keepdim=True).clamp_min(1)).clamp_min(_LEAST)
-    return torch.where(scores > 0, share, 0)
+def router_energies(x: Tensor, router: Tensor) -> Tensor:
+    """E_i = ||router_i x||^2: x [..., D], router [N, g, D] -> [..., N] float32 (float64 for float64)."""
+    acc = accumulate_dtype(x)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return router_energies(x, router)
+    products = F.linear(x.to(acc), router.to(acc).reshape(-1, router.shape[-1]))
+    return products.unflatten(-1, router.shape[:2]).square().sum(-1)
 
 
-_LEAST = 1e-30
+def energy_shares(energies: Tensor) -> Tensor:
+    """p_i = E_i / sum_j E_j over the last dimension; all 0 where the energies are. NaN counts as 0."""
+    energies = energies.nan_to_num(nan=0.0, posinf=_MOST).clamp_max(_MOST)
+    shares = energies / energies.sum(-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
+    # A share that vanishes in rounding is still evidence; only an energy of 0 is none.
+    return torch.where(energies > 0, shares.clamp_min(_LEAST), 0)
+
+
+_LEAST, _MOST = 1e-30, 1e36
 
 
 def log_evidence(sums: Tensor, accumulate: bool, prior: Tensor | None = None) -> Tensor:
@@ -177,11 +195,15 @@ def log_evidence(sums: Tensor, accumulate: bool, prior: Tensor | None = None) ->
     logs = sums.clamp_min(_LEAST).log()
     if prior is not None:
         logs = logs - prior
-    if accumulate:
-        present = sums > 0
-        mean = torch.where(present, logs, 0).sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp_min(1)
-        logs = torch.where(present, logs, mean)
-    return logs
+    if not accumulate or (sums.device.type == "cpu" and not torch.compiler.is_compiling() and _all_positive(sums)):
+        return logs
+    present = sums > 0
+    mean = torch.where(present, logs, 0).sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(present, logs, mean)
+
+
+def _all_positive(sums: Tensor) -> bool:
+    return sums.numel() > 0 and bool(sums.min() > 0)
 
 
 def running_sums(shares: Tensor, factors: Tensor | None, before: Tensor | None = None) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import router_scores, select_experts
+from ..functional import select_experts
 from ..nn import SmileLinear
 from .cache import PROMPT, Key, Memory, cache_in
-from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, running_sums
+from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, router_energies, running_sums
 from .tokens import Tokens
 
 __all__ = ["LayerPolicy", "RootRouting"]
@@ -292,8 +292,8 @@ class ForwardPass:
         """p [B, S, N] of the layer's input x [..., D], 0 on padding."""
         rows = layer.vh if layer.router is None else layer.router
         # Autocast leaves some inputs in another dtype than the parameters: the router works in the latter.
-        scores = router_scores(x.detach().to(rows.dtype), rows, rank_of_router=layer.rank_of_router)
-        shares = energy_shares(scores).view(*self.tokens.shape(x), layer.num_local_experts)
+        energies = router_energies(x.detach().to(rows.dtype), rows[:, : layer.rank_of_router])
+        shares = energy_shares(energies).view(*self.tokens.shape(x), layer.num_local_experts)
         real = self.tokens.real_of(x)
         return shares if real is None else torch.where(real[..., None].to(shares.device), shares, 0)
 
@@ -336,6 +336,8 @@ class ForwardPass:
 
     def _spread(self, choice: Routing, x: Tensor) -> Routing:
         """One choice a sequence, or a token, as one for each row of x."""
+        if choice[1].shape[:-1] == x.shape[:-1] and choice[1].device == x.device:
+            return choice
         length = self.tokens.shape(x)[1]
 
         def spread(t: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ class Tokens:
 
     def shape(self, x: Tensor) -> tuple[int, int]:
         """(sequences, rows of x in each) for a layer's input x [..., D]."""
+        if x.dim() == 3 and x.shape[0] == self.batch and x.shape[1] == self.length:
+            return self.batch, self.length
         leading = x.shape[:-1]
         batch = self.batch if self.batch is not None else (leading[0] if leading else 1)
         if self._is_encoders(x):

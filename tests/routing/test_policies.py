@@ -16,7 +16,7 @@ from smile_kernels.cli import app
 from smile_kernels.integrations import distributed
 from smile_kernels.ops import composed
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
-from smile_kernels.routing.policy import block_numbers
+from smile_kernels.routing.policy import block_numbers, router_energies
 from smile_kernels.testing import Problem, assert_close, expectations
 from tests.routing.definition import (
     POLICIES,
@@ -136,8 +136,9 @@ def test_command_line_sets_the_policy(tmp_path):
 def test_locked_layers_compute_no_scores(monkeypatch):
     model = bert()
     calls = []
-    scores = functional.router_scores
-    monkeypatch.setattr("smile_kernels.routing.state.router_scores", lambda *a, **k: calls.append(1) or scores(*a, **k))
+    monkeypatch.setattr(
+        "smile_kernels.routing.state.router_energies", lambda *a: calls.append(1) or router_energies(*a)
+    )
     set_routing(model, POLICIES["sequence+layers, lock 1"])
     logits(model, input_ids=tokens(2, 5))
     assert len(calls) == 6

@@ -114,7 +114,7 @@ class RememberedRouting:
         self.due = first + routers
         tokens, scored = scores.shape[:2]
         if scored:
-            sums = energy_shares(scores)
+            sums = energy_shares(scores.square())
             if self.policy.scope == "causal":
                 sums = torch.ops.vllm.smile_running_sums(sums, first, self.cache_name)
             logs = log_evidence(sums, self.policy.accumulate)
