@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 app = typer.Typer(
@@ -93,7 +101,7 @@ def upscale(
         exclude: ["*lm_head"]
     """
     with _errors():
-        given = {
+        given: dict[str, Any] = {
             "base": base,
             "experts": expert,
             "rank_of_expert": None if rank_of_expert is None else _number("rank_of_expert", rank_of_expert),
@@ -119,7 +127,7 @@ def upscale(
         first = int(os.environ.get("RANK", 0)) == 0
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not first) as progress:
-            bars = {}
+            bars: dict[str, TaskID] = {}
 
             def advance(stage: str, done: int, total: int) -> None:
                 bar = bars[stage] if stage in bars else bars.setdefault(stage, progress.add_task(stage, total=total))
@@ -360,7 +368,8 @@ def _verify(device_types: tuple[str, ...], report: Path | None, console: Console
     from .storage import write_text
     from .worker import Worker
 
-    results, left_out, failed = {}, {}, 0
+    results: dict[str, dict[str, Any]] = {}
+    left_out, failed = {}, 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for device_type in device_types:
@@ -555,7 +564,7 @@ def _span(values: list[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

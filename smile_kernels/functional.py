@@ -80,10 +80,8 @@ def smile_linear(
     """
     if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, vh, u, expert_bias, router = (
-            t.to(dtype) if t is not None and t.dtype != torch.float64 else t
-            for t in (x, weight, bias, vh, u, expert_bias, router)
-        )
+        x, weight, vh, u = (_cast(t, dtype) for t in (x, weight, vh, u))
+        bias, expert_bias, router = (None if t is None else _cast(t, dtype) for t in (bias, expert_bias, router))
     _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router)
     leading = x.shape[:-1]
     is_flat = x.dim() == 2  # a view costs a microsecond, a small layer tens of them
@@ -175,6 +173,10 @@ def select_experts(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Te
 
 def _autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == torch.float64 else t.to(dtype)
 
 
 def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> ValueError:

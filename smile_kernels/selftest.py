@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -146,15 +147,15 @@ def check_routing(p: Problem, weights: torch.Tensor, ids: torch.Tensor) -> None:
 
 
 def _check_training(check: Check, p: Problem) -> None:
-    leaves = {name: t.detach().requires_grad_() for name, t in p.tensors().items()}
+    leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in p.tensors().items()}
     p = replace(p, **leaves)
     _, ids = reference.route(p.x.detach().double(), p.rows().detach().double(), p.num_experts_per_tok)
-    options = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router}
+    options: dict[str, Any] = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router}
     generator = torch.Generator(check.device).manual_seed(0)
     with taking_path(check):
         y = smile_linear(*p.arguments(), **options, backend=check.backend)
         dy = torch.randn(y.shape, generator=generator, device=check.device).to(check.dtype)
-        got = dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy)))
+        got = dict(zip(leaves, torch.autograd.grad(y, tuple(leaves.values()), dy)))
     want = expectations(p, ids, dy=dy)
     assert_close("y", y.detach(), *want["y"], slack=_SLACK[check.dtype])
     for name, gradient in got.items():

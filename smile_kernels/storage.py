@@ -107,9 +107,9 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             if tensor.name in tensors:
                 raise ValueError(f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file}, too; expected one")
             tensors[tensor.name] = tensor
-    for name in weight_map or ():
+    for name, held in (weight_map or {}).items():
         if name not in tensors:
-            raise ValueError(f"{index}: tensor {name!r} is not in {folder / weight_map[name]}; expected it there")
+            raise ValueError(f"{index}: tensor {name!r} is not in {folder / held}; expected it there")
     return tensors
 
 

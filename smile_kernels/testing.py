@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +76,12 @@ class Problem:
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same problem in another dtype; `s` in float32 or float64."""
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        return replace(self, **{name: t.to(acc if name == "s" else dtype) for name, t in self.tensors().items()})
+        tensors: dict[str, Any] = self.tensors()
+        return replace(self, **{name: t.to(acc if name == "s" else dtype) for name, t in tensors.items()})
 
-    def arguments(self) -> tuple:
+    def arguments(
+        self,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Positional arguments of `functional.smile_linear` and of the operators."""
         return self.x, self.weight, self.bias, self.vh, self.s, self.u, self.expert_bias, self.router
 
@@ -98,16 +102,18 @@ def expectations(
     """
     values = []
     for p, layer in ((problem.to(torch.float64), reference.apply), (problem, _plain)):
-        leaves = {name: t.detach().clone().requires_grad_(dy is not None) for name, t in p.tensors().items()}
+        leaves: dict[str, Any] = {
+            name: t.detach().clone().requires_grad_(dy is not None) for name, t in p.tensors().items()
+        }
         if weights is not None:
             leaves["weights"] = weights.detach().to(p.s.dtype).requires_grad_(dy is not None)
         p = replace(p, **{name: t for name, t in leaves.items() if name != "weights"})
         w = leaves.get("weights")
         if w is None:
             w = reference.scores(p.x, p.rows()).gather(1, ids.long()).softmax(-1)
-        out = {"y": layer(*p.arguments()[:7], w, ids)}
+        out: dict[str, Tensor] = {"y": layer(*p.arguments()[:7], w, ids)}
         if dy is not None:
-            gradients = torch.autograd.grad(out["y"], leaves.values(), dy.to(out["y"].dtype), allow_unused=True)
+            gradients = torch.autograd.grad(out["y"], tuple(leaves.values()), dy.to(out["y"].dtype), allow_unused=True)
             out |= {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), gradients)}
         values.append({name: t.detach() for name, t in out.items()})
     exact, plain = values
@@ -154,8 +160,9 @@ def taking(linear: str, apply: str) -> Iterator[None]:
     from .ops.triton import configs
 
     before = configs.linear_path, configs.apply_path
-    configs.linear_path, configs.apply_path = lambda *_: linear, lambda *_: apply
+    chosen: Any = configs
+    chosen.linear_path, chosen.apply_path = lambda *_: linear, lambda *_: apply
     try:
         yield
     finally:
-        configs.linear_path, configs.apply_path = before
+        chosen.linear_path, chosen.apply_path = before

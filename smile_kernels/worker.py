@@ -72,8 +72,9 @@ class Worker:
         process.join(0.2)  # one that is ending anyway has an exit status of its own
         if process.is_alive():
             try:
+                assert process.pid is not None
                 os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
-            except (OSError, TypeError):
+            except OSError:
                 process.kill()
         process.join(10)
         return process.exitcode

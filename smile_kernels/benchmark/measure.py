@@ -60,7 +60,7 @@ def interleave(
         repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS / once)))
         spent += once * repeats[name]
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, round(seconds / spent)))
-    samples = {name: {"wall_us": [], "process_us": []} for name in calls}
+    samples: dict[str, dict[str, list[float]]] = {name: {"wall_us": [], "process_us": []} for name in calls}
     order, shuffle = list(calls), random.Random(seed)
     for _ in range(rounds):
         shuffle.shuffle(order)
@@ -195,20 +195,21 @@ def _prepare(
     x = problem.x
     if dy is None:
         layer, _ = peer.build(problem, weights, ids)
-        call = functools.partial(torch.no_grad()(layer), x)
+        call: Callable[[], Any] = functools.partial(torch.no_grad()(layer), x)
         got = {"y": call()}
     else:
-        leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors().items()}
+        leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in problem.tensors().items()}
         layer, parameters = peer.build(replace(problem, **leaves), weights, ids)
         x = leaves["x"]
         if not parameters:
             raise CannotRunError("it has no backward")
         wanted = [x, *(p for p in parameters if p.requires_grad)]
 
-        def call() -> tuple[Tensor | None, ...]:
+        def gradients() -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(layer(x), wanted, dy, allow_unused=True)
 
-        got = {"y": layer(x).detach(), "x": call()[0]}
+        call = gradients
+        got = {"y": layer(x).detach(), "x": gradients()[0]}
     if name != BASELINE:
         for tensor, value in got.items():
             assert_close(tensor, value[rows], *want[tensor])

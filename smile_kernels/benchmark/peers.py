@@ -140,7 +140,7 @@ def _fusion_bench(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
         raise CannotRunError(f"fusion_bench is not installed ({error})") from error
     n, r = problem.s.shape
     out_features, in_features = problem.weight.shape
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(
         num_local_experts=n,
         rank_of_expert=r,
         rank_of_router=problem.rank_of_router,
@@ -186,7 +186,7 @@ def _peft(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     for i in range(n):
         tensors[f"lora_A.{i}.weight"] = _svh(problem, i)
         tensors[f"lora_B.{i}.weight"] = problem.u[i]
-        if with_bias:
+        if problem.expert_bias is not None:
             tensors[f"lora_B.{i}.bias"] = problem.expert_bias[i]
     layer = model[0]
     layer.load_state_dict(tensors, assign=True)
@@ -244,7 +244,7 @@ def _vllm_moe_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     b = problem.u[None].contiguous()
     of_token = torch.zeros(tokens, dtype=torch.int32, device=device)
     enabled, one = torch.ones(2, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32)
-    tiles = {}
+    tiles: dict[str, Any] = {}
     for half in ("shrink", "expand"):
         chosen = get_lora_op_configs(
             f"fused_moe_lora_w13_{half}",

@@ -12,6 +12,7 @@ FSDP2 shards a model of one dtype as it is; for a low-precision model see `repli
 
 import fnmatch
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,11 @@ class ColwiseSmile(ParallelStyle):
             placement = Shard(self.shards[name]) if name in self.shards else Replicate()
             sharded = nn.Parameter(distribute_tensor(p, device_mesh, [placement]), requires_grad=p.requires_grad)
             module.register_parameter(name, sharded)
-        module.forward = functools.partial(self.forward, module, device_mesh)
+        module.__dict__["forward"] = functools.partial(self.forward, module, device_mesh)
         return module
 
-    def forward(self, layer: SmileLinear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    def forward(self, layer: Any, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        """y of a SmileLinear whose parameters are DTensors."""
         _refuse_policy(layer)
         x = _summed_gradient(_dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Replicate()]))
         y = smile_linear(
@@ -110,7 +112,8 @@ class RowwiseSmile(ColwiseSmile):
             use_local_output=use_local_output,
         )
 
-    def forward(self, layer: SmileLinear, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    def forward(self, layer: Any, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        """y of a SmileLinear whose parameters are DTensors."""
         _refuse_policy(layer)
         x = _dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Shard(x.dim() - 1)]).to_local()
         vh = layer.vh.to_local()
@@ -158,7 +161,9 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     plan = getattr(model, "tp_plan", None)
     if not plan:
         raise ValueError(f"model: {type(model).__name__} has no tp_plan; expected one of transformers")
-    styles = {}
+    styles: dict[str, ParallelStyle] = {}
+    column: type[ParallelStyle]
+    row: type[ParallelStyle]
     for name, module in model.named_modules():
         smile = isinstance(module, SmileLinear)
         style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
@@ -195,7 +200,8 @@ def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Para
             "a model of one dtype without a mixed-precision policy"
         )
 
-    def average(p: nn.Parameter) -> None:
+    def average(p: Tensor) -> None:
+        assert p.grad is not None
         gradient = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
         torch.distributed.all_reduce(gradient, group=mesh.get_group())
         gradient.div_(mesh.size())
@@ -210,7 +216,7 @@ def _dtensor(x: Tensor, mesh: DeviceMesh, layout: Placement, features: int) -> D
     """x as a DTensor of `features` columns, which need not divide evenly over the ranks."""
     if isinstance(x, DTensor):
         return x
-    if not (layout.is_shard() and layout.dim in (-1, x.dim() - 1)):
+    if not (isinstance(layout, Shard) and layout.dim in (-1, x.dim() - 1)):
         return DTensor.from_local(x, mesh, [layout], run_check=False)
     shape = torch.Size((*x.shape[:-1], features))
     stride = torch.empty(shape, device="meta").stride()
@@ -221,7 +227,7 @@ def _local(p: DTensor | None) -> Tensor | None:
     return None if p is None else p.to_local()
 
 
-def _summed_gradient(p: DTensor | None) -> Tensor | None:
+def _summed_gradient(p: DTensor | None) -> Any:
     """A replicated tensor as this rank's; each rank's gradient is a part of the sum."""
     return None if p is None else p.redistribute(placements=p.placements).to_local(grad_placements=[Partial()])
 

@@ -95,19 +95,25 @@ def adapter_deltas(directory: str | Path, base: Mapping[str, Tensor]) -> dict[st
     config = _config(directory)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _tensors(directory).items():
-        module, part = re.fullmatch(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.(lora_.+|[^.]+)", key).groups()
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.(lora_.+|[^.]+)", key)
+        if match is None:
+            raise ValueError(
+                f"{directory}: holds {key!r}; expected names such as base_model.model.<layer>.lora_A.weight"
+            )
+        module, part = match.groups()
         if f"{module}.weight" not in base:
             raise ValueError(f"{directory}: changes {module!r}, which the base lacks; expected an adapter of this base")
         modules.setdefault(module, {})[part] = tensor
 
     deltas, dora, other = {}, [], []
     for module, tensors in modules.items():
-        weight = bias = None
+        weight: LowRankDelta | Tensor | None = None
+        bias: Tensor | None = None
         if "lora_A.weight" in tensors and tensors["lora_A.weight"].dim() == 2:
-            weight, bias = _low_rank(module, tensors, config)
+            weight, bias = low_rank, _ = _low_rank(module, tensors, config)
             magnitude = tensors.get("lora_magnitude_vector", tensors.get("lora_magnitude_vector.weight"))
             if magnitude is not None:
-                weight = _dora(weight, magnitude, base[f"{module}.weight"], config.get("fan_in_fan_out", False))
+                weight = _dora(low_rank, magnitude, base[f"{module}.weight"], config.get("fan_in_fan_out", False))
                 dora.append(module)
         elif "weight" in tensors and tensors["weight"].dim() == 2 and "lora_embedding_A" not in tensors:
             weight = _difference(module, "weight", tensors["weight"], base)

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -101,7 +102,7 @@ class SmileQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         _expect_call(model.save_pretrained, "get_state_dict_and_metadata")
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
@@ -124,9 +125,9 @@ class SmileQuantizer(HfQuantizer):
             linear = model.get_submodule(target)
             if not isinstance(linear, (nn.Linear, Conv1D)):
                 raise ValueError(f"modules[{name!r}]: is a {type(linear).__name__} here; expected a linear layer")
-            in_out = tensors[key].shape if isinstance(linear, Conv1D) else tensors[key].shape[::-1]
+            rows, columns = tensors[key].shape
             layer = entry.build(
-                *in_out,
+                *((rows, columns) if isinstance(linear, Conv1D) else (columns, rows)),
                 config.num_local_experts,
                 config.num_experts_per_tok,
                 bias=linear.bias is not None,
@@ -149,7 +150,7 @@ class SmileQuantizer(HfQuantizer):
         if not self._layers:
             raise ValueError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         missing = [
             f"{name}.{parameter}"
             for name, (layer, _) in self._layers.items()

@@ -43,15 +43,13 @@ class Memory:
         Raises:
             RuntimeError: the cache holds tokens that this policy has not seen.
         """
-        memory, past = getattr(tokens.cache, "routing_memory", None), tokens.past
-        known = memory is not None and memory.serial == serial and bool(memory.choices or memory.sums)
-        if isinstance(past, int) and past == 0:
-            known = False
-        elif isinstance(past, int) and known:
-            known = bool(memory.choices) or memory.length >= past
-        if known:
-            memory.established = True
-            return memory
+        memory: Memory | None = getattr(tokens.cache, "routing_memory", None)
+        past = tokens.past
+        if memory is not None and memory.serial == serial and bool(memory.choices or memory.sums):
+            counted = isinstance(past, int)
+            if not counted or (past > 0 and (memory.choices or memory.length >= past)):
+                memory.established = True
+                return memory
         if int(past) != 0:
             raise RuntimeError(
                 f"{tokens.cache_name}: holds {int(past)} tokens that {root_name} has not seen under its "
@@ -75,8 +73,9 @@ class Memory:
 
     def choice(self, key: Key, locked: bool) -> Routing:
         """The choice made in an earlier pass at a layer; locked layers, and all of scope "prompt", share one."""
-        alike = self.last is not None and (locked or self.last == PROMPT)
-        found = self.choices.get(key, self.choices[self.last] if alike else None)
+        last = self.last
+        shared = self.choices[last] if last is not None and (locked or last == PROMPT) else None
+        found = self.choices.get(key, shared)
         if found is None:
             raise RuntimeError(
                 "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"

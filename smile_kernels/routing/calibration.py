@@ -176,7 +176,7 @@ def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterato
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -211,7 +211,8 @@ def _write(model: nn.Module, sequences: int, length: int, generator: torch.Gener
 
 def _random_inputs(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random ids, pixels or waves, as many as the model's config says, for what its forward takes."""
-    config, text = getattr(model, "config", None), _text_config(model)
+    config: Any = getattr(model, "config", None)
+    text = _text_config(model)
     main = getattr(model, "main_input_name", None)
     towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
     weight = next(model.parameters())

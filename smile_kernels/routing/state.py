@@ -234,6 +234,7 @@ class ForwardPass:
             self.choice = self._score(key, layer, x)
             if self.memory is not None and policy.scope == "sequence":
                 self.memory.choices[key], self.memory.last = self.choice, key
+        assert self.choice is not None
         self.choices[index] = self.choice
         self.devices.add(x.device)
         return self._spread(self.choice, x)
@@ -322,7 +323,12 @@ class ForwardPass:
             return shares
         if scope == "sequence" and tokens.starts is None:
             return shares.sum(1)
-        if tokens.starts is not None and tokens.factors is None and shares.shape[1] == tokens.length:
+        if (
+            tokens.starts is not None
+            and tokens.ends is not None
+            and tokens.factors is None
+            and shares.shape[1] == tokens.length
+        ):
             # Differences of prefix sums, in float64: they must not lose a short sequence behind long ones.
             starts, ends = tokens.starts.to(shares.device), tokens.ends.to(shares.device)
             prefix = F.pad(shares.double().cumsum(1), (0, 0, 1, 0))

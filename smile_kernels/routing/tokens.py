@@ -30,7 +30,8 @@ class Tokens:
         mask = arguments.get("attention_mask")
         if isinstance(mask, dict):  # one for each kind of attention layer
             mask = mask.get("full_attention", next(iter(mask.values())))
-        self.batch, self.length = None, None
+        self.batch: Any = None  # sizes, where they are known; under compilation symbols
+        self.length: Any = None
         for name in ("input_ids", "inputs_embeds"):
             if arguments.get(name) is not None:
                 self.batch, self.length = arguments[name].shape[:2]
@@ -55,11 +56,11 @@ class Tokens:
                 self.encoder_real = _real(self.encoder_real, 0, self.encoder_states.shape[1])
 
         # Reading a mask on the host is free on a CPU; under compilation and on a GPU the general form serves.
-        on_host = self.real is not None and self.real.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_host and bool(self.real.all()):
+        real = self.real
+        if real is not None and real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
             self.real = None
 
-        self.ids = arguments.get("input_ids")
+        self.ids: Any = arguments.get("input_ids")  # a tensor wherever restart_at is set
         if policy.restart_at is not None and self.ids is None:
             raise NotImplementedError(
                 f"restart_at: {root_name} is called without input_ids, in which the tokens {list(policy.restart_at)} "

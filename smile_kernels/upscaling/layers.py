@@ -99,7 +99,8 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     except ImportError:
         return None
     cls: Any = getattr(transformers, architectures[0], None)
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known:
         return None
     try:
         with torch.device("meta"), _limited_modules():

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ def _replace(model: nn.Module, linear: nn.Linear, factors: Mapping[str, Tensor |
     # The very parameters of the linear layer: what was tied to them stays tied.
     layer.bias = linear.bias
     if not is_conv1d(linear):
-        layer.weight = linear.weight
+        layer.weight = cast(nn.Parameter, linear.weight)
     for place in [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]:
         replace_linear(model, place, layer)
 

@@ -87,13 +87,13 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         super().__init__()
         self.names, self.parts = list(parts), list(parts.values())
         self.n, self.m, self.routing = num_local_experts, num_experts_per_tok, routing
-        self.present = [i for i, part in enumerate(self.parts) if part]
-        self.r = max(self.parts[i].rank_of_expert for i in self.present)
-        self.g = max(self.parts[i].rank_of_router for i in self.present)
+        self.present = {i: part for i, part in enumerate(self.parts) if part}
+        self.r = max(part.rank_of_expert for part in self.present.values())
+        self.g = max(part.rank_of_router for part in self.present.values())
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -114,7 +114,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         )
         d, o, p = input_size_per_partition, sum(output_partition_sizes), len(self.parts)
         self.rows = [o] if p == 1 else output_partition_sizes
-        present = [self.parts[i] for i in self.present]
+        present = list(self.present.values())
         if self.routing is not None:
             self.first = self.routing.add([self.names[i] for i in self.present])
         k = max(self.r, *(part.rank_of_router for part in present if not part.router), 0)
@@ -146,7 +146,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 loaded = loaded.t()
         load(parameter, loaded, *shard)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         n = self.n
         expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
         ends = torch.tensor(self.rows).cumsum(0).tolist()
@@ -157,22 +157,22 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 if name == "weight":
                     piece, stored = t[rows], True
                 elif name in ("u", "expert_bias"):
-                    piece, stored = t[:, rows], part and (name == "u" or part.expert_bias)
+                    piece, stored = t[:, rows], part is not None and (name == "u" or part.expert_bias)
                 else:
-                    piece, stored = t[i], part and (name != "router" or part.router)
+                    piece, stored = t[i], part is not None and (name != "router" or part.router)
                 if not stored:
                     piece.zero_()
                 elif piece.isnan().any():
                     missing.append(f"{self.names[i]}.{name}")
         if missing:
             raise ValueError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
-        tensors = {name: getattr(layer, name)[self.present].flatten(0, 1) for name in ("vh", "s")}
-        if any(self.parts[i].router or self.parts[i].rank_of_router != self.g for i in self.present):
-            rows = layer.vh.new_zeros(len(self.present), n, self.g, layer.vh.shape[-1])
-            for to, i in zip(rows, self.present, strict=True):
-                own = layer.router[i] if self.parts[i].router else layer.vh[i]
-                to[:, : self.parts[i].rank_of_router] = own[:, : self.parts[i].rank_of_router]
-            tensors["router"] = rows.flatten(0, 1)
+        tensors = {name: getattr(layer, name)[list(self.present)].flatten(0, 1) for name in ("vh", "s")}
+        if any(part.router or part.rank_of_router != self.g for part in self.present.values()):
+            routers = layer.vh.new_zeros(len(self.present), n, self.g, layer.vh.shape[-1])
+            for to, (i, part) in zip(routers, self.present.items(), strict=True):
+                own = layer.router[i] if part.router else layer.vh[i]
+                to[:, : part.rank_of_router] = own[:, : part.rank_of_router]
+            tensors["router"] = routers.flatten(0, 1)
         for name in ("u", "expert_bias"):
             if name in expected:
                 t = expected[name]
@@ -181,10 +181,11 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                     to[:, ends[i] - self.rows[i] : ends[i]] = t[:, ends[i] - self.rows[i] : ends[i]]
                 tensors[name] = spread.flatten(0, 1)
         for name in ("vh", "s", "u", "expert_bias", "router"):
-            t = tensors.get(name)
-            layer.register_parameter(name, None if t is None else nn.Parameter(t.contiguous(), requires_grad=False))
+            kept = tensors.get(name)
+            kept = None if kept is None else nn.Parameter(kept.contiguous(), requires_grad=False)
+            layer.register_parameter(name, kept)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
         alone = self.routing is None and len(self.present) == 1 and not split  # then the kernel routes by itself
         return smile_linear(
@@ -201,7 +202,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             routing=None if alone else self._route(layer, x, split),
         )
 
-    def _route(self, layer: nn.Module, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
+    def _route(self, layer: LinearBase, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
         """The choices of all the layer's routers, side by side: weights and ids [..., P x m]."""
         p = len(self.present)
         scored = p if self.routing is None else self.routing.count(self.first, p)

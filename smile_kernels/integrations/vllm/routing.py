@@ -130,7 +130,8 @@ class RememberedRouting:
         else:
             weights, ids = self.weights[:tokens, None], self.ids[:tokens, None]
         locked = routers - max(scored, 1)
-        return tuple(torch.cat([t, t[:, -1:].expand(-1, locked, -1)], 1) for t in (weights, ids))
+        weights, ids = (torch.cat([t, t[:, -1:].expand(-1, locked, -1)], 1) for t in (weights, ids))
+        return weights, ids
 
 
 def _check_compilation(compilation: object) -> None:
