@@ -166,7 +166,11 @@ def add_calibration(
     layers = smile_layers(model)
     if missing := [name for name in config.modules if name not in layers]:
         raise ValueError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
-    priors = [StoredTensor.of(f"{name}.router_prior", layers[name].router_prior) for name in config.modules]
+    priors = [
+        StoredTensor.of(f"{name}.router_prior", prior)
+        for name in config.modules
+        if (prior := layers[name].router_prior) is not None
+    ]
     add_tensors(folder, priors, file="router_prior.safetensors")
     modules = {name: replace(module, router_prior=True) for name, module in config.modules.items()}
     write_config(folder, read_config(folder), replace(config, modules=modules, routing=stored_routing(model)))

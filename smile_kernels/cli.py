@@ -135,7 +135,6 @@ def upscale(
 
             report = upscale_checkpoints(
                 **settings,
-                out=out,
                 experts_only=experts_only,
                 max_shard_size=out_shard_size,
                 device=device,
@@ -468,7 +467,7 @@ def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> di
             raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
     if out is None:
         raise ValueError("out: is not given; expected --out FOLDER")
-    return settings
+    return {**settings, "out": out}
 
 
 def _from_yaml(file: Path) -> dict[str, Any]:

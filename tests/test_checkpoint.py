@@ -144,7 +144,7 @@ def test_a_bin_that_is_cut_short_or_holds_more_than_tensors(tmp_path):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: is not"):
         read_tensors(tmp_path)
     torch.save({"epoch": 3, "a": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match="holds a dict of more than tensors"):
+    with pytest.raises(ValueError, match=r"holds a int as 'epoch'; expected tensors by name"):
         read_tensors(tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: no such file"):
         read_tensors(tmp_path)
     write_shard(tmp_path / "gone.safetensors", stored({"b": torch.ones(1)}))
-    with pytest.raises(ValueError, match=r"tensor 'a' is not in gone\.safetensors"):
+    with pytest.raises(ValueError, match=r"tensor 'a' is not in .*gone\.safetensors"):
         read_tensors(tmp_path)
 
 

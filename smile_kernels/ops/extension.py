@@ -68,7 +68,7 @@ def _require(device_type: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets: loading a library is nothing to trace.
-_require._dynamo_marked_constant = True
+_require._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:

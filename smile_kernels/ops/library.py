@@ -95,7 +95,7 @@ def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, nu
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile's machinery, a second.
-choose_backend._dynamo_marked_constant = True
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _LIBRARY = torch.library.Library("smile_kernels", "DEF")

@@ -78,7 +78,7 @@ def linear_backward(
     routed = ids.shape[1] > 1 and (needs[0] or needs_rows)
     wanted = [*needs[:7], routed]
     *gradients, dweights = apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, wanted)
-    drouter = torch.zeros_like(router) if needs[7] else None
+    drouter = torch.zeros_like(router) if router is not None and needs[7] else None
     if routed:
         dx, drows = route_backward(dweights, x, rows, weights, ids, [needs[0], needs_rows])
         if needs[0]:

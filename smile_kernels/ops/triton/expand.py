@@ -103,7 +103,7 @@ def _expand(
         rank = (i % chunks) * BLOCK_R + k
         a_ptrs = scaled + t[:, None] * (N * R) + expert * R + rank[None, :]
         a = tl.load(a_ptrs, mask=t_inside & (rank[None, :] < R), other=0.0)
-        u_ptrs = u + expert.to(tl.int64) * u_stride_n + o[None, :] * U_STRIDE_O + rank[:, None] * u_stride_r
+        u_ptrs = u + tl.cast(expert, tl.int64) * u_stride_n + o[None, :] * U_STRIDE_O + rank[:, None] * u_stride_r
         b = tl.load(u_ptrs, mask=o_inside & (rank[:, None] < R), other=0.0)
         acc = dot(a, b, acc, PRECISION)
     if HAS_EXPERT_BIAS:
