@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import check_integer
 from .nn import SmileLinear
 from .publishing import write_text
 from .routing import RoutingPolicy, get_routing
@@ -49,7 +50,7 @@ class SmileModuleConfig:
 
     def __post_init__(self):
         for name in ("rank_of_expert", "rank_of_router"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
 
     def build(
         self,
@@ -105,14 +106,14 @@ class SmileConfig:
     routing: RoutingPolicy = field(default=RoutingPolicy())
 
     def __post_init__(self):
-        _check_integer("num_local_experts", self.num_local_experts, 1)
-        _check_integer("num_experts_per_tok", self.num_experts_per_tok, 1)
+        check_integer("num_local_experts", self.num_local_experts, 1)
+        check_integer("num_experts_per_tok", self.num_experts_per_tok, 1)
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 f"num_experts_per_tok: is {self.num_experts_per_tok}; expected 1 to {self.num_local_experts}, "
                 "the number of experts"
             )
-        _check_integer("rank_of_router", self.rank_of_router, 1)
+        check_integer("rank_of_router", self.rank_of_router, 1)
         check_rank_of_expert(self.rank_of_expert)
 
     @classmethod
@@ -186,11 +187,6 @@ def check_rank_of_expert(rank: int | float) -> None:
         raise ValueError(
             f"rank_of_expert: is {rank!r}; expected an integer of 1 or more, -1 for full rank, or a fraction in (0, 1)"
         )
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: is {value!r}; expected an integer of {least} or more")
 
 
 def _from_mapping(cls: type, values: Any, where: str) -> Any:

@@ -1,10 +1,12 @@
 """The functional interface: one SMILE layer, its router, and its scores, as functions of tensors."""
 
+import reprlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .errors import check_integer
 from .ops import library, reference
 
 __all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_linear"]
@@ -78,7 +80,7 @@ def smile_linear(
 
     Source: SMILE, arXiv 2408.10174.
     """
-    if _autocasts(x):
+    if isinstance(x, Tensor) and _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, vh, u = (_cast(t, dtype) for t in (x, weight, vh, u))
         bias, expert_bias, router = (None if t is None else _cast(t, dtype) for t in (bias, expert_bias, router))
@@ -89,6 +91,7 @@ def smile_linear(
     if routing_weights is not None:
         if routing is not None:
             raise ValueError("routing_weights: given together with routing; expected one of the two")
+        _check_tensor("routing_weights", routing_weights)
         if routing_weights.shape != (*leading, s.shape[0]):
             raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[0]))
         # The softmax over log-weights divides the selected weights by their sum.
@@ -99,6 +102,8 @@ def smile_linear(
         )
     else:
         weights, ids = routing
+        _check_tensor("routing[0]", weights)
+        _check_tensor("routing[1]", ids)
         if ids.shape[:-1] != leading:
             raise _shape_error("routing[1]", ids, (*leading, "m"))
         if weights.shape != ids.shape:
@@ -134,7 +139,7 @@ def route(
         ValueError: shapes, dtypes or num_experts_per_tok do not fit.
     """
     _check_router(x, vh, rank_of_router)
-    _check_range("num_experts_per_tok", num_experts_per_tok, vh.shape[0], "the number of experts")
+    check_integer("num_experts_per_tok", num_experts_per_tok, 1, vh.shape[0], "the number of experts")
     weights, ids = library.route(x.reshape(-1, x.shape[-1]), vh[:, :rank_of_router], num_experts_per_tok, backend)
     shape = (*x.shape[:-1], num_experts_per_tok)
     return weights.view(shape), ids.view(shape)
@@ -167,7 +172,7 @@ def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
 
 def select_experts(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """The m largest of scores [..., N], ties to the lower index -> their softmax [..., m] and ids [..., m] int32."""
-    _check_range("num_experts_per_tok", num_experts_per_tok, scores.shape[-1], "the number of experts")
+    check_integer("num_experts_per_tok", num_experts_per_tok, 1, scores.shape[-1], "the number of experts")
     return reference.select(scores, num_experts_per_tok)
 
 
@@ -188,12 +193,14 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: is on {tensor.device}; expected x's device, {x.device}")
 
 
-def _check_range(name: str, value: int, most: int, meaning: str) -> None:
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}: is {value}; expected 1 to {most}, {meaning}")
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: is {reprlib.repr(tensor)}; expected a tensor")
 
 
 def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
+    _check_tensor("x", x)
+    _check_tensor("vh", vh)
     if vh.dim() != 3:
         raise _shape_error("vh", vh, ("N", "max(r, g)", "D"))
     if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
@@ -201,10 +208,12 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
     _check_device("vh", vh, x)
     if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not _autocasts(x)):
         raise ValueError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
-    _check_range("rank_of_router", rank_of_router, vh.shape[1], "the rows of vh an expert has")
+    check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the rows of vh an expert has")
 
 
 def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("vh", vh), ("s", s), ("u", u)):
+        _check_tensor(name, tensor)
     if weight.dim() != 2:
         raise _shape_error("weight", weight, ("O", "D"))
     (o, d), (n, r) = weight.shape, s.shape if s.dim() == 2 else (0, 0)
@@ -212,6 +221,8 @@ def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     _check_device("s", s, x)
     if n == 0 or r == 0:
         raise _shape_error("s", s, ("N", "r"))
+    check_integer("rank_of_router", rank_of_router, 1, d, "in_features")
+    check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
     rows = rank_of_router if router is None else 1
     expected = (
         ("bias", bias, (o,)),
@@ -223,6 +234,7 @@ def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     for name, tensor, shape in expected:
         if tensor is None:
             continue
+        _check_tensor(name, tensor)
         _check_device(name, tensor, x)
         if tensor.shape != shape and not (name == "vh" and _longer(tensor.shape, shape)):
             raise _shape_error(name, tensor, shape)
@@ -234,8 +246,6 @@ def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         raise ValueError(f"x: is {x.dtype} and weight {weight.dtype}; expected one floating-point dtype of {_DTYPES}")
     if s.dtype != reference.accumulate_dtype(x):
         raise ValueError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
-    _check_range("rank_of_router", rank_of_router, d, "in_features")
-    _check_range("num_experts_per_tok", num_experts_per_tok, n, "the number of experts")
 
 
 def _longer(shape: Sequence[int], least: Sequence[int]) -> bool:

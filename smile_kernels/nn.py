@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import check_integer
 from .functional import smile_linear
 from .ops import library
 from .svd import decompose_linear
@@ -70,18 +71,13 @@ class SmileLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        limits = (
-            ("num_local_experts", num_local_experts, None),
-            ("rank_of_expert", rank_of_expert, min(in_features, out_features)),
-            ("rank_of_router", rank_of_router, in_features),
-            ("num_experts_per_tok", num_experts_per_tok, num_local_experts),
-        )
-        for name, value, most in limits:
-            if value < 1 or (most is not None and value > most):
-                raise ValueError(f"{name}: is {value}; expected 1 {'or more' if most is None else f'to {most}'}")
-        n, d, o, r, g = num_local_experts, in_features, out_features, rank_of_expert, rank_of_router
+        d, o = check_integer("in_features", in_features, 1), check_integer("out_features", out_features, 1)
+        n = check_integer("num_local_experts", num_local_experts, 1)
+        r = check_integer("rank_of_expert", rank_of_expert, 1, min(d, o), "the shorter side of the weight")
+        g = check_integer("rank_of_router", rank_of_router, 1, d, "in_features")
+        m = check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
         self.in_features, self.out_features = d, o
-        self.num_local_experts, self.num_experts_per_tok = n, num_experts_per_tok
+        self.num_local_experts, self.num_experts_per_tok = n, m
         self.rank_of_expert, self.rank_of_router = r, g
 
         def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:

@@ -1,13 +1,13 @@
 """Truncated SVD of a difference of weights, with a certificate of what it holds; and from weights to SMILE factors."""
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+
+from .errors import SmileError, check_integer
 
 # What is promised of a decomposition: error <= (1 + EXCESS) * optimal + FLOOR * ||a||_F, and at most this sine between
 # the found and the true subspace of the router's rows. float32 arithmetic cannot hold FLOOR much below 1e-5.
@@ -293,22 +293,14 @@ def check_ranks(
     In a `layer`, `rank` is called rank_of_expert and the router has one row or more.
     """
     most, least, name = min(shape), int(layer), "rank_of_expert" if layer else "rank"
-
-    def integer(argument: str, value: SupportsIndex) -> int:
+    if not (0 < rank < 1 if isinstance(rank, float) else rank == -1):
         try:
-            return operator.index(value)
-        except TypeError as error:
-            raise TypeError(f"{argument}: is {value!r}; expected a number") from error
-
-    rank = rank if isinstance(rank, float) else integer(name, rank)
-    g = integer("rank_of_router", rank_of_router)
-    if not (0 < rank < 1 if isinstance(rank, float) else rank == -1 or 1 <= rank <= most):
-        raise ValueError(
-            f"{name}: is {rank}; expected 1 to {most} for a weight of shape {tuple(shape)}, -1 for full rank, or a "
-            "fraction in (0, 1)"
-        )
-    if not least <= g <= most:
-        raise ValueError(f"rank_of_router: is {g}; expected {least} to {most} for a weight of shape {tuple(shape)}")
+            rank = check_integer(name, rank, 1, most)
+        except SmileError as error:
+            raise SmileError(
+                f"{error}, for a weight of shape {tuple(shape)}, -1 for full rank, or a fraction in (0, 1)"
+            ) from None
+    g = check_integer("rank_of_router", rank_of_router, least, most, f"for a weight of shape {tuple(shape)}")
     return rank, g
 
 

@@ -23,7 +23,7 @@ ROOMS = (
     ("svd", "storage", "testing", "worker"),
     ("publishing",),
     ("ops",),
-    ("versions",),
+    ("versions", "errors"),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 BACKENDS = ("composed", "extension", "triton")

@@ -175,7 +175,7 @@ def test_malformed_folders(inputs, tmp_path, cases):
         rng = random.Random(f"{seed}-{case}")
         folder = tmp_path / str(case)
         shutil.copytree(inputs, folder)
-        parts = rng.choices(["base", "expert", "adapter", "fused"], k=rng.choice([1, 1, 2]))
+        parts = rng.sample(["base", "expert", "adapter", "fused"], k=rng.choice([1, 1, 2]))
         what = [mutate(folder / part, rng) for part in parts]
         before = listing(folder)
         jobs: dict[str, Callable[[], object]] = {}

@@ -381,12 +381,12 @@ def test_refuses_bad_matrices_and_ranks():
         with pytest.raises(ValueError, match=r"a: 1 entries are NaN or inf, the first at \(2, 3\)"):
             truncated_svd(b, 1)
     for rank in (0, 5, -2, 0.0, 1.0, 2.5, math.nan):
-        with pytest.raises(ValueError, match=r"rank: is .*; expected 1 to 4"):
+        with pytest.raises(ValueError, match=r"rank: is .*; expected (an integer, )?1 to 4"):
             truncated_svd(a, rank)
     for g in (-1, 5):
         with pytest.raises(ValueError, match=f"rank_of_router: is {g}; expected 0 to 4"):
             truncated_svd(a, 1, rank_of_router=g)
-    with pytest.raises(TypeError, match="rank: is '3'"):
+    with pytest.raises(ValueError, match="rank: is '3'"):
         truncated_svd(a, "3")
     with pytest.raises(ValueError, match=r"a_factor: shape \(3, 5\) does not follow"):
         lora_svd(torch.randn(4, 2), torch.randn(3, 5), 1.0, 1)

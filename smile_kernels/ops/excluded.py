@@ -27,7 +27,7 @@ def file() -> Path:
 def device_name(device_type: str) -> str:
     """What the device calls itself: the current GPU for "cuda"."""
     if device_type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:

@@ -90,7 +90,8 @@ def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, nu
     A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another. On
     meta tensors, of which shapes alone are computed, every name is right.
     """
-    backend = backend or os.environ.get("SMILE_KERNELS_BACKEND") or None
+    if backend is None:
+        backend = os.environ.get("SMILE_KERNELS_BACKEND") or None
     return _choose(backend, device_type, dtype, num_experts, training)
 
 

@@ -79,6 +79,8 @@ def upscale(
             module = ModuleSource(f"finetuned[{i}]", expert)
             module.check(model, every, layers)
             sources.append(module)
+        elif not isinstance(expert, Mapping):
+            raise ValueError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
         else:
             adapter = AdapterSource(f"finetuned[{i}]", expert, base)
             adapter.check(every)

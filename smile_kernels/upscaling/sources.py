@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import check_integer
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
 from ..storage import StoredTensor, read_tensors
 from .layers import Layer, layers_of_model
@@ -180,8 +181,7 @@ def check_request(argument: str, experts: Sequence[object], num_experts_per_tok:
     """Raises ValueError unless there are experts, as many as a token shall have, and `remaining` is known."""
     if not experts:
         raise ValueError(f"{argument}: is empty; expected one fine-tuned model or more")
-    if not 1 <= num_experts_per_tok <= len(experts):
-        raise ValueError(f"num_experts_per_tok: is {num_experts_per_tok}; expected 1 to {len(experts)}")
+    check_integer("num_experts_per_tok", num_experts_per_tok, 1, len(experts), "the number of experts")
     if remaining not in ("base", "average"):
         raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
 

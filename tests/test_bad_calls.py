@@ -1,0 +1,178 @@
+"""Bad calls: each argument of each public call made wrong in turn raises an error that names it, before any work."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import smile_kernels as sk
+from smile_kernels import functional
+from smile_kernels.testing import Problem
+
+T, D, O, N, R, G, M = 5, 12, 10, 3, 4, 2, 2
+
+
+def wrong_tensors(tensor: Tensor) -> list[Any]:
+    """What may stand in a tensor's place and must not be taken."""
+    other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+    wrong = [
+        "x", 3, [1.0], tensor.to("meta"), tensor.to(torch.complex64), tensor.to(torch.int64), tensor.bool(),
+        tensor.to(other), tensor.to(torch.float8_e4m3fn), tensor[..., :-1], tensor[..., :0],
+        torch.cat([tensor, tensor], -1),
+    ]  # fmt: skip
+    if tensor.dim() > 1:
+        wrong += [tensor[0], tensor[None], tensor.mT if tensor.shape[-1] != tensor.shape[-2] else tensor[:1]]
+    return wrong
+
+
+def wrong_numbers() -> list[Any]:
+    return [0, -1, 10**6, 1.5, "2", None, True, torch.nan]
+
+
+def linear_cases() -> list[tuple[str, Callable[[], object], str]]:
+    problem = Problem.random(T, D, O, N, R, G, M, bias=True, expert_bias=True, dtype=torch.float32)
+    names = ("x", "weight", "bias", "vh", "s", "u", "expert_bias")
+    tensors = dict(zip(names, problem.arguments()[: len(names)]))
+    numbers = {"num_experts_per_tok": M, "rank_of_router": G}
+    routing = (torch.ones(T, M), torch.zeros(T, M, dtype=torch.int64))
+    cases: list[tuple[str, Callable[[], object], str]] = []
+
+    def add(function: Callable, valid: dict[str, Any], argument: str, value: Any, named: str | None = None) -> None:
+        call = {**valid, argument: value}
+        cases.append((f"{function.__name__}({argument}={_brief(value)})", lambda: function(**call), named or argument))
+
+    for name, tensor in tensors.items():
+        for value in wrong_tensors(tensor) + ([None] if "bias" not in name else []):
+            if not (
+                name == "x" and isinstance(value, Tensor) and value.shape[-1:] == (D,) and value.dtype == tensor.dtype
+            ):
+                add(functional.smile_linear, tensors | numbers, name, value)
+        if name in ("weight", "vh", "s", "u"):
+            add(functional.smile_linear, tensors | numbers | {"routing": routing}, name, tensor[..., :-1])
+    for name in numbers:
+        for value in wrong_numbers():
+            add(functional.smile_linear, tensors | numbers, name, value)
+            add(functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers, name, value)
+    for name in ("x", "vh"):
+        for value in wrong_tensors(tensors[name]):
+            if not (
+                name == "x" and isinstance(value, Tensor) and value.shape[-1:] == (D,) and value.dtype == torch.float32
+            ):
+                add(functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers, name, value)
+    ids = routing[1]
+    for value in (
+        ids.float(),
+        ids.bool(),
+        ids.to(torch.complex64),
+        ids[:-1],
+        ids[0],
+        None,
+        "x",
+    ):
+        add(functional.smile_linear, tensors | numbers, "routing", (routing[0], value))
+    for value in (ids + N, ids - 2, ids + 2**32):
+        add(functional.smile_linear, tensors | numbers, "routing", (routing[0], value), "ids")
+    for value in (routing[0][:, :1], routing[0].to("meta"), None):
+        add(functional.smile_linear, tensors | numbers, "routing", (value, ids))
+    for value in (torch.ones(T, N - 1), torch.ones(N), "x"):
+        add(functional.smile_linear, tensors | numbers, "routing_weights", value)
+    for value in ("tritn", "", 3):
+        add(functional.smile_linear, tensors | numbers, "backend", value)
+    return cases
+
+
+def module_cases() -> list[tuple[str, Callable[[], object], str]]:
+    base, tuned = nn.Linear(D, O), [nn.Linear(D, O) for _ in range(N)]
+    model, models = nn.Sequential(base), [nn.Sequential(layer) for layer in tuned]
+    ranks = {"rank_of_expert": R, "rank_of_router": G}
+    cases: list[tuple[str, Callable[[], object], str]] = []
+
+    def add(label: str, call: Callable[[], object], named: str) -> None:
+        cases.append((label, call, named))
+
+    for name in (*ranks, "num_experts_per_tok"):
+        for value in (0, -2, 10**6, "2", None, True, float("nan"), 1.5, -0.5):
+            options = {**ranks, name: value}
+            add(
+                f"from_linears({name}={value!r})", lambda o=options: sk.SmileLinear.from_linears(base, tuned, **o), name
+            )
+            add(f"upscale({name}={value!r})", lambda o=options: sk.upscale(model, models, progress=False, **o), name)
+    for value in (0, -1, "8", None, 1.5):
+        for name in ("in_features", "out_features", "num_local_experts"):
+            sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, name: value}
+            add(f"SmileLinear({name}={value!r})", lambda s=sizes: sk.SmileLinear(**s), name)
+    other = nn.Sequential(nn.Linear(D, O + 1))
+    half = copy.deepcopy(model).half()
+    broken = copy.deepcopy(model)
+    broken[0].weight.data[0, 0] = torch.nan
+    for label, value in (
+        ("empty", []),
+        ("shape", [other]),
+        ("dtype", [half]),
+        ("nan", [broken]),
+        ("string", "x"),
+        ("int", [3]),
+    ):
+        add(f"upscale(finetuned={label})", lambda v=value: sk.upscale(model, v, progress=False, **ranks), "finetuned")
+    for name, value in (
+        ("include", "*"), ("include", ["nothing"]), ("include", [3]), ("exclude", "*.q"), ("exclude", ["*"]),
+        ("remaining", "mean"), ("remaining", None),
+    ):  # fmt: skip
+        options = {name: value}
+        add(
+            f"upscale({name}={value!r})",
+            lambda o=options: sk.upscale(model, models, progress=False, **ranks, **o),
+            name,
+        )
+    for name, value in (
+        ("scope", "tokens"), ("scope", None), ("accumulate", 1), ("lock_after", 0), ("lock_after", "3"),
+        ("lock_after", 3), ("num_experts_per_tok", 0), ("num_experts_per_tok", 1.5), ("half_life", -1),
+        ("half_life", "x"),
+    ):  # fmt: skip
+        add(f"RoutingPolicy({name}={value!r})", lambda n=name, v=value: sk.RoutingPolicy(**{n: v}), name)
+    fused, _ = sk.upscale(model, models, progress=False, **ranks)
+    add(
+        "set_routing(m above N)",
+        lambda: sk.set_routing(fused, sk.RoutingPolicy(num_experts_per_tok=N + 1)),
+        "num_experts",
+    )
+    add("set_routing(no layers)", lambda: sk.set_routing(model, sk.RoutingPolicy()), "model")
+    add("warmup(tokens=[0])", lambda: sk.warmup(fused, [0]), "tokens")
+    return cases
+
+
+def _brief(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)} {value.device}" if isinstance(value, Tensor) else repr(value)[:40]
+
+
+def test_every_bad_call_names_its_argument():
+    cases = linear_cases() + module_cases()
+    faults = []
+    for label, call, named in cases:
+        try:
+            call()
+        except (ValueError, TypeError, RuntimeError) as error:
+            subject = str(error).split(":")[0].split("[")[0]
+            if named in ("weight", "vh") and subject in ("x", "bias", "vh", "u", "weight", "rank_of_router"):
+                continue  # two shapes that do not fit: either may be named
+            if named.split("[")[0] not in str(error) and named != "backend":
+                faults.append(f"{label}: names no {named}: {type(error).__name__}: {str(error)[:150]}")
+            elif not isinstance(error, ValueError) and named not in ("backend", "ids"):
+                faults.append(f"{label}: {error!r}"[:200])
+        except Exception as error:
+            faults.append(f"{label}: {error!r}"[:200])
+        else:
+            faults.append(f"{label}: was taken")
+    print(f"{len(cases)} bad calls")
+    assert not faults, f"{len(faults)} of {len(cases)}:\n" + "\n".join(faults)
+    assert len(cases) >= 250
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_valid_call_is_taken(backend):
+    problem = Problem.random(T, D, O, N, R, G, M, bias=True, expert_bias=True, dtype=torch.float32)
+    y = functional.smile_linear(*problem.arguments()[:7], num_experts_per_tok=M, rank_of_router=G, backend=backend)
+    assert y.shape == (T, O)
