@@ -284,8 +284,9 @@ class Call:
             "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         }
         with tempfile.TemporaryFile() as output:
-            options = {"cwd": ROOT, "env": environment, "stdout": output, "stderr": output, "start_new_session": True}
-            process = subprocess.Popen(command, **options)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
             # pytest ends by itself on an interrupt and writes what it has; what does not is killed.
             for sent, until in ((signal.SIGINT, self.ends("tests") - 10), (signal.SIGKILL, self.ends("tests"))):
                 try:
@@ -389,7 +390,8 @@ def _shown(record: Record) -> str:
 
 def _cut(text: str, most: int) -> str:
     """Whole lines of the text, about `most` characters of it."""
-    lines, length = [], 0
+    lines: list[str] = []
+    length = 0
     for i, line in enumerate(text.splitlines()):
         length += len(line) + 1
         if length > most:

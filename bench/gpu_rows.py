@@ -65,7 +65,7 @@ def _copies(layer: str, setting: Setting, most_tokens: int, device: str) -> list
     """A layer with a long batch, of which rows take a part, and copies of its parameters."""
     first = Case(layer, setting, most_tokens, DTYPE).problem(device)
     count = max(2, -(-int(ROTATED_BYTES) // (first.weight.numel() * first.weight.itemsize))) if device == "cuda" else 2
-    tensors = first.tensors()
+    tensors: dict[str, Any] = first.tensors()
     tensors.pop("x")
     return [first, *(replace(first, **{name: t.clone() for name, t in tensors.items()}) for _ in range(count - 1))]
 
