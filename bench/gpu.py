@@ -70,6 +70,7 @@ class Plan:
     soak: Soak
     workers: int
     start_seconds: float  # most of a process's start
+    check_seconds: float
     job_seconds: float
     single_seconds: float
 
@@ -112,6 +113,7 @@ def on_gpu() -> Plan:
         soak=Soak("cuda", 15.0),
         workers=max(1, min(14, (os.cpu_count() or 1) - 2)),
         start_seconds=40.0,
+        check_seconds=60.0,
         job_seconds=30.0,
         single_seconds=8.0,
     )
@@ -143,8 +145,9 @@ def on_cpu() -> Plan:
         soak=Soak("cpu", 1.0, largest=6),
         workers=1,
         start_seconds=120.0,
-        job_seconds=10.0,
-        single_seconds=20.0,
+        check_seconds=20.0,
+        job_seconds=60.0,
+        single_seconds=60.0,
     )
 
 
@@ -246,7 +249,7 @@ class Call:
 
     def _paths(self) -> None:
         """Every path but the single launch against the reference, in many processes, which also compiles it."""
-        self._verify("paths", [check for check in self.plan.checks if not check.waits], 2 * self.plan.job_seconds)
+        self._verify("paths", [check for check in self.plan.checks if not check.waits], self.plan.check_seconds)
 
     def _verify(self, stage: str, checks: Sequence[selftest.Check], seconds: float) -> None:
         def ended(check: selftest.Check, outcome: Outcome) -> None:
