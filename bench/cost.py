@@ -8,7 +8,6 @@ What no implementation can avoid is `Case.work`; here is what these kernels do, 
 
 import argparse
 import itertools
-import os
 import re
 from dataclasses import astuple
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from smile_kernels.benchmark.problems import Case, Setting, Work, product
 from smile_kernels.ops.triton import configs
 from smile_kernels.ops.triton.common import cdiv
+from smile_kernels.publishing import write_text
 
 NOTES = Path(__file__).with_name("NOTES.md")
 
@@ -265,9 +265,7 @@ def main() -> None:
     for name, table in tables().items():
         block = rf"(<!-- predicted:{name} -->\n).*?(<!-- /predicted -->)"
         text = re.sub(block, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
-    temporary = NOTES.with_suffix(".part")
-    temporary.write_text(text)
-    os.replace(temporary, NOTES)
+    write_text(NOTES, text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A block is what lies between <!-- bench:NAME --> and <!-- /bench -->. Nothing in
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from statistics import median
 from smile_kernels.benchmark.command import describe
 from smile_kernels.benchmark.measure import Record, geometric_mean, summary
 from smile_kernels.benchmark.peers import BASELINE
+from smile_kernels.publishing import new_file, write_text
 
 from . import RESULTS, gpu_tables
 from .gpu_tables import markdown
@@ -288,10 +288,9 @@ def plot(part: Record, file: Path) -> None:
         axis.legend(fontsize="x-small")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    temporary = file.with_name(f".{file.name}.part")
-    figure.savefig(temporary, format="svg", metadata={"Date": None})
+    with new_file(file) as f:
+        figure.savefig(f, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    os.replace(temporary, file)
 
 
 # Device -> block -> the part it is made of, and how.
@@ -362,9 +361,7 @@ def main() -> None:
     plot(results["cpu"]["layers"], RESULTS / "cpu" / "forward.svg")
     for document in DOCUMENTS:
         text = document.read_text()
-        temporary = document.with_name(f".{document.name}.part")
-        temporary.write_text(fill(text, results))
-        os.replace(temporary, document)
+        write_text(document, fill(text, results))
         print(f"{document.relative_to(ROOT)}: {len(re.findall('<!-- bench:', text))} blocks")
 
 

@@ -1,4 +1,4 @@
-"""Custom GPU kernels for SMILE layers: sparse mixtures of low-rank experts at close to the cost of the plain layer.
+"""Custom GPU kernels for SMILE layers: sparse mixtures of low-rank experts made of fine-tuned linear layers.
 
 `import smile_kernels` imports neither Triton nor the compiled extension; each is loaded by the first call that uses it.
 """

@@ -245,7 +245,7 @@ def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[s
         "",
         "```python",
         *(["from transformers import AutoModel", ""] if whole else []),
-        "import smile_kernels  # pip install smile-kernels",
+        "import smile_kernels",
         "",
         load,
         "```",

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smile_kernels.ops import library
+from smile_kernels.ops.excluded import device_name
 
 from .data import appears_whole
 
@@ -23,13 +24,8 @@ TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 def machine() -> dict:
     """Where results were made."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": f"{names[0]} ({os.cpu_count()} logical cores)" if names else platform.processor(),
+        "processor": f"{device_name('cpu')} ({os.cpu_count()} logical cores)",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,7 +1,6 @@
 """`smile-kernels bench`: measure, show, and keep."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..publishing import new_file, write_text
 from .measure import Record, limits, machine, measure, summary
 from .peers import BASELINE, PEERS
 from .problems import Case, Setting, layer_shape
@@ -172,12 +172,10 @@ def footnote(result: Record) -> str:
 
 
 def write_json(file: Path, result: Record) -> None:
-    """Write through a temporary name, a record a line."""
+    """Write atomically, a record a line."""
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items() if name != "records"]
     records = ",\n".join(json.dumps(record) for record in result["records"])
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text("{" + ",\n".join([*lines, f'"records": [\n{records}\n]']) + "}\n")
-    os.replace(temporary, file)
+    write_text(file, "{" + ",\n".join([*lines, f'"records": [\n{records}\n]']) + "}\n")
 
 
 def plot(result: Record, file: Path) -> None:
@@ -199,7 +197,6 @@ def plot(result: Record, file: Path) -> None:
             axis.plot(*zip(*sorted(points)), label=name, marker="o", color="black" if name == BASELINE else None)
         axis.set(xscale="log", yscale="log", title=layer, xlabel="tokens", ylabel="time / F.linear")
         axis.legend(fontsize="small")
-    temporary = file.with_name(f".{file.stem}.part{file.suffix}")
-    figure.savefig(temporary)
+    with new_file(file) as f:
+        figure.savefig(f, format=file.suffix.removeprefix("."))
     pyplot.close(figure)
-    os.replace(temporary, file)

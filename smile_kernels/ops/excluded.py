@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..publishing import write_text
 from ..versions import installed
 
 
@@ -78,9 +79,7 @@ def record(device: str, reasons: Mapping[str, str]) -> None:
     if reasons:
         content[machine(device)] = {name: f"{reason} ({when})" for name, reason in reasons.items()}
     file().parent.mkdir(parents=True, exist_ok=True)
-    temporary = file().with_name(f".{file().name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, file())
+    write_text(file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
     paths.cache_clear()
 
 

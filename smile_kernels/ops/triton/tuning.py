@@ -3,13 +3,13 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from ...publishing import write_text
 from . import configs
 from .backend import apply, apply_backward, linear, linear_backward
 
@@ -140,6 +140,4 @@ def save(device: torch.device, choices: dict[str, object]) -> None:
     table = json.loads(path.read_text()) if path.exists() else {}
     table.setdefault(configs.device_of(device).name, {}).update(choices)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(table, indent=1, sort_keys=True))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -1,6 +1,7 @@
-"""The package's modules import in one direction, and nothing in it imports the repository's other folders."""
+"""What holds for the repository as a whole: the order of imports, short functions, tests that hide no package."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +22,14 @@ ROOMS = (
     ("nn",),
     ("functional",),
     ("svd", "storage", "testing", "worker"),
-    ("publishing",),
     ("ops",),
-    ("versions", "errors"),
+    ("publishing", "versions", "errors"),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 BACKENDS = ("composed", "extension", "triton")
 # What a module of ops/ may not import: a backend neither another nor what chooses among them.
 APART = {"reference": (*BACKENDS, "library"), **dict.fromkeys(BACKENDS, (*BACKENDS, "library"))}
+INSTALLS = r"pip install [^\n`]*smile[-_]kernels"
 LONGEST = 80  # lines of a function, its docstring aside
 
 
@@ -115,3 +116,9 @@ def test_no_folder_of_tests_hides_a_package():
     """Each is a package, so pytest puts the repository's root alone on sys.path, where no `triton` is."""
     folders = {file.parent for file in (ROOT / "tests").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_no_document_installs_what_is_on_no_index():
+    files = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"))
+    assert re.search(INSTALLS, "`pip install vllm smile-kernels`")
+    assert [file.name for file in files if re.search(INSTALLS, file.read_text())] == []
