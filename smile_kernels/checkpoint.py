@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
+from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import replace_linear, smile_layers
 from .publishing import MANIFEST, check_folder, output_folder, write_text
@@ -29,6 +30,8 @@ from .storage import (
 )
 
 __all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrained"]
+
+REPORT = "smile_report.json"  # what became of each layer, beside a checkpoint that was upscaled
 
 
 def save_pretrained(
@@ -189,7 +192,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         ValueError, FileNotFoundError: no SMILE checkpoint, or a tensor missing from it.
     """
     stored, config = read_tensors(folder), read_smile_config(folder)
-    report = Path(folder) / "smile_report.json"
+    report = Path(folder) / REPORT
     records = read_json(report).get("layers", []) if report.is_file() else []
     energies = {record.get("name"): record.get("energy", []) for record in records}
     layers, sizes = [], {"base": 0, "experts": 0, "other": 0}
@@ -327,8 +330,11 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             raise ValueError(
                 f"model: {type(model).__name__} has no layer {name!r}, which the checkpoint names"
             ) from None
-        if not isinstance(getattr(linear, "weight", None), Tensor) or linear.weight.dim() != 2:
-            raise ValueError(f"model: {name!r} is a {type(linear).__name__}; expected a linear layer")
+        if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Conv1D":
+            raise ValueError(
+                f"model: {name!r} is a {type(linear).__name__}, for which the checkpoint has experts; expected a "
+                f"linear layer (upscale with exclude={[name]!r} where it is none)"
+            )
         transposed = type(linear).__name__ == "Conv1D"
         weight, bias = linear.weight.T if transposed else linear.weight, getattr(linear, "bias", None)
         layer = entry.build(
@@ -362,3 +368,4 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
         problem, name = ("missing", missing[0]) if missing else ("unexpected", unexpected[0])
         raise ValueError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
     set_routing(model, config.routing)
+    describe_as_smile(model)

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +71,8 @@ def upscale(
         bool, typer.Option("--calibrate", help="Calibrate the routers; without --routing, take the recommended policy.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse layers that cannot hold their experts.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print every layer and every change that is lost.")] = False,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
     out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where layers are decomposed.")] = "cpu",
@@ -125,16 +127,10 @@ def upscale(
         if "dtype" in settings:
             settings["dtype"] = _dtype(torch, settings["dtype"])
         first = int(os.environ.get("RANK", 0)) == 0
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not first) as progress:
-            bars: dict[str, TaskID] = {}
-
-            def advance(stage: str, done: int, total: int) -> None:
-                bar = bars[stage] if stage in bars else bars.setdefault(stage, progress.add_task(stage, total=total))
-                progress.update(bar, completed=done)
-
+        with _progress(first) as advance:
             report = upscale_checkpoints(
                 **settings,
+                strict=strict,
                 experts_only=experts_only,
                 max_shard_size=out_shard_size,
                 device=device,
@@ -143,8 +139,22 @@ def upscale(
                 progress=advance,
             )
         if first:
-            print(report)
+            print(report.table() if table else report)
             print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on the terminal; called with a stage, how many of its parts are done, and how many there are."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            bar = bars[stage] if stage in bars else bars.setdefault(stage, progress.add_task(stage, total=total))
+            progress.update(bar, completed=done)
+
+        yield advance
 
 
 def _policy(

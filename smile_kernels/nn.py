@@ -12,8 +12,11 @@ from .ops import library
 from .svd import decompose_linear
 
 
-class SmileLinear(nn.Module):
+class SmileLinear(nn.Linear):
     """One pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
+
+    It is an nn.Linear to those who look for such layers, as PEFT's `target_modules` does: what they add to its output,
+    or to its shared weight, adds to every expert.
 
         y = W x + b + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 
@@ -70,7 +73,7 @@ class SmileLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
+        super(nn.Linear, self).__init__()  # nn.Linear would allocate the weight
         d, o = check_integer("in_features", in_features, 1), check_integer("out_features", out_features, 1)
         n = check_integer("num_local_experts", num_local_experts, 1)
         r = check_integer("rank_of_expert", rank_of_expert, 1, min(d, o), "the shorter side of the weight")

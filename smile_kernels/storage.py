@@ -24,15 +24,15 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
-    "U8": torch.uint8,
     "U64": torch.uint64,
     "U32": torch.uint32,
     "U16": torch.uint16,
-    "C64": torch.complex64,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -115,7 +115,10 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     """The index of a folder's shards, or else its weight files: what from_pretrained would read, in its order."""
-    for stem in ("model.safetensors", "pytorch_model.bin", "experts.safetensors"):
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = config.get("transformers_weights")
+    named = [named] if isinstance(named, str) and (folder / named).is_file() else []
+    for stem in (*named, "model.safetensors", "pytorch_model.bin", "experts.safetensors"):
         if (folder / stem).exists():
             return None, [folder / stem]
         if (folder / f"{stem}.index.json").exists():

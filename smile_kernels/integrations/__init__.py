@@ -7,6 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from torch import nn
+
 from ..versions import expect, installed, tested
 
 _QUANTIZERS = "transformers.quantizers.auto"
@@ -64,3 +66,13 @@ def register_with_transformers() -> None:
         _register_with_transformers()
     elif not any(isinstance(finder, _RegisterWithTransformers) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterWithTransformers())
+
+
+def describe_as_smile(model: nn.Module) -> None:
+    """Have a transformers model know that it holds SMILE layers, so that what it saves by itself opens as SMILE."""
+    model = getattr(model, "_orig_mod", model)
+    if "transformers.modeling_utils" in sys.modules:
+        from transformers import PreTrainedModel
+
+        if isinstance(model, PreTrainedModel):
+            importlib.import_module(".transformers", __name__).describe_as_smile(model)

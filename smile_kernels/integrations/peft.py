@@ -12,16 +12,17 @@ import math
 import re
 import reprlib
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import regex
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..storage import read_json, read_pickled, read_safetensors
+from .conversion import ModelNames
 
 __all__ = ["LowRankDelta", "ModuleDelta", "adapter_deltas", "is_adapter"]
 
@@ -45,25 +46,40 @@ _NOT_LORA = (
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """The change scale * b @ a of a weight: b [O, q], a [q, D]."""
+    """The change scale * b @ a of a weight W [O, D]: b [O, q], a [q, D].
+
+    With DoRA's `magnitude` m [O] the weight is m * V / ||V|| row by row, V = W + scale * b @ a.
+    """
 
     b: Tensor
     a: Tensor
     scale: float
+    magnitude: Tensor | None = None
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """The change of `weight` [O, D] in float32."""
+        change = self.scale * (self.b.float() @ self.a.float())
+        if self.magnitude is None:
+            return change
+        before = weight.float()
+        v = before + change
+        return self.magnitude.float().view(-1, 1) * v / torch.linalg.vector_norm(v, dim=1, keepdim=True) - before
 
 
 @dataclass(frozen=True)
 class ModuleDelta:
-    """What an adapter changes in one linear layer.
+    """What an adapter changes in one module.
 
     Attributes:
-        weight: the change of the weight [O, D], as factors or dense; None for no change. A dense change is oriented as
-            the base's own tensor.
+        weight: the change of the weight, as factors or dense; None for no change. Factors are those of a weight
+            [O, D], a dense change is oriented as the base's own tensor.
         bias: the change of the bias [O]; None for no change. The base may have no bias.
+        whole: tensors by name that are not a change of the base's: it has none, or one of another shape.
     """
 
     weight: LowRankDelta | Tensor | None = None
     bias: Tensor | None = None
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -72,17 +88,20 @@ def is_adapter(directory: str | Path) -> bool:
 
 
 @torch.no_grad()
-def adapter_deltas(directory: str | Path, base: Mapping[str, Tensor]) -> dict[str, ModuleDelta]:
-    """What a LoRA adapter changes in each linear layer of its base.
+def adapter_deltas(
+    directory: str | Path, base: Mapping[str, Tensor] | nn.Module, names: ModelNames | None = None
+) -> dict[str, ModuleDelta]:
+    """What a LoRA adapter changes in each module of its base.
 
-    Rank and alpha patterns, rsLoRA, biases, transformers' Conv1D and fully saved linear layers (`modules_to_save`) are
-    exact. DoRA rescales whole rows, which is not low rank: its change comes back dense, with a warning. What the
-    adapter changes in modules without a matrix (norms) or by embedding factors is no expert: a warning lists it.
+    Rank and alpha patterns, rsLoRA, biases, transformers' Conv1D and modules that are saved whole (`modules_to_save`)
+    are exact. DoRA rescales whole rows, which is not low rank: a warning says so. Changes of modules that are no linear
+    layers, such as norms and embeddings, are among the result; `upscale` reports what becomes of them.
 
     Args:
         directory: the adapter's directory.
-        base: the base model's tensors by name, `<module>.weight` and `<module>.bias`. Only the tensors that a change
-            is taken against are read: those of DoRA, biases and fully saved layers.
+        base: the base model, or its tensors by name, `<module>.weight` and `<module>.bias`. Only the tensors that a
+            change is taken against are read: biases and modules saved whole.
+        names: how the adapter's names become those of the base, where `base` is no module.
 
     Returns:
         Module name -> its change, for the modules the adapter changes.
@@ -93,49 +112,132 @@ def adapter_deltas(directory: str | Path, base: Mapping[str, Tensor]) -> dict[st
     """
     directory = Path(directory)
     config = _config(directory)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _tensors(directory).items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.(lora_.+|[^.]+)", key)
-        if match is None:
-            raise ValueError(
-                f"{directory}: holds {key!r}; expected names such as base_model.model.<layer>.lora_A.weight"
-            )
-        module, part = match.groups()
-        if f"{module}.weight" not in base:
-            raise ValueError(f"{directory}: changes {module!r}, which the base lacks; expected an adapter of this base")
-        modules.setdefault(module, {})[part] = tensor
-
-    deltas, dora, other = {}, [], []
+    names = names or ModelNames(base if isinstance(base, nn.Module) else None)
+    if isinstance(base, nn.Module):
+        base = base.state_dict(keep_vars=True)
+    modules = _by_module(directory, _tensors(directory))
+    located = _in_base(directory, modules, base, names)
+    deltas: dict[str, ModuleDelta] = {}
     for module, tensors in modules.items():
-        weight: LowRankDelta | Tensor | None = None
-        bias: Tensor | None = None
-        if "lora_A.weight" in tensors and tensors["lora_A.weight"].dim() == 2:
-            weight, bias = low_rank, _ = _low_rank(module, tensors, config)
-            magnitude = tensors.get("lora_magnitude_vector", tensors.get("lora_magnitude_vector.weight"))
-            if magnitude is not None:
-                weight = _dora(low_rank, magnitude, base[f"{module}.weight"], config.get("fan_in_fan_out", False))
-                dora.append(module)
-        elif "weight" in tensors and tensors["weight"].dim() == 2 and "lora_embedding_A" not in tensors:
-            weight = _difference(module, "weight", tensors["weight"], base)
-        elif set(tensors) != {"bias"} or base[f"{module}.weight"].dim() != 2:
-            other.append(module)
-            continue
-        if "bias" in tensors:
-            change = _difference(module, "bias", tensors["bias"], base)
-            bias = change if bias is None else bias + change
-        deltas[module] = ModuleDelta(weight, bias)
+        delta = _module_delta(directory, located[module], tensors, config, base)
+        if located[module] in deltas:
+            raise ValueError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
+        deltas[located[module]] = delta
+    dora = [d for d in deltas.values() if isinstance(d.weight, LowRankDelta) and d.weight.magnitude is not None]
     if dora:
         warnings.warn(
             f"{directory}: DoRA rescales rows, so the changes of {len(dora)} layers are not of low rank; they are "
             "truncated as those of a full fine-tune are",
             stacklevel=2,
         )
-    if other:
-        warnings.warn(f"{directory}: changes that cannot be experts are left out: {', '.join(other)}", stacklevel=2)
     return deltas
 
 
-def _config(directory: Path) -> dict:
+# `<module>.lora_A.<adapter>.weight` and its other spellings: without the adapter's name, without ".weight".
+_FACTOR = re.compile(
+    r"(?P<module>.+?)(?:\.base_layer)?\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|trainable_tokens_delta)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
+)
+_SAVED = re.compile(r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.(?P<adapter>[^.]+))?)?\.(?P<part>[^.]+)")
+_SPELLINGS = {"lora_down": "lora_A", "lora_up": "lora_B"}
+
+
+def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The adapter's tensors by the module they change and by PEFT's own name for what they are."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    adapters = set()
+    for key, tensor in tensors.items():
+        name = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
+        name = name.replace(".token_adapter.", ".").replace("._fsdp_wrapped_module", "")
+        match = _FACTOR.fullmatch(name) or _SAVED.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{directory}: has a tensor {key!r}; expected <module>.lora_A.weight and the like")
+        part = _SPELLINGS.get(match["part"], match["part"])
+        if part == "lora_B" and match.groupdict().get("kind") == "bias":
+            part = "lora_B.bias"
+        if match["adapter"]:
+            adapters.add(match["adapter"])
+        if match["module"].endswith(".original_module"):
+            continue
+        modules.setdefault(match["module"], {})[part] = tensor
+    if len(adapters) > 1:
+        raise ValueError(f"{directory}: holds the adapters {', '.join(sorted(adapters))}; expected one")
+    return modules
+
+
+def _in_base(
+    directory: Path, modules: Mapping[str, Mapping[str, Tensor]], base: Mapping[str, Tensor], names: ModelNames
+) -> dict[str, str]:
+    """Each module's name in the base, which may put another prefix before all of them.
+
+    Raises:
+        ValueError: factors of a module that the base lacks; a module saved whole keeps its name.
+    """
+
+    def translated(module: str) -> str:
+        return (names.parameter(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
+
+    adapted = [module for module, tensors in modules.items() if any(part in _PARTS for part in tensors)]
+    firsts = {name.split(".")[0] for name in base} | {".".join(name.split(".")[:2]) for name in base}
+    attempts: list[Callable[[str], str]] = [lambda module: module, translated]
+    attempts += [lambda module, n=n: module.split(".", n)[-1] for n in (1, 2)]  # type: ignore[misc]
+    attempts += [lambda module, first=first: f"{first}.{module}" for first in sorted(firsts)]  # type: ignore[misc]
+    for rename in attempts:
+        if all(f"{rename(module)}.weight" in base for module in adapted or modules):
+            return {
+                module: rename(module)
+                if any(f"{rename(module)}.{part}" in base for part in ("weight", "bias"))
+                else module
+                for module in modules
+            }
+    if not adapted:
+        return {module: module for module in modules}
+    unknown = next(module for module in adapted if f"{module}.weight" not in base)
+    raise ValueError(f"{directory}: changes {unknown!r}, which the base lacks; expected an adapter of this base")
+
+
+_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
+
+
+def _module_delta(
+    directory: Path, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
+) -> ModuleDelta:
+    """The change of one module."""
+    weight: LowRankDelta | Tensor | None = None
+    bias, whole = None, {}
+    for one, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        if (one in tensors) != (other in tensors):
+            lacks = other if one in tensors else one
+            raise ValueError(f"{directory}: {module} has no {lacks}; expected both factors of its change")
+    if "lora_A" in tensors and tensors["lora_A"].dim() != 2:
+        full = tensors["lora_B"].flatten(1).float() @ tensors["lora_A"].flatten(1).float()
+        if full.numel() != base[f"{module}.weight"].numel():
+            raise ValueError(f"{directory}: {module}: its factors are those of no linear layer; expected matrices")
+        weight = _scale(module, tensors["lora_A"].shape[0], config) * full.view(base[f"{module}.weight"].shape)
+    elif "lora_A" in tensors:
+        weight, bias = _low_rank(module, tensors, config)
+    elif "lora_embedding_A" in tensors:
+        a, b = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
+        weight = LowRankDelta(a.T, b.T, _scale(module, a.shape[0], config))
+    elif "trainable_tokens_delta" in tensors:
+        weight = _new_rows(directory, module, tensors["trainable_tokens_delta"], config, base[f"{module}.weight"])
+    for name, tensor in tensors.items():
+        if name in _PARTS or name in ("lora_magnitude_vector", "lora_B.bias", "alpha"):
+            continue
+        before = base.get(f"{module}.{name}")
+        if name in ("weight", "bias") and before is None and f"{module}.weight" in base:
+            before = torch.zeros_like(tensor)  # a bias that the base lacks
+        if before is None or before.shape != tensor.shape or name not in ("weight", "bias"):
+            whole[name] = tensor
+        elif name == "bias":
+            change = tensor.float() - before.float()
+            bias = change if bias is None else bias + change
+        elif weight is None:
+            weight = tensor.float() - before.float()
+    return ModuleDelta(weight, bias, whole)
+
+
+def _config(directory: Path) -> dict[str, Any]:
     if not is_adapter(directory):
         raise FileNotFoundError(f"directory: {directory} has no {_CONFIG}; expected a PEFT adapter")
     config = read_json(directory / _CONFIG)
@@ -192,31 +294,34 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"directory: {directory} has no adapter_model.safetensors and no adapter_model.bin")
 
 
-def _low_rank(module: str, tensors: dict[str, Tensor], config: dict) -> tuple[LowRankDelta, Tensor | None]:
-    a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+def _scale(module: str, q: int, config: Mapping[str, Any], alpha: float | None = None) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    if alpha is None:
+        alpha = next((patterns[key] for key in patterns if _matches(key, module)), config["lora_alpha"])
+    return alpha / (math.sqrt(q) if config.get("use_rslora") else q)
+
+
+def _low_rank(
+    module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[LowRankDelta, Tensor | None]:
+    a, b = tensors["lora_A"], tensors["lora_B"]
     if b.shape[1] != a.shape[0]:
         raise ValueError(f"{module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((patterns[key] for key in patterns if _matches(key, module)), config["lora_alpha"])
-    q = a.shape[0]
-    scale = alpha / (math.sqrt(q) if config.get("use_rslora") else q)
+    scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
-    return LowRankDelta(b, a, scale), None if bias is None else bias.float() * scale
+    delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
+    return delta, None if bias is None else bias.float() * scale
 
 
-def _dora(delta: LowRankDelta, magnitude: Tensor, weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """W' - W with W' = magnitude * V / ||V|| row by row, V = W + scale * B A."""
-    w = (weight.T if fan_in_fan_out else weight).float()
-    v = w + delta.scale * (delta.b.float() @ delta.a.float())
-    change = magnitude.float().view(-1, 1) * v / torch.linalg.vector_norm(v, dim=1, keepdim=True) - w
-    return change.T.contiguous() if fan_in_fan_out else change
-
-
-def _difference(module: str, name: str, tensor: Tensor, base: Mapping[str, Tensor]) -> Tensor:
-    """The change of a tensor that the adapter holds whole; a tensor the base lacks counts as 0 there."""
-    before = base.get(f"{module}.{name}")
-    if before is None:
-        return tensor.float()
-    if tensor.shape != before.shape:
-        raise ValueError(f"{module}.{name}: has shape {list(tensor.shape)}; expected the base's, {list(before.shape)}")
-    return tensor.float() - before.float()
+def _new_rows(directory: Path, module: str, rows: Tensor, config: Mapping[str, Any], weight: Tensor) -> Tensor:
+    """The change of an embedding of which the adapter holds some rows (`trainable_token_indices`)."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)
+    if not isinstance(indices, list) or len(indices) != len(rows) or max(indices, default=0) >= len(weight):
+        raise ValueError(
+            f"trainable_token_indices: does not fit {module} in {directory}; expected {len(rows)} of {len(weight)} rows"
+        )
+    change = torch.zeros(weight.shape)
+    change[indices] = rows.float() - weight[indices].float()
+    return change

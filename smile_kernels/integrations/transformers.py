@@ -5,7 +5,7 @@ SmileLinear where `quantization_config.modules` names a linear layer. `import sm
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -24,7 +25,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, stored_routing
+from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig, stored_routing
+from ..nn import smile_layers
 from ..routing import set_routing
 from ..storage import read_safetensors
 from ..versions import expect, warn_if_newer
@@ -168,12 +170,49 @@ class SmileQuantizer(HfQuantizer):
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
         set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)
-        # The names under which `save_pretrained` will store the layers that this model has.
-        self.quantization_config.modules = {
-            next(iter(revert_weight_conversion(model, {f"{name}.s": layer.s}))).removesuffix(".s"): vars(entry)
-            for name, (layer, entry) in self._layers.items()
-        }
+        _keep_layers_apart(model)
+        self.quantization_config.modules = _as_stored(model, {name: entry for name, (_, entry) in self._layers.items()})
         self.quantization_config.__dict__.pop("base_model_name_or_path", None)
         # Nothing is quantised: half(), float() and training work as on any model.
         model.is_quantized = False
         del self._layers, self._fan_in_fan_out
+
+
+def describe_as_smile(model: Any) -> None:
+    """Gives a model with SMILE layers the config and the quantizer that from_pretrained would have given it."""
+    if not smile_layers(model):
+        return
+    _keep_layers_apart(model)
+    config = SmileConfig.from_layers(smile_layers(model))
+    entries = config.modules
+    config = replace(config, routing=stored_routing(model), modules={})
+    model.config.quantization_config = SmileQuantizationConfig(**config.to_dict())
+    model.config.quantization_config.modules = _as_stored(model, entries)
+    model.hf_quantizer = SmileQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.is_quantized = False
+
+
+def _as_stored(model: Any, entries: Mapping[str, SmileModuleConfig]) -> dict[str, dict[str, Any]]:
+    """The layers by the names under which `save_pretrained` will store them."""
+    layers = smile_layers(model)
+    return {
+        next(iter(revert_weight_conversion(model, {f"{name}.s": layers[name].s}))).removesuffix(".s"): vars(entry)
+        for name, entry in entries.items()
+    }
+
+
+def _keep_layers_apart(model: Any) -> None:
+    """Has `save_pretrained` store the weights of SMILE layers as they are: fused with others, they would lose them."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [one for one in conversions if not isinstance(one, PrefixChange)]
+    weights = [f"{name}.weight" for name in smile_layers(model)]
+
+    def fuses(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        back = conversion.reverse_transform()
+        return any(back.rename_source_key(name)[1] is not None for name in weights)
+
+    model._weight_conversions = [one for one in conversions if not fuses(one)]

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import add_calibration, model_card
+from ..checkpoint import REPORT, add_calibration, model_card
 from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
+from ..integrations.conversion import ModelNames
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
 from ..storage import (
@@ -33,26 +35,27 @@ from ..storage import (
     plan_shards,
     read_json,
     read_safetensors,
-    read_tensors,
     write_index,
     write_shard,
 )
 from .decompose import decompose, in_threads
-from .layers import check_layer_ranks, fused_experts, layers_of_checkpoint, model_of_checkpoint, select_layers
-from .report import LayerReport, UpscaleReport
-from .sources import (
-    AdapterSource,
-    CheckpointSource,
-    StoredTensors,
+from .layers import Layer, check_layer_ranks, fused_experts, layers_of_checkpoint, model_of_checkpoint, select_layers
+from .remainder import (
     average,
-    check_called,
-    check_request,
-    open_source,
+    check_changed,
+    check_fit,
+    layers_to_take,
+    lost_changes,
+    reasons_left_alone,
+    unfit_layers,
 )
+from .report import LayerReport, LostChange, UpscaleReport
+from .sources import AdapterSource, CheckpointSource, StoredTensors, check_request, open_source, read_plain
 
 __all__ = ["upscale_checkpoints"]
 
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizers, generation settings, pooling, ...
+# Weights and what belongs to them: every other file beside the base's weights is carried over.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
 class _Job:
@@ -68,33 +71,40 @@ class _Job:
         remaining: str,
         dtype: torch.dtype | None,
         device: str,
+        strict: bool,
     ):
         self.base, self.experts = Path(base), [Path(folder) for folder in experts]
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
-        self.stored = read_tensors(base)
-        self.tensors = StoredTensors(self.stored)
+        self.stored = read_plain("base", base)
         base_config = read_config(base)
-        if quantized := base_config.get("quantization_config"):
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise ValueError(f"base: {base} is stored as {method!r} already; expected a checkpoint of plain weights")
         for i, folder in enumerate(experts):
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
                 raise ValueError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
-        model = model_of_checkpoint(self.base)
-        every = layers_of_checkpoint(self.base, self.stored, model)
-        layers = select_layers(every, include, exclude)
-        self.layers = list(layers.values())
-        self.left_alone = [] if model is None else fused_experts(model)
-        self.sources = [open_source(f"experts[{i}]", folder, self.tensors) for i, folder in enumerate(experts)]
+        names = ModelNames(model_of_checkpoint(self.base))
+        self.by_name, self.origins = names.map(self.stored)
+        self.tensors = StoredTensors(self.by_name)
+        self.every = layers_of_checkpoint(self.base, self.by_name, self.origins, names)
+        self.chosen = select_layers(self.every, include, exclude)
+        self.layers = [layer for layer in self.chosen.values() if not layer.unfit]
+        self.unfit = [layer for layer in self.chosen.values() if layer.unfit]
+        self.fused = [] if names.model is None else fused_experts(names.model)
+        self.sources = [
+            open_source(f"experts[{i}]", folder, self.tensors, self.every, names) for i, folder in enumerate(experts)
+        ]
         for source in self.sources:
             if isinstance(source, AdapterSource):
-                source.check(every)
+                source.check(self.by_name)
             else:
-                source.check(self.stored, self.layers, average=remaining == "average", cast=dtype is not None)
-        check_layer_ranks(self.layers, self.stored, config.rank_of_expert, config.rank_of_router)
-        if model is not None:
-            check_called("base", model, layers, self.tensors, self.sources)
+                mean = remaining == "average"
+                source.check(self.by_name, self.chosen.values(), average=mean, cast=dtype is not None)
+        check_layer_ranks(self.layers, self.by_name, config.rank_of_expert, config.rank_of_router)
+        check_fit("base", self.unfit, self.tensors, self.sources, strict=strict)
+
+    @functools.cached_property
+    def taken(self) -> list[Layer]:
+        """The layers that take the weight of the only expert."""
+        return layers_to_take(self.unfit, self.tensors, self.by_name, self.sources)
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on; a run goes on only where this is the same. Files count by size and time."""
@@ -117,7 +127,7 @@ class _Job:
         if isinstance(self.config.rank_of_expert, int) and self.config.rank_of_expert > 0:
             r, k = self.config.rank_of_expert, max(self.config.rank_of_expert, self.config.rank_of_router)
             for layer in self.layers:
-                weight = self.stored[layer.weight]
+                weight = self.by_name[layer.weight]
                 o, d = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
                 factors += len(self.experts) * (o * r + k * d) * (self.dtype or weight.dtype).itemsize
         base = sum(math.prod(t.shape) * self._dtype(t.dtype).itemsize for t in self.stored.values())
@@ -127,8 +137,9 @@ class _Job:
     def upscale_layer(self, folder: Path, index: int) -> None:
         """Writes `<index>.safetensors`, the factors of a layer, unless it is left alone, and then `<index>.json`."""
         layer = self.layers[index]
-        whole = (source.stored for source in self.sources if isinstance(source, CheckpointSource))
-        common = functools.reduce(torch.promote_types, (stored[layer.weight].dtype for stored in (self.stored, *whole)))
+        whole = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
+        dtypes = (tensors[layer.weight].dtype for tensors in (self.by_name, *whole))
+        common = functools.reduce(torch.promote_types, dtypes)
         factors, report = decompose(
             layer,
             self.tensors,
@@ -142,7 +153,7 @@ class _Job:
             dtype = self._dtype(common)
             s_dtype = torch.promote_types(dtype, torch.float32)
             tensors = [
-                StoredTensor.of(f"{layer.name}.{name}", factor.to("cpu", s_dtype if name == "s" else dtype))
+                StoredTensor.of(f"{layer.stored}.{name}", factor.to("cpu", s_dtype if name == "s" else dtype))
                 for name, factor in factors.items()
                 if factor is not None
             ]
@@ -150,16 +161,72 @@ class _Job:
         write_text(folder / f"{index}.json", json.dumps(asdict(report)) + "\n")
 
     def output_tensors(self, factors: Mapping[str, list[StoredTensor]], experts_only: bool) -> Iterator[StoredTensor]:
-        """The tensors of the result: the base's in their order, then the factors of each upscaled layer."""
+        """The tensors of the result: the base's in their order, then the factors of each upscaled layer.
+
+        A tensor that holds more than the weight of an upscaled layer is stored in its parts, by the model's names.
+        """
         upscaled = [layer for layer in self.layers if layer.name in factors]
-        shared = {name for layer in upscaled for name in (layer.weight, layer.bias)}
-        for name, tensor in () if experts_only else self.stored.items():
-            mean = self.remaining == "average" and name not in shared and tensor.dtype.is_floating_point
-            read = functools.partial(average, name, self.tensors, self.sources) if mean else tensor.load
-            dtype = self._dtype(tensor.dtype)
-            yield replace(tensor, dtype=dtype, read=functools.partial(_read_as, read, dtype))
+        changed = self.changed(upscaled)
+        whole = {keys[0]: name for name, keys in self.origins.items() if len(keys) == 1}
+        split = {key for layer in upscaled for key in self._split(layer.weight)}
+        split |= {key for name in changed for key in self._split(name)}
+        for key, tensor in () if experts_only else self.stored.items():
+            if key not in split:
+                yield self._written(tensor, changed.get(whole.get(key, "")))
+        for name, keys in () if experts_only else self.origins.items():
+            if split.intersection(keys):
+                yield self._written(self.by_name[name], changed.get(name))
+        written = {layer.weight for layer in self.taken} | {layer.weight for layer in upscaled}
+        for layer in () if experts_only else self.taken:
+            new = self.sources[0].bias(layer)
+            if new is not None and layer.bias not in self.by_name and layer.weight in written:
+                yield self._written(StoredTensor.of(f"{layer.stored}.bias", new), None)
         for layer in upscaled:
             yield from factors[layer.name]
+
+    def changed(self, upscaled: Sequence[Layer]) -> dict[str, Callable[[], Tensor]]:
+        """What is stored in place of the base's tensors, by the model's names: averages and the only expert's."""
+        held = {id(self.by_name[name]) for name in self.held(upscaled) if name in self.by_name}
+        changed: dict[str, Callable[[], Tensor]] = {}
+        for name, tensor in self.by_name.items() if self.remaining == "average" else ():
+            if name in self.origins and id(tensor) not in held and tensor.dtype.is_floating_point:
+                changed[name] = functools.partial(average, name, self.tensors, self.sources)
+        for layer in self.taken:
+            for name in (layer.weight, layer.bias):
+                ties = [other for other in self.origins if self.by_name[other] is self.by_name.get(name)]
+                for other in ties:
+                    changed[other] = functools.partial(self._of_only_expert, name)
+        return changed
+
+    def held(self, upscaled: Sequence[Layer]) -> set[str]:
+        """The tensors whose changes the result holds."""
+        return {name for layer in (*upscaled, *self.taken) for name in (layer.weight, layer.bias)}
+
+    def _of_only_expert(self, name: str) -> Tensor:
+        tensor = self.sources[0].tensor(name)
+        return torch.zeros_like(self.tensors[name]) if tensor is None else tensor  # a bias that the expert lacks
+
+    def _split(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that a parameter is a part of, where it is no tensor of its own."""
+        keys = self.origins.get(name, ())
+        alone = len(keys) == 1 and [keys] == [other for other in self.origins.values() if other[0] == keys[0]]
+        return () if alone and self.stored[keys[0]].read is self.by_name[name].read else keys
+
+    def _written(self, tensor: StoredTensor, changed: Callable[[], Tensor] | None) -> StoredTensor:
+        read, dtype = changed or tensor.load, self._dtype(tensor.dtype)
+        return replace(tensor, dtype=dtype, read=functools.partial(_read_as, read, dtype))
+
+    def lost(self, reports: Sequence[LayerReport]) -> list[LostChange]:
+        """What fine-tuning changed and the result does not hold."""
+        done = {report.name for report in reports if not report.skipped}
+        upscaled = [layer for layer in self.layers if layer.name in done]
+        changed = self.changed(upscaled)
+
+        def result(name: str) -> Tensor:
+            return changed[name]() if name in changed else self.tensors[name]
+
+        reasons = reasons_left_alone(self.every, self.chosen, reports)
+        return lost_changes(self.tensors, self.by_name, self.sources, result, self.held(upscaled), reasons)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of this dtype becomes in the result."""
@@ -171,19 +238,14 @@ class _Job:
         for layer in self.layers:
             shapes = {tensor.name: tensor.shape for tensor in factors.get(layer.name, ())}
             if shapes:
-                modules[layer.name] = SmileModuleConfig(
-                    rank_of_expert=shapes[f"{layer.name}.s"][1],
+                modules[layer.stored] = SmileModuleConfig(
+                    rank_of_expert=shapes[f"{layer.stored}.s"][1],
                     rank_of_router=self.config.rank_of_router,
-                    expert_bias=f"{layer.name}.expert_bias" in shapes,
+                    expert_bias=f"{layer.stored}.expert_bias" in shapes,
                     fan_in_fan_out=layer.fan_in_fan_out,
                 )
         config = replace(self.config, modules=modules)
-        for file in sorted(self.base.iterdir()):
-            known = file.name in ("config.json", "README.md") or file.name.endswith(".index.json")
-            if file.is_file() and (file.suffix in _COPIED or file.stem in ("LICENSE", "NOTICE")) and not known:
-                shutil.copyfile(file, folder / file.name)
-        for stage in sorted(self.base.glob("[0-9]_*/")):  # sentence-transformers' pooling and what follows it
-            shutil.copytree(stage, folder / stage.name, dirs_exist_ok=True)
+        _copy_beside(self.base, folder)
         base_config = read_config(self.base)
         if self.dtype is not None and base_config:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -191,7 +253,7 @@ class _Job:
         write_config(folder, base_config, config)
         names = [expert.name for expert in self.experts]
         write_text(folder / "README.md", model_card(config, base=self.base.name, experts=names))
-        report.save(folder / "smile_report.json")
+        report.save(folder / REPORT)
 
 
 @torch.no_grad()
@@ -208,6 +270,7 @@ def upscale_checkpoints(
     remaining: str = "base",
     routing: RoutingPolicy | None = None,
     calibrate: bool = False,
+    strict: bool = False,
     dtype: torch.dtype | None = None,
     experts_only: bool = False,
     max_shard_size: int | str = "5GB",
@@ -222,7 +285,8 @@ def upscale_checkpoints(
         base: checkpoint of the pre-trained model.
         experts: checkpoints of the fine-tuned models, or PEFT adapters of the base.
         out: new or empty.
-        rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude: as in `upscale`.
+        rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude, strict: as in
+            `upscale`.
         remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
         routing: the policy that the loaded model follows; by default each token chooses for itself, or
             `RoutingPolicy.recommended` of a model that is calibrated.
@@ -264,7 +328,7 @@ def upscale_checkpoints(
         raise ValueError(f"workers: is {workers}; expected 1 or more")
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
-    job = _Job(base, experts, config, include, exclude, remaining, dtype, device)
+    job = _Job(base, experts, config, include, exclude, remaining, dtype, device, strict)
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
@@ -277,13 +341,14 @@ def upscale_checkpoints(
         barrier()
         if not output.work.exists():
             warnings.warn(f"{target}: is already complete with these settings; nothing was done", stacklevel=2)
-            return UpscaleReport.load(target / "smile_report.json")
+            return UpscaleReport.load(target / REPORT)
         report = _write(job, output, (rank, world, barrier), experts_only, max_shard_size, workers, progress)
         if rank == 0:
             if calibrate:
                 report = replace(report, calibration=add_calibration(output.output, routing, seed=0))
-                report.save(output.output / "smile_report.json")
+                report.save(output.output / REPORT)
             output.publish()
+            report.warn(remaining)
         barrier()
     return report
 
@@ -313,6 +378,7 @@ def _write(
         for i, layer in enumerate(job.layers)
         if not reports[i].skipped
     }
+    check_changed("experts", [*reports, *unfit_layers(job.unfit, job.taken)], job.taken)
     stem = "experts" if experts_only else "model"
     shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
     for i, (name, shard) in enumerate(shards.items()):
@@ -320,7 +386,9 @@ def _write(
             write_shard(output.output / name, shard)
         progress("files", i + 1, len(shards))
     barrier()
-    report = UpscaleReport([*reports, *job.left_alone])
+    reports = [*reports, *unfit_layers(job.unfit, job.taken), *job.fused]
+    folders = str(job.base.resolve()), [str(folder.resolve()) for folder in job.experts]
+    report = UpscaleReport(reports, job.lost(reports) if rank == 0 else [], *folders)
     if rank == 0:
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)
@@ -329,6 +397,16 @@ def _write(
 
 def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return read().to(dtype)
+
+
+def _copy_beside(base: Path, folder: Path) -> None:
+    """Copies the files beside the base's weights: tokenizers, generation settings, code, pooling, ..."""
+    for file in sorted(base.iterdir()):
+        written_anew = file.name in ("config.json", "README.md", REPORT) or file.name.startswith(".")
+        if file.is_file() and not written_anew and not file.name.endswith(_WEIGHTS):
+            shutil.copyfile(file, folder / file.name)
+        elif file.is_dir() and re.match(r"\d+_", file.name):  # sentence-transformers' pooling and what follows it
+            shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
 
 
 def _check_space(work: Path, needed: int) -> None:

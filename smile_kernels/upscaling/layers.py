@@ -4,7 +4,7 @@ import fnmatch
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..config import read_config
+from ..integrations.conversion import ModelNames
 from ..storage import StoredTensor
 from ..svd import check_ranks
+from .reads import weight_readers
 from .report import LayerReport
 
 # Where transformers cannot say what a matrix is, such a name means that it is looked up, not multiplied by.
-_LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?(wte|wpe|shared|relative_attention_bias)")
+_LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?([^.]*_emb|emb|emb_[^.]*|embs?|wte|wpe|shared|relative_attention_bias)")
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
@@ -27,18 +29,25 @@ class Layer:
     """A linear layer of the base.
 
     Args:
-        name: the layer's, where its tensors are stored.
-        weight: the tensor that holds its weight: another layer's where it is tied.
-        fan_in_fan_out: whether that is stored as [in_features, out_features], as transformers' Conv1D does.
+        name: the layer's in the model.
+        fan_in_fan_out: whether its weight is stored as [in_features, out_features], as transformers' Conv1D does.
+        stored: the name under which a checkpoint holds its tensors.
+        unfit: why it cannot hold experts, or None.
     """
 
     name: str
-    weight: str
     fan_in_fan_out: bool = False
+    stored: str = ""
+    unfit: str | None = None
+
+    @property
+    def weight(self) -> str:
+        """The parameter that is its weight."""
+        return f"{self.name}.weight"
 
     @property
     def bias(self) -> str:
-        """The tensor that holds its bias, where it has one."""
+        """The parameter that is its bias, where it has one."""
         return f"{self.name}.bias"
 
 
@@ -62,29 +71,57 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def layers_of_model(model: nn.Module) -> dict[str, Layer]:
-    """The linear layers of a model by name."""
-    return {name: Layer(name, f"{name}.weight", is_conv1d(module)) for name, module in linear_layers(model).items()}
+    """The linear layers of a model by name, and which of them cannot hold experts.
+
+    Those are layers whose forward is not W x + b, and layers whose weight other code reads.
+    """
+    linears = linear_layers(model)
+    readers = weight_readers(model, linears)
+    layers = {}
+    for name, module in linears.items():
+        unfit = None
+        if type(module.weight.data) is not Tensor:
+            unfit = f"its weight is a {type(module.weight.data).__name__}"
+        elif "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward):
+            unfit = f"the forward of {type(module).__name__} is not that of nn.Linear"
+        elif name in readers:
+            unfit = f"its weight is read by {readers[name]}, outside its own forward"
+        layers[name] = Layer(name, is_conv1d(module), name, unfit)
+    return layers
 
 
-def layers_of_checkpoint(folder: Path, stored: Mapping[str, StoredTensor], model: nn.Module | None) -> dict[str, Layer]:
+def layers_of_checkpoint(
+    folder: Path, tensors: Mapping[str, StoredTensor], origins: Mapping[str, Sequence[str]], names: ModelNames
+) -> dict[str, Layer]:
     """The linear layers of a checkpoint, by their names in the model.
 
-    With `model`, the architecture that config.json names, its layers count as for `layers_of_model`. Without it each
-    two-dimensional floating-point `<layer>.weight` is one, unless its name says that it is looked up.
+    Where the architecture is known, its layers count as for `layers_of_model`. Without it each two-dimensional
+    floating-point `<layer>.weight` is one, unless its name says that it is looked up.
+
+    Args:
+        folder: the checkpoint, for messages.
+        tensors, origins, names: what `ModelNames.map` returned for it, ties filled in.
     """
-    matrices = [
-        name for name, t in stored.items() if len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
-    ]
-    if model is not None:
-        return _stored_layers(model, matrices)
+    if names.model is not None:
+        layers = {}
+        for name, layer in layers_of_model(names.model).items():
+            if layer.weight in tensors:
+                stored = names.stored_name(name, origins)
+                unfit = layer.unfit or (None if stored else "transformers has no name for its experts on disk")
+                layers[name] = replace(layer, stored=stored or name, unfit=unfit)
+        return layers
     model_type = read_config(folder).get("model_type")
     if model_type in _CONV1D_MODELS:
         raise ValueError(
             f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
         )
-    names = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
-    names.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
-    return {name: Layer(name, f"{name}.weight") for name in names if not _LOOKED_UP.fullmatch(name)}
+    plain = [
+        name.removesuffix(".weight")
+        for name, t in tensors.items()
+        if name.endswith(".weight") and len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
+    ]
+    plain.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
+    return {name: Layer(name, stored=name) for name in plain if not _LOOKED_UP.fullmatch(name)}
 
 
 def model_of_checkpoint(folder: Path) -> nn.Module | None:
@@ -132,25 +169,6 @@ def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
         handle.remove()
 
 
-def _stored_layers(model: nn.Module, matrices: Sequence[str]) -> dict[str, Layer]:
-    """The model's linear layers whose weights are among the checkpoint's matrices, by their names in the model."""
-    from ..integrations.transformers import checkpoint_renaming
-
-    renamed, state = checkpoint_renaming(model), model.state_dict(keep_vars=True)
-    own, tied = {}, {}
-    for name in matrices:
-        key, converter = renamed(name)
-        if converter is None and key in state:
-            own[key] = tied[id(state[key])] = name
-    layers = {}
-    for name, linear in linear_layers(model).items():
-        if weight := own.get(f"{name}.weight"):
-            layers[name] = Layer(weight.removesuffix(".weight"), weight, is_conv1d(linear))
-        elif weight := tied.get(id(linear.weight)):
-            layers[name] = Layer(name, weight, is_conv1d(linear))
-    return layers
-
-
 def select_layers(
     layers: Mapping[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, Layer]:
@@ -186,6 +204,8 @@ def check_layer_ranks(
 ) -> None:
     """Raises ValueError, naming the layer, unless both ranks are in range for its shape."""
     for layer in layers:
+        if layer.unfit:
+            continue
         try:
             check_ranks(rank_of_expert, rank_of_router, base[layer.weight].shape)
         except ValueError as error:

@@ -1,21 +1,32 @@
 """A model and its fine-tuned versions -> the model with SMILE layers in place of its linear layers, and a report."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from .decompose import decompose, in_threads
-from .layers import check_layer_ranks, fused_experts, is_conv1d, layers_of_model, linear_layers, select_layers
+from .layers import Layer, check_layer_ranks, fused_experts, is_conv1d, layers_of_model, linear_layers, select_layers
+from .reads import guard_weights
+from .remainder import (
+    average,
+    check_changed,
+    check_fit,
+    layers_to_take,
+    lost_changes,
+    reasons_left_alone,
+    unfit_layers,
+)
 from .report import UpscaleReport
-from .sources import AdapterSource, ExpertSource, ModuleSource, average, check_called, check_finite, check_request
+from .sources import AdapterSource, ExpertSource, ModuleSource, check_finite, check_request
 
 __all__ = ["upscale"]
 
@@ -33,6 +44,7 @@ def upscale(
     remaining: str = "base",
     routing: RoutingPolicy | None = None,
     calibrate: bool = False,
+    strict: bool = False,
     inplace: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, UpscaleReport]:
@@ -40,7 +52,9 @@ def upscale(
 
     Each nn.Linear (and transformers' Conv1D) becomes a `SmileLinear` whose experts are the truncated SVDs of the
     differences. Layers whose experts all equal the base are left alone, as are the fused experts of a mixture. Tied
-    weights stay tied.
+    weights stay tied. A layer whose forward is not W x + b, or whose weight other code reads, cannot hold experts: it
+    is left alone, or takes the weight of the expert where there is only one. The report, and a warning, name what
+    fine-tuning changed and the result does not hold.
 
     Args:
         model: the pre-trained model.
@@ -55,6 +69,7 @@ def upscale(
         routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself,
             or `RoutingPolicy.recommended` of a model that is calibrated.
         calibrate: also `smile_kernels.calibrate` the model.
+        strict: refuse layers that cannot hold experts, where an expert changes them.
         inplace: change `model` itself, rather than a copy.
         progress: show a progress bar.
 
@@ -63,8 +78,8 @@ def upscale(
 
     Raises:
         ValueError: no experts, another architecture, a shape or dtype that differs, NaN or inf, a rank out of range,
-            num_experts_per_tok > N, patterns that leave no layer, or a layer whose weight PyTorch reads past its
-            forward. Nothing is changed then.
+            num_experts_per_tok > N, patterns that leave no layer, or no layer that an expert changes. Nothing is
+            changed then.
     """
     check_request("finetuned", finetuned, num_experts_per_tok, remaining)
     if isinstance(model, nn.Linear):
@@ -72,22 +87,14 @@ def upscale(
             "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
         )
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
-    layers = select_layers(every, include, exclude)
-    sources: list[ExpertSource] = []
-    for i, expert in enumerate(finetuned):
-        if isinstance(expert, nn.Module):
-            module = ModuleSource(f"finetuned[{i}]", expert)
-            module.check(model, every, layers)
-            sources.append(module)
-        elif not isinstance(expert, Mapping):
-            raise ValueError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
-        else:
-            adapter = AdapterSource(f"finetuned[{i}]", expert, base)
-            adapter.check(every)
-            sources.append(adapter)
+    base = {name: tensor for name, tensor in base.items() if isinstance(tensor, Tensor)}
+    chosen = select_layers(every, include, exclude)
+    layers = {name: layer for name, layer in chosen.items() if not layer.unfit}
+    unfit = [layer for layer in chosen.values() if layer.unfit]
+    sources = _sources(finetuned, model, base, every, chosen, average=remaining == "average")
     check_layer_ranks(layers.values(), base, rank_of_expert, rank_of_router)
-    check_called("model", model, layers, base, sources)
-    check_finite("model", dict(model.named_parameters()))
+    check_fit("model", unfit, base, sources, strict=strict)
+    check_finite("model", base)
 
     decomposed = list(
         _track(
@@ -102,33 +109,84 @@ def upscale(
             progress,
         )
     )
-    report = UpscaleReport([*(report for _, report in decomposed), *fused_experts(model)])
     factors = {report.name: factors for factors, report in decomposed if not report.skipped}
+    taken = layers_to_take(unfit, base, base, sources)
+    reports = [*(report for _, report in decomposed), *unfit_layers(unfit, taken), *fused_experts(model)]
+    check_changed("finetuned", reports, taken)
+    held = {name for layer in (*(layers[name] for name in factors), *taken) for name in (layer.weight, layer.bias)}
+
+    def result(name: str) -> Tensor:
+        return average(name, base, sources) if remaining == "average" else base[name]
+
+    lost = lost_changes(base, base, sources, result, held, reasons_left_alone(every, chosen, reports))
     if calibrate:
         check_calibration(model)
     if routing is not None:
         check_routing(model, routing, dict.fromkeys(factors, len(finetuned)), calibrating=calibrate)
     model = model if inplace else copy.deepcopy(model)
-    linears = {name: linear for name, linear in linear_layers(model).items() if name in factors}
     if remaining == "average":
-        _average_remaining(model, {id(p) for linear in linears.values() for p in linear.parameters()}, base, sources)
-    for name, linear in linears.items():
-        _replace(model, linear, factors[name], rank_of_router=rank_of_router, num_experts_per_tok=num_experts_per_tok)
+        _average_remaining(model, {id(base[name]) for name in held if name in base}, base, sources)
+    for layer in taken:
+        _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
+    for name, linear in linear_layers(model).items():
+        if name in factors:
+            options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
+            _replace(model, linear, factors[name], **options)
+    report = UpscaleReport(reports, lost)
     if calibrate:
         report = replace(report, calibration=calibrate_model(model))
         routing = routing or RoutingPolicy.recommended(model)
     if routing is not None:
         set_routing(model, routing)
+    guard_weights(model)
+    describe_as_smile(model)
+    report.warn(remaining)
     return model, report
 
 
 def _average_remaining(
-    model: nn.Module, upscaled: Collection[int], base: Mapping[str, Tensor], sources: Sequence[ExpertSource]
+    model: nn.Module, held: set[int], base: Mapping[str, Tensor], sources: Sequence[ExpertSource]
 ) -> None:
-    """Sets every stored tensor but those `upscaled`, by their ids, to the mean of the experts'."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in base and id(tensor) not in upscaled and tensor.is_floating_point():
+    """Sets every stored tensor but those of ids `held` to the mean of the experts'; a tied one is set once."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in base and id(base[name]) not in held and tensor.is_floating_point():
+            held.add(id(base[name]))
             tensor.copy_(average(name, base, sources))
+
+
+def _sources(
+    finetuned: Sequence[nn.Module | Mapping[str, ModuleDelta]],
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    every: Mapping[str, Layer],
+    chosen: Mapping[str, Layer],
+    *,
+    average: bool,
+) -> list[ExpertSource]:
+    """The experts, checked."""
+    sources: list[ExpertSource] = []
+    for i, expert in enumerate(finetuned):
+        if isinstance(expert, nn.Module):
+            source = ModuleSource(f"finetuned[{i}]", expert, base)
+            source.check(base, chosen.values(), average=average)
+            source.check_kinds(model, chosen.values())
+            sources.append(source)
+        elif not isinstance(expert, Mapping):
+            raise ValueError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
+        else:
+            sources.append(adapter := AdapterSource(f"finetuned[{i}]", expert, base, every))
+            adapter.check(base)
+    return sources
+
+
+def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:
+    """Gives a linear layer that cannot hold experts the weight and bias of the only expert."""
+    linear.weight.copy_(source.tensor(layer.weight))
+    bias = source.bias(layer)
+    if bias is not None and linear.bias is None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    elif linear.bias is not None:
+        linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)
 
 
 def _replace(model: nn.Module, linear: nn.Linear, factors: Mapping[str, Tensor | None], **options: int) -> None:
@@ -139,6 +197,9 @@ def _replace(model: nn.Module, linear: nn.Linear, factors: Mapping[str, Tensor |
     layer.bias = linear.bias
     if not is_conv1d(linear):
         layer.weight = cast(nn.Parameter, linear.weight)
+    for name in vars(linear):
+        if name.startswith(("_forward", "_backward", "_is_full_backward")) and name != "_forward_method":
+            vars(layer)[name] = vars(linear)[name]  # the hooks that others put on it
     for place in [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]:
         replace_linear(model, place, layer)
 

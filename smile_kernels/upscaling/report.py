@@ -1,8 +1,9 @@
-"""What an upscaling reports of each layer."""
+"""What an upscaling reports: what became of each layer, and what the result does not hold."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +13,11 @@ from ..routing import CalibrationReport
 from ..storage import read_json
 from ..svd import Certificate
 
-__all__ = ["LayerReport", "UpscaleReport"]
+__all__ = ["LayerReport", "LostChange", "UpscaleReport"]
+
+# From this share of the base's tensor on, a lost change is warned of; and so many are printed.
+LARGE, SHOWN = 0.01, 10
+NEW = "the base has no such tensor"
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,35 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LostChange:
+    """A tensor that fine-tuning changed and that the result does not hold.
+
+    Attributes:
+        name: the tensor's name in the model.
+        sizes: per expert, ||W_i - W'||_F / ||W||_F for the base's W and the result's W'; 1 where W is zero, or of
+            another shape, or missing on one side.
+        reason: why it is lost.
+    """
+
+    name: str
+    sizes: list[float]
+    reason: str
+
+
+@dataclass(frozen=True)
 class UpscaleReport:
-    """The report of every layer; printed as a table, saved as JSON."""
+    """What became of every layer, and what the result does not hold; printed as a summary, saved as JSON.
+
+    Attributes:
+        layers: the linear layers.
+        lost: what fine-tuning changed beside the upscaled layers, the largest change first.
+        base, experts: the folders that were fused; empty for models in memory.
+    """
 
     layers: list[LayerReport]
+    lost: list[LostChange] = field(default_factory=list)
+    base: str = ""
+    experts: Sequence[str] = ()
     calibration: CalibrationReport | None = None
 
     def save(self, path: str | Path) -> None:
@@ -79,22 +109,71 @@ class UpscaleReport:
         calibration = stored.get("calibration")
         return cls(
             [LayerReport(**layer) for layer in stored["layers"]],
+            [LostChange(**lost) for lost in stored.get("lost", [])],
+            stored.get("base", ""),
+            stored.get("experts", ()),
             calibration and CalibrationReport.from_dict(calibration),
         )
 
+    def warn(self, remaining: str) -> None:
+        """Warn of the large changes that are left out of the result, naming the largest and what takes them up."""
+        large = [lost for lost in self.lost if max(lost.sizes) >= LARGE]
+        if large:
+            worst = ", ".join(f"{lost.name} ({max(lost.sizes):.2g} of the base's; {lost.reason})" for lost in large[:3])
+            more = f" and {len(large) - 3} more" if len(large) > 3 else ""
+            remedies = ["the patterns of `include` and `exclude` take up linear layers"]
+            if remaining != "average":
+                remedies.append("remaining='average' (--remaining average) takes up other tensors, in the mean")
+            if any(lost.reason == NEW for lost in large):
+                remedies.append("a module that the base lacks is taken up by adding it to the base")
+            warnings.warn(
+                f"changes by fine-tuning are left out of the result: {worst}{more}. {'; '.join(remedies).capitalize()}",
+                stacklevel=4,
+            )
+
     def __str__(self) -> str:
+        done = [layer for layer in self.layers if not layer.skipped]
+        lines = [f"{len(done)} of {len(self.layers)} layers upscaled"]
+        if done:
+            worst = max(done, key=lambda layer: max(layer.error))
+            lines[0] += f"; the largest error of a change is {max(worst.error):.4f}, in {worst.name}"
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.skipped:
+                reasons.setdefault(layer.skipped, []).append(layer.name)
+        lines += [f"left alone: {_some(names)}: {reason}" for reason, names in reasons.items()]
+        if self.lost:
+            lines.append(f"{len(self.lost)} tensors that fine-tuning changed are not in the result, the largest first:")
+            lines += [f"  {lost.name}: {_sizes(lost)}; {lost.reason}" for lost in self.lost[:SHOWN]]
+            if len(self.lost) > SHOWN:
+                lines.append(f"  and {len(self.lost) - SHOWN} more")
+        return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
+
+    def table(self) -> str:
+        """Every layer and every lost change, one a row."""
         from rich.console import Console
         from rich.table import Table
 
-        done = [layer for layer in self.layers if not layer.skipped]
         table = Table("layer", "rank", "energy held", "largest error", "seconds", "note")
         for layer in self.layers:
             note = layer.skipped or ", ".join(f"expert {i} untrained" for i in layer.untrained)
             held = "" if layer.skipped else f"{min(layer.energy):.4f} to {max(layer.energy):.4f}"
             error = "" if layer.skipped else f"{max(layer.error):.4f}"
             table.add_row(layer.name, str(layer.rank or ""), held, error, f"{layer.seconds:.2f}", note)
-        table.caption = f"{len(done)} of {len(self.layers)} layers upscaled"
+        lost = Table("not in the result", "size of the change, by expert", "why")
+        for change in self.lost:
+            lost.add_row(change.name, _sizes(change), change.reason)
         console = Console(width=120)
         with console.capture() as text:
             console.print(table)
+            if self.lost:
+                console.print(lost)
         return text.get().rstrip("\n") + (f"\n{self.calibration}" if self.calibration else "")
+
+
+def _sizes(lost: LostChange) -> str:
+    return ", ".join(f"{size:.2g}" for size in lost.sizes)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,16 +4,19 @@ A layer's weight and bias are asked for when its turn comes, so that a few layer
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..config import read_config
 from ..errors import check_integer
+from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
 from ..storage import StoredTensor, read_tensors
-from .layers import Layer, layers_of_model
+from .layers import Layer
 
 LowRank = tuple[Tensor, Tensor, float]  # b [O, q], a [q, D], scale: W + scale * b @ a
 
@@ -35,15 +38,15 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class ExpertSource(ABC):
-    """One fine-tuned version of the base.
+    """One fine-tuned version of the base; every tensor goes by the name of the base model's parameter.
 
     Args:
         where: what messages call it.
-        tensors: its tensors by their names in the base.
+        may_change: the names of all its tensors that may differ from the base's.
     """
 
-    def __init__(self, where: str, tensors: Mapping[str, Tensor]):
-        self.where, self.tensors = where, tensors
+    def __init__(self, where: str, may_change: Collection[str]):
+        self.where, self.may_change = where, may_change
 
     @abstractmethod
     def weight(self, layer: Layer) -> Tensor | LowRank:
@@ -53,128 +56,203 @@ class ExpertSource(ABC):
     def bias(self, layer: Layer) -> Tensor | None:
         """The layer's bias [O]."""
 
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor in full; None where it has none of that name."""
+
     def changes(self, layer: Layer, base: Mapping[str, Tensor]) -> bool:
-        """Whether the layer's weight differs from the base's."""
-        weight, plain = self.weight(layer), base[layer.weight]
-        return not isinstance(weight, Tensor) or not torch.equal(weight.to(plain), plain)
+        """Whether the layer differs from the base's."""
+        weight, bias, plain = self.weight(layer), self.bias(layer), base[layer.weight]
+        if not isinstance(weight, Tensor) or not torch.equal(weight.to(plain), plain):
+            return True
+        before = base.get(layer.bias)
+        return (bias is None) != (before is None) or (bias is not None and not torch.equal(bias.to(before), before))
 
 
 class WholeSource(ExpertSource):
     """A fine-tuned model with all its tensors."""
 
+    def __init__(
+        self, where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor]
+    ):
+        super().__init__(where, shapes.keys())
+        self.tensors, self.shapes = tensors, shapes
+
     def weight(self, layer: Layer) -> Tensor:
-        own = f"{layer.name}.weight"  # which may be tied in the base and not here
-        return self.tensors[own if own in self.tensors else layer.weight]
+        return self.tensors[layer.weight]
 
     def bias(self, layer: Layer) -> Tensor | None:
         return self.tensors.get(layer.bias)
 
-    def _check_like(
+    def tensor(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+    def check(
         self,
-        mine: Mapping[str, Tensor] | Mapping[str, StoredTensor],
         base: Mapping[str, Tensor] | Mapping[str, StoredTensor],
-        names: Iterable[str],
-        optional: Collection[str],
+        layers: Collection[Layer],
         *,
+        average: bool,
         cast: bool = False,
     ) -> None:
-        """Raises ValueError unless the tensors `names` are like the base's; those `optional` may be missing."""
-        for name in names:
-            if name not in mine and name in optional:
+        """Raises ValueError unless it has the tensors of the layers, and with `average` all, like the base's.
+
+        Either side may lack a bias.
+        """
+        biases = {layer.bias for layer in layers}
+        needed = [name for layer in layers for name in (layer.weight, layer.bias)]
+        if average:
+            needed += [name for name in base if base[name].dtype.is_floating_point]
+        for name in dict.fromkeys(needed):
+            if name in biases and (name not in self.shapes or name not in base):
                 continue
-            if name not in mine:
+            if name not in self.shapes:
                 raise ValueError(f"{self.where}: has no tensor {name!r}; expected the base's, {list(base[name].shape)}")
-            if mine[name].shape != base[name].shape:
+            mine, theirs = self.shapes[name], base[name]
+            if mine.shape != theirs.shape:
                 raise ValueError(
-                    f"{self.where}: tensor {name!r} has shape {list(mine[name].shape)}; expected the base's, "
-                    f"{list(base[name].shape)}"
+                    f"{self.where}: tensor {name!r} has shape {list(mine.shape)}; expected the base's, "
+                    f"{list(theirs.shape)}"
                 )
-            if mine[name].dtype != base[name].dtype and not cast:
-                raise ValueError(
-                    f"{self.where}: tensor {name!r} is {mine[name].dtype}; expected the base's {base[name].dtype}"
-                )
+            if mine.dtype != theirs.dtype and (not cast or not mine.dtype.is_floating_point or mine.dtype.itemsize < 2):
+                raise ValueError(f"{self.where}: tensor {name!r} is {mine.dtype}; expected the base's {theirs.dtype}")
 
 
 class ModuleSource(WholeSource):
-    """A fine-tuned model in memory."""
+    """A fine-tuned model in memory; torch.compile's and DistributedDataParallel's wrappers do not count."""
 
-    def __init__(self, where: str, module: nn.Module):
-        super().__init__(where, module.state_dict(keep_vars=True))
-        self.module = module
+    def __init__(self, where: str, module: nn.Module, base: Mapping[str, Tensor]):
+        state = module.state_dict(keep_vars=True)
+        spelled = {plain: name for name, plain in without_wrappers(base).items()}
+        names = {name: spelled.get(plain, plain) for name, plain in without_wrappers(state).items()}
+        tensors = {names[name]: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        super().__init__(where, tensors, tensors)
+        self.modules = {names.get(f"{name}.weight"): one for name, one in module.named_modules()}
 
-    def check(self, base: nn.Module, layers: Mapping[str, Layer], chosen: Collection[str]) -> None:
-        """Raises ValueError unless it has the base's parameters, biases of linear layers aside, and its layers."""
-        mine, theirs = dict(self.module.named_parameters()), dict(base.named_parameters())
-        known = layers_of_model(self.module)
-        optional = {layer.bias for layer in (*layers.values(), *known.values())}
-        self._check_like(mine, theirs, theirs, optional)
-        if more := [name for name in mine if name not in theirs and name not in optional]:
-            raise ValueError(f"{self.where}: has a tensor {more[0]!r}; expected the parameters of the base model")
-        for name in chosen:
-            if known.get(name) != layers[name]:
-                kinds = (type(model.get_submodule(name)).__name__ for model in (self.module, base))
-                raise ValueError("{}: {} is a {}; expected a {} as in the base".format(self.where, name, *kinds))
-        check_finite(self.where, mine)
+    def check_kinds(self, base: nn.Module, layers: Collection[Layer]) -> None:
+        """Raises ValueError unless it has the layers of the base model, in finite numbers."""
+        for layer in layers:
+            mine, theirs = self.modules.get(layer.weight), base.get_submodule(layer.name)
+            if mine is None or not isinstance(mine, type(theirs)):
+                kinds = (type(module).__name__ for module in (mine, theirs))
+                raise ValueError("{}: {} is a {}; expected a {} as in the base".format(self.where, layer.name, *kinds))
+        check_finite(self.where, self.tensors)
 
 
 class CheckpointSource(WholeSource):
     """A fine-tuned checkpoint on disk."""
 
-    def __init__(self, where: str, folder: str | Path):
-        self.stored = read_tensors(folder)
-        super().__init__(f"{where}: {folder}", StoredTensors(self.stored))
-
-    def check(self, base: Mapping[str, StoredTensor], chosen: Collection[Layer], *, average: bool, cast: bool) -> None:
-        """Raises ValueError unless it has the weights of the chosen layers, and with `average` all, like the base's."""
-        weights, biases = {layer.weight for layer in chosen}, {layer.bias for layer in chosen}
-        needed = [
-            name
-            for name, tensor in base.items()
-            if name in weights or name in biases or (average and tensor.dtype.is_floating_point)
-        ]
-        self._check_like(self.stored, base, needed, biases, cast=cast)
+    def __init__(self, where: str, folder: str | Path, names: ModelNames):
+        self.stored = read_plain(where, folder)
+        self.by_name, _ = names.map(self.stored)
+        if read_config(folder).get("tie_word_embeddings") and names.model is not None:
+            _fill_in_head(self.by_name, names.model)
+        super().__init__(f"{where}: {folder}", StoredTensors(self.by_name), self.by_name)
 
 
 class AdapterSource(ExpertSource):
-    """Changes of some layers of the base, `tensors`."""
+    """Changes of some modules of the base, whose tensors are `base` and whose linear layers are `layers`."""
 
-    def __init__(self, where: str, deltas: Mapping[str, ModuleDelta], tensors: Mapping[str, Tensor]):
-        super().__init__(where, tensors)
-        self.deltas = deltas
+    def __init__(
+        self, where: str, deltas: Mapping[str, ModuleDelta], base: Mapping[str, Tensor], layers: Mapping[str, Layer]
+    ):
+        changed = {
+            f"{module}.{part}"
+            for module, delta in deltas.items()
+            for part, change in {"weight": delta.weight, "bias": delta.bias, **delta.whole}.items()
+            if change is not None
+        }
+        super().__init__(where, changed)
+        self.deltas, self.base = deltas, base
+        self.transposed = {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
-    def check(self, layers: Mapping[str, Layer]) -> None:
-        """Raises ValueError unless every change is that of a linear layer, in finite numbers."""
-        known = {layer.name for layer in layers.values()}
-        if unknown := [name for name in self.deltas if name not in known]:
-            raise ValueError(f"{self.where}: changes {unknown[0]}, which is no linear layer of the model")
+    def check(self, shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor]) -> None:
+        """Raises ValueError unless every change fits the base and is in finite numbers."""
         for name, delta in self.deltas.items():
-            parts: dict[str, Tensor | None] = {"bias": delta.bias}
+            parts: dict[str, Tensor | None] = {"bias": delta.bias, **delta.whole}
+            if f"{name}.weight" not in shapes and not delta.whole:
+                raise ValueError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
             if isinstance(delta.weight, LowRankDelta):
                 parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}
+                mine = (delta.weight.b.shape[0], delta.weight.a.shape[1])
+                mine = mine[::-1] if name in self.transposed else mine
+                if mine != tuple(shapes[f"{name}.weight"].shape):
+                    raise ValueError(
+                        f"{self.where}: the change of {name} has shape {list(mine)}; expected the base's, "
+                        f"{list(shapes[f'{name}.weight'].shape)}"
+                    )
             else:
                 parts |= {"weight": delta.weight}
             check_finite(self.where, {f"{name}.{part}": t for part, t in parts.items() if t is not None})
 
     def weight(self, layer: Layer) -> Tensor | LowRank:
         delta = self.deltas.get(layer.name)
-        change = None if delta is None else delta.weight
+        if delta is not None and isinstance(delta.weight, LowRankDelta) and delta.weight.magnitude is None:
+            return delta.weight.b, delta.weight.a, delta.weight.scale
+        return self._changed(layer.name, delta)
+
+    def _changed(self, module: str, delta: ModuleDelta | None) -> Tensor:
+        weight, fan_in_fan_out = self.base[f"{module}.weight"], module in self.transposed
+        if delta is None or delta.weight is None:
+            return weight
+        change = delta.weight
         if isinstance(change, LowRankDelta):
-            return change.b, change.a, change.scale
-        weight = self.tensors[layer.weight]
-        return weight if change is None else (weight + change).to(weight.dtype)
+            change = change.dense(weight.T if fan_in_fan_out else weight)
+            change = change.T if fan_in_fan_out else change
+        return (weight + change.to(weight.device)).to(weight.dtype)
 
     def bias(self, layer: Layer) -> Tensor | None:
-        bias, delta = self.tensors.get(layer.bias), self.deltas.get(layer.name)
+        bias, delta = self.base.get(layer.bias), self.deltas.get(layer.name)
         if delta is None or delta.bias is None:
             return bias
-        return delta.bias if bias is None else (bias + delta.bias).to(bias.dtype)
+        return delta.bias if bias is None else (bias + delta.bias.to(bias.device)).to(bias.dtype)
+
+    def tensor(self, name: str) -> Tensor | None:
+        module, _, part = name.rpartition(".")
+        delta = self.deltas.get(module)
+        if delta is not None and part in delta.whole:
+            return delta.whole[part]
+        if delta is not None and part == "bias" and delta.bias is not None:
+            return self.bias(Layer(module))
+        if delta is not None and part == "weight" and delta.weight is not None:
+            return self._changed(module, delta)
+        return self.base.get(name)
 
 
-def open_source(where: str, folder: str | Path, base: Mapping[str, Tensor]) -> CheckpointSource | AdapterSource:
+def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint of plain weights by name, without what wrappers put before them.
+
+    Raises:
+        ValueError: the checkpoint is quantised.
+    """
+    if quantized := read_config(folder).get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ValueError(f"{where}: {folder} is stored as {method!r} already; expected a checkpoint of plain weights")
+    stored = read_tensors(folder)
+    return {plain: replace(stored[name], name=plain) for name, plain in without_wrappers(stored).items()}
+
+
+def _fill_in_head(tensors: dict[str, StoredTensor], model: nn.Module) -> None:
+    """Gives a checkpoint whose head is tied to its embedding the head that a model without that tie has."""
+    names = {}
+    for kind in ("input", "output"):
+        module = getattr(model, f"get_{kind}_embeddings")()
+        names[kind] = next((name for name, one in model.named_modules() if one is module and module is not None), None)
+    if None not in names.values() and f"{names['input']}.weight" in tensors:
+        tensors.setdefault(f"{names['output']}.weight", tensors[f"{names['input']}.weight"])
+
+
+def open_source(
+    where: str,
+    folder: str | Path,
+    base: Mapping[str, Tensor],
+    layers: Mapping[str, Layer],
+    names: ModelNames,
+) -> CheckpointSource | AdapterSource:
     """The fine-tuned checkpoint, or the PEFT adapter of `base`, in a folder."""
     if is_adapter(folder):
-        return AdapterSource(where, adapter_deltas(folder, base), base)
-    return CheckpointSource(where, folder)
+        return AdapterSource(where, adapter_deltas(folder, base, names), base, layers)
+    return CheckpointSource(where, folder, names)
 
 
 def check_request(argument: str, experts: Sequence[object], num_experts_per_tok: int, remaining: str) -> None:
@@ -187,46 +265,12 @@ def check_request(argument: str, experts: Sequence[object], num_experts_per_tok:
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the tensor, if one holds NaN or inf."""
+    """Raises ValueError, naming the tensor, if one holds NaN or inf, or no data."""
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{where}: {name} is on the meta device, as offloaded parameters are; expected its data")
+        if type(tensor) not in (Tensor, nn.Parameter):
+            continue  # a quantised tensor
         # The least and the largest entry are NaN where any is.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ValueError(f"{where}: {name} holds NaN or inf; expected finite numbers")
-
-
-def check_called(
-    where: str,
-    model: nn.Module,
-    layers: Mapping[str, Layer],
-    base: Mapping[str, Tensor],
-    sources: Sequence[ExpertSource],
-) -> None:
-    """Raises ValueError if an expert changes a layer whose weight PyTorch reads without calling the layer."""
-    for name, layer in layers.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention) and any(source.changes(layer, base) for source in sources):
-            raise ValueError(
-                f"{where}: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls "
-                f"it; expected it in exclude (exclude=[{name!r}] keeps the base's)"
-            )
-
-
-def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSource]) -> Tensor:
-    """The mean of a tensor over the experts, summed in float32 (float64 for float64).
-
-    A tensor that an expert lacks counts as 0; an adapter has the base's own.
-    """
-    whole = [source for source in sources if isinstance(source, WholeSource)]
-    plain = base[name]
-    if not whole:
-        return plain
-    zero = torch.zeros_like(plain)
-    total: Tensor | None = None
-    dtype = plain.dtype
-    # Adapters come last wherever they stand: the order decides the last bit.
-    for tensor in (*(source.tensors.get(name, zero) for source in whole), *[plain] * (len(sources) - len(whole))):
-        wide = tensor.to(plain.device, torch.promote_types(tensor.dtype, torch.float32))
-        total = wide.clone() if total is None else total.add_(wide)
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    assert total is not None
-    return (total / len(sources)).to(dtype)

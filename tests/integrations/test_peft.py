@@ -103,18 +103,21 @@ def test_dora_is_dense_and_says_so(architecture, tmp_path):
     with pytest.warns(UserWarning, match=r"DoRA rescales rows, so the changes of \d layers"):
         deltas = adapter_deltas(tmp_path, base.state_dict())
     for module, delta in deltas.items():
-        want = change(base, merged, module, "weight")
-        torch.testing.assert_close(delta.weight, want.T if conv1d else want, rtol=1e-4, atol=1e-5)
+        weight = base.get_submodule(module).weight.detach()
+        got = delta.weight.dense(weight.T if conv1d else weight)
+        torch.testing.assert_close(got, change(base, merged, module, "weight"), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_an_expert_is_listed(tmp_path):
     base, _ = adapter(
         "MistralForCausalLM", tmp_path, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"]
     )
-    with pytest.warns(UserWarning, match=r"left out: .*model\.norm") as caught:
-        deltas = adapter_deltas(tmp_path, base.state_dict())
-    assert "model.embed_tokens" in str(caught[0].message)
-    assert set(deltas) == {Q_PROJ, Q_PROJ.replace("0", "1")}
+    deltas = adapter_deltas(tmp_path, base.state_dict())
+    assert set(deltas) > {Q_PROJ, Q_PROJ.replace("0", "1"), "model.norm", "model.embed_tokens"}
+    with pytest.warns(UserWarning, match=r"left out of the result: .*model\.(norm|embed_tokens)\.weight"):
+        _, report = sk.upscale(base, [deltas], rank_of_expert=3, rank_of_router=2, progress=False)
+    assert {lost.name for lost in report.lost} > {"model.norm.weight", "model.embed_tokens.weight"}
+    assert all("norm" in lost.name or "embed" in lost.name for lost in report.lost)
 
 
 @pytest.mark.parametrize(

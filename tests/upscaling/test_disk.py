@@ -204,8 +204,10 @@ def test_layers_that_are_never_called_are_refused(tmp_path):
     for name, model in (("base", base), ("expert", finetuned(base))):
         model.save_pretrained(tmp_path / name)
     with pytest.raises(ValueError, match=r"head\.attention\.out_proj cannot hold experts.*expected it in exclude"):
-        upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
-    upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", exclude=["*.out_proj"], **RANKS)
+        upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", strict=True, **RANKS)
+    upscale_checkpoints(
+        tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", strict=True, exclude=["*.out_proj"], **RANKS
+    )
 
 
 def test_a_folder_in_the_way_of_the_work(tmp_path, folders):

@@ -1,0 +1,161 @@
+"""From the tensors of a checkpoint to the parameters of its model, as transformers' `from_pretrained` maps them.
+
+A checkpoint may name its tensors otherwise than the model, hold one tensor for several parameters (a fused query, key
+and value) or several for one (the experts of a mixture), and leave out a tied parameter. `ModelNames` is that mapping
+for one model; base, experts and adapters are all read through it.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FACTORS
+from ..storage import StoredTensor
+
+__all__ = ["ModelNames", "without_wrappers"]
+
+
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Each name without what torch.compile ("_orig_mod.") and DistributedDataParallel ("module.") put before it."""
+    plain = {name: name.replace("_orig_mod.", "") for name in names}
+    while plain and all(name.startswith("module.") for name in plain.values()):
+        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    return plain
+
+
+class ModelNames:
+    """How the tensors of a checkpoint become the parameters of `model`.
+
+    Args:
+        model: on any device, meta included; None where the architecture is not known: names stay as they are.
+    """
+
+    def __init__(self, model: nn.Module | None):
+        self.model = model
+        self.state: dict[str, Any] = {} if model is None else dict(model.state_dict(keep_vars=True))
+        self._names_of: dict[int, list[str]] = {}
+        for name, tensor in self.state.items():
+            self._names_of.setdefault(id(tensor), []).append(name)
+        # The tensors that SMILE adds beside a weight follow the weight.
+        stems = [name.removesuffix(".weight") for name in self.state if name.endswith(".weight")]
+        self._known = {**self.state, **{f"{stem}.{factor}": True for stem in stems for factor in FACTORS}}
+
+    def aliases(self, name: str) -> list[str]:
+        """The names of one parameter: several where it is tied."""
+        return self._names_of[id(self.state[name])] if name in self.state else [name]
+
+    def parameter(self, stored: str) -> str | None:
+        """The parameter that a tensor of this name is loaded into; None where it is split, fused or not known."""
+        name, converter = self._rename(stored, *self._transforms)
+        return name if converter is None and name in self._known else None
+
+    def stored_name(self, layer: str, origins: Mapping[str, Sequence[str]]) -> str | None:
+        """The name under which a checkpoint holds the tensors of a layer; None where its experts have no name there.
+
+        That of its weight, or else the layer's own: where the weight is tied, or part of a larger tensor.
+        """
+        keys = origins.get(f"{layer}.weight", ())
+        stems = [keys[0].removesuffix(".weight")] if len(keys) == 1 and keys[0].endswith(".weight") else []
+        return next(
+            (
+                stem
+                for stem in (*stems, layer)
+                if all(self.parameter(f"{stem}.{part}") == f"{layer}.{part}" for part in ("weight", *FACTORS))
+            ),
+            None,
+        )
+
+    def map(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, ...]]]:
+        """A checkpoint's tensors by the model's names; nothing is read.
+
+        Returns:
+            Parameter name -> the tensor, which is converted when it is read; and parameter name -> the checkpoint's
+            names of the tensors that it is made of, where it is not tied to another. Tensors that the model does not
+            have keep their names.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        origins: dict[str, tuple[str, ...]] = {}
+        groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        transforms = self._new_transforms()
+        by_pattern = {pattern: one for one in transforms[1] for pattern in one.source_patterns}
+        for key in self._in_order(stored):
+            name, pattern = self._rename(key, *transforms)
+            if pattern is not None and name in self.state:
+                groups.setdefault(name, (by_pattern[pattern], {}))[1].setdefault(pattern, []).append(key)
+            else:
+                tensors[name], origins[name] = replace(stored[key], name=name), (key,)
+        for first, (converter, sources) in groups.items():
+            for name, tensor in self._converted(first, converter, sources, stored).items():
+                tensors[name], origins[name] = tensor, tuple(key for keys in sources.values() for key in keys)
+        for name in self.state:
+            if name not in tensors and (alias := next((a for a in self.aliases(name) if a in tensors), None)):
+                tensors[name] = tensors[alias]
+        return tensors, origins
+
+    def _in_order(self, stored: Iterable[str]) -> list[str]:
+        """The order in which from_pretrained meets the tensors: entries of a mixture by their numbers."""
+        if not any(self._transforms):
+            return list(stored)
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(stored, key=dot_natural_key)
+
+    def _converted(
+        self, first: str, converter: Any, sources: dict[str, list[str]], stored: Mapping[str, StoredTensor]
+    ) -> dict[str, StoredTensor]:
+        """The parameters that a group of tensors is converted into."""
+
+        def convert(load: Callable[[str], Tensor]) -> dict[str, Tensor]:
+            ours = copy.deepcopy(converter)
+            for pattern, keys in sources.items():
+                for key in keys:
+                    ours.add_tensor(first, key, pattern, functools.partial(load, key))
+            made = ours.convert(first, model=self.model, config=self.model.config)  # type: ignore[union-attr]
+            return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+
+        def read(name: str) -> Tensor:
+            return convert(lambda key: stored[key].load())[name].clone()
+
+        keys = [key for some in sources.values() for key in some]
+        try:
+            shapes = convert(lambda key: torch.empty(stored[key].shape, dtype=stored[key].dtype, device="meta"))
+        except Exception:  # what transformers cannot convert here stays as it is stored
+            return {key: stored[key] for key in keys}
+        return {
+            name: StoredTensor(name, one.dtype, tuple(one.shape), functools.partial(read, name), stored[keys[0]].file)
+            for name, one in shapes.items()
+        }
+
+    @functools.cached_property
+    def _transforms(self) -> tuple[list[Any], list[Any]]:
+        return self._new_transforms()
+
+    def _new_transforms(self) -> tuple[list[Any], list[Any]]:
+        """Renamings and converters; new ones for each checkpoint, since some remember which names they have met."""
+        if self.model is None or not hasattr(self.model, "base_model_prefix"):
+            return [], []
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        transforms = get_model_conversion_mapping(self.model)
+        return (
+            [one for one in transforms if isinstance(one, WeightRenaming)],
+            [one for one in transforms if isinstance(one, WeightConverter)],
+        )
+
+    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        """The model's name and the pattern of the converter at work, as in from_pretrained."""
+        if self.model is None or not hasattr(self.model, "base_model_prefix"):
+            return key, None
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, renamings, converters, prefix, self._known)
+        if name not in self._known and key in self._known:
+            name, pattern = rename_source_key(key, [], [], prefix, self._known)
+        return name, pattern

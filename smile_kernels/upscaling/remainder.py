@@ -1,0 +1,138 @@
+"""What is not upscaled: layers that cannot hold experts and all other tensors; what becomes of them, what is lost."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..storage import StoredTensor
+from .layers import Layer
+from .report import NEW, LayerReport, LostChange
+from .sources import AdapterSource, ExpertSource
+
+
+def check_fit(
+    where: str, layers: Collection[Layer], base: Mapping[str, Tensor], sources: Sequence[ExpertSource], *, strict: bool
+) -> None:
+    """With `strict`, raises ValueError if an expert changes a layer that cannot hold experts."""
+    for layer in layers if strict else ():
+        if layer.unfit and any(source.changes(layer, base) for source in sources):
+            raise ValueError(
+                f"{where}: {layer.name} cannot hold experts, since {layer.unfit}; expected it in exclude "
+                f"(exclude=[{layer.name!r}] keeps the base's)"
+            )
+
+
+def layers_to_take(
+    unfit: Collection[Layer],
+    base: Mapping[str, Tensor],
+    shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor],
+    sources: Sequence[ExpertSource],
+) -> list[Layer]:
+    """The layers that cannot hold experts and take the weight of the only expert, whose share is always 1.
+
+    A weight that is tied in the base and not in the expert stays the base's.
+    """
+    if len(sources) > 1:
+        return []
+    source, taken = sources[0], []
+    for layer in unfit:
+        ties = [name for name in shapes if name != layer.weight and shapes[name] is shapes[layer.weight]]
+        weight = source.tensor(layer.weight)
+        if source.changes(layer, base) and all(torch.equal(source.tensor(name), weight) for name in ties):
+            taken.append(layer)
+    return taken
+
+
+def unfit_layers(unfit: Collection[Layer], taken: Collection[Layer]) -> list[LayerReport]:
+    """The report of the layers that cannot hold experts."""
+    ending = {layer.name: "; it takes the weight of the only expert" for layer in taken}
+    return [LayerReport(layer.name, 0, [], [], 0.0, f"{layer.unfit}{ending.get(layer.name, '')}") for layer in unfit]
+
+
+def reasons_left_alone(
+    every: Mapping[str, Layer], chosen: Mapping[str, Layer], reports: Collection[LayerReport]
+) -> dict[str, str]:
+    """Tensor name -> why it is not upscaled, for the layers that are not and the fused experts of a mixture."""
+    reasons = {}
+    for name in every.keys() - chosen.keys():
+        reasons |= {f"{name}.weight": "excluded", f"{name}.bias": "excluded"}
+    for report in reports:
+        if report.skipped:
+            reasons |= dict.fromkeys((report.name, f"{report.name}.weight", f"{report.name}.bias"), report.skipped)
+    return reasons
+
+
+def check_changed(argument: str, reports: Collection[LayerReport], taken: Collection[Layer]) -> None:
+    """Raises ValueError if no layer is upscaled and none takes an expert's weight."""
+    if not taken and all(report.skipped for report in reports):
+        reasons = ", ".join(sorted({report.skipped or "" for report in reports}))
+        raise ValueError(f"{argument}: change no layer that can hold experts ({reasons}); expected one change or more")
+
+
+def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSource]) -> Tensor:
+    """The mean of a tensor over the experts, summed in float32 (float64 for float64).
+
+    A tensor that an expert lacks counts as 0. Where no expert may change it, it is the base's.
+    """
+    plain = base[name]
+    if not any(name in source.may_change for source in sources):
+        return plain
+    zero = torch.zeros_like(plain)
+    total = dtype = None
+    # Adapters come last wherever they stand: the order decides the last bit.
+    for source in sorted(sources, key=lambda source: isinstance(source, AdapterSource)):
+        tensor = source.tensor(name)
+        tensor = zero if tensor is None else tensor
+        wide = tensor.to(plain.device, torch.promote_types(tensor.dtype, torch.float32))
+        total = wide.clone() if total is None else total.add_(wide)
+        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return (total / len(sources)).to(dtype)
+
+
+def lost_changes(
+    base: Mapping[str, Tensor],
+    shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor],
+    sources: Sequence[ExpertSource],
+    result: Callable[[str], Tensor],
+    held: Collection[str],
+    reasons: Mapping[str, str],
+) -> list[LostChange]:
+    """What fine-tuning changed and the result does not hold, the largest change first.
+
+    Args:
+        base, shapes: the base's tensors, and what is known of them without reading.
+        sources: the experts.
+        result: gives the result's tensor of a name.
+        held: the tensors that upscaled layers hold.
+        reasons: why a tensor is not held, by its name.
+    """
+    seen = {id(shapes[name]) for name in held if name in shapes}
+    lost = []
+    for name in dict.fromkeys((*shapes, *(name for source in sources for name in source.may_change))):
+        known = name in shapes
+        if name in held or (known and id(shapes[name]) in seen):
+            continue
+        if known:
+            seen.add(id(shapes[name]))
+            if not shapes[name].dtype.is_floating_point:
+                continue
+        if not any(name in source.may_change for source in sources):
+            continue
+        sizes, reason = [], reasons.get(name, "no linear layer")
+        if not known:
+            sizes, reason = [float(name in source.may_change) for source in sources], NEW
+        else:
+            plain, kept = base[name], result(name)
+            unit = torch.linalg.vector_norm(plain, dtype=torch.float64).item()
+            for source in sources:
+                tensor = source.tensor(name) if name in source.may_change else plain
+                if tensor is None or tensor.shape != kept.shape:
+                    shape = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                    sizes, reason = [*sizes, 1.0], f"{shape} in {source.where}, {list(kept.shape)} in the result"
+                    continue
+                change = torch.linalg.vector_norm(tensor.to(kept.device).double() - kept.double()).item()
+                sizes.append(change / unit if unit else float(change > 0))
+        if any(sizes):
+            lost.append(LostChange(name, sizes, reason))
+    return sorted(lost, key=lambda one: -max(one.sizes))

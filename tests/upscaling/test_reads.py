@@ -1,0 +1,151 @@
+"""Layers whose weight other code reads, or whose forward is not W x + b, hold no experts, and that is said."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import smile_kernels as sk
+from smile_kernels.upscaling.layers import linear_layers
+from smile_kernels.upscaling.reads import weight_readers
+
+RANKS = {"rank_of_expert": -1, "rank_of_router": 2, "progress": False}
+
+
+def product(x, layer):
+    return F.linear(x, layer.weight, layer.bias)
+
+
+class Reads(nn.Module):
+    """Reads the weights of all layers but the last two, each in another way."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("direct", "local", "argument", "method", "named", "only_dtype", "called"):
+            setattr(self, name, nn.Linear(8, 8))
+        self.listed = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def read(self, x):
+        return x @ self.method.weight.T
+
+    def forward(self, x):
+        x = F.linear(x, self.direct.weight)
+        layer = self.local
+        x = F.linear(x, layer.weight, layer.bias)
+        for one in self.listed:
+            x = torch.tanh(x @ one.weight)
+        x = product(self.read(x), self.argument) + x @ getattr(self, "named").weight  # noqa: B009
+        return self.called(self.only_dtype(x.to(self.only_dtype.weight.dtype)))
+
+
+class Inherits(Reads):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.25
+
+
+class Gated(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).sigmoid() * x
+
+
+def tuned(base: nn.Module, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    expert = copy.deepcopy(base)
+    for layer in linear_layers(expert).values():
+        layer.weight.data += 0.3 * torch.randn_like(layer.weight)
+    return expert
+
+
+@pytest.mark.parametrize("kind", [Reads, Inherits])
+def test_each_way_of_reading_is_found(kind):
+    model = kind()
+    found = weight_readers(model, linear_layers(model))
+    assert set(found) == {"direct", "local", "argument", "method", "named", "listed.0", "listed.1"}
+    assert found["argument"] == "product"
+    assert found["method"] == "Reads.read"
+
+
+W2 = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 96}
+W2 |= {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8}
+W2 |= {"num_conv_pos_embedding_groups": 2, "tdnn_dim": (16,) * 5, "xvector_output_dim": 16}
+SSM = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 96}
+READERS = {
+    "WavLMForCTC": (lambda: transformers.WavLMConfig(**W2), {"q_proj", "k_proj", "v_proj", "out_proj"}),
+    "Wav2Vec2ForXVector": (lambda: transformers.Wav2Vec2Config(**W2), {"kernel"}),
+    "MambaForCausalLM": (lambda: transformers.MambaConfig(**SSM), {"dt_proj", "x_proj", "out_proj"}),
+    "Mamba2ForCausalLM": (
+        lambda: transformers.Mamba2Config(**SSM, num_heads=8, head_dim=8, n_groups=2),
+        {"out_proj"},
+    ),
+    "Wav2Vec2ForCTC": (lambda: transformers.Wav2Vec2Config(**W2), set()),
+    "BertForMaskedLM": (lambda: transformers.BertConfig(**{k: v for k, v in W2.items() if "conv" not in k}), set()),
+}
+
+
+@pytest.mark.parametrize("architecture", READERS)
+def test_architectures_that_read_weights(architecture):
+    config, layers = READERS[architecture]
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(config())
+    found = weight_readers(model, linear_layers(model))
+    assert {name.rpartition(".")[2] for name in found} == layers
+
+
+@pytest.mark.parametrize(
+    "base",
+    [Reads(), nn.Sequential(Scaled(8, 8), nn.Linear(8, 8)), nn.Sequential(Gated(8, 8), nn.Linear(8, 8)),
+     nn.TransformerEncoderLayer(8, 2, 16)],
+    ids=["reads", "scaled", "gated", "attention"],
+)  # fmt: skip
+def test_left_alone_reported_refused_or_taken(base):
+    """With one expert its weight is taken, exactly; with two the base's stays, and the report says what is lost."""
+    base.eval()
+    one, two = tuned(base, 1), tuned(base, 2)
+    x = torch.randn(3, 5, 8)
+    model, report = sk.upscale(base, [one], **RANKS)
+    torch.testing.assert_close(model(x), one(x), rtol=1e-4, atol=1e-5)
+    assert not report.lost
+    with pytest.warns(UserWarning, match="left out of the result"):
+        model, report = sk.upscale(base, [one, two], **RANKS)
+    unfit = {layer.name for layer in report.layers if layer.skipped}
+    assert unfit == {lost.name.removesuffix(".weight") for lost in report.lost}
+    for name in unfit:
+        assert not isinstance(model.get_submodule(name), sk.SmileLinear)
+        assert torch.equal(model.get_submodule(name).weight, base.get_submodule(name).weight)
+    for lost in report.lost:
+        w, w1 = base.get_parameter(lost.name), one.get_parameter(lost.name)
+        assert lost.sizes[0] == pytest.approx(((w1 - w).norm() / w.norm()).item(), rel=1e-4)
+    with pytest.raises(ValueError, match=r"cannot hold experts, since .*; expected it in exclude"):
+        sk.upscale(base, [one, two], strict=True, **RANKS)
+    sk.upscale(base, [one, two], strict=True, exclude=sorted(unfit), **RANKS)
+
+
+def test_a_read_that_no_source_shows_is_refused_at_the_first_pass():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.read = eval("lambda x, model: x @ model.layer.weight")  # no source to look at
+
+        def forward(self, x):
+            return self.other(self.read(x, self) if self.training else self.layer(x))
+
+    base = Hidden()
+    model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
+    x = torch.randn(2, 8)
+    model.eval()(x)
+    with pytest.raises(RuntimeError, match=r"layer: its weight is read by Hidden.*exclude=\['layer'\]"):
+        model.train()(x)
+    model, _ = sk.upscale(base, [tuned(base, 1)], exclude=["layer"], remaining="average", **RANKS)
+    model.eval()(x)
+    model.train()(x)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
