@@ -76,12 +76,15 @@ def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_exper
             warnings.warn(
                 f"backend: {backend!r} is used as asked, though it failed verification: {reason}", stacklevel=3
             )
-        return backend
-    # Triton's interpreter is for tests.
-    candidates = [name for name in _MODULES if (name, device_type) != ("triton", "cpu") and not why_not(name, *layer)]
-    # The composition is the last, and runs whatever verification said of it.
-    allowed = [name for name in candidates if not why_excluded(name, device_type, dtype, training)]
-    return (allowed or candidates[-1:])[0]
+    else:
+        # Triton's interpreter is for tests.
+        names = [name for name in _MODULES if (name, device_type) != ("triton", "cpu") and not why_not(name, *layer)]
+        # The composition is the last, and runs whatever verification said of it.
+        allowed = [name for name in names if not why_excluded(name, device_type, dtype, training)]
+        backend = (allowed or names[-1:])[0]
+    if (backend, device_type) == ("triton", "cuda"):
+        _implementation(backend).prepare()
+    return backend
 
 
 def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str:

@@ -12,9 +12,8 @@ from torch import Tensor
 from ...versions import warn_if_newer
 from .. import registration
 from ..reference import router_rows
-from . import backward, configs, grouped
+from . import backward, configs, decode, grouped
 from .common import INTERPRETED
-from .decode import decode
 from .expand import expand
 from .route import empty_routing, scale
 from .route import route as _route
@@ -45,6 +44,11 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
     return None
 
 
+def prepare() -> None:
+    """Make what the kernels keep on the current GPU."""
+    decode.prepare(torch.device("cuda", torch.cuda.current_device()))
+
+
 def _rows(x: Tensor) -> Tensor:
     """x with contiguous rows, as the kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -73,14 +77,14 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         path = configs.linear_path(device, x.dtype, tokens, d, o, n, k, g, r, m, save)
     if path == "route_first":
         weights, ids = route(x, router_rows(vh, router, g), m)
-        y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
+        y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, overlaps=True)
         return y, weights, ids, h
     x = _rows(x)
     weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
     with torch.cuda.device_of(x):
         if path in ("decode", "decode_one_launch"):
             one_launch = path == "decode_one_launch"
-            y, weights, ids = decode(device, x, weight, bias, vh, s, u, expert_bias, m, g, one_launch=one_launch)
+            y, weights, ids = decode.decode(device, x, weight, bias, vh, s, u, expert_bias, m, g, one_launch=one_launch)
             return y, weights, ids, s.new_empty(0)
         weights, ids = empty_routing(x, m)
         gates = expert_bias is not None
@@ -92,8 +96,11 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         return expand(device, x, weight, bias, tail, u, expert_bias, apply_path), weights, ids, h
 
 
-def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
-    """y [T, O] = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x if `save`."""
+def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlaps=False):
+    """y [T, O] = x W^T + b + sum over slots of w (U (s * V^T x) + expert_bias); h [T, m, r] = V^T x if `save`.
+
+    `overlaps`: the routing was made by the kernel ahead, one of ours.
+    """
     (tokens, d), (n, o, r), m = x.shape, u.shape, ids.shape[1]
     if tokens == 0:
         return x.new_empty(0, o), s.new_empty((0, m, r) if save else 0)
@@ -105,7 +112,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     with torch.cuda.device_of(x):
         if path == "grouped":
             return grouped.apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
-        partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None)
+        partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None, overlaps=overlaps)
         tail, h = scale(device, partial, s, weights, ids, x.dtype, gates=expert_bias is not None, save=save)
         return expand(device, x, weight, bias, tail, u, expert_bias, path), h
 

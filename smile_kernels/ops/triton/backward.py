@@ -13,6 +13,7 @@ from . import configs, grouped
 from .common import cast, cdiv, dot, start_next_kernel, sum_splits, wait_for_previous_kernel
 from .expand import expand
 from .grouped import Groups
+from .launch import launch
 from .route import Tail, add_squares, by_expert, finite_norm, of_slot
 from .shrink import shrink
 
@@ -182,10 +183,10 @@ def outer(device: configs.Device, left: Tensor, right: Tensor, groups: Groups, o
     """out_i = sum over the entries of expert i of left right^T: left [T, m, r], right [T, D], out [N, r, D]."""
     (tokens, m, r), (n, _, d) = left.shape, out.shape
     config = configs.tile("outer", device, left.dtype, r, d, tokens, copies=n)
-    _outer[cdiv(r, config["BLOCK_R"]) * cdiv(d, config["BLOCK_D"]), n](
-        left, right, groups.order, groups.start, out,
-        tokens, d, n, r, m,
-        right.stride(0), *out.stride(),
+    launch(
+        _outer, (cdiv(r, config["BLOCK_R"]) * cdiv(d, config["BLOCK_D"]), n),
+        (left, right, groups.order, groups.start, out),
+        (tokens, d, n, r, m, right.stride(0), *out.stride()),
         PRECISION=configs.precision(left.dtype, device), **config, **device.launch(),
     )  # fmt: skip
 
@@ -268,10 +269,11 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     shares = empty(needs_s, *((tokens, m, r) if groups else (blocks, n, r)), dtype=torch.float32)
     present = empty(groups is None, blocks, n, dtype=torch.int8)
     dweights = empty(needs_weights, tokens, m, dtype=torch.float32)
-    _scale_backward[(blocks,)](
-        partial, partial_bias, h, weights, ids, s, dh, scaled, gates, shares, present, dweights,
-        tokens, 0 if partial is None else len(partial), 0 if partial_bias is None else len(partial_bias),
-        columns, n, routed, r, m,
+    splits = [0 if sums is None else len(sums) for sums in (partial, partial_bias)]
+    launch(
+        _scale_backward, (blocks,),
+        (partial, partial_bias, h, weights, ids, s, dh, scaled, gates, shares, present, dweights),
+        (tokens, *splits, columns, n, routed, r, m),
         GROUPED=groups is not None, NEEDS_H=needs_h, NEEDS_S=needs_s, NEEDS_U=needs_u,
         NEEDS_EXPERT_BIAS=needs_expert_bias, NEEDS_WEIGHTS=needs_weights, HAS_EXPERT_BIAS=partial_bias is not None,
         **config, **device.launch(),
@@ -292,9 +294,10 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     if needs_s and groups:
         ds = torch.empty_like(s)
         entries = configs.entry_blocks(r)
-        _sum[cdiv(r, entries["BLOCK_K"]), n](
-            shares, groups.order, groups.start, ds, tokens, n, r, m, **entries, **device.launch()
-        )
+        launch(
+            _sum, (cdiv(r, entries["BLOCK_K"]), n), (shares, groups.order, groups.start, ds), (tokens, n, r, m),
+            **entries, **device.launch(),
+        )  # fmt: skip
     elif needs_s:
         ds = shares.sum(0)
     if needs_u and groups:
@@ -364,8 +367,9 @@ def route_backward(device, dweights, x, router, weights, ids, needs):
     dq = torch.empty(tokens, m, g, dtype=x.dtype, device=x.device)
     blocks = configs.route_blocks(m, m, g)
     blocks.pop("BLOCK_N")
-    _score_backward[(cdiv(tokens, blocks["BLOCK_T"]),)](
-        partial, weights, dweights, dq, tokens, len(partial), g, m,
+    launch(
+        _score_backward, (cdiv(tokens, blocks["BLOCK_T"]),), (partial, weights, dweights, dq),
+        (tokens, len(partial), g, m),
         **blocks, **device.launch(),
     )  # fmt: skip
     dx = grouped.expand(device, dq, router, groups) if needs[0] else None

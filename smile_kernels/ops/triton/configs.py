@@ -39,11 +39,16 @@ class Device:
     pdl: bool  # programmatic dependent launch: a kernel may start before the one it depends on has ended
     tma: bool  # tensor memory accelerator
 
-    def launch(self, *, waits: bool = True) -> dict[str, bool | int]:
-        """Launch options of a kernel that calls `wait_for_previous_kernel`, or does not."""
+    @functools.lru_cache  # noqa: B019 (there are as many devices as kinds of GPU)
+    def launch(self, *, overlaps: bool = True) -> dict[str, bool | int]:
+        """Launch options of a kernel that starts before the one ahead of it has ended, and waits for it; or after it.
+
+        The first launch of a chain must not overlap: a later one reads the inputs before its own wait, and what made
+        them may start its successor early too.
+        """
         # Without a limit of its own ptxas spills a few values so that more warps fit.
         options: dict[str, bool | int] = {} if self.family == "gfx942" else {"maxnreg": 255}
-        return options | ({"PDL": True, "launch_pdl": waits} if self.pdl else {"PDL": False})
+        return options | ({"PDL": True, "launch_pdl": overlaps} if self.pdl else {"PDL": False})
 
 
 # Compute capability -> family. The others (8.x, 12.x) multiply by single warps and have 99 KB of shared memory a block.
@@ -176,40 +181,56 @@ TILES = {
 }
 
 
-def _tiles(kernel: str, device: Device, dtype: torch.dtype) -> list[tuple[int, ...]]:
-    operands = "half" if dtype.itemsize == 2 else "tf32" if precision(dtype, device) == "tf32" else "ieee"
-    return TILES[device.family][operands].get(kernel, [])
+def _operands(device: Device, dtype: torch.dtype) -> str:
+    return "half" if dtype.itemsize == 2 else "tf32" if precision(dtype, device) == "tf32" else "ieee"
 
 
-def candidates(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int) -> list[dict[str, int]]:
-    """The tiles of the device's family that are no larger than a result [rows, columns] needs, largest first."""
-    tiles = _tiles(kernel, device, dtype)
+class Tile(dict[str, int]):
+    """Block sizes, num_warps and num_stages by name; there is one object for each tile, which is its hash."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@functools.cache
+def _tiles(kernel: str, family: str, operands: str) -> tuple[Tile, ...]:
+    names = *BLOCKS[kernel], "num_warps", "num_stages"
+    return tuple(Tile(zip(names, tile)) for tile in TILES[family][operands].get(kernel, ()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _fitting(kernel: str, family: str, operands: str, rows: int, columns: int) -> tuple[Tile, ...]:
+    tiles = _tiles(kernel, family, operands)
+    first, second, _ = BLOCKS[kernel]
     if kernel in _GROUPED:
-        tiles = [t for t in tiles if t[0] == rows]
+        tiles = tuple(t for t in tiles if t[first] == rows)
     else:
-        most = max(16, next_power_of_2(rows))
-        tiles = [t for t in tiles if t[0] <= most]
-    most = max(16, next_power_of_2(columns))
-    fitting = [t for t in tiles if t[1] <= most] or tiles[-1:]
-    return [dict(zip((*BLOCKS[kernel], "num_warps", "num_stages"), t)) for t in fitting]
+        tiles = tuple(t for t in tiles if t[first] <= max(16, next_power_of_2(rows)))
+    return tuple(t for t in tiles if t[second] <= max(16, next_power_of_2(columns))) or tiles[-1:]
 
 
-def tile(
-    kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int, depth: int, copies: int = 1
-) -> dict[str, int]:
+def candidates(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int) -> tuple[Tile, ...]:
+    """The tiles of the device's family that are no larger than a result [rows, columns] needs, largest first."""
+    return _fitting(kernel, device.family, _operands(device, dtype), rows, columns)
+
+
+def tile(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int, depth: int, copies: int = 1) -> Tile:
     """Block sizes, num_warps and num_stages of `kernel` for `copies` products [rows, depth] x [depth, columns].
 
     Unless a table knows better, the largest tile that fits and gives nine in ten multiprocessors work, after its sum is
     split where the kernel does that, else the smallest.
     """
     fitting = candidates(kernel, device, dtype, rows, columns)
-    if measured := _measured(device, dtype, kernel, (rows, columns, depth), fitting):
-        return measured
+    measured = _measured(device, dtype, kernel, (rows, columns, depth), fitting)
+    return measured or _filling(kernel, fitting, device, rows, columns, copies)
+
+
+@functools.lru_cache(maxsize=4096)
+def _filling(kernel: str, fitting: tuple[Tile, ...], device: Device, rows: int, columns: int, copies: int) -> Tile:
     if kernel in _SPLITTING:
         copies *= _MOST_SPLITS
+    first, second, _ = BLOCKS[kernel]
     for config in fitting:
-        block_rows, block_columns, _ = (config[name] for name in BLOCKS[kernel])
-        if cdiv(rows, block_rows) * cdiv(columns, block_columns) * copies >= 0.9 * device.multiprocessors:
+        if cdiv(rows, config[first]) * cdiv(columns, config[second]) * copies >= 0.9 * device.multiprocessors:
             break
     return config
 
@@ -223,7 +244,7 @@ def split_depth(depth: int, block: int, programs: int, device: Device) -> tuple[
 
 def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
     """Entries of one block of the grouped kernels: the most that an expert's share of the tokens fills, if even."""
-    blocks = sorted({t[0] for t in _tiles("gather", device, dtype)})
+    blocks = sorted({t["BLOCK_T"] for t in _tiles("gather", device.family, _operands(device, dtype))})
     return max((b for b in blocks if b * n <= tokens), default=blocks[0])
 
 
@@ -249,6 +270,11 @@ def rank_block(r: int, dtype: torch.dtype) -> int:
     return min(128 // dtype.itemsize, max(16, next_power_of_2(r)))
 
 
+def apply_paths(device: Device, dtype: torch.dtype) -> tuple[ApplyPath, ...]:
+    """The ways in which given experts can be applied; see `apply_path`."""
+    return APPLY_PATHS if device.tma and dtype.itemsize == 2 else ("fused", "delta", "grouped")
+
+
 def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> ApplyPath:
     """How given experts are applied.
 
@@ -256,15 +282,17 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     read by the tensor memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert,
     then cuBLAS on top.
     """
-    paths: list[ApplyPath] = ["fused", *(["tma"] if device.tma and dtype.itemsize == 2 else []), "delta", "grouped"]
-    paths = _allowed(device, dtype, paths)
+    paths = _allowed(device, dtype, apply_paths(device, dtype))
     if measured := _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths):
         return measured
-    path = _estimated_apply_path(dtype, tokens, d, o, n, r, m)
+    path = _estimated_apply_path(device, dtype, tokens, d, o, n, r, m)
     return path if path in paths else paths[0]
 
 
-def _estimated_apply_path(dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> ApplyPath:
+@functools.lru_cache(maxsize=4096)
+def _estimated_apply_path(
+    device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int
+) -> ApplyPath:
     # Estimates for an H200, not measured: grouping saves the products of n - m experts, reads x and y once more, which
     # is what a few hundred ranks cost, and takes six launches more, which is what 8e9 FLOPs do.
     unchosen = (n - m) * r
@@ -275,12 +303,19 @@ def _estimated_apply_path(dtype: torch.dtype, tokens: int, d: int, o: int, n: in
     return "fused" if tokens <= 64 or small else "delta"
 
 
-def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> list[LinearPath]:
+@functools.lru_cache(maxsize=4096)
+def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> tuple[LinearPath, ...]:
     """The ways in which a layer of n experts of k rows can be routed; see `linear_path`."""
     # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
     held = next_power_of_2(n) * max(16, next_power_of_2(k))
-    few = tokens <= 16 and n <= 16 and held <= 256 and not save and bool(_tiles("decode", device, dtype))
-    return [*(("decode", "decode_one_launch") if few else ()), "one_product", "route_first"]
+    few = (
+        tokens <= 16
+        and n <= 16
+        and held <= 256
+        and not save
+        and "decode" in TILES[device.family][_operands(device, dtype)]
+    )
+    return LINEAR_PATHS if few else ("one_product", "route_first")
 
 
 def linear_path(
@@ -306,7 +341,7 @@ def linear_path(
     return "route_first" if saved * d * dtype.itemsize > 8e6 else "one_product"
 
 
-def _allowed(device: Device, dtype: torch.dtype, paths: list) -> list:
+def _allowed(device: Device, dtype: torch.dtype, paths: Sequence) -> Sequence:
     """The paths that are not excluded on this GPU; all of them where none is left: then the backend is."""
     left_out = excluded.paths(device.name)
     if not left_out:
@@ -354,4 +389,4 @@ def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[i
     if table.asked is not None:
         table.asked[key] = list(choices)
     choice = table.get(device.name, {}).get(key)
-    return choice if choice in choices else None
+    return choices[choices.index(choice)] if choice in choices else None

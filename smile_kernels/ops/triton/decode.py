@@ -6,18 +6,21 @@ second each program streams its rows of the weight, then adds the chosen experts
 """
 
 import functools
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import configs
-from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, wait_for_previous_kernel
+from .launch import Launch, run
 from .route import add_squares, by_expert, empty_routing, finite_norm, select
 
 
-@triton.jit(do_not_specialize=["T", "SPLITS", "CHUNKS"])
+@triton.jit(do_not_specialize=["T", "CHUNKS"])
 def _decode(
     x,  # [T, D]
     weight,  # [O, D]
@@ -27,9 +30,9 @@ def _decode(
     u,  # [N, O, R]
     expert_bias,  # [N, O]
     partial,  # [SPLITS, T, N, K] float32
-    arrivals,  # [2] int32, zero before and after
+    arrivals,  # [2] int32, zero before and after, at 16 bytes
     scaled,  # [T, N, R]: w_i s_i h_i, zero where a token did not choose the expert
-    gates,  # [T, N] float32: w_i likewise
+    gates,  # [T, N]: w_i likewise
     y,  # [T, O]
     weights,  # [T, M] float32
     ids,  # [T, M] int32
@@ -37,8 +40,8 @@ def _decode(
     T,
     D,
     O,
-    SPLITS,
     CHUNKS,
+    SPLITS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -55,6 +58,7 @@ def _decode(
     ROUTE_PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -70,7 +74,12 @@ def _decode(
     row_blocks: tl.constexpr = (N * K + BLOCK_O - 1) // BLOCK_O
     slices = row_blocks * SPLITS
     if SHRINK:
+        # The second half reads x before it waits: it may start when all that came before is there to be read.
+        wait_for_previous_kernel(PDL)
         start_next_kernel(PDL)
+        k = tl.arange(0, BLOCK_K)
+        # Read by every program, so that the last to arrive need not wait for it.
+        sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
         for piece in range(pid, slices, programs):
             row = piece % row_blocks * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
             first = piece // row_blocks * CHUNKS * BLOCK_D
@@ -88,11 +97,12 @@ def _decode(
         owners = tl.minimum(slices, programs)
         arrived = tl.atomic_add(arrivals, 1, mask=pid < slices, sem="acq_rel")
         if (pid < slices) & (arrived == owners - 1):
-            k = tl.arange(0, BLOCK_K)
             slot = tl.arange(0, BLOCK_M)[None, :]
             inside = (t < T)[:, :, None] & (n < N)[:, :, None]
             offsets = t[:, :, None] * (N * K) + n[:, :, None] * K + k
-            h = sum_splits(partial, offsets, inside & (k < K), SPLITS, T * (N * K))
+            h = tl.load(partial + offsets, mask=inside & (k < K), other=0.0)
+            for i in tl.static_range(1, SPLITS):
+                h += tl.load(partial + i * T * (N * K) + offsets, mask=inside & (k < K), other=0.0)
             zero = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             peak, squares = add_squares(zero, zero, tl.where(k < G, h, 0.0))
             w, e = select(finite_norm(peak, squares), n, slot, N, M)
@@ -100,8 +110,7 @@ def _decode(
             tl.store(ids + t * M + slot, e, mask=(t < T) & (slot < M))
             chosen, gate = by_expert(w, e, n, slot, M)
             if HAS_EXPERT_BIAS:
-                tl.store(gates + t * N + n, gate, mask=(t < T) & (n < N))
-            sv = tl.load(s + n[:, :, None] * R + k, mask=(n < N)[:, :, None] & (k < R), other=0.0)
+                tl.store(gates + t * N + n, cast(gate, gates.dtype.element_ty), mask=(t < T) & (n < N))
             z = tl.where(chosen[:, :, None], gate[:, :, None] * sv * h, 0.0)
             at = scaled + (t * N + n)[:, :, None] * R + k
             tl.store(at, cast(z, scaled.dtype.element_ty), mask=inside & (k < R))
@@ -124,16 +133,15 @@ def _decode(
             if HAS_BIAS:
                 constant += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
             if HAS_EXPERT_BIAS:
-                each = tl.arange(0, BLOCK_N)[:, None]
-                delta = tl.load(expert_bias + each * O + o, mask=(each < N) & (o < O), other=0.0).to(tl.float32)
+                e = tl.arange(0, BLOCK_E)
+                delta = tl.load(expert_bias + e[:, None] * O + o, mask=(e[:, None] < N) & (o < O), other=0.0)
 
             acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
             d = tl.arange(0, BLOCK_D)
             for start in range(0, D, BLOCK_D):
                 inside = d < D - start
                 a = tl.load(x_rows + d[None, :] + start, mask=(t < T) & inside[None, :], other=0.0)
-                b_mask = (o < O) & inside[:, None]
-                b = tl.load(weight + o * D + d[:, None] + start, mask=b_mask, other=0.0, eviction_policy="evict_first")
+                b = tl.load(weight + o * D + d[:, None] + start, mask=(o < O) & inside[:, None], other=0.0)
                 acc = dot(a, b, acc, PRECISION)
 
             if SHRINK:
@@ -144,9 +152,8 @@ def _decode(
             z = tl.load(scaled + (t * N + expert) * R + rank, mask=(t < T) & real, other=0.0)
             acc = dot(z, factors, acc, PRECISION) + constant
             if HAS_EXPERT_BIAS:
-                gate = tl.load(gates + t * N + n, mask=(t < T) & (n < N), other=0.0)[:, :, None]
-                # Without the `where` Triton would make this sum of products a TF32 one.
-                acc += tl.sum(tl.where(gate != 0, gate * delta[None, :, :], 0.0), 1)
+                gate = tl.load(gates + t * N + e[None, :], mask=(t < T) & (e[None, :] < N), other=0.0)
+                acc = dot(gate, delta, acc, PRECISION)
             tl.store(y + t.to(tl.int64) * O + o, cast(acc, y.dtype.element_ty), mask=(t < T) & (o < O))
 
         if SHRINK:
@@ -156,25 +163,40 @@ def _decode(
             tl.store(arrivals + 1, 0, mask=last)
 
 
+_EAGER = 4096
+
+
 class _Counters:
-    """Counters of one GPU's launches of `decode`, two for each call in flight, which leaves them at zero again."""
+    """Counters of one GPU's launches of `decode`, two for each call in flight, which leaves them at zero again.
+
+    They are made once, outside any CUDA graph: a graph's private memory does not outlive it, and other streams need
+    them at zero.
+    """
 
     def __init__(self, device: torch.device):
-        self.rows = torch.zeros(1 << 16, 2, dtype=torch.int32, device=device)
-        self.eager = self.captured = 0
+        if _capturing(device):
+            raise RuntimeError(
+                f"decode: its counters on {device} are first needed while a CUDA graph is captured; expected a call of "
+                "the layer, or smile_kernels.warmup, before that"
+            )
+        # Rows of 16 bytes: Triton compiles a kernel again for pointers that are not aligned to that.
+        with _disable_current_modes():  # a backend may be chosen while fake tensors are traced
+            self.rows = torch.zeros(1 << 16, 4, dtype=torch.int32, device=device)
+            self.eager = itertools.cycle(self.rows[:_EAGER].unbind())
+        self.captured = 0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def take(self, capturing: bool) -> Tensor:
-        """Two counters at zero, [2] int32, that no other launch uses at the same time.
+        """Two counters at zero, in [4] int32, that no other launch uses at the same time.
 
-        Eager launches take turns over half of them, far more than streams queue. A launch captured in a CUDA graph
+        Eager launches take turns over the first of them, more than streams queue. A launch captured in a CUDA graph
         keeps its own for good, as the graph may be replayed at any time.
         """
-        half = len(self.rows) // 2
         if not capturing:
-            self.eager = (self.eager + 1) % half
-            return self.rows[self.eager]
-        if self.captured == half:
-            return torch.zeros(2, dtype=torch.int32, device=self.rows.device)
+            return next(self.eager)
+        if self.captured == len(self.rows) - _EAGER:
+            return torch.zeros(4, dtype=torch.int32, device=self.rows.device)
         self.captured += 1
         return self.rows[-self.captured]
 
@@ -182,9 +204,19 @@ class _Counters:
 _counters = functools.cache(_Counters)
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def prepare(device: torch.device) -> None:
+    """Make what `decode` keeps on a device, unless a CUDA graph is being captured."""
+    if not _capturing(device):
+        _counters(device)
+
+
 def arrivals(device: torch.device) -> Tensor:
     """Two counters at zero for one launch on `device`."""
-    return _counters(device).take(device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return _counters(device).take(_capturing(device))
 
 
 def decode(
@@ -206,35 +238,43 @@ def decode(
     """
     (tokens, d), (n, o, r), k, m = x.shape, u.shape, vh.shape[1], num_experts_per_tok
     config = configs.tile("decode", device, x.dtype, tokens, o, d)
-    row_blocks, tiles = cdiv(n * k, config["BLOCK_O"]), cdiv(o, config["BLOCK_O"])
-    splits, chunks = configs.split_depth(d, config["BLOCK_D"], row_blocks, device)
+    precision = configs.precision(x.dtype, device), configs.precision(x.dtype, device, routes=True)
+    splits, launches = _plan(
+        device, config, *precision, tokens, d, o, n, k, rank_of_router, r, m, x.stride(0), bias is not None,
+        expert_bias is not None, one_launch,
+    )  # fmt: skip
     y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     weights, ids = empty_routing(x, m)
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
     scaled = torch.empty(tokens, n, r, dtype=x.dtype, device=x.device)
-    gates = None if expert_bias is None else torch.empty(tokens, n, dtype=torch.float32, device=x.device)
+    gates = None if expert_bias is None else torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     counters = arrivals(x.device)
-
-    numbers = tokens, d, o, splits, chunks, n, k, rank_of_router, r, m, x.stride(0)
-    constants = {
-        "HAS_BIAS": bias is not None, "HAS_EXPERT_BIAS": expert_bias is not None,
-        "PRECISION": configs.precision(x.dtype, device),
-        "ROUTE_PRECISION": configs.precision(x.dtype, device, routes=True),
-        "BLOCK_N": next_power_of_2(n), "BLOCK_M": next_power_of_2(m), "BLOCK_K": next_power_of_2(k),
-        "BLOCK_R": next_power_of_2(max(r, 16)), **config,
-    }  # fmt: skip
-
-    def launch(programs, shrink, expand, **options):
-        _decode[(programs,)](
-            x, weight, bias, vh, s, u, expert_bias, partial, counters, scaled, gates, y, weights, ids, *numbers,
-            SHRINK=shrink, EXPAND=expand, **constants, **options,
-        )  # fmt: skip
-
-    if one_launch:
-        programs = 1 if device.family == "interpreter" else min(device.multiprocessors, max(tiles, row_blocks * splits))
-        options = {**device.launch(waits=False), "PDL": False, "launch_cooperative_grid": True}
-        launch(programs, True, True, **options)
-    else:
-        launch(row_blocks * splits, True, False, **device.launch(waits=False))
-        launch(tiles, False, True, **device.launch())
+    run(
+        launches, x, weight, bias, vh, s, u, expert_bias, partial, counters, scaled, gates, y, weights, ids
+    )  # fmt: skip
     return y, weights, ids
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    device, config, precision, route_precision, tokens, d, o, n, k, g, r, m, x_stride_t, bias, expert_bias, one_launch
+) -> tuple[int, tuple[Launch, ...]]:
+    """The number of splits of the first product, and the launches."""
+    row_blocks, tiles = cdiv(n * k, config["BLOCK_O"]), cdiv(o, config["BLOCK_O"])
+    splits, chunks = configs.split_depth(d, config["BLOCK_D"], row_blocks, device)
+    block_n, slices = next_power_of_2(n), row_blocks * splits
+    constants = {
+        "HAS_BIAS": bias, "HAS_EXPERT_BIAS": expert_bias, "PRECISION": precision, "ROUTE_PRECISION": route_precision,
+        "BLOCK_N": block_n, "BLOCK_E": max(16, block_n), "BLOCK_M": next_power_of_2(m), "BLOCK_K": next_power_of_2(k),
+        "BLOCK_R": next_power_of_2(max(r, 16)), **config, **device.launch(overlaps=not one_launch),
+    }  # fmt: skip
+    halves = ((slices, True, False), (tiles, False, True))
+    if one_launch:
+        programs = 1 if device.family == "interpreter" else min(device.multiprocessors, max(tiles, slices))
+        halves = ((programs, True, True),)
+        constants |= {"PDL": False, "launch_cooperative_grid": True}
+    numbers = tokens, d, o, chunks, splits, n, k, g, r, m, x_stride_t
+    return splits, tuple(
+        Launch(_decode, (programs,), numbers, SHRINK=shrink, EXPAND=expand, **constants)
+        for programs, shrink, expand in halves
+    )

@@ -1,5 +1,7 @@
 """y = x W^T + b + the chosen experts: the base product and a tail over the experts present, in one accumulator."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from . import configs
 from .common import TensorDescriptor, cast, cdiv, dot, next_power_of_2, wait_for_previous_kernel
+from .launch import Launch, run
 from .route import Tail
 
 
@@ -143,25 +146,36 @@ def expand(
     unless their alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
-    block_n = next_power_of_2(n)
-    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
     tma = path == "tma" and _describable(x) and _describable(weight)
+    precision, strides = configs.precision(x.dtype, device), (x.stride(0), *u.stride())
+    launches = _plan(
+        device, config, precision, configs.rank_block(r, x.dtype), tokens, d, o, n, r, tail.tokens_per_block, strides,
+        path != "delta", tma, bias is not None, expert_bias is not None,
+    )  # fmt: skip
+    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     base = x, weight
     if tma:
         base = (
             TensorDescriptor.from_tensor(x, [config["BLOCK_T"], config["BLOCK_D"]]),
             TensorDescriptor.from_tensor(weight, [config["BLOCK_O"], config["BLOCK_D"]]),
         )
-    _expand[(cdiv(tokens, config["BLOCK_T"]) * cdiv(o, config["BLOCK_O"]),)](
-        *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y,
-        tokens, d, o, n, r, tail.tokens_per_block,
-        x.stride(0), *u.stride(),
-        BASE=path != "delta", TMA=tma, HAS_BIAS=bias is not None, HAS_EXPERT_BIAS=expert_bias is not None,
-        PRECISION=configs.precision(x.dtype, device), GROUP=8,
-        BLOCK_N=block_n, BLOCK_S=min(config["BLOCK_T"] // tail.tokens_per_block, max(1, 4096 // block_n)),
-        BLOCK_E=max(16, min(config["BLOCK_D"], 64, block_n)),
-        BLOCK_R=min(config["BLOCK_D"], configs.rank_block(r, x.dtype)),
-        **config, **device.launch(),
-    )  # fmt: skip
+    run(launches, *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y)
     return y.addmm_(x, weight.T) if path == "delta" else y
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    device, config, precision, block_r, tokens, d, o, n, r, seen, strides, base, tma, bias, expert_bias
+) -> tuple[Launch, ...]:
+    block_n = next_power_of_2(n)
+    return (
+        Launch(
+            _expand, (cdiv(tokens, config["BLOCK_T"]) * cdiv(o, config["BLOCK_O"]),),
+            (tokens, d, o, n, r, seen, *strides),
+            BASE=base, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
+            BLOCK_N=block_n, BLOCK_S=min(config["BLOCK_T"] // seen, max(1, 4096 // block_n)),
+            BLOCK_E=max(16, min(config["BLOCK_D"], 64, block_n)), BLOCK_R=min(config["BLOCK_D"], block_r),
+            **config, **device.launch(),
+        ),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import configs
 from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .launch import launch
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -133,12 +134,12 @@ def group(device: configs.Device, ids: Tensor, n: int, dtype: torch.dtype) -> Gr
     counts, offsets = empty(m, blocks, n), empty(m, blocks, n)
     groups = Groups(empty(m, tokens), empty(m, n + 1), empty(m, schedule), empty(m, schedule), block)
     shape = {"N": n, "BLOCK_N": block_n, **device.launch()}
-    _count[blocks, m](ids, counts, tokens, M=m, BLOCK_C=block_c, **shape)
-    _schedule[(m,)](
-        counts, offsets, groups.start, groups.experts, groups.firsts, tokens, blocks, schedule,
+    launch(_count, (blocks, m), (ids, counts), (tokens,), M=m, BLOCK_C=block_c, **shape)
+    launch(
+        _schedule, (m,), (counts, offsets, groups.start, groups.experts, groups.firsts), (tokens, blocks, schedule),
         BLOCK_B=max(1, 4096 // block_n), BLOCK_T=block, **shape,
     )  # fmt: skip
-    _sort[blocks, m](ids, offsets, groups.order, tokens, M=m, BLOCK_C=block_c, **shape)
+    launch(_sort, (blocks, m), (ids, offsets, groups.order), (tokens,), M=m, BLOCK_C=block_c, **shape)
     return groups
 
 
@@ -212,10 +213,9 @@ def shrink(device: configs.Device, x: Tensor, factors: Tensor, groups: Groups, *
     programs = schedule * cdiv(r, config["BLOCK_R"])
     splits, chunks = configs.split_depth(d, config["BLOCK_D"], programs * m, device)
     partial = torch.empty(splits, tokens, m, r, dtype=torch.float32, device=x.device)
-    _shrink[programs, m, splits](
-        x, factors, *groups[:4], partial,
-        tokens, d, schedule, chunks, n, r, m,
-        x.stride(0), *factors.stride(),
+    launch(
+        _shrink, (programs, m, splits), (x, factors, *groups[:4], partial),
+        (tokens, d, schedule, chunks, n, r, m, x.stride(0), *factors.stride()),
         PRECISION=configs.precision(x.dtype, device, routes=routes), **config, **device.launch(),
     )  # fmt: skip
     return partial
@@ -337,10 +337,10 @@ def expand(
     config = configs.tile("scatter", device, scaled.dtype, groups.block, o, r)
     schedule = groups.experts.shape[1]
     for j in range(m):
-        _expand[(schedule * cdiv(o, config["BLOCK_O"]),)](
-            scaled, factors, weights, expert_bias, bias, *groups[:4], y,
-            j, tokens, o, schedule, n, r, m,
-            *factors.stride(),
+        launch(
+            _expand, (schedule * cdiv(o, config["BLOCK_O"]),),
+            (scaled, factors, weights, expert_bias, bias, *groups[:4], y),
+            (j, tokens, o, schedule, n, r, m, *factors.stride()),
             ADD=j > 0, HAS_BIAS=bias is not None and j == 0, HAS_EXPERT_BIAS=expert_bias is not None,
             PRECISION=configs.precision(scaled.dtype, device), **config, **device.launch(),
         )  # fmt: skip
@@ -361,8 +361,9 @@ def scale(
     config = configs.entry_blocks(r)
     scaled = torch.empty(tokens, m, r, dtype=dtype, device=s.device)
     h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
-    _scale[(cdiv(tokens * m, config["BLOCK_E"]),)](
-        partial, weights, ids, s, scaled, h if save else None, tokens, splits, r, m,
+    launch(
+        _scale, (cdiv(tokens * m, config["BLOCK_E"]),), (partial, weights, ids, s, scaled, h if save else None),
+        (tokens, splits, r, m),
         SAVE=save, **config, **device.launch(),
     )  # fmt: skip
     return scaled, h

@@ -1,5 +1,6 @@
 """Choose experts and weigh them: norms, top-m and softmax of the low-rank products; and scale those for `expand`."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .common import cast, cdiv, start_next_kernel, sum_splits, wait_for_previous_kernel
+from .launch import Launch, run
 from .shrink import shrink
 
 
@@ -166,12 +168,18 @@ def _launch(device, partial, weights, ids, s, g, tail, h, *, routes: bool) -> No
     (splits, tokens, n, k), m = partial.shape, ids.shape[1]
     r = 0 if s is None else s.shape[1]
     scaled, gates, present, _ = tail or (None, None, None, None)
+    launches = _plan(device, tokens, splits, n, k, g, r, m, routes, tail is not None, gates is not None, h is not None)
+    run(launches, partial, weights, ids, s, scaled, gates, present, h)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(device, tokens, splits, n, k, g, r, m, routes, scales, gates, save) -> tuple[Launch, ...]:
     config = configs.route_blocks(n, m, max(g, r))
-    _route[(cdiv(tokens, config["BLOCK_T"]),)](
-        partial, weights, ids, s, scaled, gates, present, h,
-        tokens, splits, n, k, g, r, m,
-        ROUTE=routes, SCALE=tail is not None, GATES=gates is not None, SAVE=h is not None,
-        **config, **device.launch(),
+    return (
+        Launch(
+            _route, (cdiv(tokens, config["BLOCK_T"]),), (tokens, splits, n, k, g, r, m),
+            ROUTE=routes, SCALE=scales, GATES=gates, SAVE=save, **config, **device.launch(),
+        ),
     )  # fmt: skip
 
 

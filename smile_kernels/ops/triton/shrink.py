@@ -1,5 +1,7 @@
 """h = x rows^T, from in_features to rank: the products of all experts, or of those that a block of tokens chose."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from . import configs
 from .common import cdiv, dot, next_power_of_2, start_next_kernel, wait_for_previous_kernel
+from .launch import Launch, run
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -71,24 +74,36 @@ def _shrink(
     tl.store(out, acc, mask=(t < written_t)[:, None] & (row < N * K)[None, :])
 
 
-def shrink(device: configs.Device, x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
+def shrink(
+    device: configs.Device, x: Tensor, rows: Tensor, ids: Tensor | None = None, *, overlaps: bool = False
+) -> Tensor:
     """Partial sums over D of x rows^T: x [T, D], rows [N, K, D] of any strides -> [splits, T, N, K] float32.
 
     With ids [T, m] int32, only products of experts that some token of the same block chose are written. The number of
-    splits depends on the shapes alone, so the sums are the same on every run.
+    splits depends on the shapes alone, so the sums are the same on every run. `overlaps`: ids come from the kernel
+    ahead, one of ours.
     """
     (tokens, d), (n, k, _) = x.shape, rows.shape
     config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
+    precision = configs.precision(x.dtype, device, routes=True)
+    m = None if ids is None else ids.shape[1]
+    strides = x.stride(0), *rows.stride()
+    splits, launches = _plan(device, config, precision, tokens, d, n, k, m, strides, overlaps)
+    partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
+    run(launches, x, rows, ids, partial)
+    return partial
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(device, config, precision, tokens, d, n, k, m, strides, overlaps) -> tuple[int, tuple[Launch, ...]]:
+    """The number of splits, and the launch; m is None where every product is formed."""
     programs = cdiv(tokens, config["BLOCK_T"]) * cdiv(n * k, config["BLOCK_R"])
     splits, chunks = configs.split_depth(d, config["BLOCK_D"], programs, device)
-    partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
-    m = 1 if ids is None else ids.shape[1]
-    _shrink[programs, splits](
-        x, rows, ids, partial,
-        tokens, d, chunks, n, k, m,
-        x.stride(0), *rows.stride(),
-        SELECTED=ids is not None, PRECISION=configs.precision(x.dtype, device, routes=True),
-        # What chose the experts may be a kernel of ours; what made x is not.
-        BLOCK_M=next_power_of_2(m), **config, **device.launch(waits=ids is not None),
+    selected, m = m is not None, m or 1
+    return splits, (
+        Launch(
+            _shrink, (programs, splits), (tokens, d, chunks, n, k, m, *strides),
+            SELECTED=selected, PRECISION=precision, BLOCK_M=next_power_of_2(m),
+            **config, **device.launch(overlaps=overlaps and selected),
+        ),
     )  # fmt: skip
-    return partial
