@@ -111,6 +111,8 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
     path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
     with torch.cuda.device_of(x):
         if path == "grouped":
+            if not overlaps:  # a given routing may name no expert
+                weights, ids, _ = grouped.none_as_first(weights, ids, n)
             return grouped.apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
         partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None, overlaps=overlaps)
         tail, h = scale(device, partial, s, weights, ids, x.dtype, gates=expert_bias is not None, save=save)

@@ -242,6 +242,8 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
 
     groups = None
     if configs.apply_path(device, x.dtype, tokens, d, o, n, r, m) == "grouped":
+        if not rank_of_router:  # a given routing may name no expert
+            weights, ids, real = grouped.none_as_first(weights, ids, n)
         groups = grouped.group(device, ids, n, x.dtype)
 
     def products(rows: Tensor) -> Tensor:
@@ -279,6 +281,8 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
         **config, **device.launch(),
     )  # fmt: skip
 
+    if needs_weights and groups and not rank_of_router:
+        dweights = torch.where(real, dweights, 0)
     if needs_x and groups:
         dx = grouped.expand(device, dh, vh[:, :r], groups).addmm_(dy, weight)
     elif needs_x:

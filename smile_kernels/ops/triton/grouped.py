@@ -118,6 +118,12 @@ class Groups(NamedTuple):
     block: int  # entries of one block of the schedule
 
 
+def none_as_first(weights: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and ids [T, m] where an id outside [0, n), which is no expert's, is 0 of weight 0; and which are real."""
+    real = (ids >= 0) & (ids < n)
+    return torch.where(real, weights, 0), torch.where(real, ids, 0), real
+
+
 def group(device: configs.Device, ids: Tensor, n: int, dtype: torch.dtype) -> Groups:
     """Sort the entries of ids [T, m] int32 by expert, and cut those of each of the n experts into blocks.
 

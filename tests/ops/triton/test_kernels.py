@@ -119,18 +119,22 @@ def test_each_gradient_alone_equals_that_of_all(needed, router, apply, device, t
     assert set(alone.values()) == {None}
 
 
-@pytest.mark.parametrize("path", ["fused", "grouped"])
-def test_given_routing_with_duplicates_and_gradient_of_the_weights(path, device, take):
+@pytest.mark.parametrize("path", ["fused", "delta", "grouped"])
+def test_given_routing_with_duplicates_without_experts_and_gradient_of_the_weights(path, device, take):
     take(apply=path)
     p = Problem.random(18, 20, 24, 5, 4, 3, 2, device=device)
     weights = torch.rand(18, 3, device=device, requires_grad=True)
     ids = torch.randint(5, (18, 3), device=device)
     ids[0] = ids[0, 0]
+    ids[1], ids[2, 0], ids[3, 2] = -1, -1, -1
+    p.u.requires_grad_()
     y = call(p, routing=(weights, ids))
     dy = torch.randn_like(y)
     expected = expectations(p, ids, weights=weights, dy=dy)
     assert_close("y", y.detach(), *expected["y"])
-    assert_close("dweights", torch.autograd.grad(y, weights, dy)[0], *expected["weights"])
+    dweights, du = torch.autograd.grad(y, [weights, p.u], dy)
+    assert_close("dweights", dweights, *expected["weights"])
+    assert_close("du", du, *expected["u"])
 
 
 def test_given_routing_that_many_tokens_share(device, take):
