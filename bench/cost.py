@@ -24,14 +24,12 @@ NOTES = Path(__file__).with_name("NOTES.md")
 # What bench/gpu.py measures, and what is predicted here.
 SETTINGS = [Setting(8, 32, 16), Setting(8, 128, 16), Setting(8, 32, 16, 2), Setting(3, 512, 8), Setting(64, 64, 8)]
 LAYERS = ["mistral-7b.q", "mistral-7b.up", "mistral-7b.down", "clip-b32.attn"]
-TOKENS = [1, 4, 16, 64, 512, 2048, 8192]
+TOKENS = [1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192]
 TRAINED = [Case("mistral-7b.q", SETTINGS[i], t, torch.bfloat16) for i in (0, 2, 4) for t in (2048, 8192)]
 
-# An H200, of whose published rates copies and products get about this much. Assumed, as is all below; not measured.
+# An H200, of whose published rates copies and products get about as much as `configs` assumes; not measured.
 DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
-BANDWIDTH, RATE = 4.3e12, 780e12
-# Seconds that a kernel of a CUDA graph takes besides its work, unless it starts before the one ahead of it has ended.
-RAMP = 1.5e-6
+BANDWIDTH, RATE, RAMP = configs.BANDWIDTH, configs.RATE, configs.RAMP
 OVERLAPPED = ("stream", "route", "selected", "scale", "expand", "tail", "dh", "dx tail")
 OVERLAPPED_GROUPED = ("schedule", "sort", "gather", "scaled", "scatter", "a", "ds", "du", "dexpert_bias")
 # Seconds of the host for a launch of a Triton kernel, for what a call takes besides, and for F.linear.
@@ -182,8 +180,8 @@ def chosen_paths(case: Case, device: configs.Device, save: bool = False) -> tupl
     return linear, configs.apply_path(device, case.dtype, t, d, o, n, r, m)
 
 
-def splits(case: Case, linear: str, device: configs.Device) -> int:
-    """Parts into which the launchers cut the sum over D of the first low-rank product."""
+def _first_product(case: Case, linear: str, device: configs.Device) -> tuple[int, configs.Tile, int]:
+    """The first low-rank product: its rows, its tile, and the parts into which the launchers cut its sum over D."""
     (d, o, _), t = case.shape, case.tokens
     n, r, g, _ = astuple(case.setting)
     rows = n * (g if linear == "route_first" else max(r, g))
@@ -193,20 +191,47 @@ def splits(case: Case, linear: str, device: configs.Device) -> int:
     else:
         tile = configs.tile("shrink", device, case.dtype, t, rows, d)
         programs = cdiv(t, tile["BLOCK_T"]) * cdiv(rows, tile["BLOCK_R"])
-    return configs.split_depth(d, tile["BLOCK_D"], programs, device)[0]
+    return rows, tile, configs.split_depth(d, tile["BLOCK_D"], programs, device)[0]
 
 
-def seconds(works: dict[str, Work]) -> float:
-    """The time of launches one after another in a CUDA graph: the floor of each, and the ramps that nothing hides."""
+def splits(case: Case, linear: str, device: configs.Device) -> int:
+    """Parts into which the launchers cut the sum over D of the first low-rank product."""
+    return _first_product(case, linear, device)[2]
+
+
+def in_tiles(case: Case, linear: str, device: configs.Device = DEVICE) -> dict[str, float]:
+    """Launch -> the least seconds of its product in the tiles really taken, which read operands from the cache."""
+    (d, o, _), t, size = case.shape, case.tokens, case.dtype.itemsize
+    rows, tile, parts = _first_product(case, linear, device)
+    names = configs.BLOCKS["decode" if linear.startswith("decode") else "shrink"]
+    first = configs.product_seconds(device, t, d, rows, size, tile[names[0]], tile[names[1]], parts)
+    wide = tile if linear.startswith("decode") else configs.tile("expand", device, case.dtype, t, o, d)
+    base = configs.product_seconds(device, t, d, o, size, wide["BLOCK_T"], wide["BLOCK_O"])
+    if linear.startswith("decode"):  # its first half leaves the other multiprocessors to the second
+        ours = {"stream": base, "shrink, stream": base}
+    else:
+        ours = {"shrink": first, "gate": first, "expand": base}
+    library = configs.library_seconds(device, t, d, o, size)
+    return ours | dict.fromkeys(("base", "dense", "y", "dx", "dweight"), library)
+
+
+def seconds(works: dict[str, Work], least: dict[str, float]) -> float:
+    """The time of launches one after another in a CUDA graph: the floor of each, and the ramps that nothing hides.
+
+    least: launch -> seconds, where its tiles take longer than that floor.
+    """
     overlapped = OVERLAPPED + OVERLAPPED_GROUPED if "sort" in works else OVERLAPPED
-    return sum(work.floor(BANDWIDTH, RATE) + RAMP * (not name.startswith(overlapped)) for name, work in works.items())
+    return sum(
+        max(work.floor(BANDWIDTH, RATE), least.get(name, 0)) + RAMP * (not name.startswith(overlapped))
+        for name, work in works.items()
+    )
 
 
 def predicted(case: Case, graph: bool = True) -> float:
     """The time of the paths that the heuristics take, over that of F.linear: in CUDA graphs or as the host launches."""
     linear, apply = chosen_paths(case, DEVICE)
-    works = kernels(case, linear, apply, splits(case, linear, DEVICE))
-    ours, dense = seconds(works), seconds({"dense": case.dense()})
+    works, least = kernels(case, linear, apply, splits(case, linear, DEVICE)), in_tiles(case, linear)
+    ours, dense = seconds(works, least), seconds({"dense": case.dense()}, least)
     if graph:
         return ours / dense
     return max(ours, OPERATOR + LAUNCH * len(works)) / max(dense, LINEAR)
@@ -228,10 +253,11 @@ def tables() -> dict[str, str]:
         "one_product fused": "f",
         "one_product delta": "c",
         "route_first fused": "s",
+        "route_first delta": "t",
         "route_first grouped": "g",
     }
     found = {}
-    for mode, graph, columns in (("graph", True, TOKENS), ("eager", False, TOKENS[:4])):
+    for mode, graph, columns in (("graph", True, TOKENS), ("eager", False, [1, 4, 16, 64])):
         rows = []
         for layer, setting in itertools.product(LAYERS, SETTINGS):
             cells = []
@@ -246,8 +272,9 @@ def tables() -> dict[str, str]:
     for case in TRAINED:
         linear, apply = chosen_paths(case, DEVICE, save=True)
         forward = kernels(case, linear, apply, splits(case, linear, DEVICE))
-        ours = seconds(forward) + seconds(backward(case, apply))
-        dense = seconds(dict.fromkeys(("y", "dx", "dweight"), case.dense()))
+        least = in_tiles(case, linear)
+        ours = seconds(forward, least) + seconds(backward(case, apply), least)
+        dense = seconds(dict.fromkeys(("y", "dx", "dweight"), case.dense()), least)
         ratio = floor_ratio(case, training=True)
         rows.append([case.layer, str(case.setting), str(case.tokens), f"{ratio:.2f}", f"{ours / dense:.2f}"])
     header = ["layer", "setting", "T", "floor", "predicted"]

@@ -10,6 +10,7 @@ Paths that failed `smile-kernels doctor --verify` on the GPU at hand are not amo
 """
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -271,6 +272,35 @@ def rank_block(r: int, dtype: torch.dtype) -> int:
     return min(128 // dtype.itemsize, max(16, next_power_of_2(r)))
 
 
+# Assumed for an H200, not measured: bytes a second of its memory and of its second-level cache, FLOPs a second, and the
+# seconds that a kernel takes besides its work where it cannot overlap the one ahead of it.
+BANDWIDTH, CACHE_BANDWIDTH, RATE, RAMP = 4.3e12, 6e12, 780e12, 1.5e-6
+
+
+def product_seconds(
+    device: Device, rows: int, depth: int, columns: int, size: int, block_rows: int, block_columns: int, splits: int = 1
+) -> float:
+    """Estimated seconds of [rows, depth] x [depth, columns] in tiles: the longest of memory, cache and products.
+
+    From the cache each column of tiles reads all rows, and each row of tiles all columns.
+    """
+    row_blocks, column_blocks = cdiv(rows, block_rows), cdiv(columns, block_columns)
+    read = size * depth * (rows * column_blocks + columns * row_blocks)
+    busy = min(1.0, row_blocks * column_blocks * splits / device.multiprocessors)
+    moved = size * (rows * depth + columns * depth + rows * columns) + 8 * (splits - 1) * rows * columns
+    products = 2 * max(rows, block_rows) * depth * columns
+    return max(moved / BANDWIDTH, read / (CACHE_BANDWIDTH * busy), products / (RATE * busy))
+
+
+def library_seconds(device: Device, rows: int, depth: int, columns: int, size: int) -> float:
+    """The same for cuBLAS, which takes the best of its tiles and splits."""
+    tiles = (128, 256), (128, 128), (64, 128), (64, 64), (64, 32)
+    return min(
+        product_seconds(device, rows, depth, columns, size, *tile, splits)
+        for tile, splits in itertools.product(tiles, (1, 2, 4))
+    )
+
+
 def apply_paths(device: Device, dtype: torch.dtype) -> tuple[ApplyPath, ...]:
     """The ways in which given experts can be applied; see `apply_path`."""
     return APPLY_PATHS if device.tma and dtype.itemsize == 2 else ("fused", "delta", "grouped")
@@ -299,9 +329,17 @@ def _estimated_apply_path(
     unchosen = (n - m) * r
     if tokens > 64 and unchosen > 512 and 2 * tokens * unchosen * (d + o) > 8e9:
         return "grouped"
-    # Below as many FLOPs a launch and a pass over y cost more than cuBLAS gains on tensor cores.
-    small = dtype.itemsize == 2 and 2 * tokens * d * o <= 8e9
-    return "fused" if tokens <= 64 or small else "delta"
+    if tokens <= 16 or (dtype.itemsize != 2 and tokens <= 64):
+        return "fused"
+    # From as many FLOPs on cuBLAS gains more on tensor cores than a launch and a pass over y cost.
+    if dtype.itemsize != 2 or 2 * tokens * d * o > 8e9:
+        return "delta"
+    size = dtype.itemsize
+    rows, columns, _ = BLOCKS["expand"]
+    config = tile("expand", device, dtype, tokens, o, d)
+    fused = product_seconds(device, tokens, d, o, size, config[rows], config[columns])
+    cublas = library_seconds(device, tokens, d, o, size)
+    return "fused" if fused <= cublas + RAMP + 2 * tokens * o * size / BANDWIDTH else "delta"
 
 
 @functools.lru_cache(maxsize=4096)

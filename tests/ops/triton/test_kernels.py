@@ -298,11 +298,15 @@ def test_heuristics_choose_what_can_run():
     assert configs.linear_path(device, half, 17, 4096, 4096, 8, 32, 16, 32, 1, False) == "one_product"
     assert configs.linear_path(device, half, 4, 4096, 4096, 64, 64, 8, 64, 1, False) == "route_first"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 8, 32, 1) == "delta"
-    assert configs.apply_path(device, half, 64, 4096, 4096, 64, 64, 1) == "fused"
+    assert configs.apply_path(device, half, 16, 4096, 4096, 8, 128, 1) == "fused"
+    for tokens in (32, 64, 128, 256):  # the tiles of the fused product would be bound by the cache
+        assert configs.apply_path(device, half, tokens, 4096, 4096, 8, 32, 1) == "delta"
+    assert configs.apply_path(device, half, 64, 768, 768, 8, 32, 1) == "fused"
+    assert configs.apply_path(device, torch.float32, 64, 4096, 4096, 8, 32, 1) == "fused"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 1) == "grouped"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 3, 512, 1) == "grouped"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 64, 64, 64) == "delta"
-    assert configs.apply_path(device, half, 2048, 768, 768, 8, 128, 1) == "fused"
+    assert configs.apply_path(device, half, 2048, 768, 768, 8, 128, 1) == "delta"
     assert configs.apply_path(device, torch.float32, 2048, 768, 768, 8, 128, 1) == "delta"
 
 
