@@ -196,88 +196,110 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
     dx = dy @ weight if needs[0] else None
     dweight = dy.T @ x if needs[1] else None
     dbias = dy.sum(0) if needs[2] else None
-    acc, (n, r), (tokens, m) = s.dtype, s.shape, ids.shape
+    acc, (tokens, m) = s.dtype, ids.shape
     dvh, ds, du, dexpert_bias = (
         torch.zeros_like(p, dtype=acc, memory_format=torch.contiguous_format) if needed else None
         for p, needed in zip((vh, s, u, expert_bias), needs[3:7])
     )
     dweights = weights.new_zeros(tokens, m) if needs[7] else None
-    if tokens == 0 or not (needs[0] or any(needs[3:])):
-        pass
-    elif _host_reads_are_free(x) and _every_expert_pays(x, u) and not _any_is_none(ids):
-        slots, w = ids.long(), _weight_of_every_expert(weights, ids, n)
-        hi = s.new_zeros(tokens, n, r).scatter_(1, slots[:, :, None].expand(-1, -1, r), h)
-        a = (dy @ u.transpose(0, 1).flatten(1)).to(acc).view(tokens, n, r)
-        z = hi * s
-        dz = w[:, :, None] * a
-        dh = (dz * s).to(x.dtype).flatten(1)
-        if needs[0]:
-            dx.addmm_(dh, vh[:, :r].flatten(0, 1))
-        if needs[3]:
-            dvh[:, :r] = (dh.T @ x).view(n, r, -1)
-        if needs[4]:
-            ds = (dz * hi).sum(0)
-        if needs[5]:
-            du.copy_((dy.T @ (w[:, :, None] * z).to(x.dtype).flatten(1)).view(-1, n, r).transpose(0, 1))
-        if needs[6]:
-            dexpert_bias = w.T @ dy.to(acc)
-        if needs[7]:
-            dw = (a * z).sum(-1)
-            if expert_bias is not None:
-                dw += (dy @ expert_bias.T).to(acc)
-            dweights = dw.gather(1, slots)
-    elif _host_reads_are_free(x):
-        for i, entries, rows in _runs(ids) or _sorted(ids):
-            w = _take(weights.view(-1), entries)[:, None]
-            hi = _take(h.view(-1, r), entries)
-            dyi = _take(dy, rows)
-            a = F.linear(dyi, u[i].T).to(acc)
-            z = hi * s[i]
-            dz = w * a
-            dh = (dz * s[i]).to(x.dtype)
-            if needs[0] and isinstance(rows, slice):
-                dx[rows].addmm_(dh, vh[i, :r])
-            elif needs[0]:
-                dx.index_add_(0, rows, dh @ vh[i, :r])
-            if needs[3]:
-                dvh[i, :r] += dh.T @ _take(x, rows)
-            if needs[4]:
-                ds[i] += (dz * hi).sum(0)
-            if needs[5]:
-                du[i] += dyi.T @ (w * z).to(x.dtype)
-            if needs[6]:
-                dexpert_bias[i] += (dyi * w).sum(0)
-            if needs[7]:
-                dw = (a * z).sum(-1)
-                if expert_bias is not None:
-                    dw += (dyi @ expert_bias[i]).to(acc)
-                dweights.view(-1)[entries] = dw
-    else:
-        blocks = _Blocks(ids, n)
-        i, w = blocks.experts, blocks.gather(weights.reshape(-1, 1))
-        hi = blocks.gather(h.view(-1, r))
-        dyi = blocks.gather(dy, m)
-        a = torch.bmm(dyi, u[i]).to(acc)
-        z = hi * s[i, None]
-        dz = w * a
-        dh = (dz * s[i, None]).to(x.dtype)
-        if needs[0]:
-            dx += blocks.scatter(torch.bmm(dh, vh[i, :r])).view(tokens, m, -1).sum(1)
-        if needs[3]:
-            dvh[:, :r] = blocks.sum_by_expert(torch.bmm(dh.mT, blocks.gather(x, m)).to(acc))
-        if needs[4]:
-            ds = blocks.sum_by_expert((dz * hi).sum(1))
-        if needs[5]:
-            du = blocks.sum_by_expert(torch.bmm(dyi.mT, (w * z).to(x.dtype)).to(acc))
-        if needs[6]:
-            dexpert_bias = blocks.sum_by_expert((dyi * w).sum(1))
-        if needs[7]:
-            dw = (a * z).sum(-1, keepdim=True)
-            if expert_bias is not None:
-                dw += torch.bmm(dyi, expert_bias[i, :, None]).to(acc)
-            dweights = blocks.scatter(dw).view(tokens, m)
+    if tokens and (needs[0] or any(needs[3:])):
+        if not _host_reads_are_free(x):
+            add = _add_gradients_in_blocks
+        elif _every_expert_pays(x, u) and not _any_is_none(ids):
+            add = _add_gradients_of_every_expert
+        else:
+            add = _add_gradients_by_expert
+        gradients = dx, dvh, ds, du, dexpert_bias, dweights
+        add(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h)
     cast = [None if t is None else t.to(x.dtype) for t in (dvh, du, dexpert_bias)]
     return dx, dweight, dbias, cast[0], ds, cast[1], cast[2], dweights
+
+
+def _add_gradients_of_every_expert(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h) -> None:
+    """Every token takes every expert, with weight 0 where it chose others: all experts are one product."""
+    dx, dvh, ds, du, dexpert_bias, dweights = gradients
+    acc, (n, r), tokens = s.dtype, s.shape, ids.shape[0]
+    slots, w = ids.long(), _weight_of_every_expert(weights, ids, n)
+    hi = s.new_zeros(tokens, n, r).scatter_(1, slots[:, :, None].expand(-1, -1, r), h)
+    a = (dy @ u.transpose(0, 1).flatten(1)).to(acc).view(tokens, n, r)
+    z = hi * s
+    dz = w[:, :, None] * a
+    dh = (dz * s).to(x.dtype).flatten(1)
+    if dx is not None:
+        dx.addmm_(dh, vh[:, :r].flatten(0, 1))
+    if dvh is not None:
+        dvh[:, :r] = (dh.T @ x).view(n, r, -1)
+    if ds is not None:
+        ds += (dz * hi).sum(0)
+    if du is not None:
+        du.copy_((dy.T @ (w[:, :, None] * z).to(x.dtype).flatten(1)).view(-1, n, r).transpose(0, 1))
+    if dexpert_bias is not None:
+        dexpert_bias += w.T @ dy.to(acc)
+    if dweights is not None:
+        dw = (a * z).sum(-1)
+        if expert_bias is not None:
+            dw += (dy @ expert_bias.T).to(acc)
+        dweights += dw.gather(1, slots)
+
+
+def _add_gradients_by_expert(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h) -> None:
+    """Each expert takes its own tokens."""
+    dx, dvh, ds, du, dexpert_bias, dweights = gradients
+    acc, r = s.dtype, s.shape[1]
+    for i, entries, rows in _runs(ids) or _sorted(ids):
+        w = _take(weights.view(-1), entries)[:, None]
+        hi = _take(h.view(-1, r), entries)
+        dyi = _take(dy, rows)
+        a = F.linear(dyi, u[i].T).to(acc)
+        z = hi * s[i]
+        dz = w * a
+        dh = (dz * s[i]).to(x.dtype)
+        if dx is not None and isinstance(rows, slice):
+            dx[rows].addmm_(dh, vh[i, :r])
+        elif dx is not None:
+            dx.index_add_(0, rows, dh @ vh[i, :r])
+        if dvh is not None:
+            dvh[i, :r] += dh.T @ _take(x, rows)
+        if ds is not None:
+            ds[i] += (dz * hi).sum(0)
+        if du is not None:
+            du[i] += dyi.T @ (w * z).to(x.dtype)
+        if dexpert_bias is not None:
+            dexpert_bias[i] += (dyi * w).sum(0)
+        if dweights is not None:
+            dw = (a * z).sum(-1)
+            if expert_bias is not None:
+                dw += (dyi @ expert_bias[i]).to(acc)
+            dweights.view(-1)[entries] = dw
+
+
+def _add_gradients_in_blocks(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h) -> None:
+    """Tokens sorted by expert, padded to blocks of one expert each: nothing is read on the host."""
+    dx, dvh, ds, du, dexpert_bias, dweights = gradients
+    acc, (n, r), (tokens, m) = s.dtype, s.shape, ids.shape
+    blocks = _Blocks(ids, n)
+    i, w = blocks.experts, blocks.gather(weights.reshape(-1, 1))
+    hi = blocks.gather(h.view(-1, r))
+    dyi = blocks.gather(dy, m)
+    a = torch.bmm(dyi, u[i]).to(acc)
+    z = hi * s[i, None]
+    dz = w * a
+    dh = (dz * s[i, None]).to(x.dtype)
+    if dx is not None:
+        dx += blocks.scatter(torch.bmm(dh, vh[i, :r])).view(tokens, m, -1).sum(1)
+    if dvh is not None:
+        dvh[:, :r] = blocks.sum_by_expert(torch.bmm(dh.mT, blocks.gather(x, m)).to(acc))
+    if ds is not None:
+        ds += blocks.sum_by_expert((dz * hi).sum(1))
+    if du is not None:
+        du += blocks.sum_by_expert(torch.bmm(dyi.mT, (w * z).to(x.dtype)).to(acc))
+    if dexpert_bias is not None:
+        dexpert_bias += blocks.sum_by_expert((dyi * w).sum(1))
+    if dweights is not None:
+        dw = (a * z).sum(-1, keepdim=True)
+        if expert_bias is not None:
+            dw += torch.bmm(dyi, expert_bias[i, :, None]).to(acc)
+        dweights += blocks.scatter(dw).view(tokens, m)
 
 
 linear_backward = functools.partial(registration.linear_backward, apply_backward, route_backward)
