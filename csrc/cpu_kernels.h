@@ -1,6 +1,7 @@
-// The CPU forward, written once with the compiler's vector types. cpu.cpp includes this file once for each instruction
+// The CPU kernels, written once with the compiler's vector types. cpu.cpp includes this file once for each instruction
 // set, so there is no include guard. It sets SMILE_NAMESPACE; SMILE_VECTOR_BYTES, the size of a vector; SMILE_VECTORS,
-// how many registers hold one; SMILE_BFLOAT16_DOT, whether there is an instruction for bfloat16 dot products.
+// how many registers hold one; SMILE_BFLOAT16_DOT, whether there is an instruction for bfloat16 dot products;
+// SMILE_BFLOAT16_TILES, whether AMX multiplies tiles of them.
 //
 // A chunk of tokens goes through: float copy of x (where needed) -> products with the router's rows, and with W where
 // the tokens are few -> top-m -> entries sorted by expert -> the other rows of the selected experts -> expand into y.
@@ -181,6 +182,13 @@ template <class R> SMILE_INLINE void sum_lanes(const Vector<R>* v, R* sums) {
   }
 }
 
+// Scratch that starts at a vector's alignment, so that no vector of it lies in two cache lines.
+template <class R> struct Buffer {
+  std::unique_ptr<Vector<R>[]> memory;
+  explicit Buffer(int64_t count) : memory(new Vector<R>[(count + kLanes<R> - 1) / kLanes<R>]) {}
+  R* get() const { return reinterpret_cast<R*>(memory.get()); }
+};
+
 // ---- threads ----
 
 // Fewer multiply-adds than this cost less than waking a second thread (about 2 us).
@@ -260,42 +268,180 @@ void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_
     }
 }
 
-constexpr int kPanel = 4;  // vectors of outputs in one packed panel of u
+// ---- products with packed rows ----
+//
+// A panel holds rows of a factor side by side, so that a number of x, or a pair of them, is multiplied with a vector of rows
+// and no sum over lanes is left. Packing pays from a few x on.
 
-// panel[k][c] = u[c][k] for `width` rows of u, at most those of a panel; what is past `width` is of no use.
-template <class T, class R> void pack(const T* u, int64_t width, int64_t depth, R* panel) {
-  constexpr int lanes = kLanes<R>;
+constexpr int kPanel = 4;                // vectors of rows in one panel
+constexpr int64_t kPackFrom = 3;         // x that a row needs for packing to pay
+
+// What a panel consists of: numbers of R, or pairs of bfloat16 where there is an instruction for their dot products.
+template <class X> struct Packed {
+  using R = X;
+  static constexpr int numbers = 1;
+  template <class T> static SMILE_INLINE Vector<R> load(const T* row) { return SMILE_NAMESPACE::load(row); }
+  static SMILE_INLINE Vector<R> multiply_add(const X* x, Vector<R> panel, Vector<R> sum) { return sum + *x * panel; }
+};
+
+#if SMILE_BFLOAT16_DOT
+template <> struct Packed<bfloat16> {
+  using R = float;
+  static constexpr int numbers = 2;
+  static SMILE_INLINE Vector<R> load(const bfloat16* row) { return load_as<Vector<R>>(row); }
+  static SMILE_INLINE Vector<R> multiply_add(const bfloat16* x, Vector<R> panel, Vector<R> sum) {
+    return (Vector<R>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(x)), (__m512bh)panel);
+  }
+};
+#endif
+
+// Columns in a panel: it stays in the caches while many x pass. Sums of few numbers at a time round less.
+template <class X> constexpr int64_t kPanelDepth = std::is_same<X, bfloat16>::value ? 256 : 64;
+template <class X> constexpr int64_t kPanelWidth = kPanel * kLanes<typename Packed<X>::R>;
+
+// bfloat16 is multiplied 16 x 16 x 32 numbers at once; a panel of it has whole tiles, the last one filled up with zeros.
+template <class X> constexpr bool kTiles = SMILE_BFLOAT16_TILES && std::is_same<X, bfloat16>::value;
+
+template <class X> constexpr int64_t packed_depth(int64_t depth) {
+  constexpr int64_t numbers = Packed<X>::numbers, each = kTiles<X> ? 16 : 1;
+  return (depth + numbers * each - 1) / (numbers * each) * each;
+}
+
+// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel; what is past `width` is of no use.
+template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel) {
+  using R = typename Packed<X>::R;
+  constexpr int lanes = kLanes<R>, numbers = Packed<X>::numbers;
   for (int64_t c = 0; c < width; c += lanes)
-    for (int64_t k = 0; k < depth; k += lanes) {
-      const int left = int(std::min<int64_t>(lanes, depth - k));
+    for (int64_t k = 0; k < depth; k += lanes * numbers) {
+      const int left = int(std::min<int64_t>(lanes * numbers, depth - k));
       Vector<R> square[lanes];
       for (int i = 0; i < lanes; ++i) {
-        const T* row = u + std::min(c + i, width - 1) * depth + k;
-        __builtin_prefetch(row + kPanel * lanes * depth);  // where the next panel will read
-        square[i] = left == lanes ? load(row) : load_first<R>(row, left);
+        const T* row = rows[std::min(c + i, width - 1)] + k;
+        if (left == lanes * numbers) {
+          square[i] = Packed<X>::load(row);
+        } else {
+          T numbers_left[lanes * numbers] = {};
+          std::copy_n(row, left, numbers_left);
+          square[i] = Packed<X>::load(numbers_left);
+        }
       }
       transpose<lanes / 2, R>(square, std::make_integer_sequence<int, lanes>());
-      for (int i = 0; i < left; ++i) std::memcpy(panel + (k + i) * kPanel * lanes + c, &square[i], sizeof(square[i]));
+      for (int i = 0; i < packed_depth<X>(left); ++i)
+        std::memcpy(panel + (k / numbers + i) * kPanel * lanes + c, &square[i], sizeof(square[i]));
     }
 }
 
-// out_t[0:panel] += sum_k z_t[k] panel[k] for M tokens.
-template <int M, class R> SMILE_INLINE void panel_tile(const R* const* z, const R* panel, int64_t depth, R* const* out) {
+// out_t[0:panel] (+)= sum_k x_t[k] panel[k] for M x.
+template <int M, class X, class R>
+SMILE_INLINE void panel_tile(const X* const* x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+  constexpr int numbers = Packed<X>::numbers;
   Vector<R> sum[M][kPanel] = {};
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel * kLanes<R>)
+  int64_t k = 0;
+  for (; k + numbers <= depth; k += numbers, panel += kPanel * kLanes<R>)
     for (int t = 0; t < M; ++t)
-      for (int v = 0; v < kPanel; ++v) sum[t][v] += z[t][k] * load(panel + v * kLanes<R>);
+      for (int v = 0; v < kPanel; ++v)
+        sum[t][v] = Packed<X>::multiply_add(x[t] + k, load(panel + v * kLanes<R>), sum[t][v]);
+  if (k < depth)
+    for (int t = 0; t < M; ++t) {
+      const X last[numbers] = {x[t][k]};
+      for (int v = 0; v < kPanel; ++v) sum[t][v] = Packed<X>::multiply_add(last, load(panel + v * kLanes<R>), sum[t][v]);
+    }
   for (int t = 0; t < M; ++t)
     for (int v = 0; v < kPanel; ++v) {
-      const Vector<R> total = load(out[t] + v * kLanes<R>) + sum[t][v];
-      std::memcpy(out[t] + v * kLanes<R>, &total, sizeof(total));
+      if (accumulate) sum[t][v] += load(out[t] + v * kLanes<R>);
+      std::memcpy(out[t] + v * kLanes<R>, &sum[t][v], sizeof(sum[t][v]));
     }
 }
 
-template <int M, class... Args> SMILE_INLINE void panel_tile_of(int m, Args... args) {
+template <int M, class X, class R>
+void panel_tiles(int m, const X* const* x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
   if constexpr (M > 1)
-    if (m < M) return panel_tile_of<M - 1>(m, args...);
-  panel_tile<M>(args...);
+    if (m < M) return panel_tiles<M - 1>(m, x, panel, depth, out, accumulate);
+  panel_tile<M>(x, panel, depth, out, accumulate);
+}
+
+#if SMILE_BFLOAT16_TILES
+constexpr int kTile = 16, kTileDepth = 32;  // a tile of x is kTile x kTileDepth, a tile of sums kTile x kTile
+
+struct TilesInUse {
+  TilesInUse() {
+    alignas(64) unsigned char config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = kTile;
+    _tile_loadconfig(config);
+  }
+  ~TilesInUse() { _tile_release(); }
+};
+
+// sums [kTile][panel] = x panel, x with a row every x_stride numbers, its depth filled up to whole tiles.
+inline void multiply_tiles(const bfloat16* x, int64_t x_stride, const float* panel, int64_t depth, float* sums) {
+  constexpr int64_t kRow = kPanelWidth<bfloat16> * sizeof(float);
+  asm volatile("" ::: "memory");  // the tile instructions do not say what they read and write
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += kTileDepth, x += kTileDepth, panel += kTile * kPanelWidth<bfloat16>) {
+    _tile_loadd(4, x, x_stride * sizeof(bfloat16));
+    _tile_loadd(5, panel, kRow);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, panel + kTile, kRow);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, panel + 2 * kTile, kRow);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, panel + 3 * kTile, kRow);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kTile, kRow);
+  _tile_stored(2, sums + 2 * kTile, kRow);
+  _tile_stored(3, sums + 3 * kTile, kRow);
+  asm volatile("" ::: "memory");
+}
+
+// out[e] (+)= x[e] panel for `count` x.
+template <class At, class Out>
+void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate) {
+  constexpr int64_t kWidth = kPanelWidth<bfloat16>;
+  alignas(64) bfloat16 block[kTile * kPanelDepth<bfloat16>];
+  alignas(64) float sums[kTile * kWidth];
+  const int64_t stride = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+  const TilesInUse in_use;
+  for (int64_t e = 0; e < count; e += kTile) {
+    const int64_t m = std::min<int64_t>(kTile, count - e);
+    const bfloat16* first = x_at(e);
+    const int64_t apart = m > 1 ? x_at(e + 1) - first : 0;
+    bool in_place = m == kTile && stride == depth;  // sixteen x that lie evenly need no copy
+    for (int64_t t = 2; in_place && t < m; ++t) in_place = x_at(e + t) == first + t * apart;
+    if (in_place) {
+      multiply_tiles(first, apart, panel, depth, sums);
+    } else {
+      if (m < kTile || stride != depth) std::fill_n(block, kTile * stride, bfloat16{0});
+      for (int64_t t = 0; t < m; ++t) std::copy_n(x_at(e + t), depth, block + t * stride);
+      multiply_tiles(block, stride, panel, depth, sums);
+    }
+    for (int64_t t = 0; t < m; ++t)
+      for (int64_t c = 0; c < kWidth; c += kLanes<float>) {
+        Vector<float> total = load(sums + t * kWidth + c);
+        if (accumulate) total += load(out_at(e + t) + c);
+        std::memcpy(out_at(e + t) + c, &total, sizeof(total));
+      }
+  }
+}
+#endif
+
+// The same for `count` x at most kTokens at once.
+template <class X, class R, class At, class Out>
+SMILE_INLINE void panel_product(int64_t count, const At& x_at, const R* panel, int64_t depth, const Out& out_at, bool accumulate) {
+#if SMILE_BFLOAT16_TILES
+  if constexpr (kTiles<X>) return tile_product(count, x_at, panel, depth, out_at, accumulate);
+#endif
+  for (int64_t e = 0; e < count; e += kTokens) {
+    const int m = int(std::min<int64_t>(kTokens, count - e));
+    const X* xs[kTokens];
+    R* outs[kTokens];
+    for (int t = 0; t < m; ++t) xs[t] = x_at(e + t), outs[t] = out_at(e + t);
+    panel_tiles<kTokens>(m, xs, panel, depth, outs, accumulate);
+  }
 }
 
 // ---- the layer ----
@@ -331,6 +477,19 @@ template <class R> void choose(const R* scores, int64_t count, int64_t m, R* wei
   for (int64_t j = 0; j < m; ++j) weights[j] /= sum;
 }
 
+// entries[first[i] : first[i + 1]] become the places (t * m + j) where ids is i, in order; -1 stands for no expert.
+inline void sort_by_expert(const int32_t* ids, int64_t count, int64_t num_experts, std::vector<int64_t>& first,
+                           std::vector<int32_t>& entries) {
+  std::fill(first.begin(), first.end(), 0);
+  for (int64_t e = 0; e < count; ++e)
+    if (ids[e] >= 0) ++first[ids[e] + 1];
+  for (int64_t i = 0; i < num_experts; ++i) first[i + 1] += first[i];
+  for (int64_t e = 0; e < count; ++e)
+    if (ids[e] >= 0) entries[first[ids[e]]++] = int32_t(e);
+  for (int64_t i = num_experts; i > 0; --i) first[i] = first[i - 1];
+  first[0] = 0;
+}
+
 // One product of a block of tokens with a block of rows: out[e] = rows x_e, for some entries e.
 template <class T, class R> struct Product {
   const T* rows;              // [row_count, D]
@@ -357,7 +516,8 @@ template <class T> class Chunk {
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
     if (p.router) q.reset(new R[tokens_at_once * n.num_experts * n.rank_of_router]);
     if (p.weight) base.reset(new R[tokens_at_once * n.out_features]);
-    if (p.y) z.reset(new R[entries_at_once * n.rank_of_expert]);
+    if (p.y) h.reset(new R[entries_at_once * n.rank_of_expert]);
+    if (p.y) z.reset(new X[entries_at_once * n.rank_of_expert]);
     x.resize(tokens_at_once);
     every_token.resize(tokens_at_once);
     for (int64_t t = 0; t < tokens_at_once; ++t) every_token[t] = int32_t(t);
@@ -372,13 +532,19 @@ template <class T> class Chunk {
       ids = p.ids + begin * n.num_experts_per_tok;
       read_x();
       if (p.weight) add_base_product();
-      if (p.router) add_router_products();
+      const bool packs = tokens >= kPackFrom * kTokens;
+      if (p.router && !packs) add_router_products();
       run_products();
+      if (p.router && packs) run_packed_router_product();
       if (p.router) choose_experts();
       if (!p.y) continue;
-      sort_entries();
-      add_shrink_products();
-      run_products();
+      sort_by_expert(ids, tokens * n.num_experts_per_tok, n.num_experts, first, entries);
+      if (kTiles<X> && packs) {
+        run_packed_shrink_products();
+      } else {
+        add_shrink_products();
+        run_products();
+      }
       scale();
       expand();
     }
@@ -443,11 +609,60 @@ template <class T> class Chunk {
                    tokens, 1, &q[i * n.rank_of_router], n.num_experts * n.rank_of_router);
   }
 
+  // q = x R^T by panels of rows, whichever expert they belong to.
+  void run_packed_router_product() {
+    constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 32 * kTokens;
+    const int64_t g = n.rank_of_router, rows = n.num_experts * g, panels = (rows + kWidth - 1) / kWidth;
+    const int64_t parts = (tokens + kAtOnce - 1) / kAtOnce;
+    parallel(parallel_for, panels * parts, kWidth * std::min(tokens, kAtOnce) * n.in_features, [&](int64_t from, int64_t to) {
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t j0 = item % panels * kWidth, t0 = item / panels * kAtOnce;
+        const auto row_at = [&](int64_t c) {
+          return static_cast<const T*>(p.router) + (j0 + c) / g * p.router_expert_stride + (j0 + c) % g * n.in_features;
+        };
+        packed_product(std::min(kWidth, rows - j0), row_at, std::min(kAtOnce, tokens - t0),
+                       [&](int64_t t) { return x[t0 + t]; }, [&](int64_t t) { return &q[(t0 + t) * rows + j0]; });
+      }
+    });
+  }
+
+  // h of the entries of each expert, beside the rows that are known; for tiles, which care little about their width.
+  void run_packed_shrink_products() {
+    constexpr int64_t kWidth = kPanelWidth<X>;
+    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok, panels = (r - known_rows + kWidth - 1) / kWidth;
+    parallel(parallel_for, n.num_experts * panels, tokens * m * kWidth * n.in_features / n.num_experts, [&](int64_t from, int64_t to) {
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t i = item / panels, k0 = known_rows + item % panels * kWidth, count = first[i + 1] - first[i];
+        const int32_t* list = entries.data() + first[i];
+        if (count == 0) continue;
+        const T* rows = static_cast<const T*>(p.vh) + (i * n.vh_rows + k0) * n.in_features;
+        packed_product(std::min(kWidth, r - k0), [&](int64_t c) { return rows + c * n.in_features; }, count,
+                       [&](int64_t e) { return x[list[e] / m]; }, [&](int64_t e) { return &h[list[e] * r + k0]; });
+      }
+    });
+  }
+
+  // out[e] = the product of x[e] with `width` rows, at most those of a panel.
+  template <class RowAt, class XAt, class OutAt>
+  void packed_product(int64_t width, const RowAt& row_at, int64_t count, const XAt& x_at, const OutAt& out_at) {
+    constexpr int64_t kWidth = kPanelWidth<X>;
+    const Buffer<R> panel(packed_depth<X>(kPanelDepth<X>) * kWidth), sums(count * kWidth);
+    for (int64_t d = 0; d < n.in_features; d += kPanelDepth<X>) {
+      const int64_t depth = std::min(kPanelDepth<X>, n.in_features - d);
+      const T* row[kWidth];
+      for (int64_t c = 0; c < width; ++c) row[c] = row_at(c) + d;
+      pack<X>(row, width, depth, panel.get());
+      panel_product<X>(count, [&](int64_t e) { return x_at(e) + d; }, panel.get(), depth,
+                       [&](int64_t e) { return sums.get() + e * kWidth; }, d > 0);
+    }
+    for (int64_t e = 0; e < count; ++e) std::copy_n(sums.get() + e * kWidth, width, out_at(e));
+  }
+
   void add_shrink_products() {
     for (int64_t i = 0; i < n.num_experts; ++i)
       add_products(static_cast<const T*>(p.vh) + (i * n.vh_rows + known_rows) * n.in_features,
                    n.rank_of_expert - known_rows, &entries[first[i]], first[i + 1] - first[i], n.num_experts_per_tok,
-                   &z[known_rows], n.rank_of_expert);
+                   &h[known_rows], n.rank_of_expert);
   }
 
   void choose_experts() {
@@ -462,47 +677,36 @@ template <class T> class Chunk {
     });
   }
 
-  // entries[first[i] : first[i + 1]] are the places (t * m + j) where ids is i, in order; -1 stands for no expert.
-  void sort_entries() {
-    std::fill(first.begin(), first.end(), 0);
-    const int64_t count = tokens * n.num_experts_per_tok;
-    for (int64_t e = 0; e < count; ++e)
-      if (ids[e] >= 0) ++first[ids[e] + 1];
-    for (int64_t i = 0; i < n.num_experts; ++i) first[i + 1] += first[i];
-    for (int64_t e = 0; e < count; ++e)
-      if (ids[e] >= 0) entries[first[ids[e]]++] = int32_t(e);
-    for (int64_t i = n.num_experts; i > 0; --i) first[i] = first[i - 1];
-    first[0] = 0;
-  }
-
   // z = w s h; the rows that the router has computed are h as well.
   void scale() {
     const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok;
     parallel(parallel_for, tokens * m, 2 * r, [&](int64_t from, int64_t to) {
       for (int64_t e = from; e < to; ++e) {
-        R* ze = &z[e * r];
+        R* he = &h[e * r];
         if (ids[e] < 0) continue;  // no expert
-        if (known_rows) std::copy_n(&q[((e / m) * n.num_experts + ids[e]) * n.rank_of_router], known_rows, ze);
-        if (p.h) std::copy_n(ze, r, static_cast<R*>(p.h) + (begin * m + e) * r);
+        if (known_rows) std::copy_n(&q[((e / m) * n.num_experts + ids[e]) * n.rank_of_router], known_rows, he);
+        if (p.h) std::copy_n(he, r, static_cast<R*>(p.h) + (begin * m + e) * r);
         const R* s = static_cast<const R*>(p.s) + ids[e] * r;
-        for (int64_t k = 0; k < r; ++k) ze[k] *= weights[e] * s[k];
+        for (int64_t k = 0; k < r; ++k) z[e * r + k] = from_real<X>(he[k] * (weights[e] * s[k]));
       }
     });
   }
 
   // Every block of outputs is read once, collects all experts in `sums`, and is rounded once.
   void expand() {
-    constexpr int64_t kWidth = kPanel * kLanes<R>;
+    constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 512;
     const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok, blocks = (n.out_features + kWidth - 1) / kWidth;
-    parallel(parallel_for, blocks, kWidth * tokens * m * r, [&](int64_t from, int64_t to) {
-      std::unique_ptr<R[]> sums(new R[tokens * kWidth]), panel(new R[r * kWidth]);
-      for (int64_t block = from; block < to; ++block) {
-        const int64_t o = block * kWidth, width = std::min(kWidth, n.out_features - o);
+    const int64_t parts = (tokens + kAtOnce - 1) / kAtOnce, most = std::min(tokens, kAtOnce);
+    parallel(parallel_for, blocks * parts, kWidth * most * m * r, [&](int64_t from, int64_t to) {
+      const Buffer<R> sums(most * kWidth), panel(packed_depth<X>(std::min(r, kPanelDepth<X>)) * kWidth);
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t o = item % blocks * kWidth, width = std::min(kWidth, n.out_features - o);
+        const int64_t t0 = item / blocks * kAtOnce, t1 = std::min(tokens, t0 + kAtOnce);
         T* y = static_cast<T*>(p.y) + begin * n.out_features + o;
-        for (int64_t t = 0; t < tokens; ++t) begin_sums(t, o, width, y + t * n.out_features, &sums[t * kWidth]);
-        for (int64_t i = 0; i < n.num_experts; ++i) expand_expert(i, o, width, sums.get(), panel.get());
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int64_t c = 0; c < width; ++c) y[t * n.out_features + c] = from_real<T>(sums[t * kWidth + c]);
+        for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * n.out_features, sums.get() + (t - t0) * kWidth);
+        for (int64_t i = 0; i < n.num_experts; ++i) expand_expert(i, o, width, t0, t1, sums.get(), panel.get());
+        for (int64_t t = t0; t < t1; ++t)
+          for (int64_t c = 0; c < width; ++c) y[t * n.out_features + c] = from_real<T>(sums.get()[(t - t0) * kWidth + c]);
       }
     });
   }
@@ -510,7 +714,7 @@ template <class T> class Chunk {
   // sums = x W^T + b for `width` outputs from o on.
   void begin_sums(int64_t t, int64_t o, int64_t width, const T* y, R* sums) {
     if (!p.weight) {
-      for (int64_t at = 0; at < kPanel * kLanes<R>; at += 64 / sizeof(T)) __builtin_prefetch(y + width + at, 1);
+      for (int64_t at = 0; at < kPanelWidth<X>; at += 64 / sizeof(T)) __builtin_prefetch(y + width + at, 1);
       for (int64_t c = 0; c < width; ++c) sums[c] = to_real(y[c]);
       return;
     }
@@ -519,32 +723,37 @@ template <class T> class Chunk {
       for (int64_t c = 0; c < width; ++c) sums[c] += to_real(static_cast<const T*>(p.bias)[o + c]);
   }
 
-  void expand_expert(int64_t i, int64_t o, int64_t width, R* sums, R* panel) {
-    constexpr int64_t kWidth = kPanel * kLanes<R>;
-    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok, count = first[i + 1] - first[i];
-    const int32_t* list = &entries[first[i]];
+  // Adds expert i to the sums of its tokens among t0 to t1.
+  void expand_expert(int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, R* sums, R* panel) {
+    constexpr int64_t kWidth = kPanelWidth<X>;
+    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok;
+    const auto end_of = [&](int64_t t) { return std::lower_bound(&entries[first[i]], entries.data() + first[i + 1], t * m); };
+    const int32_t* list = end_of(t0);
+    const int64_t count = end_of(t1) - list;
     if (count == 0) return;
+    const auto z_at = [&](int64_t e) { return &z[list[e] * r]; };
+    const auto sums_at = [&](int64_t e) { return sums + (list[e] / m - t0) * kWidth; };
     const T* u = static_cast<const T*>(p.u) + (i * n.out_features + o) * r;
     if (p.expert_bias) {
       const T* bias = static_cast<const T*>(p.expert_bias) + i * n.out_features + o;
       for (int64_t e = 0; e < count; ++e)
-        for (int64_t c = 0; c < width; ++c) sums[list[e] / m * kWidth + c] += weights[list[e]] * to_real(bias[c]);
+        for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e]] * to_real(bias[c]);
     }
-    const bool packs = count >= kPackFrom;
-    if (packs) pack(u, width, r, panel);
-    for (int64_t e = 0; e < count; e += kTokens) {
-      const int group = int(std::min<int64_t>(kTokens, count - e));
-      const R* zs[kTokens];
-      R* outs[kTokens];
-      for (int t = 0; t < group; ++t) zs[t] = &z[list[e + t] * r], outs[t] = &sums[list[e + t] / m * kWidth];
-      if (packs)
-        panel_tile_of<kTokens>(group, zs, panel, r, outs);
-      else
-        dots(zs, outs, group, u, r, width, r, true);
+    if (count >= kPackFrom) {
+      for (int64_t k = 0; k < r; k += kPanelDepth<X>) {
+        const int64_t depth = std::min(kPanelDepth<X>, r - k);
+        const T* row[kWidth];
+        for (int64_t c = 0; c < width; ++c) row[c] = u + c * r + k;
+        pack<X>(row, width, depth, panel);
+        panel_product<X>(count, [&](int64_t e) { return z_at(e) + k; }, panel, depth, sums_at, true);
+      }
+      return;
     }
+    const X* zs[kPackFrom];
+    R* outs[kPackFrom];
+    for (int64_t e = 0; e < count; ++e) zs[e] = z_at(e), outs[e] = sums_at(e);
+    dots(zs, outs, count, u, r, width, r, true);
   }
-
-  static constexpr int64_t kPackFrom = kTokens;  // entries of one expert from which packing u pays
 
   const Forward& p;
   const Sizes& n;
@@ -555,22 +764,18 @@ template <class T> class Chunk {
   int64_t begin, tokens;   // this chunk
   R* weights;
   int32_t* ids;
-  std::unique_ptr<X[]> x_copy;         // [tokens, D]
-  std::unique_ptr<R[]> base, q, z;     // [tokens, O], [tokens, N, g], [tokens * m, r]
+  std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * m, r]
+  std::unique_ptr<R[]> base, q, h;     // [tokens, O], [tokens, N, g], [tokens * m, r]
   std::vector<const X*> x;
   std::vector<int32_t> every_token, entries;
   std::vector<int64_t> first;
   std::vector<Product<T, R>> products;
 };
 
+#include "cpu_backward.h"
+
 inline void forward(DType dtype, const Forward& p, ParallelFor parallel_for) {
-  if (p.n.tokens == 0) return;
-  switch (dtype) {
-    case DType::float32: return Chunk<float>(p, parallel_for).run();
-    case DType::bfloat16: return Chunk<bfloat16>(p, parallel_for).run();
-    case DType::float16: return Chunk<float16>(p, parallel_for).run();
-    case DType::float64: return Chunk<double>(p, parallel_for).run();
-  }
+  if (p.n.tokens > 0) with_type(dtype, [&](auto type) { Chunk<decltype(type)>(p, parallel_for).run(); });
 }
 
 }  // namespace SMILE_NAMESPACE
@@ -582,3 +787,4 @@ inline void forward(DType dtype, const Forward& p, ParallelFor parallel_for) {
 #undef SMILE_VECTOR_BYTES
 #undef SMILE_VECTORS
 #undef SMILE_BFLOAT16_DOT
+#undef SMILE_BFLOAT16_TILES

@@ -43,6 +43,39 @@ struct Forward {
   void* y;                       // [T, O] in the dtype of x; null: route only
 };
 
+// Gradients; a null pointer is one that is not wanted. What is float here is double where x is double (on a CPU only).
+struct Backward {
+  Sizes n;
+  const void* dy;           // [T, O]
+  const void* x;            // [T, D], token t at t * x_stride
+  int64_t x_stride;
+  const void* vh;           // [N, vh_rows, D]
+  const float* s;           // [N, r]
+  const void* u;            // [N, O, r]
+  const void* expert_bias;  // [N, O] or null
+  const float* weights;     // [T, m]
+  const int32_t* ids;       // [T, m]
+  const float* h;           // [T, m, r]
+  void* dx;                 // [T, D], holds dy W, to which the experts' part is added
+  void* dvh;                // [N, vh_rows, D]
+  float* ds;                // [N, r]
+  void* du;                 // [N, O, r]
+  void* dexpert_bias;       // [N, O]
+  float* dweights;          // [T, m]
+};
+
+struct RouteBackward {
+  Sizes n;
+  const float* dweights;  // [T, m]
+  const void* x;          // [T, D], token t at t * x_stride
+  int64_t x_stride;
+  const void* router;     // [N, g, D]
+  const float* weights;   // [T, m]
+  const int32_t* ids;     // [T, m]
+  void* dx;               // [T, D]
+  void* drouter;          // [N, g, D]
+};
+
 // ---- CPU ----
 
 // Calls body(begin, end, context) on parts of [0, count), none shorter than grain but the last.
@@ -51,6 +84,9 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t,
 // Routes where p.router is set, then, where p.y is set, adds the experts to the x W^T + b that it holds; writes the whole
 // of p.y where p.weight is set.
 void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for);
+
+void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for);
+void cpu_route_backward(DType dtype, const RouteBackward& p, ParallelFor parallel_for);
 
 // So few tokens that the base product is best computed here: it is bound by reading W, which a call of
 // PyTorch's before this one does no faster, at a cost of its own that a small layer feels.
@@ -89,39 +125,9 @@ inline bool is_small(const Sizes& n) {
 }
 void cuda_small(DType dtype, const Forward& p, float* q, void* stream);
 
-// Gradients; a null pointer is one that is not wanted. a [T, m, r] is scratch.
-struct Backward {
-  Sizes n;
-  const void* dy;           // [T, O]
-  const void* x;            // [T, D], token t at t * x_stride
-  int64_t x_stride;
-  const void* vh;           // [N, vh_rows, D]
-  const float* s;           // [N, r]
-  const void* u;            // [N, O, r]
-  const void* expert_bias;  // [N, O] or null
-  const float* weights;     // [T, m]
-  const int32_t* ids;       // [T, m]
-  const float* h;           // [T, m, r]
-  void* dx;                 // [T, D], holds dy W, to which the experts' part is added
-  void* dvh;                // [N, vh_rows, D]
-  float* ds;                // [N, r]
-  void* du;                 // [N, O, r]
-  void* dexpert_bias;       // [N, O]
-  float* dweights;          // [T, m]
-};
+// a [T, m, r] is scratch.
 void cuda_apply_backward(DType dtype, const Backward& p, float* a, const Groups& groups, void* stream);
 
-struct RouteBackward {
-  Sizes n;
-  const float* dweights;  // [T, m]
-  const void* x;          // [T, D], token t at t * x_stride
-  int64_t x_stride;
-  const void* router;     // [N, g, D]
-  const float* weights;   // [T, m]
-  const int32_t* ids;     // [T, m]
-  void* dx;               // [T, D]
-  void* drouter;          // [N, g, D]
-};
 // dq [T, m, g] is scratch.
 void cuda_route_backward(DType dtype, const RouteBackward& p, float* dq, const Groups& groups, void* stream);
 

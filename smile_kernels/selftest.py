@@ -83,8 +83,6 @@ def checks(device: str) -> list[Check]:
             continue
         dtypes = [torch.bfloat16, torch.float16, torch.float32]
         for dtype, training in product(dtypes, (False, True)):
-            if backend == "cpu" and training:
-                continue  # it has no backward
             ways = [("", "")]
             if backend == "triton" and training:
                 ways = [("one_product", "fused"), ("route_first", "grouped")]

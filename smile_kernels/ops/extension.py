@@ -1,7 +1,7 @@
 """The compiled extension: C++ for CPU tensors, CUDA C++ for GPU tensors, as `torch.ops.smile_kernels_ext.*`.
 
 Its libraries lie beside this file where `setup.py` could build them, and are loaded on first use. An exported program
-that calls these operators runs without Python. On a CPU there is no backward: the composition trains.
+that calls these operators runs without Python.
 """
 
 import functools
@@ -18,8 +18,6 @@ _LIBRARY = torch.library.Library("smile_kernels_ext", "FRAGMENT")
 
 def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
     """Why the extension cannot serve such a layer on `device_type`, in one sentence; None where it can."""
-    if device_type == "cpu" and training:
-        return "it has no backward"
     if device_type == "cuda" and dtype == torch.float64:
         return "its kernels take float32, bfloat16 and float16, not float64"
     if device_type == "cuda" and num_experts > 256:

@@ -15,6 +15,8 @@ def check_cpu() -> None:
             problem = Problem.random(*shape, dtype=dtype, router=shape[0] % 2 == 0, bias=shape[0] % 5 != 0)
             problem.x = torch.cat([problem.x, problem.x], 1)[:, 1 : shape[1] + 1]  # rows start between cache lines
             cases.check_forward(torch.ops.smile_kernels_ext, problem)
+            if shape[0] > 1:
+                cases.check_backward(torch.ops.smile_kernels_ext, problem)
 
 
 torch.ops.load_library(sys.argv[1])
@@ -26,7 +28,7 @@ if sys.argv[2] == "emulated":
         cases.check_forward(torch.ops.smile_kernels_emulated, problem)
         cases.check_backward(torch.ops.smile_kernels_emulated, problem)
 else:
-    for capability in ("default", "avx2", "avx512"):
+    for capability in ("default", "avx2", "avx512", ""):  # "": all there is, tiles too
         if child := os.fork():
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
                 sys.exit(f"failed on {capability}")

@@ -10,9 +10,10 @@ import smile_kernels as sk
 from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close, expectations
 from tests.ops.extension.builds import SANITIZERS, cpu_library, run_sanitized
-from tests.ops.extension.cases import DTYPES, SHAPES, check_forward
+from tests.ops.extension.cases import DTYPES, SHAPES, check_backward, check_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+COMPILED = torch.ops.smile_kernels_ext
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,6 +38,14 @@ def test_forward_matches_oracle(shape, dtype, bare):
     check_forward(extension, Problem.random(*shape, dtype=dtype, **bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@pytest.mark.parametrize("bare", [False, True], ids=["biases", "no-bias"])
+def test_backward_matches_oracle(shape, dtype, bare):
+    bias = dict(bias=not bare, expert_bias=not bare, router=bare)
+    check_backward(COMPILED, Problem.random(*shape, dtype=dtype, **bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inputs_of_any_stride_and_alignment(dtype):
     p = Problem.random(37, 51, 45, 5, 6, 4, 2, dtype=dtype)
@@ -54,6 +63,37 @@ def test_inputs_of_any_stride_and_alignment(dtype):
     for tokens in (34, 5):
         p.x = p.x[:tokens]
         check_forward(extension, p)
+
+
+def test_gradients_of_any_stride():
+    p = Problem.random(37, 51, 45, 5, 6, 4, 2)
+    for x in (p.x.T.contiguous().T, torch.cat([p.x, p.x], 1)[:, 51:], p.x[:1].expand(37, -1), p.x[::3]):
+        p.x = x
+        check_backward(COMPILED, p)
+    p.vh, p.u, p.weight = (t.mT.contiguous().mT for t in (p.vh, p.u, p.weight))
+    check_backward(COMPILED, p)
+
+
+def test_gradients_of_no_tokens_and_of_experts_without_any():
+    p = Problem.random(0, 24, 12, 3, 4, 2, 2)
+    y, weights, ids, h = COMPILED.linear(*p.arguments(), 2, 2, True)
+    arguments = (y, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h)
+    for got, like in zip(COMPILED.apply_backward(*arguments, 0xFF), (p.x, p.weight, p.bias, p.vh, p.s, p.u)):
+        assert torch.equal(got, torch.zeros_like(like))
+    dx, drouter = COMPILED.route_backward(weights, p.x, p.rows(), weights, ids, 3)
+    assert dx.shape == p.x.shape
+    assert not drouter.any()
+
+    p = Problem.random(20, 24, 70, 6, 4, 2, 2, dtype=torch.float64)
+    weights, ids = torch.rand(20, 2, dtype=torch.float64), torch.randint(-1, 2, (20, 2), dtype=torch.int32)
+    y, h = COMPILED.apply(*p.arguments()[:7], weights, ids, True)
+    dy = torch.randn_like(y)
+    got = COMPILED.apply_backward(dy, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h, 0xFF)
+    want = expectations(p, ids, weights=weights, dy=dy)
+    for gradient, name in zip(got, ("x", "weight", "bias", "vh", "s", "u", "expert_bias", "weights")):
+        assert_close(f"d{name}", gradient, *want[name])
+    for gradient in got[3:7]:
+        assert not gradient[2:].any()
 
 
 def test_no_tokens():
@@ -110,6 +150,19 @@ def test_same_bits_on_any_number_of_threads():
         assert torch.equal(h, results[0][1])
         # The base product is PyTorch's, which may sum in another order on another number of threads.
         assert_close("y", y, results[0][0].double(), 1e-6)
+
+
+def test_same_gradients_on_any_number_of_threads():
+    p = Problem.random(70, 300, 200, 8, 32, 16, 2)
+    y, weights, ids, h = COMPILED.linear(*p.arguments(), 2, 16, True)
+    dy, before, results = torch.randn_like(y), torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        layer = COMPILED.apply_backward(dy, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h, 0b11111000)
+        results.append([*layer, *COMPILED.route_backward(layer[7], p.x, p.rows(), weights, ids, 3)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def test_python_threads_do_not_disturb_each_other():
@@ -179,9 +232,9 @@ def test_opcheck():
         torch.library.opcheck(ops.apply.default, (*p.arguments()[:7], *routing, save), test_utils=utils)
 
 
-def test_layer_uses_it_for_inference_and_the_composition_for_training():
-    assert sk.ops.library.choose_backend(None, "cpu", torch.float32, 4, training=False) == "cpu"
-    assert sk.ops.library.choose_backend(None, "cpu", torch.float32, 4, training=True) == "torch"
+@pytest.mark.parametrize("training", [False, True])
+def test_layer_uses_it(training):
+    assert sk.ops.library.choose_backend(None, "cpu", torch.float32, 4, training=training) == "cpu"
 
 
 def test_layer_whose_parameter_is_computed():

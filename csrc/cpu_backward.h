@@ -1,0 +1,269 @@
+// The CPU backward, included by cpu_kernels.h in its namespace. Numbers are multiplied and summed in R whatever their type;
+// x and dy are copied to R once. Every step is split over threads by what it writes and sums in a fixed order, so results
+// are the same on any number of threads.
+
+// An array of R as it is, or a copy of one of T.
+template <class T, class R> class Reals {
+ public:
+  Reals(const void* source, int64_t rows, int64_t columns, int64_t row_stride, ParallelFor parallel_for) {
+    const T* from = static_cast<const T*>(source);
+    if constexpr (std::is_same<T, R>::value) {
+      data = from, stride = row_stride;
+    } else {
+      copy.reset(new R[rows * columns]);
+      parallel(parallel_for, rows, columns, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+          for (int64_t c = 0; c < columns; ++c) copy[t * columns + c] = to_real(from[t * row_stride + c]);
+      });
+      data = copy.get(), stride = columns;
+    }
+  }
+  const R* operator[](int64_t row) const { return data + row * stride; }
+
+ private:
+  std::unique_ptr<R[]> copy;
+  const R* data;
+  int64_t stride;
+};
+
+// panel[k][c] = row_at(k)[c] for `width` columns, zeros past them.
+template <class R, class RowAt> void lay_out(int64_t depth, const RowAt& row_at, int64_t width, R* panel) {
+  for (int64_t k = 0; k < depth; ++k, panel += kPanelWidth<R>) {
+    const auto* row = row_at(k);
+    for (int64_t c = 0; c < width; ++c) panel[c] = to_real(row[c]);
+    std::fill(panel + width, panel + kPanelWidth<R>, R(0));
+  }
+}
+
+// The three products that the gradients consist of, over entries grouped by expert.
+template <class T> class GroupedProducts {
+ public:
+  using R = typename RealOf<T>::type;
+  static constexpr int64_t kWidth = kPanelWidth<R>;
+
+  GroupedProducts(const Sizes& n, const int32_t* ids, ParallelFor parallel_for)
+      : n(n), m(n.num_experts_per_tok), parallel_for(parallel_for), first(n.num_experts + 1), entries(n.tokens * m) {
+    sort_by_expert(ids, n.tokens * m, n.num_experts, first, entries);
+  }
+
+  // out[e] [rank] = the product of x_t with `rank` rows of expert i's factor, or with its columns where `by_columns`.
+  void project(const Reals<T, R>& x, int64_t depth, const T* factor, int64_t expert_stride, bool by_columns, int64_t rank,
+               R* out) const {
+    const int64_t panels = (rank + kWidth - 1) / kWidth;
+    parallel(parallel_for, n.num_experts * panels, n.tokens * m * kWidth * depth / n.num_experts, [&](int64_t from, int64_t to) {
+      const Buffer<R> panel(kPanelDepth<R> * kWidth), sums(largest() * kWidth);
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t i = item / panels, c0 = item % panels * kWidth, width = std::min(kWidth, rank - c0);
+        const int32_t* list = entries.data() + first[i];
+        const int64_t count = first[i + 1] - first[i];
+        const T* own = factor + i * expert_stride;
+        for (int64_t d = 0; count && d < depth; d += kPanelDepth<R>) {
+          const int64_t length = std::min(kPanelDepth<R>, depth - d);
+          if (by_columns) {
+            lay_out(length, [&](int64_t k) { return own + (d + k) * rank + c0; }, width, panel.get());
+          } else {
+            const T* row[kWidth];
+            for (int64_t c = 0; c < width; ++c) row[c] = own + (c0 + c) * depth + d;
+            pack<R>(row, width, length, panel.get());
+          }
+          panel_product<R>(count, [&](int64_t e) { return x[list[e] / m] + d; }, panel.get(), length,
+                           [&](int64_t e) { return sums.get() + e * kWidth; }, d > 0);
+        }
+        for (int64_t e = 0; e < count; ++e) std::copy_n(sums.get() + e * kWidth, width, out + list[e] * rank + c0);
+      }
+    });
+  }
+
+  // out[t] [columns] = (what it holds, where `adds`) + the sum over its entries of coefficients[e] [rank] times the factor.
+  void expand(const R* coefficients, int64_t rank, const T* factor, int64_t expert_stride, int64_t columns, T* out, bool adds) const {
+    const int64_t blocks = (columns + kWidth - 1) / kWidth;
+    parallel(parallel_for, blocks, kWidth * n.tokens * m * rank, [&](int64_t from, int64_t to) {
+      const Buffer<R> panel(std::min(rank, kPanelDepth<R>) * kWidth), sums(n.tokens * kWidth);
+      for (int64_t block = from; block < to; ++block) {
+        const int64_t c0 = block * kWidth, width = std::min(kWidth, columns - c0);
+        for (int64_t t = 0; t < n.tokens; ++t)
+          for (int64_t c = 0; c < width; ++c)
+            sums.get()[t * kWidth + c] = adds ? to_real(out[t * columns + c0 + c]) : R(0);
+        for (int64_t i = 0; i < n.num_experts; ++i)
+          for (int64_t k = 0; k < rank && first[i] < first[i + 1]; k += kPanelDepth<R>) {
+            const int32_t* list = entries.data() + first[i];
+            const int64_t length = std::min(kPanelDepth<R>, rank - k);
+            const T* own = factor + i * expert_stride + k * columns + c0;
+            lay_out(length, [&](int64_t row) { return own + row * columns; }, width, panel.get());
+            panel_product<R>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e] * rank + k; }, panel.get(),
+                             length, [&](int64_t e) { return sums.get() + list[e] / m * kWidth; }, true);
+          }
+        for (int64_t t = 0; t < n.tokens; ++t)
+          for (int64_t c = 0; c < width; ++c) out[t * columns + c0 + c] = from_real<T>(sums.get()[t * kWidth + c]);
+      }
+    });
+  }
+
+  // A factor's gradient: out_i[k][c] = sum over expert i's entries of coefficients[e][k] x_t[c], zero for rows past `rank`;
+  // or its transpose.
+  void accumulate(const R* coefficients, int64_t rank, const Reals<T, R>& x, int64_t columns, T* out, int64_t expert_stride,
+                  int64_t out_rows, bool transposed) const {
+    const int64_t blocks = (columns + kWidth - 1) / kWidth;
+    parallel(parallel_for, n.num_experts * blocks, kWidth * n.tokens * m * rank / n.num_experts, [&](int64_t from, int64_t to) {
+      const Buffer<R> panel(kPanelDepth<R> * kWidth), turned(kWidth * kWidth), sums(rank * kWidth), of_rank(rank * kPanelDepth<R>);
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t i = item / blocks, c0 = item % blocks * kWidth, width = std::min(kWidth, columns - c0);
+        std::fill_n(sums.get(), rank * kWidth, R(0));
+        for (int64_t e0 = first[i]; e0 < first[i + 1]; e0 += kPanelDepth<R>) {
+          const int32_t* list = entries.data() + e0;
+          const int64_t count = std::min<int64_t>(kPanelDepth<R>, first[i + 1] - e0);
+          for (int64_t e = 0; e < count; ++e)
+            for (int64_t k = 0; k < rank; ++k) of_rank.get()[k * count + e] = coefficients[list[e] * rank + k];
+          lay_out(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel.get());
+          panel_product<R>(rank, [&](int64_t k) { return of_rank.get() + k * count; }, panel.get(), count,
+                           [&](int64_t k) { return sums.get() + k * kWidth; }, true);
+        }
+        T* own = out + i * expert_stride;
+        if (transposed) {
+          write_transposed(sums.get(), rank, width, own + c0 * rank, turned.get());
+        } else {
+          for (int64_t k = 0; k < out_rows; ++k)
+            for (int64_t c = 0; c < width; ++c)
+              own[k * columns + c0 + c] = from_real<T>(k < rank ? sums.get()[k * kWidth + c] : R(0));
+        }
+      }
+    });
+  }
+
+  const Sizes& n;
+  const int64_t m;
+  const ParallelFor parallel_for;
+  std::vector<int64_t> first;      // expert i's entries are entries[first[i] : first[i + 1]], in order
+  std::vector<int32_t> entries;
+
+ private:
+  int64_t largest() const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < n.num_experts; ++i) most = std::max(most, first[i + 1] - first[i]);
+    return most;
+  }
+
+  // out[c][k] = sums[k][c]
+  static void write_transposed(const R* sums, int64_t rank, int64_t width, T* out, R* turned) {
+    for (int64_t k0 = 0; k0 < rank; k0 += kWidth) {
+      const int64_t rows = std::min(kWidth, rank - k0);
+      const R* row[kWidth];
+      for (int64_t k = 0; k < rows; ++k) row[k] = sums + (k0 + k) * kWidth;
+      pack<R>(row, rows, kWidth, turned);
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t k = 0; k < rows; ++k) out[c * rank + k0 + k] = from_real<T>(turned[c * kWidth + k]);
+    }
+  }
+};
+
+template <class T> void apply_backward(const Backward& p, ParallelFor parallel_for) {
+  using R = typename RealOf<T>::type;
+  const Sizes& n = p.n;
+  const int64_t m = n.num_experts_per_tok, r = n.rank_of_expert, o = n.out_features, d = n.in_features, count = n.tokens * m;
+  const R* s = reinterpret_cast<const R*>(p.s);
+  const R* weights = reinterpret_cast<const R*>(p.weights);
+  const R* h = reinterpret_cast<const R*>(p.h);
+  const GroupedProducts<T> products(n, p.ids, parallel_for);
+  const Reals<T, R> dy(p.dy, n.tokens, o, o, parallel_for);
+  std::unique_ptr<R[]> a(new R[count * r]), dh(new R[count * r]), z(new R[count * r]);
+
+  // a_e = u_i^T dy_t, of which w (s * a) is the gradient of h; z = w (s * h) is what du multiplies dy with.
+  if (p.dx || p.dvh || p.ds || p.dweights)
+    products.project(dy, o, static_cast<const T*>(p.u), o * r, true, r, a.get());
+  else
+    std::fill_n(a.get(), count * r, R(0));
+  parallel(parallel_for, count, 4 * r + o, [&](int64_t from, int64_t to) {
+    for (int64_t e = from; e < to; ++e) {
+      const int32_t i = p.ids[e];
+      double dweight = 0;
+      if (i >= 0) {  // else there is no expert
+        const R w = weights[e];
+        for (int64_t k = e * r, j = i * r; k < (e + 1) * r; ++k, ++j) {
+          dh[k] = w * s[j] * a[k];
+          z[k] = w * s[j] * h[k];
+          dweight += double(a[k]) * s[j] * h[k];
+        }
+        if (p.dweights && p.expert_bias) {
+          const T* bias = static_cast<const T*>(p.expert_bias) + i * o;
+          R parts[16] = {};  // one chain of additions would round more, and take longer
+          for (int64_t c = 0; c < o; ++c) parts[c % 16] += dy[e / m][c] * to_real(bias[c]);
+          for (const R part : parts) dweight += part;
+        }
+      }
+      if (p.dweights) reinterpret_cast<R*>(p.dweights)[e] = R(dweight);
+    }
+  });
+  if (p.dx) products.expand(dh.get(), r, static_cast<const T*>(p.vh), n.vh_rows * d, d, static_cast<T*>(p.dx), true);
+  if (p.dvh) {
+    const Reals<T, R> x(p.x, n.tokens, d, p.x_stride, parallel_for);
+    products.accumulate(dh.get(), r, x, d, static_cast<T*>(p.dvh), n.vh_rows * d, n.vh_rows, false);
+  }
+  if (p.du) products.accumulate(z.get(), r, dy, o, static_cast<T*>(p.du), o * r, r, true);
+  parallel(parallel_for, n.num_experts, count * (r + o) / n.num_experts, [&](int64_t from, int64_t to) {
+    std::vector<R> sums(std::max(r, o));
+    for (int64_t i = from; i < to; ++i) {
+      if (p.ds) {
+        std::fill_n(sums.begin(), r, R(0));
+        for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
+          const int64_t e = products.entries[place];
+          for (int64_t k = 0; k < r; ++k) sums[k] += weights[e] * a[e * r + k] * h[e * r + k];
+        }
+        std::copy_n(sums.begin(), r, reinterpret_cast<R*>(p.ds) + i * r);
+      }
+      if (!p.dexpert_bias) continue;
+      std::fill_n(sums.begin(), o, R(0));
+      for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
+        const int64_t e = products.entries[place];
+        const R* row = dy[e / m];
+        for (int64_t c = 0; c < o; ++c) sums[c] += weights[e] * row[c];
+      }
+      for (int64_t c = 0; c < o; ++c) static_cast<T*>(p.dexpert_bias)[i * o + c] = from_real<T>(sums[c]);
+    }
+  });
+}
+
+template <class T> void route_backward(const RouteBackward& p, ParallelFor parallel_for) {
+  using R = typename RealOf<T>::type;
+  const Sizes& n = p.n;
+  const int64_t m = n.num_experts_per_tok, g = n.rank_of_router, d = n.in_features, count = n.tokens * m;
+  const R* weights = reinterpret_cast<const R*>(p.weights);
+  const R* dweights = reinterpret_cast<const R*>(p.dweights);
+  const GroupedProducts<T> products(n, p.ids, parallel_for);
+  const Reals<T, R> x(p.x, n.tokens, d, p.x_stride, parallel_for);
+  const T* router = static_cast<const T*>(p.router);
+  std::unique_ptr<R[]> q(new R[count * g]);
+  products.project(x, d, router, g * d, false, g, q.get());
+  // In place, q_e -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is.
+  parallel(parallel_for, n.tokens, 4 * m * g, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) {
+      R mean = 0;
+      for (int64_t e = t * m; e < (t + 1) * m; ++e)
+        if (p.ids[e] >= 0) mean += weights[e] * dweights[e];
+      for (int64_t e = t * m; e < (t + 1) * m; ++e) {
+        if (p.ids[e] < 0) continue;
+        const R size = norm(&q[e * g], g), dscore = weights[e] * (dweights[e] - mean);
+        for (int64_t k = e * g; k < (e + 1) * g; ++k) q[k] = size > 0 ? dscore * (q[k] / size) : R(0);
+      }
+    }
+  });
+  if (p.dx) products.expand(q.get(), g, router, g * d, d, static_cast<T*>(p.dx), false);
+  if (p.drouter) products.accumulate(q.get(), g, x, d, static_cast<T*>(p.drouter), g * d, g, false);
+}
+
+// Calls f with a value of the type that dtype names.
+template <class F> void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::bfloat16: return f(bfloat16{});
+    case DType::float16: return f(float16{});
+    case DType::float64: return f(double{});
+  }
+}
+
+inline void backward_of_apply(DType dtype, const Backward& p, ParallelFor parallel_for) {
+  with_type(dtype, [&](auto type) { apply_backward<decltype(type)>(p, parallel_for); });
+}
+
+inline void backward_of_route(DType dtype, const RouteBackward& p, ParallelFor parallel_for) {
+  with_type(dtype, [&](auto type) { route_backward<decltype(type)>(p, parallel_for); });
+}
