@@ -22,7 +22,11 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
         return "its kernels take float32, bfloat16 and float16, not float64"
     if device_type == "cuda" and num_experts > 256:
         return f"its kernels take up to 256 experts, not {num_experts}"
-    return unavailable(device_type)
+    reason = unavailable(device_type)
+    key = f"{_LIBRARY.ns}::apply_backward", device_type.upper()
+    if reason is None and training and not torch._C._dispatch_has_kernel_for_dispatch_key(*key):
+        return f"its {device_type} library was built from older sources, which had no backward; build it again"
+    return reason
 
 
 @functools.cache

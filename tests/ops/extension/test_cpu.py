@@ -232,6 +232,12 @@ def test_opcheck():
         torch.library.opcheck(ops.apply.default, (*p.arguments()[:7], *routing, save), test_utils=utils)
 
 
+def test_a_library_of_older_sources_is_named(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    assert extension.why_not("cpu", torch.float32, 4, training=False) is None
+    assert "built from older sources" in extension.why_not("cpu", torch.float32, 4, training=True)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_layer_uses_it(training):
     assert sk.ops.library.choose_backend(None, "cpu", torch.float32, 4, training=training) == "cpu"
