@@ -31,6 +31,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing
+from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.vllm import kv_sums, routing
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
@@ -197,9 +198,12 @@ def test_conv1d_layers_saved_from_memory(served, tmp_path):
 def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
     """The checkpoint with another policy in `to`, and the model that transformers loads from there."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
-    config = json.loads((to / "config.json").read_text())
-    config["quantization_config"]["routing"] = policy.to_dict()
-    (to / "config.json").write_text(json.dumps(config))
+    if policy.calibrated:
+        add_calibration(to, policy, seed=0)
+    else:
+        config = json.loads((to / "config.json").read_text())
+        config["quantization_config"]["routing"] = policy.to_dict()
+        (to / "config.json").write_text(json.dumps(config))
     model = transformers.AutoModelForCausalLM.from_pretrained(to)
     assert get_routing(model) == policy
     return model
@@ -216,14 +220,15 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
         ),
         (
             "LlamaForCausalLM",
-            RoutingPolicy("causal", accumulate=True, lock_after=2),
+            RoutingPolicy("causal", accumulate=True, lock_after=1, calibrated=True, half_life=6),
             {"tensor_parallel_size": 2, **CHUNKS},
         ),
-        ("LlamaForCausalLM", RoutingPolicy(accumulate=True, lock_after=9), {"model_impl": "transformers", **CHUNKS}),
+        ("LlamaForCausalLM", RoutingPolicy("causal", accumulate=True, calibrated=True, half_life=3), CHUNKS),
+        ("LlamaForCausalLM", RoutingPolicy(accumulate=True, lock_after=1), {"model_impl": "transformers", **CHUNKS}),
         ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"tensor_parallel_size": 2, **CHUNKS}),
         ("MistralForCausalLM", RoutingPolicy("causal", num_experts_per_tok=3), {"max_model_len": 256}),
     ],
-    ids=["preempted", "locked-tp2", "transformers", "parts-tp2", "sliding-window"],
+    ids=["preempted", "locked-tp2", "half-life", "transformers", "parts-tp2", "sliding-window"],
 )
 def test_routing_that_remembers(architecture, policy, options, served, tmp_path):
     case = served(architecture)
@@ -253,7 +258,7 @@ def test_the_same_tokens_with_and_without_a_lora_adapter(policy, served, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True, lock_after=3)], ids=["token", "causal"]
+    "policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True, lock_after=1)], ids=["token", "causal"]
 )
 def test_the_example_compiles_the_model(policy, served, tmp_path):
     model = with_routing(served("LlamaForCausalLM").folder, tmp_path / "model", policy)
@@ -322,7 +327,7 @@ def vllm_config(**options) -> QuantizationConfig:
 
 def test_routing_by_whole_sequences_is_refused():
     with pytest.raises(
-        NotImplementedError, match=r"routing: has scope 'sequence'.* expected scope 'causal' or 'token'"
+        NotImplementedError, match=r"scope: is 'sequence'.* expected scope 'causal' or 'token'"
     ):
         vllm_config(routing=RoutingPolicy("sequence"))
 
@@ -337,7 +342,7 @@ def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
 def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRouting:
     """A policy's state without an engine, 3 experts of which 2 are chosen, its buffers poisoned."""
     routing = RememberedRouting(policy, 3, 2)
-    routing.cache_name, routing.routers = "smile_routing.1", routers
+    routing.cache_name, routing.names = "smile_routing.1", [f"layers.{i}.mlp" for i in range(routers)]
     routing.evidence, routing.weights = torch.full((tokens, 3), torch.nan), torch.full((tokens, 2), torch.nan)
     routing.ids = torch.full((tokens, 2), -1, dtype=torch.int32)
     return routing
@@ -384,7 +389,8 @@ def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypa
     assert y.shape[1] == 64
 
 
-def test_sums_read_nothing_on_the_host(monkeypatch):
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_sums_read_nothing_on_the_host(gamma, monkeypatch):
     """What runs between CUDA graphs, on tensors without values: three requests, two of them continued, and padding."""
     with FakeTensorMode():
         slots, blocks, lengths = (torch.empty(n, dtype=torch.int32) for n in (9, 6, 3))
@@ -403,7 +409,7 @@ def test_sums_read_nothing_on_the_host(monkeypatch):
         metadata = kv_sums.SumsMetadataBuilder(spec, [], None, torch.device("cpu")).build(0, common)
         pages = torch.empty(5, 1, 32, 6)
         monkeypatch.setattr(kv_sums, "get_attention_context", lambda name: (metadata, None, pages, common.slot_mapping))
-        sums = kv_sums.smile_running_sums(torch.empty(9, 1, 3), 1, "smile_routing.1")
+        sums = kv_sums.smile_running_sums(torch.empty(9, 1, 3), 1, gamma, "smile_routing.1")
         assert sums.shape == (9, 1, 3)
         assert sums.dtype == torch.float32
 

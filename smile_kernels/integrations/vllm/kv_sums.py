@@ -19,6 +19,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
+from ...routing.policy import running_sums
+
 
 class SumsCache(AttentionLayerBase):
     """The layer of the KV cache that holds the sums, [blocks, 1, block_size, width] float32.
@@ -95,26 +97,35 @@ class SumsBackend(AttentionBackend):
         return SumsMetadataBuilder
 
 
-def smile_running_sums(shares: Tensor, first: int, cache_name: str) -> Tensor:
-    """shares [T, P, N] of the routers from `first` on -> their sums over each token's request up to it, kept."""
+def smile_running_sums(shares: Tensor, first: int, gamma: float, cache_name: str) -> Tensor:
+    """shares [T, P, N] of the routers from `first` on -> their sums over each token's request up to it, kept.
+
+    The sum before each token counts `gamma` times (RoutingPolicy.half_life).
+    """
     metadata, _, pages, slots = get_attention_context(cache_name)
     tokens, routers, n = shares.shape
-    # Differences of prefix sums over all requests, in float64: they must not lose a short one behind long ones.
-    sums = shares.flatten(1).double().cumsum(0)
+    flat = shares.flatten(1)
     if metadata is None:  # vLLM measures its memory
-        return sums.to(shares.dtype).view_as(shares)
+        return flat.cumsum(0).view_as(shares)
     if len(slots) != tokens:
         raise RuntimeError(f"routing: a SMILE layer has {tokens} tokens in a pass of {len(slots)}; expected as many")
     size, columns = pages.shape[2], slice(first * n, (first + routers) * n)
     page = pages[:, 0, :, columns]
     before = torch.where(metadata.known, page[metadata.before // size, metadata.before % size], 0)
-    sums = (sums - F.pad(sums, (0, 0, 1, 0))[metadata.start] + before).to(shares.dtype)
+    if gamma == 1:
+        # Differences of prefix sums over all requests, in float64: they must not lose a short one behind long ones.
+        sums = flat.double().cumsum(0)
+        sums = (sums - F.pad(sums, (0, 0, 1, 0))[metadata.start] + before).to(shares.dtype)
+    else:
+        begins = metadata.start == torch.arange(tokens, device=flat.device)
+        flat = flat + torch.where(begins[:, None], gamma * before, 0)
+        sums = running_sums(flat[None], torch.where(begins, 0.0, gamma)[None])[0]
     slots = slots.clamp_min(0)  # padding, -1, goes where vLLM keeps no token: block 0
     page[slots // size, slots % size] = sums
     return sums.view_as(shares)
 
 
-def _running_sums_like(shares: Tensor, first: int, cache_name: str) -> Tensor:
+def _running_sums_like(shares: Tensor, first: int, gamma: float, cache_name: str) -> Tensor:
     return torch.empty_like(shares)
 
 

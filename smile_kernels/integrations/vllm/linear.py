@@ -133,6 +133,13 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             register("expert_bias", (self.n, o), load, output_dim=1)
         if any(part.router for part in present):
             register("router", (p, self.n, self.g, d), functools.partial(_load_part, layer))
+        if any(part.router_prior for part in present):
+            register("router_prior", (p, self.n), functools.partial(_load_part, layer), dtype=torch.float32)
+        elif self.routing is not None and self.routing.policy.calibrated:
+            raise ValueError(
+                f"calibrated: is True in the checkpoint's routing, and {self.names[self.present[0]]} has no "
+                "router_prior; expected `smile-kernels calibrate` to have run on it"
+            )
 
     def _load_weight(self, load: Callable, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
         """One part of weight [O, D], which the checkpoint stores as [D, O] where it says fan_in_fan_out.
@@ -159,7 +166,8 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 elif name in ("u", "expert_bias"):
                     piece, stored = t[:, rows], part is not None and (name == "u" or part.expert_bias)
                 else:
-                    piece, stored = t[i], part is not None and (name != "router" or part.router)
+                    own = part is not None and (name not in ("router", "router_prior") or getattr(part, name))
+                    piece, stored = t[i], own
                 if not stored:
                     piece.zero_()
                 elif piece.isnan().any():
@@ -180,7 +188,9 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 for to, i in zip(spread, self.present, strict=True):
                     to[:, ends[i] - self.rows[i] : ends[i]] = t[:, ends[i] - self.rows[i] : ends[i]]
                 tensors[name] = spread.flatten(0, 1)
-        for name in ("vh", "s", "u", "expert_bias", "router"):
+        if "router_prior" in expected:
+            tensors["router_prior"] = layer.router_prior[self.present]
+        for name in ("vh", "s", "u", "expert_bias", "router", "router_prior"):
             kept = tensors.get(name)
             kept = None if kept is None else nn.Parameter(kept.contiguous(), requires_grad=False)
             layer.register_parameter(name, kept)
@@ -219,7 +229,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         if self.routing is None:
             weights, ids = select_experts(scores, self.m)
         else:
-            weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p)
+            weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p, layer.router_prior)
         first = torch.arange(0, p * self.n, self.n, device=x.device, dtype=ids.dtype)
         shape = (*x.shape[:-1], p * self.m)
         return weights.reshape(shape), (ids + first[:, None]).reshape(shape)
@@ -236,6 +246,9 @@ def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, *shard: Any
     if target.dim() == 3 and loaded.shape[-1] != target.shape[-1]:
         loaded = loaded.narrow(-1, layer.tp_rank * target.shape[-1], target.shape[-1])
     target.zero_()
+    if target.dim() == 1:
+        target.copy_(loaded)
+        return
     target[:, : loaded.shape[1]] = loaded
 
 

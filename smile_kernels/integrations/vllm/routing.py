@@ -23,17 +23,17 @@ class RememberedRouting:
     def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
         if policy.scope in ("sequence", "prompt"):
             raise NotImplementedError(
-                f"routing: is {policy.scope!r}, where the last token of a prompt changes the choice of its first: "
+                f"scope: is {policy.scope!r}, where the last token of a prompt changes the choice of its first: "
                 "vLLM computes prompts in chunks and shares what is cached of a prefix, so expected scope 'causal' or "
                 "'token' in the checkpoint's quantization_config"
             )
-        for name in ("calibrated", "half_life", "restart_at"):
-            if getattr(policy, name):
-                raise NotImplementedError(
-                    f"{name}: is {getattr(policy, name)!r} in the checkpoint's routing, which vLLM does not carry yet; "
-                    "expected a policy without it"
-                )
+        if policy.restart_at is not None:
+            raise NotImplementedError(
+                f"restart_at: is {policy.restart_at!r} in the checkpoint's routing, and a layer of vLLM does not see "
+                "token ids; expected a policy without it"
+            )
         self.policy, self.n, self.m = policy, num_local_experts, num_experts_per_tok
+        self.gamma = 1.0 if policy.half_life is None else 2 ** (-1 / policy.half_life)
         self.names: list[str] = []  # of the routers' layers, in the order they are built
         self.due = 0  # the router that runs next
 
@@ -94,11 +94,13 @@ class RememberedRouting:
         """Sums of one token: N for each router that scores."""
         return self.count(0, self.routers) * self.n
 
-    def choose(self, scores: Tensor, first: int, routers: int) -> tuple[Tensor, Tensor]:
+    def choose(self, scores: Tensor, first: int, routers: int, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The choices of the layer whose first router has number `first`.
 
         Args:
             scores: [T, count(first, routers), N] float32.
+            first, routers: the number of the layer's first router, and how many it has.
+            prior: [routers, N] float32, router_prior of each; read by calibrated policies.
 
         Returns:
             weights [T, routers, m] float32 and ids [T, routers, m] int32.
@@ -116,8 +118,8 @@ class RememberedRouting:
         if scored:
             sums = energy_shares(scores.square())
             if self.policy.scope == "causal":
-                sums = torch.ops.vllm.smile_running_sums(sums, first, self.cache_name)
-            logs = log_evidence(sums, self.policy.accumulate)
+                sums = torch.ops.vllm.smile_running_sums(sums, first, self.gamma, self.cache_name)
+            logs = log_evidence(sums, self.policy.accumulate, prior[:scored] if self.policy.calibrated else None)
             if self.policy.accumulate:
                 logs = logs.cumsum(1)
                 if first > 0:
