@@ -326,9 +326,7 @@ def vllm_config(**options) -> QuantizationConfig:
 
 
 def test_routing_by_whole_sequences_is_refused():
-    with pytest.raises(
-        NotImplementedError, match=r"scope: is 'sequence'.* expected scope 'causal' or 'token'"
-    ):
+    with pytest.raises(NotImplementedError, match=r"scope: is 'sequence'.* expected scope 'causal' or 'token'"):
         vllm_config(routing=RoutingPolicy("sequence"))
 
 
