@@ -351,7 +351,7 @@ def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRo
     [
         (1, None, "smile_kernels.linear"),
         (3, None, "smile_kernels.apply"),
-        (3, RoutingPolicy("causal", accumulate=True, lock_after=2), "smile_kernels.apply"),
+        (3, RoutingPolicy("causal", accumulate=True, lock_after=2, calibrated=True), "smile_kernels.apply"),
     ],
     ids=["one", "merged", "causal"],
 )
@@ -365,7 +365,7 @@ def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypa
     method.first, layer, n, graphs = 0, nn.Module(), 3 * parts, []
     shapes = {"weight": (64, 32), "vh": (n, 4, 32), "u": (n, 64, 4), "expert_bias": (n, 64)}
     layer.__dict__ |= {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    layer.__dict__ |= {"s": torch.empty(n, 4), "router": None}
+    layer.__dict__ |= {"s": torch.empty(n, 4), "router": None, "router_prior": torch.zeros(parts, 3)}
 
     def record(graph, inputs):
         graphs.append(graph.graph)

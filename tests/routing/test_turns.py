@@ -4,10 +4,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from definition import Calls, G, N, assert_follows, bert, by_name, llama, logits, mistral, restarts, t5, tokens
 
 from smile_kernels import SmileLinear
 from smile_kernels.routing import RoutingPolicy, set_routing, watch_routing
+from tests.routing.definition import (
+    Calls,
+    G,
+    N,
+    assert_follows,
+    bert,
+    by_name,
+    llama,
+    logits,
+    mistral,
+    restarts,
+    t5,
+    tokens,
+)
 
 TURNS = {
     "one id": RoutingPolicy("causal", accumulate=True, restart_at=(7,)),
