@@ -1,4 +1,4 @@
-"""Random SMILE problems and the comparison with the float64 oracle, shared by tests and benchmarks."""
+"""Random SMILE problems and the comparison with the float64 reference, shared by tests and benchmarks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -141,7 +141,7 @@ def assert_close(name: str, got: Tensor, want: Tensor, plain_error: float, slack
     if not want.numel():
         return
     # Plain PyTorch may be exact by luck on small cases: one rounding of the largest value is always allowed. In float64
-    # the oracle itself rounds, and its own error is not seen.
+    # the reference itself rounds, and its own error is not seen.
     floor = torch.finfo(got.dtype).eps * want.abs().max().item() * (32 if got.dtype == torch.float64 else 1)
     error = (got.double() - want.double()).abs()
     bound = slack * plain_error + floor

@@ -268,10 +268,10 @@ def _plan(
         "BLOCK_N": block_n, "BLOCK_E": max(16, block_n), "BLOCK_M": next_power_of_2(m), "BLOCK_K": next_power_of_2(k),
         "BLOCK_R": next_power_of_2(max(r, 16)), **config, **device.launch(overlaps=not one_launch),
     }  # fmt: skip
-    halves = ((slices, True, False), (tiles, False, True))
+    halves = [(slices, True, False), (tiles, False, True)]
     if one_launch:
         programs = 1 if device.family == "interpreter" else min(device.multiprocessors, max(tiles, slices))
-        halves = ((programs, True, True),)
+        halves = [(programs, True, True)]
         constants |= {"PDL": False, "launch_cooperative_grid": True}
     numbers = tokens, d, o, chunks, splits, n, k, g, r, m, x_stride_t
     return splits, tuple(

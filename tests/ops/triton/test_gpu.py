@@ -52,27 +52,39 @@ def call(p: Problem, name: str) -> torch.Tensor:
     return smile_linear(*p.arguments(), **options)
 
 
-def check(p: Problem, name: str = "triton") -> None:
-    """y, and the choice of experts: it may differ from the oracle's only where two scores are within rounding."""
+def check(p: Problem, name: str = "triton", tf32: bool = False) -> None:
+    """y, and the choice of experts: it may differ from the reference's only where two scores are within rounding."""
     y, weights, ids, _ = linear(p, name)
     scores = reference.scores(p.x.double(), p.rows().double())
     best = scores.sort(-1, descending=True).values[:, : p.num_experts_per_tok]
     chosen = scores.gather(1, ids.long())
     assert ((best - chosen).abs() <= 1e-5 * best).all()
     torch.testing.assert_close(weights, chosen.softmax(-1).float(), rtol=1e-4, atol=1e-6)
-    expected = expectations(p, ids)
-    assert_close("y", y, *expected["y"])
+    want, plain_error = expectations(p, ids)["y"]
+    if p.x.dtype == torch.float32:
+        # cuBLAS adds short sums, a kernel may add one number after another: a rounding of the sum for each, at random.
+        one_by_one = p.x.shape[1] ** 0.5 * torch.finfo(torch.float32).eps / 2 * want.abs().max().item()
+        plain_error = max(plain_error, one_by_one)
+    if tf32:
+        # Triton cuts operands to TF32 where cuBLAS may round them.
+        cut = {name: _cut_to_tf32(t) for name, t in p.tensors().items() if name != "s"}
+        plain_error = max(plain_error, (expectations(replace(p, **cut), ids)["y"][0] - want).abs().max().item())
+    assert_close("y", y, want, plain_error)
+
+
+def _cut_to_tf32(t: torch.Tensor) -> torch.Tensor:
+    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 300, 2048])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_every_regime_matches_the_oracle(setting, tokens, name):
+def test_every_regime_matches_the_reference(setting, tokens, name):
     check(problem(tokens, 1024, 1536, setting), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [3, 100, 1000])
-def test_other_dtypes_match_the_oracle(tokens, dtype, name):
+def test_other_dtypes_match_the_reference(tokens, dtype, name):
     check(problem(tokens, 1000, 1480, SETTINGS[2], dtype=dtype), name)
 
 
@@ -80,7 +92,7 @@ def test_other_dtypes_match_the_oracle(tokens, dtype, name):
 def test_tf32_where_torch_allows_it(tokens):
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        check(problem(tokens, 1024, 1536, SETTINGS[0], dtype=torch.float32))
+        check(problem(tokens, 1024, 1536, SETTINGS[0], dtype=torch.float32), tf32=True)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -180,7 +192,7 @@ def test_forward_and_backward_give_the_same_bits_again(setting, name):
 
 @pytest.mark.parametrize("apply", ["delta", "grouped"])
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[3]], ids=str)
-def test_backward_matches_the_oracle(setting, apply, name, take):
+def test_backward_matches_the_reference(setting, apply, name, take):
     take("route_first" if apply == "grouped" else "one_product", apply)
     p = problem(400, 512, 768, setting)
     leaves = {tensor: t.requires_grad_() for tensor, t in p.tensors().items()}

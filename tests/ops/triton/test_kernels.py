@@ -1,4 +1,4 @@
-"""Every kernel, forward and backward, against the float64 oracle: on the GPU if there is one, else interpreted."""
+"""Every kernel, forward and backward, against the float64 reference: on the GPU if there is one, else interpreted."""
 
 import pytest
 import torch
@@ -20,18 +20,18 @@ def call(p: Problem, **options) -> torch.Tensor:
     return smile_linear(*p.arguments(), backend="triton", **options)
 
 
-def oracle_ids(p: Problem) -> torch.Tensor:
+def reference_ids(p: Problem) -> torch.Tensor:
     """The experts that exact routing chooses."""
     return reference.route(p.x.detach().double(), p.rows().detach().double(), p.num_experts_per_tok)[1]
 
 
 def check(p: Problem, *, backward: bool) -> None:
-    """y, and with `backward` every gradient, against the oracle, which plain PyTorch's own error bounds."""
+    """y, and with `backward` every gradient, against the reference, which plain PyTorch's own error bounds."""
     leaves = {name: t.requires_grad_(backward) for name, t in p.tensors().items()}
     y = call(p)
     assert y.dtype == p.x.dtype
     dy = torch.randn(y.shape, device=y.device).to(y.dtype) if backward else None
-    expected = expectations(p, oracle_ids(p), dy=dy)
+    expected = expectations(p, reference_ids(p), dy=dy)
     assert_close("y", y.detach(), *expected["y"])
     if backward:
         for name, gradient in zip(leaves, torch.autograd.grad(y, leaves.values(), dy)):
@@ -158,7 +158,7 @@ def test_ties_go_to_the_lower_index(linear, device, take):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")
-def test_scores_of_any_magnitude_route_as_the_oracle_says(device):
+def test_scores_of_any_magnitude_route_as_the_reference_says(device):
     """Squares that overflow or vanish, infinities and NaN: each token by itself, weights always finite."""
     x = torch.randn(9, 12, device=device)
     router = torch.randn(5, 4, 12, device=device) * 0.3
