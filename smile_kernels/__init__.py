@@ -11,7 +11,7 @@ from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
 from .routing import RoutingPolicy, calibrate, get_routing, set_routing, watch_routing
-from .upscaling import upscale, upscale_checkpoints
+from .upscaling import upscale, upscale_checkpoints, verify
 
 __all__ = [
     "RoutingPolicy",
@@ -27,6 +27,7 @@ __all__ = [
     "set_routing",
     "upscale",
     "upscale_checkpoints",
+    "verify",
     "warmup",
     "watch_routing",
 ]

@@ -109,7 +109,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     if "quantization_config" in config:
         smile = read_smile_config(folder)
         if model is None and smile.base_model_name_or_path is None:
-            return _from_pretrained(_transformers_class(config), folder, from_pretrained)
+            return _from_pretrained(transformers_class(config), folder, from_pretrained)
         tensors = {name: tensor.load() for name, tensor in stored.items()}
     else:
         if not holds_fusion_bench_layers(stored):
@@ -277,7 +277,8 @@ def _untied(model: nn.Module) -> list[str]:
     return names
 
 
-def _transformers_class(config: Mapping[str, Any]) -> Any:
+def transformers_class(config: Mapping[str, Any]) -> Any:
+    """The class of the architecture that a config.json names."""
     architectures = config.get("architectures")
     if not architectures:
         raise ValueError("model: config.json names no architecture; expected the base model's module as `model`")
@@ -303,7 +304,7 @@ def _from_pretrained(cls: Any, folder: str | Path, options: dict[str, Any]) -> n
 
 def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
     """The transformers model whose layers are about to be swapped."""
-    cls = _transformers_class(config)
+    cls = transformers_class(config)
     if smile.base_model_name_or_path is not None:
         if not os.path.isdir(smile.base_model_name_or_path):
             raise FileNotFoundError(

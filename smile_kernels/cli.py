@@ -197,6 +197,32 @@ def calibrate(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint, whole.")],
+    base: Annotated[str | None, typer.Option(help="Folder of the base.  [default: from the report]")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Folder of an expert; give each in order.  [default: from the report]")
+    ] = None,
+) -> None:
+    """Hold a SMILE checkpoint against the fine-tuned models it was made of; exit with status 1 where it is off.
+
+    Each expert is forced in turn, on random inputs, in float32. One fine-tuned model is in memory at a time.
+
+    \b
+    Example:
+      smile-kernels verify fused
+    """
+    with _errors():
+        from .upscaling.verify import verify_checkpoint
+
+        verdicts = verify_checkpoint(folder, base, expert)
+        for verdict in verdicts:
+            print(verdict)
+    if any(verdict.verdict == "off" for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint.")],
     plot: Annotated[

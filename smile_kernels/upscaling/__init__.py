@@ -2,6 +2,15 @@
 
 from .disk import upscale_checkpoints
 from .memory import upscale
-from .report import LayerReport, UpscaleReport
+from .report import LayerReport, LostChange, UpscaleReport
+from .verify import ExpertVerdict, verify
 
-__all__ = ["LayerReport", "UpscaleReport", "upscale", "upscale_checkpoints"]
+__all__ = [
+    "ExpertVerdict",
+    "LayerReport",
+    "LostChange",
+    "UpscaleReport",
+    "upscale",
+    "upscale_checkpoints",
+    "verify",
+]

@@ -39,7 +39,15 @@ from ..storage import (
     write_shard,
 )
 from .decompose import decompose, in_threads
-from .layers import Layer, check_layer_ranks, fused_experts, layers_of_checkpoint, model_of_checkpoint, select_layers
+from .layers import (
+    Layer,
+    check_layer_ranks,
+    embedding_weights,
+    fused_experts,
+    layers_of_checkpoint,
+    model_of_checkpoint,
+    select_layers,
+)
 from .remainder import (
     average,
     check_changed,
@@ -47,6 +55,7 @@ from .remainder import (
     layers_to_take,
     lost_changes,
     reasons_left_alone,
+    tied_to,
     unfit_layers,
 )
 from .report import LayerReport, LostChange, UpscaleReport
@@ -88,6 +97,7 @@ class _Job:
         self.chosen = select_layers(self.every, include, exclude)
         self.layers = [layer for layer in self.chosen.values() if not layer.unfit]
         self.unfit = [layer for layer in self.chosen.values() if layer.unfit]
+        self.embeddings = set() if names.model is None else embedding_weights(names.model)
         self.fused = [] if names.model is None else fused_experts(names.model)
         self.sources = [
             open_source(f"experts[{i}]", folder, self.tensors, self.every, names) for i, folder in enumerate(experts)
@@ -226,7 +236,9 @@ class _Job:
             return changed[name]() if name in changed else self.tensors[name]
 
         reasons = reasons_left_alone(self.every, self.chosen, reports)
-        return lost_changes(self.tensors, self.by_name, self.sources, result, self.held(upscaled), reasons)
+        held = self.held(upscaled)
+        embeddings = self.embeddings - tied_to({layer.weight for layer in self.taken}, self.by_name)
+        return lost_changes(self.tensors, self.by_name, self.sources, result, held, reasons, embeddings)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of this dtype becomes in the result."""

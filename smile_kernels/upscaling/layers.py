@@ -70,6 +70,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def embedding_weights(model: nn.Module) -> set[str]:
+    """The names of the weights that are looked up, not multiplied by."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+
+
 def layers_of_model(model: nn.Module) -> dict[str, Layer]:
     """The linear layers of a model by name, and which of them cannot hold experts.
 

@@ -14,7 +14,16 @@ from ..nn import SmileLinear, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from .decompose import decompose, in_threads
-from .layers import Layer, check_layer_ranks, fused_experts, is_conv1d, layers_of_model, linear_layers, select_layers
+from .layers import (
+    Layer,
+    check_layer_ranks,
+    embedding_weights,
+    fused_experts,
+    is_conv1d,
+    layers_of_model,
+    linear_layers,
+    select_layers,
+)
 from .reads import guard_weights
 from .remainder import (
     average,
@@ -23,6 +32,7 @@ from .remainder import (
     layers_to_take,
     lost_changes,
     reasons_left_alone,
+    tied_to,
     unfit_layers,
 )
 from .report import UpscaleReport
@@ -118,7 +128,9 @@ def upscale(
     def result(name: str) -> Tensor:
         return average(name, base, sources) if remaining == "average" else base[name]
 
-    lost = lost_changes(base, base, sources, result, held, reasons_left_alone(every, chosen, reports))
+    reasons = reasons_left_alone(every, chosen, reports)
+    embeddings = embedding_weights(model) - tied_to({layer.weight for layer in taken}, base)
+    lost = lost_changes(base, base, sources, result, held, reasons, embeddings)
     if calibrate:
         check_calibration(model)
     if routing is not None:

@@ -44,6 +44,12 @@ def layers_to_take(
     return taken
 
 
+def tied_to(names: Collection[str], tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor]) -> set[str]:
+    """The names of the same tensors, those given among them."""
+    ids = {id(tensors[name]) for name in names}
+    return {name for name in tensors if id(tensors[name]) in ids}
+
+
 def unfit_layers(unfit: Collection[Layer], taken: Collection[Layer]) -> list[LayerReport]:
     """The report of the layers that cannot hold experts."""
     ending = {layer.name: "; it takes the weight of the only expert" for layer in taken}
@@ -97,6 +103,7 @@ def lost_changes(
     result: Callable[[str], Tensor],
     held: Collection[str],
     reasons: Mapping[str, str],
+    embeddings: Collection[str],
 ) -> list[LostChange]:
     """What fine-tuning changed and the result does not hold, the largest change first.
 
@@ -106,12 +113,14 @@ def lost_changes(
         result: gives the result's tensor of a name.
         held: the tensors that upscaled layers hold.
         reasons: why a tensor is not held, by its name.
+        embeddings: the weights that are looked up, where no expert acts though a layer is tied to them.
     """
     seen = {id(shapes[name]) for name in held if name in shapes}
     lost = []
     for name in dict.fromkeys((*shapes, *(name for source in sources for name in source.may_change))):
         known = name in shapes
-        if name in held or (known and id(shapes[name]) in seen):
+        looked_up = name in embeddings and name not in held
+        if name in held or (known and id(shapes[name]) in seen and not looked_up):
             continue
         if known:
             seen.add(id(shapes[name]))
@@ -119,7 +128,7 @@ def lost_changes(
                 continue
         if not any(name in source.may_change for source in sources):
             continue
-        sizes, reason = [], reasons.get(name, "no linear layer")
+        sizes, reason = [], "an embedding" if looked_up else reasons.get(name, "no linear layer")
         if not known:
             sizes, reason = [float(name in source.may_change) for source in sources], NEW
         else:
