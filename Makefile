@@ -17,7 +17,7 @@ demo-llm: .venv/ready
 	$(BIN)/python -m studies.language_model $(DEMO)
 
 test: .venv/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(SELECTED) $(TESTS)
 
 test-all: .venv/ready
