@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import smile_kernels as sk
 from smile_kernels.integrations.peft import LowRankDelta, ModuleDelta
+from smile_kernels.nn import smile_layers
 from smile_kernels.upscaling import upscale, upscale_checkpoints
 
 RANKS = {"rank_of_expert": 4, "rank_of_router": 2, "progress": False}
@@ -29,10 +30,6 @@ def finetuned(base: nn.Module, seed: int, only: str = "", size: float = 0.3) -> 
         if only in name:
             p += (size * p.std(correction=0).clamp_min(0.1) * torch.randn(p.shape, generator=generator)).to(p.dtype)
     return model
-
-
-def smile_layers(model: nn.Module) -> dict[str, sk.SmileLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, sk.SmileLinear)}
 
 
 @contextlib.contextmanager
