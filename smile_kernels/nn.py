@@ -46,7 +46,7 @@ class SmileLinear(nn.Linear):
     """
 
     weight: nn.Parameter
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]  # which nn.Linear's own annotation leaves out
     vh: nn.Parameter
     s: nn.Parameter
     u: nn.Parameter

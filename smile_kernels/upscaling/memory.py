@@ -193,7 +193,9 @@ def _sources(
 
 def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:
     """Gives a linear layer that cannot hold experts the weight and bias of the only expert."""
-    linear.weight.copy_(source.tensor(layer.weight))
+    weight = source.tensor(layer.weight)
+    assert weight is not None
+    linear.weight.copy_(weight)
     bias = source.bias(layer)
     if bias is not None and linear.bias is None:
         linear.bias = nn.Parameter(bias.detach().clone())

@@ -10,6 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -245,9 +246,9 @@ def _resolve(module: Any, path: _Path) -> Iterator[nn.Module]:
             yield from _resolve(child, path[1:])
     elif path[0] != _ANY:
         children = module._modules if isinstance(module, nn.Module) else {}
-        child = children.get(path[0], vars(module).get(path[0]) if hasattr(module, "__dict__") else None)
-        if child is not None:
-            yield from _resolve(child, path[1:])
+        named: Any = children.get(path[0], vars(module).get(path[0]) if hasattr(module, "__dict__") else None)
+        if named is not None:
+            yield from _resolve(named, path[1:])
 
 
 def guard_weights(model: nn.Module) -> None:
@@ -316,7 +317,8 @@ class _Watch(TorchFunctionMode):
     @staticmethod
     def _check(name: str, layer: SmileLinear) -> None:
         weight = layer._parameters["weight"]
-        frame, reader = sys._getframe(2), ""
+        frame: FrameType | None = sys._getframe(2)
+        reader = ""
         while frame is not None:
             first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
             owner = frame.f_locals.get(first)

@@ -38,8 +38,9 @@ def layers_to_take(
     source, taken = sources[0], []
     for layer in unfit:
         ties = [name for name in shapes if name != layer.weight and shapes[name] is shapes[layer.weight]]
-        weight = source.tensor(layer.weight)
-        if source.changes(layer, base) and all(torch.equal(source.tensor(name), weight) for name in ties):
+        weight, others = source.tensor(layer.weight), [source.tensor(name) for name in ties]
+        alike = all(weight is not None and other is not None and torch.equal(other, weight) for other in others)
+        if source.changes(layer, base) and alike:
             taken.append(layer)
     return taken
 
@@ -60,7 +61,7 @@ def reasons_left_alone(
     every: Mapping[str, Layer], chosen: Mapping[str, Layer], reports: Collection[LayerReport]
 ) -> dict[str, str]:
     """Tensor name -> why it is not upscaled, for the layers that are not and the fused experts of a mixture."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in every.keys() - chosen.keys():
         reasons |= {f"{name}.weight": "excluded", f"{name}.bias": "excluded"}
     for report in reports:
@@ -85,14 +86,16 @@ def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSourc
     if not any(name in source.may_change for source in sources):
         return plain
     zero = torch.zeros_like(plain)
-    total = dtype = None
+    total: Tensor | None = None
+    dtype = plain.dtype
     # Adapters come last wherever they stand: the order decides the last bit.
     for source in sorted(sources, key=lambda source: isinstance(source, AdapterSource)):
         tensor = source.tensor(name)
         tensor = zero if tensor is None else tensor
         wide = tensor.to(plain.device, torch.promote_types(tensor.dtype, torch.float32))
         total = wide.clone() if total is None else total.add_(wide)
-        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    assert total is not None
     return (total / len(sources)).to(dtype)
 
 

@@ -66,7 +66,9 @@ class ExpertSource(ABC):
         if not isinstance(weight, Tensor) or not torch.equal(weight.to(plain), plain):
             return True
         before = base.get(layer.bias)
-        return (bias is None) != (before is None) or (bias is not None and not torch.equal(bias.to(before), before))
+        if bias is None or before is None:
+            return bias is not before
+        return not torch.equal(bias.to(before), before)
 
 
 class WholeSource(ExpertSource):

@@ -296,12 +296,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
         if vh.shape[1] > r:
             dvh = torch.nn.functional.pad(dvh, (0, 0, 0, vh.shape[1] - r))
     if needs_s and groups:
-        ds = torch.empty_like(s)
-        entries = configs.entry_blocks(r)
-        launch(
-            _sum, (cdiv(r, entries["BLOCK_K"]), n), (shares, groups.order, groups.start, ds), (tokens, n, r, m),
-            **entries, **device.launch(),
-        )  # fmt: skip
+        ds = _summed_by_expert(device, shares, groups, s)
     elif needs_s:
         ds = shares.sum(0)
     if needs_u and groups:
@@ -315,6 +310,17 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     elif needs_expert_bias:
         dexpert_bias = gates.T @ dy
     return dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights
+
+
+def _summed_by_expert(device, shares, groups, s):
+    """Sums of shares [T, m, r] over the entries of each expert, like s [N, r]."""
+    (tokens, m, r), ds = shares.shape, torch.empty_like(s)
+    entries = configs.entry_blocks(r)
+    launch(
+        _sum, (cdiv(r, entries["BLOCK_K"]), len(s)), (shares, groups.order, groups.start, ds), (tokens, len(s), r, m),
+        **entries, **device.launch(),
+    )  # fmt: skip
+    return ds
 
 
 @triton.jit(do_not_specialize=["T", "SPLITS"])
