@@ -137,7 +137,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             register("router_prior", (p, self.n), functools.partial(_load_part, layer), dtype=torch.float32)
         elif self.routing is not None and self.routing.policy.calibrated:
             raise ValueError(
-                f"calibrated: is True in the checkpoint's routing, and {self.names[self.present[0]]} has no "
+                f"calibrated: is True in the checkpoint's routing, and {self.names[next(iter(self.present))]} has no "
                 "router_prior; expected `smile-kernels calibrate` to have run on it"
             )
 
