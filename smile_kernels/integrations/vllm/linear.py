@@ -189,7 +189,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                     to[:, ends[i] - self.rows[i] : ends[i]] = t[:, ends[i] - self.rows[i] : ends[i]]
                 tensors[name] = spread.flatten(0, 1)
         if "router_prior" in expected:
-            tensors["router_prior"] = layer.router_prior[self.present]
+            tensors["router_prior"] = layer.router_prior[list(self.present)]
         for name in ("vh", "s", "u", "expert_bias", "router", "router_prior"):
             kept = tensors.get(name)
             kept = None if kept is None else nn.Parameter(kept.contiguous(), requires_grad=False)

@@ -119,7 +119,8 @@ class RememberedRouting:
             sums = energy_shares(scores.square())
             if self.policy.scope == "causal":
                 sums = torch.ops.vllm.smile_running_sums(sums, first, self.gamma, self.cache_name)
-            logs = log_evidence(sums, self.policy.accumulate, None if prior is None else prior[:scored])
+            prior = prior[:scored] if self.policy.calibrated and prior is not None else None
+            logs = log_evidence(sums, self.policy.accumulate, prior)
             if self.policy.accumulate:
                 logs = logs.cumsum(1)
                 if first > 0:
