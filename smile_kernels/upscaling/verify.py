@@ -211,7 +211,7 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
 
 def _weight(model: nn.Module, name: str) -> Tensor:
     """A linear layer's weight [O, D]."""
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
     weight = layer.weight.detach()
     return weight.T if type(layer).__name__ == "Conv1D" else weight
 
