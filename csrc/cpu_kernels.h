@@ -296,7 +296,7 @@ template <> struct Packed<bfloat16> {
 #endif
 
 // Columns in a panel: it stays in the caches while many x pass. Sums of few numbers at a time round less.
-template <class X> constexpr int64_t kPanelDepth = std::is_same<X, bfloat16>::value ? 256 : 64;
+template <class X> constexpr int64_t kPanelDepth = std::is_same<X, bfloat16>::value ? 256 : 32;
 template <class X> constexpr int64_t kPanelWidth = kPanel * kLanes<typename Packed<X>::R>;
 
 // bfloat16 is multiplied 16 x 16 x 32 numbers at once; a panel of it has whole tiles, the last one filled up with zeros.
