@@ -47,7 +47,7 @@ _PARAMETERS = (
 def upscale(
     config: Annotated[Path | None, typer.Argument(help="A YAML file, in place of the options that it sets.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write, new or empty.")] = None,
-    base: Annotated[str | None, typer.Option(help="Folder of the pre-trained checkpoint.")] = None,
+    base: Annotated[str | None, typer.Option(help="Pre-trained checkpoint: a folder or an id on the Hub.")] = None,
     expert: Annotated[
         list[str] | None, typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; give one or more.")
     ] = None,

@@ -36,7 +36,7 @@ class ModelNames:
     """
 
     def __init__(self, model: nn.Module | None):
-        self.model = model
+        self.model: Any = model
         self.state: dict[str, Any] = {} if model is None else dict(model.state_dict(keep_vars=True))
         self._names_of: dict[int, list[str]] = {}
         for name, tensor in self.state.items():

@@ -59,7 +59,15 @@ from .remainder import (
     unfit_layers,
 )
 from .report import LayerReport, LostChange, UpscaleReport
-from .sources import AdapterSource, CheckpointSource, StoredTensors, check_request, open_source, read_plain
+from .sources import (
+    AdapterSource,
+    CheckpointSource,
+    StoredTensors,
+    check_request,
+    local_folder,
+    open_source,
+    read_plain,
+)
 
 __all__ = ["upscale_checkpoints"]
 
@@ -291,11 +299,11 @@ def upscale_checkpoints(
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> UpscaleReport:
-    """Upscales a base checkpoint and fine-tuned versions of it, all local folders, into the folder `out`.
+    """Upscales a base checkpoint and fine-tuned versions of it into the folder `out`.
 
     Args:
-        base: checkpoint of the pre-trained model.
-        experts: checkpoints of the fine-tuned models, or PEFT adapters of the base.
+        base: checkpoint of the pre-trained model: a folder, or the id of a Hub repository, which may end in @revision.
+        experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; as `base`.
         out: new or empty.
         rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude, strict: as in
             `upscale`.
@@ -338,6 +346,7 @@ def upscale_checkpoints(
     check_device(device)
     if workers is not None and workers < 1:
         raise ValueError(f"workers: is {workers}; expected 1 or more")
+    base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
     job = _Job(base, experts, config, include, exclude, remaining, dtype, device, strict)

@@ -3,10 +3,12 @@
 A layer's weight and bias are asked for when its turn comes, so that a few layers are in memory at a time.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +234,32 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{where}: {folder} is stored as {method!r} already; expected a checkpoint of plain weights")
     stored = read_tensors(folder)
     return {plain: replace(stored[name], name=plain) for name, plain in without_wrappers(stored).items()}
+
+
+def local_folder(argument: str, place: str | Path) -> Path:
+    """The folder of a checkpoint: `place` itself, or the snapshot of a Hub repository, "org/name[@revision]".
+
+    The cache is asked first, so that what is there works without a network.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a repository that can be fetched.
+    """
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(place))
+    if hub is None or Path(place).exists():
+        return Path(place)
+    import huggingface_hub
+
+    options: dict[str, Any] = {"revision": hub[2], "ignore_patterns": ["*.h5", "*.msgpack", "*.onnx", "*.gguf"]}
+    try:
+        try:
+            return Path(huggingface_hub.snapshot_download(hub[1], local_files_only=True, **options))
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            return Path(huggingface_hub.snapshot_download(hub[1], **options))
+    except Exception as error:  # of the network, of the Hub, or of the name
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{argument}: {place}: no such folder, and not found on the Hub ({reason}); expected either"
+        ) from None
 
 
 def _fill_in_head(tensors: dict[str, StoredTensor], model: nn.Module) -> None:

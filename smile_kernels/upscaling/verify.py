@@ -18,6 +18,7 @@ from ..config import read_config
 from ..integrations.peft import is_adapter
 from ..nn import SmileLinear, smile_layers
 from .report import UpscaleReport
+from .sources import local_folder
 
 __all__ = ["ExpertVerdict", "example_inputs", "verify"]
 
@@ -302,6 +303,8 @@ def verify_checkpoint(
     base, experts = base or report.base, list(experts or report.experts)
     if not base or not experts:
         raise ValueError(f"base, expert: are not given, and {folder} has no report that names them; expected both")
+
+    base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
 
     def plain(one: str | Path) -> nn.Module:
         return transformers_class(read_config(one)).from_pretrained(one, dtype=torch.float32)

@@ -230,3 +230,20 @@ def test_files_beside_the_weights_are_carried_over(tmp_path):
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written >= set(beside)
     assert not {name for name in written if name.endswith((".bin", ".index.json"))}
+
+
+def test_ids_of_the_hub(tmp_path, monkeypatch):
+    """What is in the cache is found without a network, by its revision; anything else is refused by name."""
+    base = build("LlamaForCausalLM", **SPECIAL)
+    for name, model in (("base", base), ("math", tuned(base))):
+        repository = tmp_path / f"models--lab--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "v1").write_text("0" * 40)
+        model.save_pretrained(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sk.upscale_checkpoints("lab/base@v1", ["lab/math@v1"], tmp_path / "out", **RANKS)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(output(loaded), output(tuned(base)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileNotFoundError, match=r"experts\[0\]: lab/code@v2: no such folder, and not found on the Hub"):
+        sk.upscale_checkpoints("lab/base@v1", ["lab/code@v2"], tmp_path / "other", **RANKS)
