@@ -266,7 +266,10 @@ def _fill_in_head(tensors: dict[str, StoredTensor], model: nn.Module) -> None:
     """Gives a checkpoint whose head is tied to its embedding the head that a model without that tie has."""
     names = {}
     for kind in ("input", "output"):
-        module = getattr(model, f"get_{kind}_embeddings")()
+        try:
+            module = getattr(model, f"get_{kind}_embeddings")()
+        except NotImplementedError:  # a model without any
+            return
         names[kind] = next((name for name, one in model.named_modules() if one is module and module is not None), None)
     if None not in names.values() and f"{names['input']}.weight" in tensors:
         tensors.setdefault(f"{names['output']}.weight", tensors[f"{names['input']}.weight"])
