@@ -247,3 +247,45 @@ def test_ids_of_the_hub(tmp_path, monkeypatch):
     torch.testing.assert_close(output(loaded), output(tuned(base)), rtol=1e-4, atol=1e-4)
     with pytest.raises(FileNotFoundError, match=r"experts\[0\]: lab/code@v2: no such folder, and not found on the Hub"):
         sk.upscale_checkpoints("lab/base@v1", ["lab/code@v2"], tmp_path / "other", **RANKS)
+
+
+BESIDE = {
+    "embedding and head": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "norms": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "rows of the embedding": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 9]},
+    "factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_an_adapter_changes_beside_linear_layers(kind, tmp_path):
+    """Lost and listed where the base's tensors stay; taken up, exactly, where they are the mean of one expert."""
+    base = build("LlamaForCausalLM", **SPECIAL)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"r": 3, "init_lora_weights": False, **BESIDE[kind]}
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).eval()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad and "lora_" not in name:
+                    p += 0.3 * torch.randn_like(p)
+        want = output(model)
+        model.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    deltas = [adapter_deltas(tmp_path / "adapter", base.state_dict())]
+    for remaining in ("base", "average"):
+        options = {**RANKS, "remaining": remaining}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            in_memory, first = sk.upscale(base, deltas, progress=False, **options)
+            second = sk.upscale_checkpoints(
+                tmp_path / "base", [tmp_path / "adapter"], tmp_path / f"out-{remaining}", **options
+            )
+        on_disk = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{remaining}")
+        assert [lost.name for lost in first.lost] == [lost.name for lost in second.lost]
+        told = sum("left out of the result" in str(warning.message) for warning in caught)
+        assert (bool(first.lost), told) == ((True, 2) if remaining == "base" else (False, 0))
+        torch.testing.assert_close(output(on_disk), output(in_memory), rtol=1e-4, atol=1e-4)
+        if remaining == "average":
+            torch.testing.assert_close(output(in_memory), want, rtol=1e-3, atol=1e-3)
