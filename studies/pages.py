@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .data import appears_whole
 from .encoder import report as encoder
+from .language_model import report as language_model
 from .report import fill
 
 ROOT = Path(__file__).parents[1]
@@ -19,11 +20,14 @@ def sections() -> dict[Path, dict[str, str]]:
     def read(name: str) -> dict:
         return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
+    docs, language = ROOT / "docs", read("language_model")
     return {
-        ROOT / "docs" / "demo.md": {
+        docs / "demo.md": {
             "easy": encoder.markdown(read("encoder")),
             "hard": encoder.markdown(read("encoder_hard")),
         },
+        docs / "language_model.md": {"results": language_model.markdown(language)},
+        ROOT / "README.md": {"language model": language_model.headline(language)},
     }
 
 

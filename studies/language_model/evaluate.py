@@ -107,7 +107,7 @@ def own_expert_by_block(
 
 @torch.no_grad()
 def time_per_token(
-    models: Mapping[str, PreTrainedModel], prompt: Sequence[int], new_tokens: int = 24, rounds: int = 5
+    models: Mapping[str, PreTrainedModel], prompt: Sequence[int], new_tokens: int = 24, rounds: int = 2
 ) -> list[dict]:
     """CPU milliseconds (medians) of one thread to read `prompt` and to generate one token after it, batch 1, by turns.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from smile_kernels import RoutingPolicy, set_routing, upscale
+from smile_kernels import RoutingPolicy, calibrate, get_routing, set_routing, upscale
 from smile_kernels.integrations.peft import adapter_deltas, is_adapter
 
 from .. import merge
 from .evaluate import own_expert, teacher_forced
 
-SCALES = (0.2, 0.3, 0.45, 0.6, 1.0)  # of task arithmetic
-TIES_SCALES = (0.5, 1.0, 1.5)
+ROUTER_RANK = 8  # g, where a row says nothing else
+SCALES = (0.3, 0.45, 0.6)  # of task arithmetic
+TIES_SCALES = (0.7, 1.0)
 DENSITY = 0.2  # of TIES
 
 
@@ -34,6 +35,7 @@ class Case:
     finetuned: Sequence[Path]
     validation: Sequence[tuple[list[int], list[int]]]
     rank_of_expert: int = 16  # that of the adapters: nothing is lost to the rank
+    made: dict[int, PreTrainedModel] = field(default_factory=dict)  # SMILE models by g
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -58,9 +60,12 @@ class Case:
         }
 
     def smile(self, rank_of_router: int) -> PreTrainedModel:
-        """The fine-tunes as experts of one model, routed as published."""
-        options = {"rank_of_expert": self.rank_of_expert, "rank_of_router": rank_of_router, "progress": False}
-        return upscale(self.model, self.experts, **options)[0].eval()
+        """The fine-tunes as experts of one model, calibrated on text that it writes itself, routed as published."""
+        if rank_of_router not in self.made:
+            options = {"rank_of_expert": self.rank_of_expert, "rank_of_router": rank_of_router, "progress": False}
+            self.made[rank_of_router] = upscale(self.model, self.experts, **options)[0].eval()
+            calibrate(self.made[rank_of_router])
+        return copy.deepcopy(self.made[rank_of_router])
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -143,39 +148,73 @@ def ties(case: Case) -> Contender:
 
 def oracle(case: Case) -> Contender:
     """Every token at its own task's expert."""
-    contender = Contender.of(case.smile(8))
+    contender = Contender.of(case.smile(ROUTER_RANK))
     contender.for_task = lambda i: own_expert(contender.model, i)
     return contender
 
 
-def smile(policy: RoutingPolicy, rank_of_router: int = 8, calibrated: bool = False) -> Callable[[Case], Contender]:
+def smile(policy: RoutingPolicy, rank_of_router: int = ROUTER_RANK) -> Callable[[Case], Contender]:
     """A SMILE model under a routing policy."""
-
-    def build(case: Case) -> Contender:
-        model = case.smile(rank_of_router)
-        set_routing(model, policy)
-        return Contender.of(model, policy=policy.to_dict())
-
-    return build
+    return lambda case: _routed(case.smile(rank_of_router), policy)
 
 
+def _routed(model: PreTrainedModel, policy: RoutingPolicy) -> Contender:
+    set_routing(model, policy)
+    return Contender.of(model, policy=policy.to_dict())
+
+
+def recommended(case: Case) -> Contender:
+    model = case.smile(ROUTER_RANK)
+    return _routed(model, RoutingPolicy.recommended(model))
+
+
+def restarting(build: Callable[[Case], Contender]) -> Callable[[Case], Contender]:
+    """The same policy, but its sums start anew where a user turn begins."""
+
+    def built(case: Case) -> Contender:
+        model = build(case).model
+        head = tuple(case.tokenizer.encode("<|im_start|>user\n"))
+        return _routed(model, replace(get_routing(model), restart_at=head))
+
+    return built
+
+
+two_passes = smile(RoutingPolicy("prompt", calibrated=True))
 POLICIES = {
     "token + layers": RoutingPolicy("token", accumulate=True),
     "sequence + layers": RoutingPolicy("sequence", accumulate=True),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
-    "causal + layers, m 2": RoutingPolicy("causal", accumulate=True, num_experts_per_tok=2),
 }
+CAUSAL = RoutingPolicy("causal", accumulate=True, calibrated=True)
+VARIANTS: dict[str, tuple[RoutingPolicy, int]] = {  # (policy, g)
+    "published, g 4": (RoutingPolicy(), 4),
+    "published, g 16": (RoutingPolicy(), 16),
+    "published, m 2": (RoutingPolicy(num_experts_per_tok=2), ROUTER_RANK),
+    "published, calibrated": (RoutingPolicy(calibrated=True), ROUTER_RANK),
+    **{name: (policy, ROUTER_RANK) for name, policy in POLICIES.items()},
+    **{f"{name}, calibrated": (replace(policy, calibrated=True), ROUTER_RANK) for name, policy in POLICIES.items()},
+    "two passes, not calibrated": (RoutingPolicy("prompt"), ROUTER_RANK),
+    "causal + layers, calibrated, g 4": (CAUSAL, 4),
+    "causal + layers, calibrated, g 16": (CAUSAL, 16),
+    "causal + layers, calibrated, m 2": (replace(CAUSAL, num_experts_per_tok=2), ROUTER_RANK),
+    "causal + layers, calibrated, half-life 16": (replace(CAUSAL, half_life=16), ROUTER_RANK),
+    "causal + layers, calibrated, lock after 1 block": (replace(CAUSAL, lock_after=1), ROUTER_RANK),
+}
+PICTURED = ("causal + layers", "causal + layers, calibrated")
 METHODS = [
-    Method("base", lambda case: Contender.of(case.model), turns=False, timed=True),
+    Method("base", lambda case: Contender.of(case.model), essential=False, turns=False, timed=True),
     Method("individual", individual, full=True, timed=True),
-    Method("simple averaging", averaging, turns=False),
-    Method("task arithmetic", task_arithmetic),
-    Method("ties", ties, turns=False),
+    Method("simple averaging", averaging, essential=False, turns=False),
+    Method("task arithmetic", task_arithmetic, essential=False, turns=False),
+    Method("ties", ties, essential=False, turns=False),
     Method("published", smile(RoutingPolicy()), full=True, pictured=True, timed=True),
-    Method("recommended", smile(RoutingPolicy("causal", accumulate=True)), full=True, pictured=True, timed=True),
-    Method("oracle", oracle, full=True),
-    Method("published, g 4", smile(RoutingPolicy(), 4), essential=False, turns=False),
-    Method("published, g 16", smile(RoutingPolicy(), 16), essential=False, turns=False),
-    Method("published, m 2", smile(RoutingPolicy(num_experts_per_tok=2)), essential=False, turns=False),
-    *(Method(name, smile(policy), essential=False) for name, policy in POLICIES.items()),
+    Method("recommended", recommended, full=True, pictured=True, timed=True),
+    Method("recommended, restarts at user turns", restarting(recommended), essential=False),
+    Method("two passes", two_passes, essential=False, timed=True),
+    Method("two passes, restarts at user turns", restarting(two_passes), essential=False),
+    Method("oracle", oracle, essential=False, full=True, turns=False),
+    *(
+        Method(name, smile(*of), essential=False, turns=False, pictured=name in PICTURED)
+        for name, of in VARIANTS.items()
+    ),
 ]

@@ -152,6 +152,8 @@ def headline(results: dict) -> str:
         "ties": "TIES",
         "published": "SMILE, published routing",
         "recommended": "SMILE, recommended routing",
+        "recommended, restarts at user turns": "SMILE, recommended routing, restarts at user turns",
+        "two passes, restarts at user turns": "SMILE, two passes, restarts at user turns",
     }
     rows = []
     for name, shown in names.items():
@@ -164,9 +166,15 @@ def headline(results: dict) -> str:
                 _share(entry),
                 f"{turns['mean']:.1f} ± {turns['se']:.1f}" if turns else "–",
                 f"{entry['parameters']:.2f}×",
+                str(sum(entry["rows"].values())),
             ]
         )
-    return markdown_table(["", "right answers, %", "% of individual", "second turn, %", "parameters"], rows) + "\n"
+    columns = ["", "right answers, %", "% of individual", "second turn, %", "parameters", "questions"]
+    seeds = results["size"]["seeds"]
+    return (
+        f"{markdown_table(columns, rows)}\n\n{seeds} seed{'s' * (seeds > 1)}; ± standard error of the mean; "
+        "% of individual on the same questions.\n"
+    )
 
 
 def draw(results: dict, path: Path) -> None:

@@ -31,8 +31,8 @@ from .methods import METHODS, Case, Method
 from .model import SMOLLM2, Recipe, base_folder, chat, examples, finetuned_folder
 from .tasks import TASKS, Task
 
-VALIDATION = 25  # rows a task by which the scales of merged models are chosen
-PICTURED = 8  # rows a task that are read for the share of tokens at their own expert
+VALIDATION = 12  # rows a task by which the scales of merged models are chosen
+PICTURED = 2  # rows a task that are read for the share of tokens at their own expert
 FULL = ("adjective", "town")  # tasks that are also fine-tuned in full
 FULL_RANK = 64  # of experts that are full fine-tunes
 Step = Callable[[str, int, int], None]  # (what, done, total)
@@ -40,7 +40,15 @@ Step = Callable[[str, int, int], None]  # (what, done, total)
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run: seeds, test rows a task, those of the methods that are not essential, conversations."""
+    """How much is run.
+
+    Attributes:
+        seeds: how many adapters a task.
+        rows: test rows a task.
+        few_rows: those of the methods that are not essential; 0 leaves these methods out.
+        conversations: of two turns, over all pairs of tasks.
+        full: whether the tasks of FULL are also fine-tuned in full.
+    """
 
     seeds: int = 1
     rows: int = 50
@@ -140,7 +148,7 @@ def measure(study: Study, chosen: Sequence[Method], size: Size, step: Step) -> d
         case = Case(study.base, study.finetuned(seed, step), study.validation)
         folder = study.cache / "language_model" / "answers" / _digest([str(f) for f in case.finetuned])
         for method in chosen:
-            if seed and not method.essential:
+            if not method.essential and (seed or not size.few_rows):
                 continue
             single = study.questions(size.rows if method.essential else size.few_rows)
             double = study.conversations(size.conversations) if method.turns else []
@@ -238,6 +246,7 @@ def study(
     out: Path | None = None,
     json_path: Path | None = None,
     plot: Path | None = None,
+    methods: Sequence[Method] = tuple(METHODS),
 ) -> dict:
     """Fine-tune SmolLM2-135M on every task, fuse the adapters in every way, and compare the answers.
 
@@ -248,6 +257,7 @@ def study(
         out: where the fused model is saved, under the recommended policy; default: in the cache.
         json_path: also write the results there.
         plot: also draw them there (.png, .svg or .pdf).
+        methods: the rows of the table; "base", "individual" and "recommended" are among them.
 
     Returns:
         The results, as in the JSON file.
@@ -256,7 +266,7 @@ def study(
         ValueError: a size out of range.
         RuntimeError: a package cannot be downloaded, or is not the one that is expected.
     """
-    for name, least in (("seeds", 1), ("rows", 2), ("few_rows", 2), ("conversations", 0)):
+    for name, least in (("seeds", 1), ("rows", 2), ("few_rows", 0), ("conversations", 0)):
         if getattr(size, name) < least:
             raise ValueError(f"{name}: is {getattr(size, name)}; expected {least} or more")
     start = time.perf_counter()
@@ -267,11 +277,11 @@ def study(
     with _progress() as step:
         step("tasks and base model", 0, 1)
         loaded = Study(tasks, cache)
-        found = measure(loaded, METHODS, size, step)
+        found = measure(loaded, methods, size, step)
         case = Case(loaded.base, loaded.finetuned(0, step), loaded.validation)
         shares = picture(loaded, case, step)
         times = timings(loaded, case, step)
-        full = full_fine_tunes(loaded, step, size.few_rows) if size.full else None
+        full = full_fine_tunes(loaded, step, size.rows) if size.full else None
         step("saving the fused model", 0, 1)
         save(next(m for m in METHODS if m.name == "recommended").build(case).model, case.tokenizer, folder)
     plain = sum(p.numel() for p in case.model.parameters())

@@ -214,7 +214,7 @@ class TestStudy:
     def test_the_whole_study(self, small, capsys):
         size = run.Size(seeds=2, rows=3, few_rows=2, conversations=6)
         results = run.study(size, TASKS, small, json_path=small / "r.json", plot=small / "plot.png")
-        assert json.loads((small / "r.json").read_text()) == results
+        assert json.loads((small / "r.json").read_text()) == json.loads(json.dumps(results))
         needed = "base, individual, simple averaging, task arithmetic, ties, published, recommended, oracle"
         assert set(needed.split(", ")) <= set(results["methods"])
         for method in methods.METHODS:
@@ -238,7 +238,7 @@ class TestStudy:
         assert evaluate.generate(served, tokenizer, questions) == evaluate.generate(built, tokenizer, questions)
         assert get_routing(served) == get_routing(built)
 
-    @pytest.mark.parametrize("field", ["seeds", "rows", "few_rows"])
+    @pytest.mark.parametrize("field", ["seeds", "rows"])
     def test_bad_sizes(self, field, tmp_path):
         with pytest.raises(ValueError, match=f"{field}: is 0; expected"):
             run.study(run.Size(**{field: 0}), TASKS, tmp_path)
