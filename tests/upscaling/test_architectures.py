@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 import smile_kernels as sk
@@ -59,6 +60,7 @@ def build(architecture: str) -> nn.Module:
 
 @torch.no_grad()
 def output(model: nn.Module) -> torch.Tensor:
+    torch.manual_seed(0)  # some forwards draw which patches they see
     values = model(**example_inputs(model)).to_tuple()
     return next(value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
 
@@ -112,3 +114,47 @@ def test_equal_or_listed(architecture, tune, tmp_path):
     base = build(architecture)
     check(base, tune, tmp_path)
     assert (output(base) - output(tune(base, tmp_path / "again"))).norm() > 0.01 * output(base).norm()
+
+
+SMALL = {
+    **GROUPED,
+    **IMAGE,
+    **WAVE,
+    **T5,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+}
+SMALL |= {"hidden_dim": 48, "head_dim": 8, "ffn_dim": 48, "embedding_size": 16, "max_position_embeddings": 64}
+SMALL |= {
+    f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 2), ("ffn_dim", 48))
+}
+SMALL |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "state_size": 4, "moe_intermediate_size": 24}
+SMALL |= {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+@pytest.mark.parametrize("model_type", CONFIG_MAPPING.keys())
+def test_every_architecture_that_can_be_made_tiny(model_type, tmp_path):
+    """Equal, listed, or refused by the name of a layer: one with a single output, or no linear layer at all."""
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+        plain = config_class()
+        config = config_class(**{name: value for name, value in SMALL.items() if hasattr(plain, name)})
+        with torch.device("meta"):
+            size = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
+        if size > 3_000_000:
+            pytest.skip(f"has {size:,} parameters at the smallest")
+        torch.manual_seed(0)
+        base = transformers.AutoModel.from_config(config).eval()
+        output(base)
+    except Exception as error:
+        pytest.skip(f"cannot be made tiny and run on random inputs: {type(error).__name__}")
+    try:
+        check(base, tune_whole, tmp_path)
+    except ValueError as error:
+        assert "expected 1 to 1, for a weight of shape" in str(error) or "of the 0 linear layers" in str(error)  # noqa: PT017
