@@ -7,8 +7,10 @@ for one model; base, experts and adapters are all read through it.
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +98,27 @@ class ModelNames:
             if name not in tensors and (alias := next((a for a in self.aliases(name) if a in tensors), None)):
                 tensors[name] = tensors[alias]
         return tensors, origins
+
+    def check_complete(self, folder: str | Path, tensors: Mapping[str, StoredTensor]) -> None:
+        """Raises ValueError unless `tensors`, by the model's names, are those of the model in `folder`.
+
+        A parameter may be missing where from_pretrained makes it anew without a warning. A tensor may be more than the
+        model has, unless it belongs to one more of the model's blocks than config.json counts.
+        """
+        if self.model is None:
+            return
+        optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        for name, tensor in self.state.items():
+            known = not isinstance(tensor, nn.Parameter) or any(alias in tensors for alias in self.aliases(name))
+            if not known and not any(re.search(pattern, name) for pattern in optional):
+                raise ValueError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
+        kinds = {re.sub(r"\d+", "#", name) for name in self.state}
+        for name, tensor in tensors.items():
+            if name not in self.state and re.sub(r"\d+", "#", name) in kinds:
+                raise ValueError(
+                    f"{tensor.file}: tensor {name!r} belongs to no block of the {type(self.model).__name__} that "
+                    f"{Path(folder) / 'config.json'} describes; expected the config of these weights"
+                )
 
     def _in_order(self, stored: Iterable[str]) -> list[str]:
         """The order in which from_pretrained meets the tensors: entries of a mixture by their numbers."""

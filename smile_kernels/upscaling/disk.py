@@ -100,6 +100,7 @@ class _Job:
                 raise ValueError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
         names = ModelNames(model_of_checkpoint(self.base))
         self.by_name, self.origins = names.map(self.stored)
+        names.check_complete(self.base, self.by_name)
         self.tensors = StoredTensors(self.by_name)
         self.every = layers_of_checkpoint(self.base, self.by_name, self.origins, names)
         self.chosen = select_layers(self.every, include, exclude)
@@ -138,6 +139,17 @@ class _Job:
             "device": self.device,
             "files": [_listing(folder) for folder in folders],
         }
+
+    def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
+        """Reads what will be written, and what it is computed from, so that NaN is found before hours of work."""
+        wholes = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
+        average = self.remaining == "average"
+        needed = {name for layer in self.layers for name in (layer.weight, layer.bias)}
+        tensors = [*self.stored.values()]
+        tensors += [t for whole in wholes for name, t in whole.items() if average or name in needed]
+        for i, tensor in enumerate(tensors[part]):
+            tensor.load()
+            progress("checks", min((i + 1) * (part.step or 1), len(tensors)), len(tensors))
 
     def bytes_to_write(self, experts_only: bool) -> int:
         """A lower bound of the disk space needed: factors once as work and once as output, and the base."""
@@ -387,6 +399,13 @@ def _write(
     rank, world, barrier = processes
     layers = output.work / "layers"
     todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
+    if len(todo) == len(job.layers):
+        try:
+            job.check_finite(slice(rank, None, world), progress)
+        except ValueError:
+            if rank == 0:
+                output.discard()  # nothing is computed yet, so that mended inputs start anew
+            raise
     barrier()
     done = len(job.layers) - len(todo)
     for _ in in_threads(functools.partial(job.upscale_layer, layers), todo[rank::world], workers):

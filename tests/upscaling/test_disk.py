@@ -335,7 +335,8 @@ def test_a_full_disk(tmp_path, folders, monkeypatch):
 
 def test_goes_on_only_with_the_same_inputs_and_settings(tmp_path, models, folders):
     def interrupted(stage: str, done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        if stage == "layers":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, workers=1, progress=interrupted)
@@ -431,3 +432,44 @@ def test_processes_share_the_work_and_give_the_same_bits(tmp_path, deep):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "smile_kernels"]
     assert processes(1, *launch, *command(folders, tmp_path / "out")).wait() == 0
     assert contents(tmp_path / "out") == whole
+
+
+def test_nan_anywhere_is_found_before_the_first_layer(tmp_path, folders):
+    for folder, name in ((folders[0], "norm.weight"), (folders[1], "up.weight")):
+        file = folder / "model.safetensors"
+        whole = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({**whole, name: torch.full_like(whole[name], torch.nan)}, file)
+        stages: set[str] = set()
+
+        def seen(stage: str, done: int, total: int, stages: set[str] = stages) -> None:
+            stages.add(stage)
+
+        with pytest.raises(ValueError, match=rf"model\.safetensors: tensor '{name}' holds"):
+            upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, progress=seen)
+        assert "layers" not in stages
+        safetensors.torch.save_file(whole, file)
+
+
+def test_an_incomplete_base_is_refused(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2))
+    for name in ("base", "expert"):
+        base.save_pretrained(tmp_path / name)
+    file, config = tmp_path / "base" / "model.safetensors", tmp_path / "base" / "config.json"
+    whole, text = safetensors.torch.load_file(file), config.read_text()
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+        assert not (tmp_path / "out").exists()
+
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        safetensors.torch.save_file({k: t for k, t in whole.items() if k != name}, file)
+        refused(f"base: tensor '{name}' is missing; expected all of LlamaForCausalLM")
+    safetensors.torch.save_file(whole, file)
+    config.write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    refused(r"tensor 'model\.layers\.1\.\S+' belongs to no block of the LlamaForCausalLM")
+    config.write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    refused(r"tensor 'model\.layers\.2\.\S+' is missing")
