@@ -166,6 +166,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 
         return read
 
+    _check_regular(file)
     try:
         with safe_open(file, "pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
@@ -180,6 +181,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 
 def read_pickled(file: Path) -> list[StoredTensor]:
     """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or holds more."""
+    _check_regular(file)
     mapped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 cannot be mapped
 
     def open_file() -> dict[str, Tensor]:
@@ -317,6 +319,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds a {type(value).__name__}; expected an object")
     return value
+
+
+def _check_regular(file: Path) -> None:
+    """Reading a pipe would never end."""
+    if not file.is_file():
+        raise ValueError(f"{file}: is not a regular file; expected a file of weights")
 
 
 def read_text(file: Path, limit: int = 1 << 28) -> str:
