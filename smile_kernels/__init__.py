@@ -10,7 +10,7 @@ from .checkpoint import calibrate_checkpoint, load_pretrained, save_pretrained
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
-from .routing import RoutingPolicy, calibrate, get_routing, set_routing, watch_routing
+from .routing import RoutingPolicy, calibrate, get_routing, set_routing, user_turn_ids, watch_routing
 from .upscaling import upscale, upscale_checkpoints, verify
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "set_routing",
     "upscale",
     "upscale_checkpoints",
+    "user_turn_ids",
     "verify",
     "warmup",
     "watch_routing",

@@ -19,7 +19,7 @@ from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import replace_linear, smile_layers
 from .publishing import MANIFEST, check_folder, output_folder, write_text
-from .routing import CalibrationReport, RoutingPolicy, calibrate, set_routing
+from .routing import CalibrationReport, RoutingPolicy, calibrate, set_routing, user_turn_ids
 from .storage import (
     StoredTensor,
     add_tensors,
@@ -133,7 +133,8 @@ def calibrate_checkpoint(
 
     Args:
         folder: a checkpoint that smile-kernels wrote.
-        routing: the policy that the loaded model is to follow; by default `RoutingPolicy.recommended`.
+        routing: the policy that the loaded model is to follow; by default `RoutingPolicy.recommended`, whose votes
+            begin at the last user turn where the folder's tokenizer has a chat template.
         seed: as in `calibrate`.
         **from_pretrained: for transformers' from_pretrained: device_map, where the model does not fit, ...
 
@@ -165,7 +166,7 @@ def add_calibration(
     config = read_smile_config(folder)
     model = load_pretrained(folder, **from_pretrained)
     report = calibrate(model, seed=seed)
-    set_routing(model, routing or RoutingPolicy.recommended(model))
+    set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=_user_turn_ids(folder)))
     layers = smile_layers(model)
     if missing := [name for name in config.modules if name not in layers]:
         raise ValueError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
@@ -178,6 +179,15 @@ def add_calibration(
     modules = {name: replace(module, router_prior=True) for name, module in config.modules.items()}
     write_config(folder, read_config(folder), replace(config, modules=modules, routing=stored_routing(model)))
     return report
+
+
+def _user_turn_ids(folder: Path) -> tuple[int, ...] | None:
+    """How a user's turn begins by the tokenizer of a checkpoint; None where it has none with a chat template."""
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return user_turn_ids(AutoTokenizer.from_pretrained(folder))
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

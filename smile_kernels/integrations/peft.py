@@ -210,9 +210,11 @@ def _module_delta(
             lacks = other if one in tensors else one
             raise ValueError(f"{directory}: {module} has no {lacks}; expected both factors of its change")
     if "lora_A" in tensors and tensors["lora_A"].dim() != 2:
-        full = tensors["lora_B"].flatten(1).float() @ tensors["lora_A"].flatten(1).float()
-        if full.numel() != base[f"{module}.weight"].numel():
+        b, a = (tensors[name].flatten(1).float() if tensors[name].dim() > 1 else None for name in ("lora_B", "lora_A"))
+        fits = a is not None and b is not None and b.shape[1] == a.shape[0]
+        if not fits or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
             raise ValueError(f"{directory}: {module}: its factors are those of no linear layer; expected matrices")
+        full = b @ a
         weight = _scale(module, tensors["lora_A"].shape[0], config) * full.view(base[f"{module}.weight"].shape)
     elif "lora_A" in tensors:
         weight, bias = _low_rank(module, tensors, config)

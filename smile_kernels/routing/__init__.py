@@ -9,6 +9,7 @@ same score over tokens and adds up its logarithm over layers; nothing is trained
 from .calibration import CalibrationReport, calibrate, check_calibration
 from .control import check_routing, get_routing, set_routing, watch_routing
 from .policy import RoutingPolicy
+from .tokens import user_turn_ids
 
 __all__ = [
     "CalibrationReport",
@@ -18,5 +19,6 @@ __all__ = [
     "check_routing",
     "get_routing",
     "set_routing",
+    "user_turn_ids",
     "watch_routing",
 ]

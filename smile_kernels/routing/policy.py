@@ -118,18 +118,23 @@ class RoutingPolicy:
         return self.scope == "token" and not self.accumulate and not self.calibrated
 
     @classmethod
-    def recommended(cls, model: torch.nn.Module) -> "RoutingPolicy":
+    def recommended(cls, model: torch.nn.Module, restart_at: Iterable[int] | None = None) -> "RoutingPolicy":
         """The policy that did best in what was measured (docs/routing.md) for the model's kind.
 
-        A causal language model that is calibrated: causal sums over tokens and layers, locked after a quarter of its
-        blocks. Every other model: the published routing.
+        A causal language model that is calibrated: scope "prompt", whose votes are those of the tokens from the last
+        `restart_at` on. Every other model: the published routing.
+
+        Args:
+            model: a model with SMILE layers.
+            restart_at: the token ids that begin a user's turn (`user_turn_ids`); None for prompts of one turn.
         """
-        names = [name for name, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
-        can = getattr(model, "can_generate", None)
-        if not names or can is None or not can() or getattr(model.config, "is_encoder_decoder", False):
+        calibrated = any(getattr(module, "router_prior", None) is not None for module in model.modules())
+        can_generate = getattr(model, "can_generate", None)
+        if not calibrated or can_generate is None or not can_generate():
             return cls()
-        blocks = max(block_numbers(names).values()) + 1
-        return cls("causal", accumulate=True, calibrated=True, lock_after=-(-blocks // 4))
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return cls()
+        return cls("prompt", calibrated=True, restart_at=None if restart_at is None else tuple(restart_at))
 
     def to_dict(self) -> dict:
         """The fields by name, as a checkpoint's config stores them under "routing"."""

@@ -1,5 +1,6 @@
 """Which rows of a layer's input are tokens of which sequence: padding, packing, KV caches and restarts."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -8,7 +9,29 @@ from torch import Tensor
 
 from .policy import RoutingPolicy
 
-__all__ = ["Tokens", "is_cache"]
+__all__ = ["Tokens", "is_cache", "user_turn_ids"]
+
+
+def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
+    """The token ids that begin each user turn in a tokenizer's chat template, for `RoutingPolicy.restart_at`.
+
+    They are what stands before a user's text both at the start of a conversation and after an answer, from its last
+    special token on: `<|im_start|>user` and a line break in ChatML. None where the tokenizer has no chat template, or
+    one whose turns do not begin alike.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    first, answer, second = "first-text", "answer-text", "second-text"
+    turns = [("user", first), ("assistant", answer), ("user", second)]
+    conversation = [{"role": role, "content": text} for role, text in turns]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    before_first = text.partition(first)[0]
+    before_second = text.partition(answer)[2].partition(second)[0]
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before_first), reversed(before_second)))
+    head = "".join(character for character, _ in alike)[::-1]
+    ids = tokenizer.encode(head, add_special_tokens=False)
+    special = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
+    return tuple(ids[special[-1] :] if special else ids) or None
 
 
 class Tokens:

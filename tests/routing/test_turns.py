@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers as tf
 
 from smile_kernels import SmileLinear
-from smile_kernels.routing import RoutingPolicy, set_routing, watch_routing
+from smile_kernels.routing import RoutingPolicy, set_routing, user_turn_ids, watch_routing
 from tests.routing.definition import (
     Calls,
     G,
@@ -220,3 +220,33 @@ def test_training_through_a_prompts_choice():
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     layer = next(m for m in model.modules() if isinstance(m, SmileLinear))
     assert layer.u.grad.abs().sum() > 0
+
+
+def test_user_turn_ids_are_what_begins_every_user_turn():
+    class Characters:
+        """A tokenizer whose tokens are characters; < and > are special."""
+
+        all_special_ids = (ord("<"), ord(">"))
+        chat_template = "x"
+
+        def __init__(self, first: str, user: str, answer: str):
+            self.first, self.parts = first, {"user": user, "assistant": answer}
+
+        def apply_chat_template(self, turns, tokenize):
+            assert not tokenize
+            return self.first + "".join(self.parts[turn["role"]].format(turn["content"]) for turn in turns)
+
+        def encode(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return [ord(c) for c in text]
+
+    def begins(*parts: str) -> str:
+        return "".join(map(chr, user_turn_ids(Characters(*parts))))
+
+    assert begins("", "<user\n{}>\n", "<assistant\n{}>\n") == "<user\n"
+    assert begins("<system\nBe kind.>\n", "<user\n{}>\n", "<assistant\n{}>\n") == "<user\n"
+    assert begins("", "[INST] {} [/INST]", " {}") == "[INST] "
+    plain = Characters("", "{}", "{}")
+    assert user_turn_ids(plain) is None
+    plain.chat_template = None
+    assert user_turn_ids(plain) is None
