@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from smile_kernels import RoutingPolicy, calibrate, get_routing, set_routing, upscale
+from smile_kernels import RoutingPolicy, calibrate, get_routing, set_routing, upscale, user_turn_ids
 from smile_kernels.integrations.peft import adapter_deltas, is_adapter
 
 from .. import merge
@@ -164,8 +164,9 @@ def _routed(model: PreTrainedModel, policy: RoutingPolicy) -> Contender:
 
 
 def recommended(case: Case) -> Contender:
+    """The recommended policy: it starts anew where a user turn begins."""
     model = case.smile(ROUTER_RANK)
-    return _routed(model, RoutingPolicy.recommended(model))
+    return _routed(model, RoutingPolicy.recommended(model, user_turn_ids(case.tokenizer)))
 
 
 def restarting(build: Callable[[Case], Contender]) -> Callable[[Case], Contender]:
@@ -173,12 +174,13 @@ def restarting(build: Callable[[Case], Contender]) -> Callable[[Case], Contender
 
     def built(case: Case) -> Contender:
         model = build(case).model
-        head = tuple(case.tokenizer.encode("<|im_start|>user\n"))
-        return _routed(model, replace(get_routing(model), restart_at=head))
+        return _routed(model, replace(get_routing(model), restart_at=user_turn_ids(case.tokenizer)))
 
     return built
 
 
+LOCKED = "causal + layers, calibrated, lock after 8 blocks"
+locked = RoutingPolicy("causal", accumulate=True, calibrated=True, lock_after=8)
 two_passes = smile(RoutingPolicy("prompt", calibrated=True))
 POLICIES = {
     "token + layers": RoutingPolicy("token", accumulate=True),
@@ -208,10 +210,10 @@ METHODS = [
     Method("task arithmetic", task_arithmetic, essential=False, turns=False),
     Method("ties", ties, essential=False, turns=False),
     Method("published", smile(RoutingPolicy()), full=True, pictured=True, timed=True),
-    Method("recommended", recommended, full=True, pictured=True, timed=True),
-    Method("recommended, restarts at user turns", restarting(recommended), essential=False),
+    Method("recommended", recommended, full=True),
+    Method(LOCKED, smile(locked), pictured=True, timed=True),
+    Method(f"{LOCKED}, restarts at user turns", restarting(smile(locked))),
     Method("two passes", two_passes, essential=False, timed=True),
-    Method("two passes, restarts at user turns", restarting(two_passes), essential=False),
     Method("oracle", oracle, essential=False, full=True, turns=False),
     *(
         Method(name, smile(*of), essential=False, turns=False, pictured=name in PICTURED)

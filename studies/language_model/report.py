@@ -152,8 +152,6 @@ def headline(results: dict) -> str:
         "ties": "TIES",
         "published": "SMILE, published routing",
         "recommended": "SMILE, recommended routing",
-        "recommended, restarts at user turns": "SMILE, recommended routing, restarts at user turns",
-        "two passes, restarts at user turns": "SMILE, two passes, restarts at user turns",
     }
     rows = []
     for name, shown in names.items():
