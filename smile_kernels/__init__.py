@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from . import functional, integrations
 from .checkpoint import calibrate_checkpoint, load_pretrained, save_pretrained
+from .errors import SmileError
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
@@ -15,6 +16,7 @@ from .upscaling import upscale, upscale_checkpoints, verify
 
 __all__ = [
     "RoutingPolicy",
+    "SmileError",
     "SmileLinear",
     "backends",
     "calibrate",

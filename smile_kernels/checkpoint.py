@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
+from .errors import SmileError
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import replace_linear, smile_layers
@@ -113,7 +114,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
         tensors = {name: tensor.load() for name, tensor in stored.items()}
     else:
         if not holds_fusion_bench_layers(stored):
-            raise ValueError(f"{folder}: is not a SMILE checkpoint; expected quantization_config in its config.json")
+            raise SmileError(f"{folder}: is not a SMILE checkpoint; expected quantization_config in its config.json")
         tensors, smile = convert_state_dict(
             {name: tensor.load() for name, tensor in stored.items()},
             num_experts_per_tok=config.get("num_experts_per_tok", 1),
@@ -169,7 +170,7 @@ def add_calibration(
     set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=_user_turn_ids(folder)))
     layers = smile_layers(model)
     if missing := [name for name in config.modules if name not in layers]:
-        raise ValueError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
+        raise SmileError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
     priors = [
         StoredTensor.of(f"{name}.router_prior", prior)
         for name in config.modules
@@ -209,7 +210,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     for name, entry in config.modules.items():
         for factor in ("vh", "s", "u"):
             if f"{name}.{factor}" not in stored:
-                raise ValueError(f"{folder}: tensor {name}.{factor} is missing; config.json says it is there")
+                raise SmileError(f"{folder}: tensor {name}.{factor} is missing; config.json says it is there")
         s = stored[f"{name}.s"].load().double()
         experts = sum(stored[key].nbytes for factor in FACTORS if (key := f"{name}.{factor}") in stored)
         sizes["experts"] += experts
@@ -291,13 +292,13 @@ def transformers_class(config: Mapping[str, Any]) -> Any:
     """The class of the architecture that a config.json names."""
     architectures = config.get("architectures")
     if not architectures:
-        raise ValueError("model: config.json names no architecture; expected the base model's module as `model`")
+        raise SmileError("model: config.json names no architecture; expected the base model's module as `model`")
     import transformers
 
     name = architectures[0]
     cls = getattr(transformers, name, None) or getattr(transformers, name.removeprefix("Smile"), None)
     if cls is None:
-        raise ValueError(f"model: transformers has no architecture {name}; expected the base model's module as `model`")
+        raise SmileError(f"model: transformers has no architecture {name}; expected the base model's module as `model`")
     return cls
 
 
@@ -307,7 +308,7 @@ def _from_pretrained(cls: Any, folder: str | Path, options: dict[str, Any]) -> n
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever a config that does not fit makes an architecture raise
-        raise ValueError(
+        raise SmileError(
             f"{folder}: transformers cannot load it as {cls.__name__} ({type(error).__name__}: {error})"
         ) from error
 
@@ -331,18 +332,18 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
 def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]) -> None:
     """Swaps the config's layers into the model and loads the tensors into it."""
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError("model: has parameters on the meta device; expected one that can hold weights")
+        raise SmileError("model: has parameters on the meta device; expected one that can hold weights")
     experts_only = config.base_model_name_or_path is not None
     layers = {}
     for name, entry in config.modules.items():
         try:
             linear: Any = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(
+            raise SmileError(
                 f"model: {type(model).__name__} has no layer {name!r}, which the checkpoint names"
             ) from None
         if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Conv1D":
-            raise ValueError(
+            raise SmileError(
                 f"model: {name!r} is a {type(linear).__name__}, for which the checkpoint has experts; expected a "
                 f"linear layer (upscale with exclude={[name]!r} where it is none)"
             )
@@ -369,7 +370,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint: does not fit {type(model).__name__}: {error}") from None
+        raise SmileError(f"checkpoint: does not fit {type(model).__name__}: {error}") from None
     state = model.state_dict(keep_vars=True)
     loaded = {id(state[name]) for name in tensors if name in state}
     missing = [name for name in missing if id(state[name]) not in loaded]
@@ -377,6 +378,6 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
         missing = [name for name in missing if name in _factor_names(config)]
     if missing or unexpected:
         problem, name = ("missing", missing[0]) if missing else ("unexpected", unexpected[0])
-        raise ValueError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
+        raise SmileError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
     set_routing(model, config.routing)
     describe_as_smile(model)

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .errors import SmileError
+
 app = typer.Typer(
     help="SMILE layers: fuse fine-tuned models into a sparse mixture of low-rank experts, and run it fast.",
     no_args_is_help=True,
@@ -318,7 +320,7 @@ def tune(
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError("device: torch sees no GPU here; expected one, since launches are timed on it")
+            raise SmileError("device: torch sees no GPU here; expected one, since launches are timed on it")
         from .benchmark.problems import layer_shape
         from .ops.triton import configs, tuning
         from .testing import Problem
@@ -379,7 +381,7 @@ def doctor(
     device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with _errors():
         if report is not None and not report.parent.is_dir():
-            raise ValueError(f"report: is {str(report)!r}; expected a file in a folder that exists")
+            raise SmileError(f"report: is {str(report)!r}; expected a file in a folder that exists")
         if forget:
             from .ops import excluded
 
@@ -495,14 +497,14 @@ def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> di
     settings = _from_yaml(config) if config else {}
     for name in given:
         if name in settings:
-            raise ValueError(f"{name}: is given as an option and in {config}; expected one of the two")
+            raise SmileError(f"{name}: is given as an option and in {config}; expected one of the two")
     settings |= given
     for name in ("base", "experts", "rank_of_expert", "rank_of_router"):
         if name not in settings:
             option = {"experts": "expert"}.get(name, name).replace("_", "-")
-            raise ValueError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
+            raise SmileError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")
     if out is None:
-        raise ValueError("out: is not given; expected --out FOLDER")
+        raise SmileError("out: is not given; expected --out FOLDER")
     return {**settings, "out": out}
 
 
@@ -517,7 +519,7 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(file, limit=1 << 20))
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file}: is not YAML: {error}") from None
+        raise SmileError(f"{file}: is not YAML: {error}") from None
     keys = ("base_model", "models", "dtype", "parameters")
     _check_keys(str(file), content, keys)
     settings = {}
@@ -525,15 +527,15 @@ def _from_yaml(file: Path) -> dict[str, Any]:
         settings["base"] = content["base_model"]
     if "models" in content:
         if not isinstance(content["models"], list):
-            raise ValueError(f"{file}: models is {reprlib.repr(content['models'])}; expected a list of - model: FOLDER")
+            raise SmileError(f"{file}: models is {reprlib.repr(content['models'])}; expected a list of - model: FOLDER")
         for i, entry in enumerate(content["models"]):
             _check_keys(f"{file}: models[{i}]", entry, ("model",))
             if "model" not in entry:
-                raise ValueError(f"{file}: models[{i}]: model is missing; expected - model: FOLDER")
+                raise SmileError(f"{file}: models[{i}]: model is missing; expected - model: FOLDER")
         settings["experts"] = [entry["model"] for entry in content["models"]]
     for folder in (settings.get("base", ""), *settings.get("experts", ())):
         if not isinstance(folder, str):
-            raise ValueError(f"{file}: a model is {reprlib.repr(folder)}; expected the path of a folder")
+            raise SmileError(f"{file}: a model is {reprlib.repr(folder)}; expected the path of a folder")
     if "dtype" in content:
         settings["dtype"] = content["dtype"]
     parameters = content.get("parameters", {})
@@ -546,10 +548,10 @@ def _from_yaml(file: Path) -> dict[str, Any]:
 
 def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: is {reprlib.repr(values)}; expected the keys {', '.join(known)}")
+        raise SmileError(f"{where}: is {reprlib.repr(values)}; expected the keys {', '.join(known)}")
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
+            raise SmileError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
 
 
 def _number(name: str, text: str) -> int | float:
@@ -558,13 +560,13 @@ def _number(name: str, text: str) -> int | float:
             return kind(text)
         except ValueError:
             pass
-    raise ValueError(f"{name}: is {text!r}; expected a number")
+    raise SmileError(f"{name}: is {text!r}; expected a number")
 
 
 def _dtype(torch: Any, name: Any) -> Any:
     dtype = getattr(torch, str(name), None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"dtype: is {name!r}; expected bfloat16, float16, float32 or float64")
+        raise SmileError(f"dtype: is {name!r}; expected bfloat16, float16, float32 or float64")
     return dtype
 
 
@@ -628,9 +630,15 @@ def _plot(description: dict[str, Any], file: Path) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What the caller can put right ends in a line on stderr and status 1; all else is a bug, and shows where."""
+    """Print a user error in one line on stderr and exit with status 1; a bug keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (SmileError, OSError, ImportError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception:
+        advice = "this is a bug: please report it with the file that `smile-kernels doctor --verify` writes"
+        Console(stderr=True).print(advice, markup=False, highlight=False, soft_wrap=True)
+        raise

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import check_integer
+from .errors import SmileError, check_integer
 from .nn import SmileLinear
 from .publishing import write_text
 from .routing import RoutingPolicy, get_routing
@@ -109,7 +109,7 @@ class SmileConfig:
         check_integer("num_local_experts", self.num_local_experts, 1)
         check_integer("num_experts_per_tok", self.num_experts_per_tok, 1)
         if self.num_experts_per_tok > self.num_local_experts:
-            raise ValueError(
+            raise SmileError(
                 f"num_experts_per_tok: is {self.num_experts_per_tok}; expected 1 to {self.num_local_experts}, "
                 "the number of experts"
             )
@@ -122,10 +122,10 @@ class SmileConfig:
         config = dict(config)
         method = config.pop("quant_method", None)
         if method != QUANT_METHOD:
-            raise ValueError(f"quant_method: is {method!r}; expected {QUANT_METHOD!r}")
+            raise SmileError(f"quant_method: is {method!r}; expected {QUANT_METHOD!r}")
         modules = config.get("modules")
         if not isinstance(modules, Mapping):
-            raise ValueError(f"modules: is {modules!r}; expected a mapping from layer names to their ranks")
+            raise SmileError(f"modules: is {modules!r}; expected a mapping from layer names to their ranks")
         config["modules"] = {
             name: _from_mapping(SmileModuleConfig, module, f"modules[{name!r}]") for name, module in modules.items()
         }
@@ -150,12 +150,12 @@ class SmileConfig:
             ValueError: no layer, or layers that differ in num_local_experts or num_experts_per_tok.
         """
         if not layers:
-            raise ValueError("model: holds no SmileLinear; expected a model made by upscale()")
+            raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
         shared = {}
         for key in ("num_local_experts", "num_experts_per_tok"):
             values = {getattr(layer, key) for layer in layers.values()}
             if len(values) > 1:
-                raise ValueError(f"{key}: differs between layers, {sorted(values)}; expected one value in a checkpoint")
+                raise SmileError(f"{key}: differs between layers, {sorted(values)}; expected one value in a checkpoint")
             shared[key] = values.pop()
         modules = {
             name: SmileModuleConfig(
@@ -184,7 +184,7 @@ def check_rank_of_expert(rank: int | float) -> None:
     """Raises ValueError unless `rank` is an integer of 1 or more, -1, or a fraction in (0, 1)."""
     integer = isinstance(rank, int) and not isinstance(rank, bool)
     if not (integer and (rank >= 1 or rank == -1)) and not (isinstance(rank, float) and 0 < rank < 1):
-        raise ValueError(
+        raise SmileError(
             f"rank_of_expert: is {rank!r}; expected an integer of 1 or more, -1 for full rank, or a fraction in (0, 1)"
         )
 
@@ -192,18 +192,18 @@ def check_rank_of_expert(rank: int | float) -> None:
 def _from_mapping(cls: type, values: Any, where: str) -> Any:
     """A dataclass from a mapping whose keys are all fields of it."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: is {values!r}; expected a mapping")
+        raise SmileError(f"{where}: is {values!r}; expected a mapping")
     known = {entry.name: entry for entry in fields(cls)}
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
+            raise SmileError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
     for name, entry in known.items():
         if entry.default is MISSING and name not in values:
-            raise ValueError(f"{where}: {name} is missing")
+            raise SmileError(f"{where}: {name} is missing")
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise SmileError(f"{where}: {error}") from None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -220,11 +220,11 @@ def read_smile_config(folder: str | Path) -> SmileConfig:
     """
     config = read_config(folder).get("quantization_config")
     if config is None:
-        raise ValueError(f"{folder}: is not a SMILE checkpoint; expected quantization_config in its config.json")
+        raise SmileError(f"{folder}: is not a SMILE checkpoint; expected quantization_config in its config.json")
     try:
         return SmileConfig.from_dict(config)
     except ValueError as error:
-        raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from None
+        raise SmileError(f"{Path(folder) / 'config.json'}: {error}") from None
 
 
 def write_config(folder: Path, config: Mapping[str, Any], smile: SmileConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import check_integer
+from .errors import SmileError, check_integer
 from .ops import library, reference
 
 __all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_linear"]
@@ -90,7 +90,7 @@ def smile_linear(
     tokens = x if is_flat else x.reshape(-1, x.shape[-1])
     if routing_weights is not None:
         if routing is not None:
-            raise ValueError("routing_weights: given together with routing; expected one of the two")
+            raise SmileError("routing_weights: given together with routing; expected one of the two")
         _check_tensor("routing_weights", routing_weights)
         if routing_weights.shape != (*leading, s.shape[0]):
             raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[0]))
@@ -109,7 +109,7 @@ def smile_linear(
         if weights.shape != ids.shape:
             raise _shape_error("routing[0]", weights, ids.shape)
         if ids.dtype not in _ID_DTYPES:
-            raise ValueError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
+            raise SmileError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
         for i, tensor in enumerate(routing):
             _check_device(f"routing[{i}]", tensor, x)
         if ids.dtype == torch.int64:  # so that none wraps round into the range
@@ -184,18 +184,18 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
-def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> ValueError:
-    return ValueError(f"{name}: has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
+def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> SmileError:
+    return SmileError(f"{name}: has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name}: is on {tensor.device}; expected x's device, {x.device}")
+        raise SmileError(f"{name}: is on {tensor.device}; expected x's device, {x.device}")
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: is {reprlib.repr(tensor)}; expected a tensor")
+        raise SmileError(f"{name}: is {reprlib.repr(tensor)}; expected a tensor")
 
 
 def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
@@ -207,7 +207,7 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
         raise _shape_error("x", x, ("...", vh.shape[2]))
     _check_device("vh", vh, x)
     if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not _autocasts(x)):
-        raise ValueError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
+        raise SmileError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
     check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the rows of vh an expert has")
 
 
@@ -239,13 +239,13 @@ def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         if tensor.shape != shape and not (name == "vh" and _longer(tensor.shape, shape)):
             raise _shape_error(name, tensor, shape)
         if tensor.dtype != weight.dtype:
-            raise ValueError(f"{name}: is {tensor.dtype}; expected weight's dtype, {weight.dtype}")
+            raise SmileError(f"{name}: is {tensor.dtype}; expected weight's dtype, {weight.dtype}")
     if x.dim() < 1 or x.shape[-1] != d:
         raise _shape_error("x", x, ("...", d))
     if x.dtype != weight.dtype or x.dtype not in _DTYPES:
-        raise ValueError(f"x: is {x.dtype} and weight {weight.dtype}; expected one floating-point dtype of {_DTYPES}")
+        raise SmileError(f"x: is {x.dtype} and weight {weight.dtype}; expected one floating-point dtype of {_DTYPES}")
     if s.dtype != reference.accumulate_dtype(x):
-        raise ValueError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
+        raise SmileError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
 
 
 def _longer(shape: Sequence[int], least: Sequence[int]) -> bool:

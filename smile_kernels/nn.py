@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import check_integer
+from .errors import SmileError, check_integer
 from .functional import smile_linear
 from .ops import library
 from .svd import decompose_linear
@@ -232,7 +232,7 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
     parts = name.split(".")
     ancestors = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
     if isinstance(ancestors[-1], nn.MultiheadAttention):
-        raise ValueError(
+        raise SmileError(
             f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it"
         )
     for ancestor in ancestors:
@@ -260,7 +260,7 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
     """
     tokens = list(tokens)
     if any(t < 1 for t in tokens):
-        raise ValueError(f"tokens: is {tokens}; expected numbers of 1 or more")
+        raise SmileError(f"tokens: is {tokens}; expected numbers of 1 or more")
     warm = set()
     for layer in model.modules():
         if not isinstance(layer, SmileLinear):

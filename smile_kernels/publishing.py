@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .errors import SmileError
+
 __all__ = ["MANIFEST", "OutputFolder", "check_folder", "new_file", "output_folder", "work_folder", "write_text"]
 
 MANIFEST = "smile_manifest.json"
@@ -140,17 +142,17 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         FileExistsError: a file of that name.
     """
     if not str(folder).strip():
-        raise ValueError(f"out: is {str(folder)!r}; expected the path of a folder to write")
+        raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write")
     path = Path(os.path.realpath(folder))
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; expected a new or empty folder")
     if os.path.ismount(path):
-        raise ValueError(f"out: {path} is a mount point; expected a folder inside it")
+        raise SmileError(f"out: {path} is a mount point; expected a folder inside it")
     for name, source in (inputs or {}).items():
         source = Path(os.path.realpath(source))
         if path == source or path in source.parents or source in path.parents:
             how = "is" if path == source else "contains" if path in source.parents else "lies inside"
-            raise ValueError(f"out: {path} {how} {name}, {source}; expected a folder apart from every input")
+            raise SmileError(f"out: {path} {how} {name}, {source}; expected a folder apart from every input")
     return path
 
 

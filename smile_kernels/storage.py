@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .errors import SmileError
 from .publishing import new_file, write_text
 
 _DTYPES = {
@@ -71,7 +72,7 @@ class StoredTensor:
             comparable = comparable if comparable.dtype.itemsize > 1 else comparable.float()
             if not all(math.isfinite(extreme.item()) for extreme in comparable.aminmax()):
                 bad = (~torch.isfinite(comparable)).nonzero()
-                raise ValueError(
+                raise SmileError(
                     f"{self.file}: tensor {self.name!r} holds {len(bad)} NaN or inf, the first at "
                     f"{bad[0].tolist()}; expected finite numbers"
                 )
@@ -105,11 +106,11 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             if weight_map is not None and weight_map.get(tensor.name) != file.name:
                 continue
             if tensor.name in tensors:
-                raise ValueError(f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file}, too; expected one")
+                raise SmileError(f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file}, too; expected one")
             tensors[tensor.name] = tensor
     for name, held in (weight_map or {}).items():
         if name not in tensors:
-            raise ValueError(f"{index}: tensor {name!r} is not in {folder / held}; expected it there")
+            raise SmileError(f"{index}: tensor {name!r} is not in {folder / held}; expected it there")
     return tensors
 
 
@@ -135,10 +136,10 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map; expected tensor names and their files")
+        raise SmileError(f"{index}: has no weight_map; expected tensor names and their files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
-            raise ValueError(f"{index}: weight_map[{name!r}] is {file!r}; expected a weight file of the same folder")
+            raise SmileError(f"{index}: weight_map[{name!r}] is {file!r}; expected a weight file of the same folder")
     return weight_map
 
 
@@ -172,10 +173,10 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
             headers = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: is not a whole safetensors file ({error}); fetch or write it again") from None
+        raise SmileError(f"{file}: is not a whole safetensors file ({error}); fetch or write it again") from None
     for name, (dtype, _) in headers.items():
         if dtype not in _DTYPES:
-            raise ValueError(f"{file}: tensor {name!r} is {dtype}; expected one of {', '.join(_DTYPES)}")
+            raise SmileError(f"{file}: tensor {name!r} is {dtype}; expected one of {', '.join(_DTYPES)}")
     return [StoredTensor(name, _DTYPES[dtype], shape, reader(name), file) for name, (dtype, shape) in headers.items()]
 
 
@@ -191,19 +192,19 @@ def read_pickled(file: Path) -> list[StoredTensor]:
         state = open_file()
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise SmileError(
             f"{file}: is not a pickle of weights alone, and no other is opened, since it may run code ({reason}); "
             "expected tensors by name, or safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: is not a whole PyTorch file ({error}); fetch or write it again") from None
+        raise SmileError(f"{file}: is not a whole PyTorch file ({error}); fetch or write it again") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{file}: holds a {type(state).__name__}; expected tensors by name")
+        raise SmileError(f"{file}: holds a {type(state).__name__}; expected tensors by name")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{file}: holds a {type(tensor).__name__} as {name!r}; expected tensors by name")
+            raise SmileError(f"{file}: holds a {type(tensor).__name__} as {name!r}; expected tensors by name")
         if tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(
+            raise SmileError(
                 f"{file}: tensor {name!r} is {tensor.layout} {tensor.dtype}; expected a dense tensor of one of "
                 f"{', '.join(map(str, _DTYPE_NAMES))}"
             )
@@ -283,7 +284,7 @@ def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
         for t in tensors:
             data = t.load()
             if data.shape != t.shape or data.dtype != t.dtype:
-                raise ValueError(f"{t.file}: tensor {t.name!r} changed while it was read")
+                raise SmileError(f"{t.file}: tensor {t.name!r} changed while it was read")
             f.write(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -305,7 +306,7 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
     bytes_ = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")) if match else 0
     if bytes_ < 1:
-        raise ValueError(f"max_shard_size: is {size!r}; expected bytes or a size such as '5GB' or '500MiB'")
+        raise SmileError(f"max_shard_size: is {size!r}; expected bytes or a size such as '5GB' or '500MiB'")
     return bytes_
 
 
@@ -315,16 +316,16 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{file}: is not JSON ({reason})") from None
+        raise SmileError(f"{file}: is not JSON ({reason})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: holds a {type(value).__name__}; expected an object")
+        raise SmileError(f"{file}: holds a {type(value).__name__}; expected an object")
     return value
 
 
 def _check_regular(file: Path) -> None:
     """Reading a pipe would never end."""
     if not file.is_file():
-        raise ValueError(f"{file}: is not a regular file; expected a file of weights")
+        raise SmileError(f"{file}: is not a regular file; expected a file of weights")
 
 
 def read_text(file: Path, limit: int = 1 << 28) -> str:
@@ -334,11 +335,11 @@ def read_text(file: Path, limit: int = 1 << 28) -> str:
         ValueError: not a regular file, more than `limit` bytes, or not UTF-8.
     """
     if file.exists() and not file.is_file():
-        raise ValueError(f"{file}: is not a regular file; expected a text file")
+        raise SmileError(f"{file}: is not a regular file; expected a text file")
     size = file.stat().st_size
     if size > limit:
-        raise ValueError(f"{file}: has {size:,} bytes; expected at most {limit:,}")
+        raise SmileError(f"{file}: has {size:,} bytes; expected at most {limit:,}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is not UTF-8 text ({error})") from None
+        raise SmileError(f"{file}: is not UTF-8 text ({error})") from None

@@ -128,12 +128,12 @@ def lora_svd(
     check_matrix("b_factor", b_factor)
     check_matrix("a_factor", a_factor)
     if b_factor.shape[1] != a_factor.shape[0]:
-        raise ValueError(
+        raise SmileError(
             f"a_factor: shape {tuple(a_factor.shape)} does not follow b_factor's {tuple(b_factor.shape)}; "
             f"expected ({b_factor.shape[1]}, D)"
         )
     if not math.isfinite(scale):
-        raise ValueError(f"scale: is {scale}; expected a finite number")
+        raise SmileError(f"scale: is {scale}; expected a finite number")
     rank, g = check_ranks(rank, rank_of_router, (b_factor.shape[0], a_factor.shape[1]), layer=False)
     with torch.autocast(b_factor.device.type, enabled=False):
         left, left_r = torch.linalg.qr(b_factor.double())
@@ -186,13 +186,13 @@ def decompose_linear(
     check_matrix("weight", weight)
     shape, n = tuple(weight.shape), len(expert_weights)
     if n == 0:
-        raise ValueError("expert_weights: is empty; expected one fine-tuned weight or more")
+        raise SmileError("expert_weights: is empty; expected one fine-tuned weight or more")
     if len(expert_biases) != n:
-        raise ValueError(f"expert_biases: has {len(expert_biases)} entries; expected {n}, one per expert weight")
+        raise SmileError(f"expert_biases: has {len(expert_biases)} entries; expected {n}, one per expert weight")
     check_ranks(rank_of_expert, rank_of_router, shape)
     for name, b in (("bias", bias), *((f"expert_biases[{i}]", b) for i, b in enumerate(expert_biases))):
         if b is not None and (b.shape != shape[:1] or not torch.isfinite(b).all()):
-            raise ValueError(f"{name}: shape {tuple(b.shape)}; expected {shape[:1]} and finite entries")
+            raise SmileError(f"{name}: shape {tuple(b.shape)}; expected {shape[:1]} and finite entries")
 
     shared = weight.new_zeros(shape[0]) if bias is None else bias
     parts, biases = [], []
@@ -233,7 +233,7 @@ def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> Tru
 def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight: Tensor) -> None:
     if isinstance(expert, Tensor):
         if expert.shape != weight.shape or expert.dtype != weight.dtype:
-            raise ValueError(
+            raise SmileError(
                 f"expert_weights[{i}]: {expert.dtype} {tuple(expert.shape)}; expected {weight.dtype} "
                 f"{tuple(weight.shape)} as the shared weight"
             )
@@ -243,7 +243,7 @@ def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight:
     check_matrix(f"expert_weights[{i}][0]", b_factor)
     check_matrix(f"expert_weights[{i}][1]", a_factor)
     if (b_factor.shape[0], a_factor.shape[1]) != tuple(weight.shape):
-        raise ValueError(
+        raise SmileError(
             f"expert_weights[{i}]: factors {tuple(b_factor.shape)} and {tuple(a_factor.shape)}; expected a product of "
             f"shape {tuple(weight.shape)}"
         )
@@ -277,11 +277,11 @@ def check_matrix(name: str, a: Tensor) -> float:
     if not a.is_floating_point():
         raise TypeError(f"{name}: dtype is {a.dtype}; expected a floating-point matrix")
     if a.dim() != 2 or a.numel() == 0:
-        raise ValueError(f"{name}: shape is {tuple(a.shape)}; expected a matrix [out_features, in_features], not empty")
+        raise SmileError(f"{name}: shape is {tuple(a.shape)}; expected a matrix [out_features, in_features], not empty")
     low, high = (extreme.item() for extreme in torch.aminmax(a.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = (~torch.isfinite(a)).nonzero()
-        raise ValueError(f"{name}: {len(bad)} entries are NaN or inf, the first at {tuple(bad[0].tolist())}")
+        raise SmileError(f"{name}: {len(bad)} entries are NaN or inf, the first at {tuple(bad[0].tolist())}")
     return max(-low, high)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smile_kernels import load_pretrained, save_pretrained, upscale, upscale_checkpoints
+from smile_kernels import SmileError, load_pretrained, save_pretrained, upscale, upscale_checkpoints
 from smile_kernels.checkpoint import describe
 
 SECONDS = 60  # of wall time, on a loaded machine
@@ -158,7 +158,7 @@ def outcome(job: Callable[[], object]) -> str:
             warnings.simplefilter("ignore")
             job()
         return "success"
-    except (ValueError, OSError) as error:
+    except (SmileError, OSError) as error:
         fault = isinstance(error, Unfinished) or not str(error).strip()
         return f"fault: {error!r}" if fault else type(error).__name__
     except Exception as error:
@@ -201,7 +201,7 @@ def test_malformed_folders(inputs, tmp_path, cases):
         shutil.rmtree(folder)
     print(f"{cases} malformed folders: {dict(outcomes)}")
     assert not faults, f"seed {seed}:\n" + "\n".join(faults)
-    assert outcomes["ValueError"] > cases / 4
+    assert outcomes["SmileError"] > cases / 4
 
 
 def test_the_untouched_inputs_are_fused_and_load(inputs, tmp_path):

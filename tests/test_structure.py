@@ -23,7 +23,8 @@ ROOMS = (
     ("functional",),
     ("svd", "storage", "testing", "worker"),
     ("ops",),
-    ("publishing", "versions", "errors"),
+    ("publishing", "versions"),
+    ("errors",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 BACKENDS = ("composed", "extension", "triton")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..errors import SmileError
 from ..publishing import new_file, write_text
 from .measure import Record, limits, machine, measure, summary
 from .peers import BASELINE, PEERS
@@ -60,7 +61,7 @@ def bench(
     _check(layers, tokens, setting, dtype, device, peers, graph)
     for name, file in (("json", json_file), ("plot", plot_file)):
         if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
+            raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
     if plot_file is not None:
         import matplotlib  # noqa: F401  before anything is measured
     cases = [Case(layer, setting, t, DTYPES[dtype]) for layer in layers for t in tokens]
@@ -102,20 +103,20 @@ def _check(
         for name, limit in most.items():
             value = getattr(setting, name)
             if value < 1 or (limit is not None and value > limit):
-                raise ValueError(f"{name}: is {value}; expected 1 {'or more' if limit is None else f'to {limit}'}")
+                raise SmileError(f"{name}: is {value}; expected 1 {'or more' if limit is None else f'to {limit}'}")
     for t in tokens:
         if t < 1:
-            raise ValueError(f"tokens: is {t}; expected 1 or more")
+            raise SmileError(f"tokens: is {t}; expected 1 or more")
     for name, value, known in (("dtype", dtype, DTYPES), ("device", device, ("cpu", "cuda"))):
         if value not in known:
-            raise ValueError(f"{name}: is {value!r}; expected one of {', '.join(known)}")
+            raise SmileError(f"{name}: is {value!r}; expected one of {', '.join(known)}")
     for peer in peers:
         if peer not in PEERS:
-            raise ValueError(f"peers: {peer!r} is unknown; expected some of {', '.join(PEERS)}")
+            raise SmileError(f"peers: {peer!r} is unknown; expected some of {', '.join(PEERS)}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: is 'cuda'; torch {torch.__version__} sees no GPU here")
+        raise SmileError(f"device: is 'cuda'; torch {torch.__version__} sees no GPU here")
     if graph and device != "cuda":
-        raise ValueError("graph: CUDA graphs need device 'cuda'")
+        raise SmileError("graph: CUDA graphs need device 'cuda'")
 
 
 def describe(record: Record) -> str:

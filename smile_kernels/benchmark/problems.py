@@ -5,6 +5,7 @@ from dataclasses import asdict, astuple, dataclass
 import torch
 from torch import Tensor
 
+from ..errors import SmileError
 from ..ops import reference
 from ..testing import Problem
 
@@ -148,7 +149,7 @@ def layer_shape(layer: str) -> tuple[int, int, bool]:
     sizes = layer.split("x")
     if len(sizes) == 2 and all(size.isdecimal() and int(size) > 0 for size in sizes):
         return int(sizes[0]), int(sizes[1]), True
-    raise ValueError(f"layer: is {layer!r}; expected <in_features>x<out_features>, or one of {', '.join(LAYERS)}")
+    raise SmileError(f"layer: is {layer!r}; expected <in_features>x<out_features>, or one of {', '.join(LAYERS)}")
 
 
 def _clearly_routed(problem: Problem) -> Tensor:

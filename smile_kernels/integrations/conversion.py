@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FACTORS
+from ..errors import SmileError
 from ..storage import StoredTensor
 
 __all__ = ["ModelNames", "without_wrappers"]
@@ -111,11 +112,11 @@ class ModelNames:
         for name, tensor in self.state.items():
             known = not isinstance(tensor, nn.Parameter) or any(alias in tensors for alias in self.aliases(name))
             if not known and not any(re.search(pattern, name) for pattern in optional):
-                raise ValueError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
+                raise SmileError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
         kinds = {re.sub(r"\d+", "#", name) for name in self.state}
         for name, tensor in tensors.items():
             if name not in self.state and re.sub(r"\d+", "#", name) in kinds:
-                raise ValueError(
+                raise SmileError(
                     f"{tensor.file}: tensor {name!r} belongs to no block of the {type(self.model).__name__} that "
                     f"{Path(folder) / 'config.json'} describes; expected the config of these weights"
                 )

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from ..errors import SmileError
 from ..functional import router_projections, select_experts, smile_linear
 from ..nn import SmileLinear
 from ..versions import installed
@@ -55,9 +56,9 @@ class ColwiseSmile(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, SmileLinear):
-            raise ValueError(f"module: is a {type(module).__name__}; {type(self).__name__} expects a SmileLinear")
+            raise SmileError(f"module: is a {type(module).__name__}; {type(self).__name__} expects a SmileLinear")
         if device_mesh.ndim != 1:
-            raise ValueError(f"device_mesh: has {device_mesh.ndim} dimensions; expected one, such as mesh['tp']")
+            raise SmileError(f"device_mesh: has {device_mesh.ndim} dimensions; expected one, such as mesh['tp']")
         for name, p in module.named_parameters(recurse=False):
             placement = Shard(self.shards[name]) if name in self.shards else Replicate()
             sharded = nn.Parameter(distribute_tensor(p, device_mesh, [placement]), requires_grad=p.requires_grad)
@@ -160,7 +161,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """
     plan = getattr(model, "tp_plan", None)
     if not plan:
-        raise ValueError(f"model: {type(model).__name__} has no tp_plan; expected one of transformers")
+        raise SmileError(f"model: {type(model).__name__} has no tp_plan; expected one of transformers")
     styles: dict[str, ParallelStyle] = {}
     column: type[ParallelStyle]
     row: type[ParallelStyle]
@@ -179,7 +180,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         elif style in ("rowwise_split_input", "rowwise_rep"):
             styles[name] = row(input_layouts=Replicate())
         else:
-            raise ValueError(f"tp_plan: {name} is {style!r}; expected a column or row split")
+            raise SmileError(f"tp_plan: {name} is {style!r}; expected a column or row split")
     return styles
 
 

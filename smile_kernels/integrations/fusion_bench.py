@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SmileConfig
+from ..errors import SmileError
 from ..nn import SmileLinear
 from ..versions import warn_if_newer
 
@@ -46,7 +47,7 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
     warn_if_newer("fusion-bench")
     layers = {name: module for name, module in model.named_modules() if _is_smile(module)}
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} holds no SMILE layer of fusion_bench; expected at least one")
+        raise SmileError(f"model: {type(model).__name__} holds no SMILE layer of fusion_bench; expected at least one")
     for name, module in layers.items():
         layer = _convert_layer(
             module.state_dict(), num_experts_per_tok=getattr(module, _MODULES[type(module).__name__])
@@ -71,7 +72,7 @@ def convert_state_dict(
     """
     names = _layer_names(state_dict)
     if not names:
-        raise ValueError("state_dict: holds no SMILE layer of fusion_bench; expected keys such as <layer>.gate.weight")
+        raise SmileError("state_dict: holds no SMILE layer of fusion_bench; expected keys such as <layer>.gate.weight")
     layers, converted = {}, dict(state_dict)
     for name in names:
         prefix = f"{name}." if name else ""
@@ -105,13 +106,13 @@ def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -
         for name in names:
             if name in tensors:
                 return tensors[name]
-        raise ValueError(f"state_dict: {' or '.join(names)} is missing; a SMILE layer of fusion_bench has it")
+        raise SmileError(f"state_dict: {' or '.join(names)} is missing; a SMILE layer of fusion_bench has it")
 
     weight = get("shared_linear.weight", "pretrained_model.weight")
     bias = tensors.get("shared_linear.bias", tensors.get("pretrained_model.bias"))
     n = len({key.split(".")[1] for key in tensors if key.startswith("experts.")})
     if n == 0:
-        raise ValueError("state_dict: experts.0.u is missing; a SMILE layer of fusion_bench has it")
+        raise SmileError("state_dict: experts.0.u is missing; a SMILE layer of fusion_bench has it")
     gate = get("gate.weight", "gate.weights")
     gate = gate.view(n, gate.shape[0] // n, gate.shape[1])
     experts = (

@@ -21,6 +21,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
+from ..errors import SmileError
 from ..storage import read_json, read_pickled, read_safetensors
 from .conversion import ModelNames
 
@@ -121,7 +122,7 @@ def adapter_deltas(
     for module, tensors in modules.items():
         delta = _module_delta(directory, located[module], tensors, config, base)
         if located[module] in deltas:
-            raise ValueError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
+            raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
         deltas[located[module]] = delta
     dora = [d for d in deltas.values() if isinstance(d.weight, LowRankDelta) and d.weight.magnitude is not None]
     if dora:
@@ -151,7 +152,7 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
         name = name.replace(".token_adapter.", ".").replace("._fsdp_wrapped_module", "")
         match = _FACTOR.fullmatch(name) or _SAVED.fullmatch(name)
         if match is None:
-            raise ValueError(f"{directory}: has a tensor {key!r}; expected <module>.lora_A.weight and the like")
+            raise SmileError(f"{directory}: has a tensor {key!r}; expected <module>.lora_A.weight and the like")
         part = _SPELLINGS.get(match["part"], match["part"])
         if part == "lora_B" and match.groupdict().get("kind") == "bias":
             part = "lora_B.bias"
@@ -161,7 +162,7 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
             continue
         modules.setdefault(match["module"], {})[part] = tensor
     if len(adapters) > 1:
-        raise ValueError(f"{directory}: holds the adapters {', '.join(sorted(adapters))}; expected one")
+        raise SmileError(f"{directory}: holds the adapters {', '.join(sorted(adapters))}; expected one")
     return modules
 
 
@@ -193,7 +194,7 @@ def _in_base(
     if not adapted:
         return {module: module for module in modules}
     unknown = next(module for module in adapted if f"{module}.weight" not in base)
-    raise ValueError(f"{directory}: changes {unknown!r}, which the base lacks; expected an adapter of this base")
+    raise SmileError(f"{directory}: changes {unknown!r}, which the base lacks; expected an adapter of this base")
 
 
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
@@ -208,12 +209,11 @@ def _module_delta(
     for one, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
         if (one in tensors) != (other in tensors):
             lacks = other if one in tensors else one
-            raise ValueError(f"{directory}: {module} has no {lacks}; expected both factors of its change")
+            raise SmileError(f"{directory}: {module} has no {lacks}; expected both factors of its change")
     if "lora_A" in tensors and tensors["lora_A"].dim() != 2:
-        b, a = (tensors[name].flatten(1).float() if tensors[name].dim() > 1 else None for name in ("lora_B", "lora_A"))
-        fits = a is not None and b is not None and b.shape[1] == a.shape[0]
-        if not fits or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
-            raise ValueError(f"{directory}: {module}: its factors are those of no linear layer; expected matrices")
+        b, a = (tensors[name].reshape(*(tensors[name].shape[:1] or (1,)), -1).float() for name in ("lora_B", "lora_A"))
+        if b.shape[-1] != a.shape[0] or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
+            raise SmileError(f"{directory}: {module}: its factors are those of no linear layer; expected matrices")
         full = b @ a
         weight = _scale(module, tensors["lora_A"].shape[0], config) * full.view(base[f"{module}.weight"].shape)
     elif "lora_A" in tensors:
@@ -244,18 +244,18 @@ def _config(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"directory: {directory} has no {_CONFIG}; expected a PEFT adapter")
     config = read_json(directory / _CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ValueError(
+        raise SmileError(
             f"peft_type: {directory} is {config.get('peft_type')}; expected LORA (DoRA and rsLoRA included)"
         )
     initial = config.get("init_lora_weights", True)
     if isinstance(initial, str) and any(fnmatch.fnmatch(initial.lower(), name) for name in _CHANGE_THE_BASE):
-        raise ValueError(
+        raise SmileError(
             f"init_lora_weights: {directory} is {initial!r}, which changes the base weights; expected a plain LoRA "
             "(PEFT converts: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     for key in _NOT_LORA:
         if config.get(key):
-            raise ValueError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
+            raise SmileError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
     _check_values(directory / _CONFIG, config)
     return config
 
@@ -267,26 +267,26 @@ def _is_number(value: object) -> bool:
 def _check_values(file: Path, config: Mapping[str, Any]) -> None:
     """Raises ValueError unless the values that a change is computed from have their types."""
     if not _is_number(config.get("lora_alpha")):
-        raise ValueError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}; expected a positive number")
+        raise SmileError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}; expected a positive number")
     for name in ("alpha_pattern", "rank_pattern"):
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping) or not all(_is_number(value) for value in patterns.values()):
-            raise ValueError(f"{file}: {name} is {reprlib.repr(patterns)}; expected positive numbers by pattern")
+            raise SmileError(f"{file}: {name} is {reprlib.repr(patterns)}; expected positive numbers by pattern")
         for pattern in patterns:
             try:
                 regex.compile(pattern)
             except regex.error as error:
-                raise ValueError(f"{file}: {name}: {pattern!r} is not a regular expression ({error})") from None
+                raise SmileError(f"{file}: {name}: {pattern!r} is not a regular expression ({error})") from None
     for name in ("use_rslora", "fan_in_fan_out", "use_dora"):
         if not isinstance(config.get(name, False), bool):
-            raise ValueError(f"{file}: {name} is {config[name]!r}; expected true or false")
+            raise SmileError(f"{file}: {name} is {config[name]!r}; expected true or false")
 
 
 def _matches(pattern: str, module: str) -> bool:
     try:
         return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=1.0))
     except TimeoutError:
-        raise ValueError(f"alpha_pattern: {pattern!r} takes more than a second on {module!r}; expected less") from None
+        raise SmileError(f"alpha_pattern: {pattern!r} takes more than a second on {module!r}; expected less") from None
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
@@ -308,7 +308,7 @@ def _low_rank(
 ) -> tuple[LowRankDelta, Tensor | None]:
     a, b = tensors["lora_A"], tensors["lora_B"]
     if b.shape[1] != a.shape[0]:
-        raise ValueError(f"{module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
+        raise SmileError(f"{module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
     scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
@@ -321,7 +321,7 @@ def _new_rows(directory: Path, module: str, rows: Tensor, config: Mapping[str, A
     if isinstance(indices, dict):
         indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)
     if not isinstance(indices, list) or len(indices) != len(rows) or max(indices, default=0) >= len(weight):
-        raise ValueError(
+        raise SmileError(
             f"trainable_token_indices: does not fit {module} in {directory}; expected {len(rows)} of {len(weight)} rows"
         )
     change = torch.zeros(weight.shape)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SmileError
 from ..functional import router_scores, select_experts
 from ..nn import SmileLinear, smile_layers
 from ..versions import warn_if_newer
@@ -65,10 +66,10 @@ def split_base(model: nn.Module) -> nn.Module:
     warn_if_newer("torchao")
     layers = smile_layers(model)
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
+        raise SmileError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
     for name, layer in layers.items():
         if layer.router_policy is not None:
-            raise ValueError(
+            raise SmileError(
                 f"model: {name or 'it'} follows a routing policy, which a split layer cannot; expected published "
                 "routing (set_routing(model, RoutingPolicy()))"
             )

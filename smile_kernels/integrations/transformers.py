@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig, stored_routing
+from ..errors import SmileError
 from ..nn import smile_layers
 from ..routing import set_routing
 from ..storage import read_safetensors
@@ -107,7 +108,7 @@ class SmileQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         _expect_call(model.save_pretrained, "get_state_dict_and_metadata")
         if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
+            raise SmileError(
                 "distributed_config: transformers' own tensor parallelism does not know SMILE layers; "
                 "load the model whole and use smile_kernels.integrations.distributed"
             )
@@ -119,14 +120,14 @@ class SmileQuantizer(HfQuantizer):
             key, _ = renamed(f"{name}.weight")
             if key not in tensors:
                 if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
-                    raise ValueError(
+                    raise SmileError(
                         f"modules[{name!r}]: {type(model).__name__} has no such layer; expected its layers"
                     )
                 continue  # a head that this class of model does without
             target = key.removesuffix(".weight")
             linear = model.get_submodule(target)
             if not isinstance(linear, (nn.Linear, Conv1D)):
-                raise ValueError(f"modules[{name!r}]: is a {type(linear).__name__} here; expected a linear layer")
+                raise SmileError(f"modules[{name!r}]: is a {type(linear).__name__} here; expected a linear layer")
             rows, columns = tensors[key].shape
             layer = entry.build(
                 *((rows, columns) if isinstance(linear, Conv1D) else (columns, rows)),
@@ -146,11 +147,11 @@ class SmileQuantizer(HfQuantizer):
             stored = read_safetensors(Path(file)) if str(file).endswith(".safetensors") else ()
             for name in (tensor.name.removesuffix(".vh") for tensor in stored if tensor.name.endswith(".vh")):
                 if renamed(f"{name}.weight")[0] not in known:
-                    raise ValueError(
+                    raise SmileError(
                         f"{file}: holds experts of {name!r}, which quantization_config.modules lacks; expected both"
                     )
         if not self._layers:
-            raise ValueError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
+            raise SmileError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         missing = [
@@ -161,12 +162,12 @@ class SmileQuantizer(HfQuantizer):
         ]
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise ValueError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
+            raise SmileError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
         for name, (layer, _) in self._layers.items():
             for factor in FACTORS:
                 tensor = getattr(layer, factor)
                 if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
-                    raise ValueError(f"checkpoint: tensor {name}.{factor} holds NaN or inf; expected finite numbers")
+                    raise SmileError(f"checkpoint: tensor {name}.{factor} holds NaN or inf; expected finite numbers")
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
         set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)

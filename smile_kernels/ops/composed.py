@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SmileError
 from . import registration
 from .reference import accumulate_dtype, router_rows, select
 
@@ -311,7 +312,7 @@ def _check_ids(ids: Tensor, num_experts: int) -> None:
         least, most = ids.min().item(), ids.max().item()
         if least < -1 or most >= num_experts:
             worst = least if least < -1 else most
-            raise ValueError(f"ids: holds {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
+            raise SmileError(f"ids: holds {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
 
 
 def _any_is_none(ids: Tensor) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import SmileError
 from ..publishing import write_text
 from ..versions import installed
 
@@ -91,4 +92,4 @@ def _read() -> dict[str, dict[str, str]]:
         problem = "its values are not objects"
     except (ValueError, AttributeError) as error:
         problem = str(error)
-    raise ValueError(f"{file()}: is not a record of excluded paths ({problem}); delete it")
+    raise SmileError(f"{file()}: is not a record of excluded paths ({problem}); delete it")

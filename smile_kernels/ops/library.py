@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..errors import SmileError
 from ..versions import warn_if_newer
 from . import registration
 from .excluded import why_excluded
@@ -69,7 +70,7 @@ def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_exper
     layer = device_type, dtype, num_experts, training
     if backend is not None:
         if backend not in _MODULES:
-            raise ValueError(f"backend: {backend!r} is unknown; expected one of {', '.join(_MODULES)}")
+            raise SmileError(f"backend: {backend!r} is unknown; expected one of {', '.join(_MODULES)}")
         if device_type != "meta" and (reason := why_not(backend, *layer)):
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
         if reason := why_excluded(backend, device_type, dtype, training):

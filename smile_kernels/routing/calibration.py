@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SmileError
 from ..nn import SmileLinear, smile_layers
 from .cache import cache_in
 from .control import get_routing, set_routing, watch_tokens
@@ -97,17 +98,17 @@ def calibrate(
     """
     layers = smile_layers(model)
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
+        raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
     for name, value in (("sequences", sequences), ("length", length)):
         if value < 1:
-            raise ValueError(f"{name}: is {value}; expected 1 or more")
+            raise SmileError(f"{name}: is {value}; expected 1 or more")
     generator = torch.Generator().manual_seed(seed)
     with _experts_off(model, layers) as shares:
         if inputs is not None:
             source = "given"
             for batch in inputs:
                 if not isinstance(batch, Mapping):
-                    raise ValueError(
+                    raise SmileError(
                         f"inputs: holds a {type(batch).__name__}; expected mappings of forward's arguments"
                     )
                 model(**batch)
@@ -118,7 +119,7 @@ def calibrate(
             source = "random"
             model(**_random_inputs(model, sequences, length, generator))
     if not any(count for _, count in shares.values()):
-        raise ValueError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
+        raise SmileError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
 
     report = []
     for name, layer in layers.items():
@@ -201,7 +202,7 @@ def _write(model: nn.Module, sequences: int, length: int, generator: torch.Gener
         following = torch.multinomial(odds, 1, generator=generator).to(device)
         cache = cache_in(output)
         if cache is None:
-            raise ValueError(
+            raise SmileError(
                 f"inputs: {type(model).__name__} returns no KV cache, with which it would write; expected batches of "
                 "unlabelled inputs"
             )
@@ -234,7 +235,7 @@ def _random_inputs(model: nn.Module, sequences: int, length: int, generator: tor
         found["input_features"] = torch.randn(sequences, config.num_mel_bins, frames, generator=generator)
         found["decoder_input_ids"] = torch.randint(0, config.vocab_size, (sequences, length), generator=generator)
     if not found:
-        raise ValueError(
+        raise SmileError(
             f"inputs: {type(model).__name__} says no kind of input that can be drawn (main_input_name is {main!r}); "
             "expected batches of unlabelled inputs"
         )

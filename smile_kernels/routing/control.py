@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..errors import SmileError
 from ..functional import route
 from ..nn import SmileLinear, smile_layers
 from .policy import RoutingPolicy, block_numbers
@@ -36,15 +37,15 @@ def check_routing(
     found = smile_layers(model) if layers is None else {}
     layers = {name: layer.num_local_experts for name, layer in found.items()} if layers is None else layers
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
+        raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
     m = policy.num_experts_per_tok
     for name, experts in layers.items():
         if m is not None and m > experts:
-            raise ValueError(f"num_experts_per_tok: is {m}; expected at most {experts}, as {name} has")
+            raise SmileError(f"num_experts_per_tok: is {m}; expected at most {experts}, as {name} has")
     if policy.calibrated and not calibrating:
         bare = [name for name in layers if name not in found or found[name].router_prior is None]
         if bare:
-            raise ValueError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
+            raise SmileError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
     if policy.is_published:
         return
     parts = _parts(model, layers)
@@ -52,14 +53,14 @@ def check_routing(
     outside = [name for name in layers if name not in held]
     if outside:
         names = ", ".join(type(model.get_submodule(root)).__name__ for root in parts)
-        raise ValueError(
+        raise SmileError(
             f"model: {outside[0]} belongs to none of its parts ({names}), each of which routes its own tokens; "
             "expected SMILE layers inside the parts alone, or set_routing on one part"
         )
     for root, part in parts.items():
         counts = {layers[name] for name in part}
         if len(counts) > 1:
-            raise ValueError(
+            raise SmileError(
                 f"model: the SMILE layers of {type(model.get_submodule(root)).__name__} have {sorted(counts)} experts; "
                 "expected one number, since they share their evidence"
             )
@@ -124,7 +125,7 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     attached = (_root_routing(layer) for layer in smile_layers(model).values())
     found = {RoutingPolicy() if root is None else root.policy for root in attached}
     if len(found) > 1:
-        raise ValueError(f"model: its SMILE layers follow {len(found)} routing policies; expected one")
+        raise SmileError(f"model: its SMILE layers follow {len(found)} routing policies; expected one")
     return found.pop() if found else RoutingPolicy()
 
 

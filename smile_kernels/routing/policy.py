@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SmileError
 from ..ops.reference import accumulate_dtype
 
 __all__ = [
@@ -79,35 +80,35 @@ class RoutingPolicy:
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
-            raise ValueError(f"scope: is {self.scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
+            raise SmileError(f"scope: is {self.scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
         for name in ("accumulate", "calibrated"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: is {getattr(self, name)!r}; expected True or False")
+                raise SmileError(f"{name}: is {getattr(self, name)!r}; expected True or False")
         for name in ("lock_after", "num_experts_per_tok"):
             value = getattr(self, name)
             if value is not None and not _is_integer(value, 1):
-                raise ValueError(f"{name}: is {value!r}; expected None or an integer, 1 or more")
+                raise SmileError(f"{name}: is {value!r}; expected None or an integer, 1 or more")
         if self.half_life is not None:
             number = isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool)
             if not number or not isfinite(self.half_life) or self.half_life <= 0:
-                raise ValueError(f"half_life: is {self.half_life!r}; expected None or a number of tokens above 0")
+                raise SmileError(f"half_life: is {self.half_life!r}; expected None or a number of tokens above 0")
         if self.restart_at is not None:
             if isinstance(self.restart_at, (list, tuple)):  # JSON has lists only
                 object.__setattr__(self, "restart_at", tuple(self.restart_at))
             if not self.restart_at or not all(_is_integer(i, 0) for i in self.restart_at):
-                raise ValueError(f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more")
+                raise SmileError(f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more")
         if self.scope == "prompt":
             object.__setattr__(self, "accumulate", True)
         alone = self.scope == "token" and not self.accumulate
         if self.lock_after is not None and (alone or self.scope == "prompt"):
             why = "each layer chooses alone" if alone else "every layer follows the prompt's choice"
-            raise ValueError(
+            raise SmileError(
                 f"lock_after: is {self.lock_after} with scope {self.scope!r}{' and no accumulation' * alone}; expected "
                 f"None, since there {why}"
             )
         for name in ("half_life", "restart_at"):
             if getattr(self, name) is not None and self.scope not in ("causal", "prompt"):
-                raise ValueError(
+                raise SmileError(
                     f"{name}: is {getattr(self, name)!r} with scope {self.scope!r}; expected None, since only the sums "
                     "of scope 'causal' and 'prompt' run from token to token"
                 )
@@ -144,10 +145,10 @@ class RoutingPolicy:
     def from_dict(cls, values: dict) -> "RoutingPolicy":
         """The inverse of `to_dict`; absent fields take their defaults, unknown ones raise ValueError."""
         if not isinstance(values, dict):
-            raise ValueError(f"routing: is {values!r}; expected a mapping of {[f.name for f in fields(cls)]}")
+            raise SmileError(f"routing: is {values!r}; expected a mapping of {[f.name for f in fields(cls)]}")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"routing: has unknown keys {unknown}; expected some of {[f.name for f in fields(cls)]}")
+            raise SmileError(f"routing: has unknown keys {unknown}; expected some of {[f.name for f in fields(cls)]}")
         return cls(**values)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SmileError
 from .policy import RoutingPolicy
 
 __all__ = ["Tokens", "is_cache", "user_turn_ids"]
@@ -100,7 +101,7 @@ class Tokens:
     def _pack(self, first: Tensor) -> None:
         """first [1 or B, S] bool: the tokens that begin a sequence."""
         if self.length != first.shape[1]:
-            raise ValueError(f"position_ids: has {first.shape[1]} tokens; expected {self.length}")
+            raise SmileError(f"position_ids: has {first.shape[1]} tokens; expected {self.length}")
         if not torch.compiler.is_compiling() and not bool(first[:, 1:].any()):
             return
         at = torch.arange(first.shape[1], device=first.device).expand_as(first)
@@ -215,7 +216,7 @@ def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:
     """[B, S] bool, True on tokens, of masks [B, past + S] or [B, heads, S, keys] (a token attends to itself)."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: is {what}; expected a tensor [B, past + S] or [B, heads, S, keys]")
+        raise SmileError(f"attention_mask: is {what}; expected a tensor [B, past + S] or [B, heads, S, keys]")
     if mask.dim() == 4:
         mask = mask[:, 0] > -1 if mask.is_floating_point() else mask[:, 0] != 0
         mask = mask[:, 0] if mask.shape[1] == 1 else mask
@@ -223,7 +224,7 @@ def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:
         mask = mask != 0
     keys = mask.shape[-1]
     if length is None or keys < length or (isinstance(past, int) and mask.dim() == 2 and keys < past + length):
-        raise ValueError(f"attention_mask: has {keys} columns; expected one for each of {past} + {length} tokens")
+        raise SmileError(f"attention_mask: has {keys} columns; expected one for each of {past} + {length} tokens")
     # Windowed caches hold fewer keys than there were tokens: the last ones are those of this pass.
     start = min(past, keys - length) if isinstance(past, int) else past.clamp(max=keys - length)
     columns = torch.arange(length, device=mask.device) + start
@@ -235,7 +236,7 @@ def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:
 def _boundaries_from_positions(position_ids: Tensor) -> Tensor:
     """position_ids [1 or B, S] -> [1 or B, S] bool, True where a sequence begins: where positions do not go on."""
     if position_ids.dim() != 2:
-        raise ValueError(
+        raise SmileError(
             f"position_ids: has shape {list(position_ids.shape)} and comes without attention_mask; expected [B, S], "
             "else sequences that are packed cannot be told apart"
         )

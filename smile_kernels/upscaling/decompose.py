@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SmileError
 from ..svd import decompose_linear
 from .layers import Layer
 from .report import LayerReport
@@ -66,7 +67,7 @@ def decompose(
             rank_of_router=rank_of_router,
         )
     except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from error
+        raise SmileError(f"{layer.name}: {error}") from error
     return factors, LayerReport.of(layer.name, factors, certificates, time.perf_counter() - start)
 
 

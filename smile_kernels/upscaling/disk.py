@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import REPORT, add_calibration, model_card
 from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
+from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
@@ -97,7 +98,7 @@ class _Job:
         for i, folder in enumerate(experts):
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
-                raise ValueError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
+                raise SmileError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
         names = ModelNames(model_of_checkpoint(self.base))
         self.by_name, self.origins = names.map(self.stored)
         names.check_complete(self.base, self.by_name)
@@ -343,7 +344,7 @@ def upscale_checkpoints(
     """
     check_request("experts", experts, num_experts_per_tok, remaining)
     if routing is not None and routing.calibrated and not calibrate:
-        raise ValueError("routing: is calibrated; expected calibrate, without which no layer has a router_prior")
+        raise SmileError("routing: is calibrated; expected calibrate, without which no layer has a router_prior")
     # Ranks and counts are checked as the config they will stand in.
     config = SmileConfig(
         num_local_experts=len(experts),
@@ -357,7 +358,7 @@ def upscale_checkpoints(
     parse_size(max_shard_size)
     check_device(device)
     if workers is not None and workers < 1:
-        raise ValueError(f"workers: is {workers}; expected 1 or more")
+        raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
@@ -463,7 +464,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: is {device!r}, which cannot compute here ({str(error).splitlines()[0]})") from None
+        raise SmileError(f"device: is {device!r}, which cannot compute here ({str(error).splitlines()[0]})") from None
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..config import read_config
+from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..storage import StoredTensor
 from ..svd import check_ranks
@@ -118,7 +119,7 @@ def layers_of_checkpoint(
         return layers
     model_type = read_config(folder).get("model_type")
     if model_type in _CONV1D_MODELS:
-        raise ValueError(
+        raise SmileError(
             f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
         )
     plain = [
@@ -136,7 +137,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     if not architectures:
         return None
     if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise ValueError(f"{folder / 'config.json'}: architectures is {architectures!r}; expected a list of names")
+        raise SmileError(f"{folder / 'config.json'}: architectures is {architectures!r}; expected a list of names")
     try:
         import transformers
     except ImportError:
@@ -150,7 +151,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
             model = cls(cls.config_class.from_pretrained(folder))
         model.tie_weights()
     except Exception as error:  # whatever a config that does not fit makes the architecture raise
-        raise ValueError(
+        raise SmileError(
             f"{folder / 'config.json'}: transformers cannot make a {architectures[0]} of it "
             f"({type(error).__name__}: {error}); expected the config of the weights beside it"
         ) from error
@@ -166,7 +167,7 @@ def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > limit:
-            raise ValueError(f"it has more than {limit:,} modules")
+            raise SmileError(f"it has more than {limit:,} modules")
 
     handle = register_module_module_registration_hook(made)
     try:
@@ -187,7 +188,7 @@ def select_layers(
     """
     for argument, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
-            raise ValueError(f"{argument}: is {patterns!r}; expected a list of patterns such as ['*.q_proj']")
+            raise SmileError(f"{argument}: is {patterns!r}; expected a list of patterns such as ['*.q_proj']")
     chosen = {
         name: layer
         for name, layer in layers.items()
@@ -195,7 +196,7 @@ def select_layers(
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ())
     }
     if not chosen:
-        raise ValueError(
+        raise SmileError(
             f"include, exclude: {include} without {exclude} leaves none of the {len(layers)} linear layers; "
             "expected patterns such as '*.q_proj'"
         )
@@ -215,7 +216,7 @@ def check_layer_ranks(
         try:
             check_ranks(rank_of_expert, rank_of_router, base[layer.weight].shape)
         except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from None
+            raise SmileError(f"{layer.name}: {error}") from None
 
 
 def fused_experts(model: nn.Module) -> list[LayerReport]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import SmileError
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
@@ -93,7 +94,7 @@ def upscale(
     """
     check_request("finetuned", finetuned, num_experts_per_tok, remaining)
     if isinstance(model, nn.Linear):
-        raise ValueError(
+        raise SmileError(
             "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
         )
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
@@ -184,7 +185,7 @@ def _sources(
             source.check_kinds(model, chosen.values())
             sources.append(source)
         elif not isinstance(expert, Mapping):
-            raise ValueError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
+            raise SmileError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
         else:
             sources.append(adapter := AdapterSource(f"finetuned[{i}]", expert, base, every))
             adapter.check(base)

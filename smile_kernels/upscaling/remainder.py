@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import SmileError
 from ..storage import StoredTensor
 from .layers import Layer
 from .report import NEW, LayerReport, LostChange
@@ -17,7 +18,7 @@ def check_fit(
     """With `strict`, raises ValueError if an expert changes a layer that cannot hold experts."""
     for layer in layers if strict else ():
         if layer.unfit and any(source.changes(layer, base) for source in sources):
-            raise ValueError(
+            raise SmileError(
                 f"{where}: {layer.name} cannot hold experts, since {layer.unfit}; expected it in exclude "
                 f"(exclude=[{layer.name!r}] keeps the base's)"
             )
@@ -74,7 +75,7 @@ def check_changed(argument: str, reports: Collection[LayerReport], taken: Collec
     """Raises ValueError if no layer is upscaled and none takes an expert's weight."""
     if not taken and all(report.skipped for report in reports):
         reasons = ", ".join(sorted({report.skipped or "" for report in reports}))
-        raise ValueError(f"{argument}: change no layer that can hold experts ({reasons}); expected one change or more")
+        raise SmileError(f"{argument}: change no layer that can hold experts ({reasons}); expected one change or more")
 
 
 def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSource]) -> Tensor:

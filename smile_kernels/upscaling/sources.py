@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import read_config
-from ..errors import check_integer
+from ..errors import SmileError, check_integer
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
 from ..storage import StoredTensor, read_tensors
@@ -111,15 +111,15 @@ class WholeSource(ExpertSource):
             if name in biases and (name not in self.shapes or name not in base):
                 continue
             if name not in self.shapes:
-                raise ValueError(f"{self.where}: has no tensor {name!r}; expected the base's, {list(base[name].shape)}")
+                raise SmileError(f"{self.where}: has no tensor {name!r}; expected the base's, {list(base[name].shape)}")
             mine, theirs = self.shapes[name], base[name]
             if mine.shape != theirs.shape:
-                raise ValueError(
+                raise SmileError(
                     f"{self.where}: tensor {name!r} has shape {list(mine.shape)}; expected the base's, "
                     f"{list(theirs.shape)}"
                 )
             if mine.dtype != theirs.dtype and (not cast or not mine.dtype.is_floating_point or mine.dtype.itemsize < 2):
-                raise ValueError(f"{self.where}: tensor {name!r} is {mine.dtype}; expected the base's {theirs.dtype}")
+                raise SmileError(f"{self.where}: tensor {name!r} is {mine.dtype}; expected the base's {theirs.dtype}")
 
 
 class ModuleSource(WholeSource):
@@ -139,7 +139,7 @@ class ModuleSource(WholeSource):
             mine, theirs = self.modules.get(layer.weight), base.get_submodule(layer.name)
             if mine is None or not isinstance(mine, type(theirs)):
                 kinds = (type(module).__name__ for module in (mine, theirs))
-                raise ValueError("{}: {} is a {}; expected a {} as in the base".format(self.where, layer.name, *kinds))
+                raise SmileError("{}: {} is a {}; expected a {} as in the base".format(self.where, layer.name, *kinds))
         check_finite(self.where, self.tensors)
 
 
@@ -175,13 +175,13 @@ class AdapterSource(ExpertSource):
         for name, delta in self.deltas.items():
             parts: dict[str, Tensor | None] = {"bias": delta.bias, **delta.whole}
             if f"{name}.weight" not in shapes and not delta.whole:
-                raise ValueError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
+                raise SmileError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
             if isinstance(delta.weight, LowRankDelta):
                 parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}
                 mine = (delta.weight.b.shape[0], delta.weight.a.shape[1])
                 mine = mine[::-1] if name in self.transposed else mine
                 if mine != tuple(shapes[f"{name}.weight"].shape):
-                    raise ValueError(
+                    raise SmileError(
                         f"{self.where}: the change of {name} has shape {list(mine)}; expected the base's, "
                         f"{list(shapes[f'{name}.weight'].shape)}"
                     )
@@ -231,7 +231,7 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
     """
     if quantized := read_config(folder).get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        raise ValueError(f"{where}: {folder} is stored as {method!r} already; expected a checkpoint of plain weights")
+        raise SmileError(f"{where}: {folder} is stored as {method!r} already; expected a checkpoint of plain weights")
     stored = read_tensors(folder)
     return {plain: replace(stored[name], name=plain) for name, plain in without_wrappers(stored).items()}
 
@@ -291,19 +291,19 @@ def open_source(
 def check_request(argument: str, experts: Sequence[object], num_experts_per_tok: int, remaining: str) -> None:
     """Raises ValueError unless there are experts, as many as a token shall have, and `remaining` is known."""
     if not experts:
-        raise ValueError(f"{argument}: is empty; expected one fine-tuned model or more")
+        raise SmileError(f"{argument}: is empty; expected one fine-tuned model or more")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, len(experts), "the number of experts")
     if remaining not in ("base", "average"):
-        raise ValueError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+        raise SmileError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, naming the tensor, if one holds NaN or inf, or no data."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            raise ValueError(f"{where}: {name} is on the meta device, as offloaded parameters are; expected its data")
+            raise SmileError(f"{where}: {name} is on the meta device, as offloaded parameters are; expected its data")
         if type(tensor) not in (Tensor, nn.Parameter):
             continue  # a quantised tensor
         # The least and the largest entry are NaN where any is.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise ValueError(f"{where}: {name} holds NaN or inf; expected finite numbers")
+            raise SmileError(f"{where}: {name} holds NaN or inf; expected finite numbers")

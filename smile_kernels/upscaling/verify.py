@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import REPORT, load_pretrained, transformers_class
 from ..config import read_config
+from ..errors import SmileError
 from ..integrations.peft import is_adapter
 from ..nn import SmileLinear, smile_layers
 from .report import UpscaleReport
@@ -78,10 +79,10 @@ def verify(
     """
     layers = smile_layers(model)
     if not layers:
-        raise ValueError("model: holds no SmileLinear; expected a model made by upscale()")
+        raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
     count = next(iter(layers.values())).num_local_experts
     if len(finetuned) != count:
-        raise ValueError(f"finetuned: holds {len(finetuned)} models; expected {count}, one for each expert")
+        raise SmileError(f"finetuned: holds {len(finetuned)} models; expected {count}, one for each expert")
     verdicts = []
     for i, expert in enumerate(finetuned):
         tuned = expert if isinstance(expert, nn.Module) else expert()
@@ -227,7 +228,7 @@ def _first(output: Any) -> Tensor:
             return value
         if isinstance(value, (Mapping, list, tuple)):
             return _first(value)
-    raise ValueError(f"model: returns a {type(output).__name__} with no floating-point tensor; expected one")
+    raise SmileError(f"model: returns a {type(output).__name__} with no floating-point tensor; expected one")
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
@@ -248,7 +249,7 @@ def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """
     config = getattr(model, "config", None)
     if config is None:
-        raise ValueError(f"inputs: {type(model).__name__} has no config to make them from; expected inputs={{...}}")
+        raise SmileError(f"inputs: {type(model).__name__} has no config to make them from; expected inputs={{...}}")
     generator = torch.Generator().manual_seed(seed)
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     parts = [config, *(getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name))]
@@ -280,7 +281,7 @@ def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         wanted += ["pixel_values"]  # a model of images and texts
     unknown = [name for name in wanted if name not in makers or name not in parameters]
     if unknown:
-        raise ValueError(f"inputs: {type(model).__name__} takes {unknown[0]!r}; expected it in inputs={{...}}")
+        raise SmileError(f"inputs: {type(model).__name__} takes {unknown[0]!r}; expected it in inputs={{...}}")
     return {name: makers[name]().to(device) for name in dict.fromkeys(wanted)}
 
 
@@ -302,7 +303,7 @@ def verify_checkpoint(
     report = UpscaleReport.load(folder / REPORT) if (folder / REPORT).is_file() else UpscaleReport([])
     base, experts = base or report.base, list(experts or report.experts)
     if not base or not experts:
-        raise ValueError(f"base, expert: are not given, and {folder} has no report that names them; expected both")
+        raise SmileError(f"base, expert: are not given, and {folder} has no report that names them; expected both")
 
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
 

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig
+from ...errors import SmileError
 from ...functional import router_projections, select_experts, smile_linear
 from .routing import RememberedRouting
 
@@ -52,7 +53,7 @@ class SmileQuantizationConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "SmileQuantizationConfig":
         smile = SmileConfig.from_dict(config)
         if smile.base_model_name_or_path is not None:
-            raise ValueError(
+            raise SmileError(
                 f"base_model_name_or_path: is {smile.base_model_name_or_path!r}; vLLM reads one folder, so expected a "
                 "whole checkpoint (load_pretrained, then save_pretrained, makes one)"
             )
@@ -70,7 +71,7 @@ class SmileQuantizationConfig(QuantizationConfig):
         if not any(parts.values()):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
-            raise ValueError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
+            raise SmileError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
         return SmileLinearMethod(parts, self.config.num_local_experts, self.num_experts_per_tok, self.routing)
 
 
@@ -136,7 +137,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         if any(part.router_prior for part in present):
             register("router_prior", (p, self.n), functools.partial(_load_part, layer), dtype=torch.float32)
         elif self.routing is not None and self.routing.policy.calibrated:
-            raise ValueError(
+            raise SmileError(
                 f"calibrated: is True in the checkpoint's routing, and {self.names[next(iter(self.present))]} has no "
                 "router_prior; expected `smile-kernels calibrate` to have run on it"
             )
@@ -173,7 +174,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 elif piece.isnan().any():
                     missing.append(f"{self.names[i]}.{name}")
         if missing:
-            raise ValueError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
+            raise SmileError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
         tensors = {name: getattr(layer, name)[list(self.present)].flatten(0, 1) for name in ("vh", "s")}
         if any(part.router or part.rank_of_router != self.g for part in self.present.values()):
             routers = layer.vh.new_zeros(len(self.present), n, self.g, layer.vh.shape[-1])

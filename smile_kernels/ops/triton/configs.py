@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ...errors import SmileError
 from .. import excluded
 from .common import TensorDescriptor, cdiv, gdc_wait, next_power_of_2
 
@@ -411,7 +412,7 @@ def tables() -> Tables:
     try:
         return Tables(json.loads(path.read_text()))
     except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); delete it, or write it again by tuning") from None
+        raise SmileError(f"{path}: is not valid JSON ({error}); delete it, or write it again by tuning") from None
 
 
 @functools.lru_cache(maxsize=4096)
