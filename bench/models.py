@@ -19,8 +19,8 @@ from smile_kernels.benchmark.problems import Setting
 from smile_kernels.ops import library
 from smile_kernels.testing import Problem
 
-# Largest difference to the oracle, relative to its largest output, that a variant may show: rounding through all layers
-# of the model. In bfloat16 it is that of the dense layers and of a token in a hundred routed otherwise.
+# Largest difference to the reference, relative to its largest output, that a variant may show: rounding through all
+# layers of the model. In bfloat16 it is that of the dense layers and of a token in a hundred routed otherwise.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 

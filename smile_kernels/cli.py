@@ -274,7 +274,7 @@ def bench(
 ) -> None:
     """Show what a SMILE layer costs here, beside its peers, F.linear and the machine's own limits.
 
-    Every peer runs on the same tensors, interleaved, after its result was checked against a float64 oracle.
+    Every peer runs on the same tensors, interleaved, after its result was checked against a float64 reference.
 
     \b
     Example:

@@ -82,7 +82,7 @@ class SmileModuleConfig:
 
 @dataclass(frozen=True)
 class SmileConfig:
-    """What is SMILE about a checkpoint: `quantization_config` in its config.json.
+    """SMILE settings of a checkpoint: `quantization_config` in its config.json.
 
     Args:
         num_local_experts: N, the same in every layer.

@@ -218,7 +218,7 @@ def decompose_linear(
 
 
 def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> TruncatedSVD:
-    """The SVD of a dense expert's difference [O, D], where directions of mere rounding do not vote."""
+    """The SVD of a dense expert's difference [O, D], whose rounding-level directions are zeroed."""
     delta = _difference(expert, weight)
     result = truncated_svd(delta, rank, rank_of_router=g, noise_floor=_rounding_noise(expert, delta))
     if result.certificate.directions < g and expert.dtype.itemsize == 2:

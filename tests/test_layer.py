@@ -1,4 +1,4 @@
-"""The torch backend, forward and backward, against the float64 oracle; and the layer as users hold it."""
+"""The torch backend, forward and backward, against the float64 reference; and the layer as users hold it."""
 
 import copy
 import pickle
@@ -47,7 +47,7 @@ def way(request, monkeypatch):
     return request.param
 
 
-def agrees_with_the_oracle(p: Problem) -> None:
+def agrees_with_the_reference(p: Problem) -> None:
     """y and the gradient of every tensor."""
     leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}
     y = call(p, backend="torch")
@@ -64,9 +64,9 @@ def agrees_with_the_oracle(p: Problem) -> None:
 @pytest.mark.parametrize("router", [False, True], ids=["tied", "separate"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_backward_match_the_oracle(way, shape, dtype, router):
+def test_forward_and_backward_match_the_reference(way, shape, dtype, router):
     p = problem(shape, dtype=dtype, router=router, bias=shape != "rank-1", expert_bias=shape != "all")
-    agrees_with_the_oracle(p)
+    agrees_with_the_reference(p)
 
 
 @pytest.mark.parametrize("shape", ["top-1", "top-2", "all", "many-tokens"])
@@ -80,7 +80,7 @@ def test_one_product_for_router_and_experts(monkeypatch, shape):
     monkeypatch.setattr(composed, "route", None)
     for every_expert in (0, 2**62):
         monkeypatch.setattr(composed, "EVERY_EXPERT", every_expert)
-        agrees_with_the_oracle(p)
+        agrees_with_the_reference(p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,7 +134,7 @@ def on_blocks(monkeypatch, p: Problem, weights, ids, dy, block):
 @pytest.mark.parametrize("block", [1, 4, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["one-token", "top-2", "all"])
-def test_padded_blocks_match_the_oracle(monkeypatch, shape, dtype, block):
+def test_padded_blocks_match_the_reference(monkeypatch, shape, dtype, block):
     p = problem(shape, dtype=dtype)
     weights, ids = reference.route(p.x, p.rows(), p.num_experts_per_tok)
     dy = torch.randn(p.x.shape[0], p.weight.shape[0]).to(dtype)

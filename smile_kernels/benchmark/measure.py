@@ -28,7 +28,7 @@ from .problems import Case
 # Calls are repeated until a sample is this long, so that reading the clocks costs nothing beside it.
 SAMPLE_SECONDS = 1e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
-# Tokens of a batch compared with the float64 oracle, spread over the whole of it.
+# Tokens of a batch compared with the float64 reference, spread over the whole of it.
 CHECKED_TOKENS = 48
 
 Record = dict[str, Any]
@@ -129,8 +129,9 @@ def measure(
 ) -> Record:
     """One case on every peer, interleaved: a record of plain values, ready for JSON.
 
-    A peer whose output (and with `backward` dx) is further from the float64 oracle than twice plain PyTorch's distance
-    is refused and not timed; one that cannot run is listed. Both carry the reason under "refused" and "cannot_run".
+    A peer whose output (and with `backward` dx) is further from the float64 reference than twice plain PyTorch's
+    distance is refused and not timed; one that cannot run is listed. Both carry the reason under "refused" and
+    "cannot_run".
 
     Args:
         case: the layer, setting, tokens and dtype.

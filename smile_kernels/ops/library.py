@@ -91,7 +91,7 @@ def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_exper
 def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str:
     """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the best that serves such a layer.
 
-    A name that was asked for and cannot run raises RuntimeError with the reason; it is never replaced by another. On
+    A name that was asked for and cannot run raises RuntimeError with the reason; there is no fallback. On
     meta tensors, of which shapes alone are computed, every name is right.
     """
     if backend is None:

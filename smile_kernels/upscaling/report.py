@@ -22,7 +22,7 @@ NEW = "the base has no such tensor"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one linear layer.
+    """Result for one linear layer.
 
     Attributes:
         name: the layer's name in the model.
@@ -54,7 +54,7 @@ class LayerReport:
         if len(untrained) == len(certificates) and factors["expert_bias"] is None:
             skipped = "every expert equals the base"
         elif len(untrained) == len(certificates) > 1:
-            skipped = "experts differ in their biases only, by which no token can be routed"
+            skipped = "experts differ in their biases only, so the router cannot distinguish them"
         return cls(
             name,
             0 if skipped else s.shape[1],
@@ -84,7 +84,7 @@ class LostChange:
 
 @dataclass(frozen=True)
 class UpscaleReport:
-    """What became of every layer, and what the result does not hold; printed as a summary, saved as JSON.
+    """Results for every layer, and what the result does not hold; printed as a summary, saved as JSON.
 
     Attributes:
         layers: the linear layers.

@@ -32,7 +32,7 @@ def _on_a_gpu(monkeypatch):
 
 
 def run(name: str, setting: Setting, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(y, the oracle's y, plain PyTorch's error); the layer runs twice, on y poisoned by NaN in between."""
+    """(y, the reference's y, plain PyTorch's error); the layer runs twice, on y poisoned by NaN in between."""
     problem = Case("280x160", setting, tokens, dtype).problem("cpu")
     problem.expert_bias = None
     weights, ids = reference.route(problem.x, problem.rows(), setting.num_experts_per_tok)

@@ -32,7 +32,7 @@ def check_routing(problem: Problem, weights: torch.Tensor, ids: torch.Tensor) ->
 
 
 def check_forward(ops, problem: Problem) -> None:
-    """route, apply and linear of `ops` against the float64 oracle, and against each other."""
+    """route, apply and linear of `ops` against the float64 reference, and against each other."""
     p, m, r = problem, problem.num_experts_per_tok, problem.s.shape[1]
     y, weights, ids, h = ops.linear(*p.arguments(), m, p.rank_of_router, True)
     check_routing(p, weights, ids)
@@ -51,7 +51,7 @@ def check_forward(ops, problem: Problem) -> None:
 
 
 def check_backward(ops, problem: Problem) -> None:
-    """apply_backward under fixed weights, and with route_backward added through the router, against the oracle."""
+    """apply_backward under fixed weights, and with route_backward added through the router, against the reference."""
     p, m = problem, problem.num_experts_per_tok
     y, weights, ids, h = ops.linear(*p.arguments(), m, p.rank_of_router, True)
     dy = torch.randn_like(y)

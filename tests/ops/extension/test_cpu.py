@@ -1,4 +1,4 @@
-"""The compiled CPU operator, against the oracle and through PyTorch's own machinery."""
+"""The compiled CPU operator, against the reference and through PyTorch's own machinery."""
 
 import threading
 import warnings
