@@ -91,7 +91,7 @@ def on_gpu() -> Plan:
     others += [replace(trained[0], setting=setting) for setting in (SETTINGS[2], SETTINGS[4])]
     folder = ROOT / "tests" / "ops" / "triton"
     # Compiling ahead of time and the rehearsal need no GPU.
-    without = {"test_gpu.py", "test_aot.py", "test_bench_gpu.py"}
+    without = {"test_gpu.py", "test_aot.py", "test_bench_gpu.py", "test_host.py"}  # the last three need no GPU
     files = [folder / "test_gpu.py", *sorted(f for f in folder.glob("test_*.py") if f.name not in without)]
     plugins = []
     if importlib.util.find_spec("xdist"):

@@ -33,7 +33,7 @@ def linear(problem: Problem, save: bool = False):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bare", [False, True], ids=["biases", "no-bias"])
-def test_forward_matches_oracle(shape, dtype, bare):
+def test_forward_matches_reference(shape, dtype, bare):
     bias = dict(bias=not bare, expert_bias=not bare, router=bare)
     check_forward(extension, Problem.random(*shape, dtype=dtype, **bias))
 
@@ -41,7 +41,7 @@ def test_forward_matches_oracle(shape, dtype, bare):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
 @pytest.mark.parametrize("bare", [False, True], ids=["biases", "no-bias"])
-def test_backward_matches_oracle(shape, dtype, bare):
+def test_backward_matches_reference(shape, dtype, bare):
     bias = dict(bias=not bare, expert_bias=not bare, router=bare)
     check_backward(COMPILED, Problem.random(*shape, dtype=dtype, **bias))
 
