@@ -104,6 +104,9 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
         for name in ("in_features", "out_features", "num_local_experts"):
             sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, name: value}
             add(f"SmileLinear({name}={value!r})", lambda s=sizes: sk.SmileLinear(**s), name)
+        for name in (*ranks, "num_experts_per_tok"):
+            sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, name: value}
+            add(f"SmileLinear({name}={value!r})", lambda s=sizes: sk.SmileLinear(**s), name)
     other = nn.Sequential(nn.Linear(D, O + 1))
     half = copy.deepcopy(model).half()
     broken = copy.deepcopy(model)
@@ -140,7 +143,16 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
         "num_experts",
     )
     add("set_routing(no layers)", lambda: sk.set_routing(model, sk.RoutingPolicy()), "model")
-    add("warmup(tokens=[0])", lambda: sk.warmup(fused, [0]), "tokens")
+    for tokens in ([0], [-1], [4, 0]):
+        add(f"warmup(tokens={tokens})", lambda t=tokens: sk.warmup(fused, t), "tokens")
+    for value in (0, -1, "x", None, 1.5):
+        add(
+            f"save_pretrained(max_shard_size={value!r})",
+            lambda v=value: sk.save_pretrained(fused, "no-such-folder", max_shard_size=v),
+            "max_shard_size",
+        )
+    for name, value in (("sequences", 0), ("sequences", -1), ("length", 0)):
+        add(f"calibrate({name}={value})", lambda n=name, v=value: sk.calibrate(fused, **{n: v}), name)
     return cases
 
 
@@ -168,7 +180,7 @@ def test_every_bad_call_names_its_argument():
             faults.append(f"{label}: was taken")
     print(f"{len(cases)} bad calls")
     assert not faults, f"{len(faults)} of {len(cases)}:\n" + "\n".join(faults)
-    assert len(cases) >= 250
+    assert len(cases) >= 300
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

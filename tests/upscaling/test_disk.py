@@ -20,6 +20,7 @@ from smile_kernels.checkpoint import load_pretrained
 from smile_kernels.cli import app
 from smile_kernels.storage import StoredTensor, read_tensors, write_tensors
 from smile_kernels.upscaling import upscale, upscale_checkpoints
+from tests.test_publishing import killed_at
 from tests.upscaling.checkpoints import RANKS, N, Net, command, contents, finetuned, run, save
 
 
@@ -473,3 +474,27 @@ def test_an_incomplete_base_is_refused(tmp_path):
     refused(r"tensor 'model\.layers\.1\.\S+' belongs to no block of the LlamaForCausalLM")
     config.write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     refused(r"tensor 'model\.layers\.2\.\S+' is missing")
+
+
+@pytest.mark.exhaustive
+def test_an_upscaling_killed_at_every_file_operation_is_finished_to_the_same_bits(tmp_path, folders):
+    torch.set_num_threads(1)
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "expected", **RANKS, workers=1)
+    expected, inputs = contents(tmp_path / "expected"), [contents(folder) for folder in folders]
+    operation, killed = 0, True
+    while killed:
+        out = tmp_path / str(operation) / "out"
+        out.parent.mkdir()
+
+        def job(out: Path = out) -> None:
+            upscale_checkpoints(folders[0], folders[1:], out, **RANKS, workers=1)
+
+        killed = killed_at(operation, job)
+        assert not out.exists() or contents(out) == expected
+        job()
+        assert contents(out) == expected, f"operation {operation}"
+        assert [f.name for f in out.parent.iterdir()] == ["out"], f"left after operation {operation}"
+        operation += 1
+    print(f"{operation} kill points")
+    assert [contents(folder) for folder in folders] == inputs
+    assert operation > 50
