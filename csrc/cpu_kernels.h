@@ -307,10 +307,14 @@ template <class X> constexpr int64_t packed_depth(int64_t depth) {
   return (depth + numbers * each - 1) / (numbers * each) * each;
 }
 
-// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel; what is past `width` is of no use.
+// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel. The vectors past them are 0: what memory held there
+// before may be denormal numbers, whose products take a hundred times as long.
 template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel) {
   using R = typename Packed<X>::R;
   constexpr int lanes = kLanes<R>, numbers = Packed<X>::numbers;
+  const int64_t used = (width + lanes - 1) / lanes * lanes;
+  for (int64_t k = 0; k < packed_depth<X>(depth) && used < kPanel * lanes; ++k)
+    std::fill_n(panel + k * kPanel * lanes + used, kPanel * lanes - used, R(0));
   for (int64_t c = 0; c < width; c += lanes)
     for (int64_t k = 0; k < depth; k += lanes * numbers) {
       const int left = int(std::min<int64_t>(lanes * numbers, depth - k));
