@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from smile_kernels import RoutingPolicy, calibrate, get_routing, set_routing, upscale, user_turn_ids
+from smile_kernels import RoutingPolicy, calibrate, set_routing, upscale, user_turn_ids
 from smile_kernels.integrations.peft import adapter_deltas, is_adapter
 
 from .. import merge
@@ -52,12 +53,14 @@ class Case:
 
     @cached_property
     def vectors(self) -> dict[str, Tensor]:
-        """The adapters' changes scale * B A [tasks, O, D] of every layer, bfloat16."""
-        factors = {name: [deltas[name].weight for deltas in self.experts] for name in self.experts[0]}
-        return {
-            f"{name}.weight": torch.stack([(of.scale * (of.b.float() @ of.a.float())).bfloat16() for of in deltas])
-            for name, deltas in factors.items()
-        }
+        """The adapters' changes scale * B A [tasks, O, D] of every layer, bfloat16, as PEFT computes them."""
+        changes: dict[str, list[Tensor]] = {}
+        for folder in self.finetuned:
+            adapted = PeftModel.from_pretrained(copy.deepcopy(self.model).float(), folder).get_base_model()
+            for name, module in adapted.named_modules():
+                if isinstance(module, LoraLayer):
+                    changes.setdefault(f"{name}.weight", []).append(module.get_delta_weight("default").bfloat16())
+        return {name: torch.stack(of).detach() for name, of in changes.items()}
 
     def smile(self, rank_of_router: int) -> PreTrainedModel:
         """The fine-tunes as experts of one model, calibrated on text that it writes itself, routed as published."""
@@ -90,14 +93,26 @@ class Contender:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table. Those that are not essential are tested on fewer rows, with the first seed alone."""
+    """One row of the table. Those that are not essential are tested on fewer rows, with the first seed alone.
+
+    Attributes:
+        name: the row's.
+        build: makes what answers.
+        essential: whether it is tested on every row and seed.
+        routed: whether it has SMILE layers, so that answers depend on smile_kernels.
+        turns: whether it also answers the second turn of conversations.
+        full: whether it also runs on full fine-tunes.
+        pictured: whether its tokens at their own expert are drawn, block by block.
+        timed: whether its time per token is measured.
+    """
 
     name: str
     build: Callable[[Case], Contender]
     essential: bool = True
-    turns: bool = True  # also answers the second turn of conversations
-    full: bool = False  # also runs on full fine-tunes
-    pictured: bool = False  # its tokens at their own expert are drawn, block by block
+    routed: bool = True
+    turns: bool = True
+    full: bool = False
+    pictured: bool = False
     timed: bool = False
 
 
@@ -153,9 +168,14 @@ def oracle(case: Case) -> Contender:
     return contender
 
 
-def smile(policy: RoutingPolicy, rank_of_router: int = ROUTER_RANK) -> Callable[[Case], Contender]:
-    """A SMILE model under a routing policy."""
-    return lambda case: _routed(case.smile(rank_of_router), policy)
+def smile(rank_of_router: int = ROUTER_RANK, restarts: bool = False, **fields: object) -> Callable[[Case], Contender]:
+    """A SMILE model under the routing policy of `fields`; with `restarts`, it starts anew at each user turn."""
+
+    def build(case: Case) -> Contender:
+        turn = {"restart_at": user_turn_ids(case.tokenizer)} if restarts else {}
+        return _routed(case.smile(rank_of_router), RoutingPolicy(**fields, **turn))
+
+    return build
 
 
 def _routed(model: PreTrainedModel, policy: RoutingPolicy) -> Contender:
@@ -169,54 +189,43 @@ def recommended(case: Case) -> Contender:
     return _routed(model, RoutingPolicy.recommended(model, user_turn_ids(case.tokenizer)))
 
 
-def restarting(build: Callable[[Case], Contender]) -> Callable[[Case], Contender]:
-    """The same policy, but its sums start anew where a user turn begins."""
-
-    def built(case: Case) -> Contender:
-        model = build(case).model
-        return _routed(model, replace(get_routing(model), restart_at=user_turn_ids(case.tokenizer)))
-
-    return built
-
-
-LOCKED = "causal + layers, calibrated, lock after 8 blocks"
-locked = RoutingPolicy("causal", accumulate=True, calibrated=True, lock_after=8)
-two_passes = smile(RoutingPolicy("prompt", calibrated=True))
-POLICIES = {
-    "token + layers": RoutingPolicy("token", accumulate=True),
-    "sequence + layers": RoutingPolicy("sequence", accumulate=True),
-    "causal + layers": RoutingPolicy("causal", accumulate=True),
-}
-CAUSAL = RoutingPolicy("causal", accumulate=True, calibrated=True)
-VARIANTS: dict[str, tuple[RoutingPolicy, int]] = {  # (policy, g)
-    "published, g 4": (RoutingPolicy(), 4),
-    "published, g 16": (RoutingPolicy(), 16),
-    "published, m 2": (RoutingPolicy(num_experts_per_tok=2), ROUTER_RANK),
-    "published, calibrated": (RoutingPolicy(calibrated=True), ROUTER_RANK),
-    **{name: (policy, ROUTER_RANK) for name, policy in POLICIES.items()},
-    **{f"{name}, calibrated": (replace(policy, calibrated=True), ROUTER_RANK) for name, policy in POLICIES.items()},
-    "two passes, not calibrated": (RoutingPolicy("prompt"), ROUTER_RANK),
-    "causal + layers, calibrated, g 4": (CAUSAL, 4),
-    "causal + layers, calibrated, g 16": (CAUSAL, 16),
-    "causal + layers, calibrated, m 2": (replace(CAUSAL, num_experts_per_tok=2), ROUTER_RANK),
-    "causal + layers, calibrated, half-life 16": (replace(CAUSAL, half_life=16), ROUTER_RANK),
-    "causal + layers, calibrated, lock after 1 block": (replace(CAUSAL, lock_after=1), ROUTER_RANK),
+TOKEN, SEQUENCE, CAUSAL = ({"scope": scope, "accumulate": True} for scope in ("token", "sequence", "causal"))
+TWO_PASSES = {"scope": "prompt", "calibrated": True}
+LOCK = {"calibrated": True, "lock_after": 8}
+VARIANTS: dict[str, Callable[[Case], Contender]] = {
+    "published, g 4": smile(4),
+    "published, g 16": smile(16),
+    "published, m 2": smile(num_experts_per_tok=2),
+    "published, calibrated": smile(calibrated=True),
+    "token + layers": smile(**TOKEN),
+    "token + layers, calibrated": smile(**TOKEN, calibrated=True),
+    "sequence + layers": smile(**SEQUENCE),
+    "sequence + layers, calibrated": smile(**SEQUENCE, calibrated=True),
+    "causal + layers": smile(**CAUSAL),
+    "causal + layers, calibrated": smile(**CAUSAL, calibrated=True),
+    "causal + layers, calibrated, g 4": smile(4, **CAUSAL, calibrated=True),
+    "causal + layers, calibrated, g 16": smile(16, **CAUSAL, calibrated=True),
+    "causal + layers, calibrated, m 2": smile(**CAUSAL, calibrated=True, num_experts_per_tok=2),
+    "causal + layers, calibrated, half-life 16": smile(**CAUSAL, calibrated=True, half_life=16),
+    "causal + layers, calibrated, lock after 1 block": smile(**CAUSAL, calibrated=True, lock_after=1),
+    "causal + layers, calibrated, lock after 8 blocks": smile(**CAUSAL, **LOCK),
+    "two passes": smile(**TWO_PASSES),
+    "two passes, not calibrated": smile(scope="prompt"),
 }
 PICTURED = ("causal + layers", "causal + layers, calibrated")
 METHODS = [
-    Method("base", lambda case: Contender.of(case.model), essential=False, turns=False, timed=True),
-    Method("individual", individual, full=True, timed=True),
-    Method("simple averaging", averaging, essential=False, turns=False),
-    Method("task arithmetic", task_arithmetic, essential=False, turns=False),
-    Method("ties", ties, essential=False, turns=False),
-    Method("published", smile(RoutingPolicy()), full=True, pictured=True, timed=True),
-    Method("recommended", recommended, full=True),
-    Method(LOCKED, smile(locked), pictured=True, timed=True),
-    Method(f"{LOCKED}, restarts at user turns", restarting(smile(locked))),
-    Method("two passes", two_passes, essential=False, timed=True),
-    Method("oracle", oracle, essential=False, full=True, turns=False),
-    *(
-        Method(name, smile(*of), essential=False, turns=False, pictured=name in PICTURED)
-        for name, of in VARIANTS.items()
+    Method("base", lambda case: Contender.of(case.model), essential=False, routed=False, turns=False, timed=True),
+    Method("individual", individual, routed=False, full=True, timed=True),
+    Method("simple averaging", averaging, routed=False, turns=False),
+    Method("task arithmetic", task_arithmetic, routed=False, turns=False),
+    Method("ties", ties, routed=False, turns=False),
+    Method("published", smile(), full=True, pictured=True, timed=True),
+    Method("recommended", recommended, full=True, timed=True),
+    Method(
+        "causal + layers, calibrated, lock after 8 blocks, restarts", smile(restarts=True, **CAUSAL, **LOCK), timed=True
     ),
+    Method("sequence + layers, calibrated, restarts", smile(restarts=True, **SEQUENCE, calibrated=True), timed=True),
+    Method("two passes, restarts", smile(restarts=True, **TWO_PASSES), timed=True),
+    Method("oracle", oracle, full=True, turns=False),
+    *(Method(name, build, essential=False, turns=False, pictured=name in PICTURED) for name, build in VARIANTS.items()),
 ]

@@ -82,6 +82,16 @@ class Study:
             folders.append(finetuned_folder(*options, lambda done, of, kind=kind: step(kind, done, of), full=whole))
         return folders
 
+    def answers(self, method: Method, case: Case) -> Path:
+        """The file of a method's answers: another one where the fine-tunes or the code that makes answers differ."""
+        decides = json.dumps([[str(f) for f in case.finetuned], torch.__version__, transformers.__version__])
+        digest = hashlib.sha256(decides.encode())
+        here, library = Path(__file__).parent, Path(sk.__file__).parent
+        sources = [here / "methods.py", here / "evaluate.py", here.parent / "merge.py"]
+        for source in [*sources, *(sorted(library.rglob("*.py")) if method.routed else [])]:
+            digest.update(source.read_bytes())
+        return self.cache / "language_model" / "answers" / digest.hexdigest()[:16] / f"{method.name}.json"
+
     def questions(self, rows: int) -> list[Question]:
         """The first `rows` test rows of every task, each a conversation of one turn."""
         return [
@@ -146,13 +156,12 @@ def measure(study: Study, chosen: Sequence[Method], size: Size, step: Step) -> d
     found: dict[str, dict] = {}
     for seed in range(size.seeds):
         case = Case(study.base, study.finetuned(seed, step), study.validation)
-        folder = study.cache / "language_model" / "answers" / _digest([str(f) for f in case.finetuned])
         for method in chosen:
             if not method.essential and (seed or not size.few_rows):
                 continue
             single = study.questions(size.rows if method.essential else size.few_rows)
             double = study.conversations(size.conversations) if method.turns else []
-            answers, details = answer_all(method, case, single + double, folder / f"{method.name}.json", step)
+            answers, details = answer_all(method, case, single + double, study.answers(method, case), step)
             entry = found.setdefault(method.name, {"right": {}, "turns": {}, "details": []})
             entry["details"].append(details)
             for what, questions, given in (
@@ -165,25 +174,14 @@ def measure(study: Study, chosen: Sequence[Method], size: Size, step: Step) -> d
     return found
 
 
-def _digest(parts: Sequence[str]) -> str:
-    """A name for answers: they are read again only where fine-tunes and the code that makes answers are the same."""
-    root = Path(sk.__file__).parent
-    sources = [*sorted(root.rglob("*.py")), *(Path(__file__).with_name(f"{n}.py") for n in ("methods", "evaluate"))]
-    digest = hashlib.sha256(json.dumps([*parts, torch.__version__, transformers.__version__]).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def full_fine_tunes(study: Study, step: Step, rows: int) -> dict:
     """Full fine-tunes, truncated, as experts beside the other tasks' adapters: right answers on the tasks of FULL."""
     case = Case(study.base, study.finetuned(0, step, full=True), study.validation, rank_of_expert=FULL_RANK)
     questions = [q for q in study.questions(rows) if study.tasks[q.task].name in FULL]
-    folder = study.cache / "language_model" / "answers" / _digest([str(f) for f in case.finetuned])
     found = {}
     for method in METHODS:
         if method.full:
-            answers, details = answer_all(method, case, questions, folder / f"{method.name}.json", step)
+            answers, details = answer_all(method, case, questions, study.answers(method, case), step)
             right = right_by_task(study.tasks, questions, answers)
             found[method.name] = {"right": {task: [right[task]] for task in FULL}, "details": [details]}
     return {"rank_of_expert": FULL_RANK, "methods": found}

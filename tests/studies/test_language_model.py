@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smile_kernels import RoutingPolicy, get_routing
+from smile_kernels import get_routing
 from studies.language_model import evaluate, methods, model, report, run, tasks
 
 TASKS = [
@@ -162,7 +162,7 @@ class TestEvaluate:
             assert (ours - theirs).norm() < 0.05 * (plain - theirs).norm()
 
     def test_tokens_at_their_own_expert(self, case):
-        oracle, published = methods.oracle(case), methods.smile(RoutingPolicy())(case)
+        oracle, published = methods.oracle(case), methods.smile()(case)
         questions = [evaluate.Question(("1",), i, "23") for i in range(len(TASKS))]
         shares = torch.tensor(evaluate.own_expert_by_block(published.model, case.tokenizer, questions))
         assert shares.shape == (3, len(TASKS))
