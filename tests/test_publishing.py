@@ -1,12 +1,17 @@
 """Output folders: whole or absent after an interruption at every file operation, and nothing foreign ever deleted."""
 
+import errno
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from smile_kernels import SmileLinear, save_pretrained
 from smile_kernels.publishing import MANIFEST, check_folder, output_folder, work_folder, write_text
+from smile_kernels.storage import write_shard
+from tests.upscaling.checkpoints import stored
 
 SETTINGS = {"rank": 8, "files": [["a", 1]]}
 FILE_OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
@@ -194,3 +199,43 @@ def test_a_link_is_followed_to_its_folder(tmp_path):
 def test_a_mount_point_is_refused():
     with pytest.raises(ValueError, match="mount point"):
         check_folder("/proc")
+
+
+class FullDisk:
+    """A file that takes `room` bytes and then reports a full disk, as the kernel does."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr(
+        "smile_kernels.publishing.open",
+        lambda *a: FullDisk(open(*a), 900),  # noqa: SIM115
+        raising=False,
+    )
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, full_disk):
+    with pytest.raises(OSError, match="disk is full"):
+        write_shard(tmp_path / "model.safetensors", stored({"a": torch.randn(30, 30)}))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="disk is full"):
+        save_pretrained(torch.nn.Sequential(SmileLinear(8, 12, 3, 4, 5)), tmp_path / "model")
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from fusion_bench.models.smile_moe import linear_from_module as generic
 from safetensors.torch import save_model
 from torch import nn
 
-from smile_kernels import SmileLinear, load_pretrained
+from smile_kernels import SmileLinear, load_pretrained, save_pretrained
 from smile_kernels.integrations.fusion_bench import convert_state_dict, from_fusion_bench, holds_fusion_bench_layers
 from smile_kernels.nn import smile_layers
 from tests.integrations.tiny_models import GROUPED, SPECIAL, build, fine_tuned, linear_layers
@@ -149,7 +149,7 @@ def language_model(name: str, base: nn.Module) -> tuple[nn.Module, dict]:
 
 @pytest.mark.parametrize("name", ["Mistral", "Llama", "Qwen2", "Gemma2"])
 def test_language_models(name, tmp_path):
-    """In place, and from the folder they are saved in."""
+    """In place, from the folder they are saved in, and saved anew."""
     base = build(f"{name}ForCausalLM")
     model, config = language_model(name, base)
     model.load_state_dict(base.state_dict(), strict=False)
@@ -172,6 +172,8 @@ def test_language_models(name, tmp_path):
         assert len(layers) == 14
         assert all(layer.router is None for layer in layers)
         torch.testing.assert_close(ours(ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+    save_pretrained(loaded, tmp_path / "ours")
+    assert torch.equal(load_pretrained(tmp_path / "ours")(ids).logits, loaded(ids).logits)
 
 
 def test_missing_tensors_are_named():
@@ -186,3 +188,14 @@ def test_missing_tensors_are_named():
 def test_fusion_bench_is_not_imported():
     code = "import smile_kernels.integrations.fusion_bench, sys; assert 'fusion_bench' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_checkpoints_load_into_a_model(tmp_path):
+    base = nn.Linear(8, 12)
+    model = nn.Sequential(
+        generic.SmileMoELinear(base, [nn.Linear(8, 12) for _ in range(3)], gate_k=2, k=4), nn.LayerNorm(12)
+    )
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = load_pretrained(tmp_path, nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12)))
+    x = torch.randn(20, 8)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)

@@ -29,12 +29,16 @@ class Net(nn.Module):
         return self.norm(self.down(self.up(self.embed(ids)).relu())) @ self.embed.weight.T
 
 
+def stored(tensors: dict[str, torch.Tensor]) -> list[StoredTensor]:
+    return [StoredTensor.of(name, tensor) for name, tensor in tensors.items()]
+
+
 def save(folder: Path, model: nn.Module, **options) -> Path:
     folder.mkdir()
     if not options:
         safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
         return folder
-    write_tensors(folder, [StoredTensor.of(name, tensor) for name, tensor in model.state_dict().items()], **options)
+    write_tensors(folder, stored(model.state_dict()), **options)
     return folder
 
 

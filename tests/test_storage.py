@@ -1,0 +1,120 @@
+"""Tensors on disk: read back as written, in any shards, and damaged files refused by name."""
+
+import json
+import pickle
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smile_kernels.storage import parse_size, read_tensors, write_shard, write_tensors
+from tests.upscaling.checkpoints import stored
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
+    dtypes=st.lists(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]),
+        min_size=6,
+        max_size=6,
+    ),
+    shard=st.integers(1, 200),
+)
+def test_tensors_round_trip_through_any_shards(tmp_path_factory, shapes, dtypes, shard):
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = {f"t.{i}": torch.randn(s).mul(3).to(d) for i, (s, d) in enumerate(zip(shapes, dtypes))}
+    write_tensors(folder, stored(tensors), max_shard_size=shard)
+    read = {name: tensor.load() for name, tensor in read_tensors(folder).items()}
+    theirs = {k: t for file in folder.glob("*.safetensors") for k, t in safetensors.torch.load_file(file).items()}
+    for got in (read, theirs):
+        assert set(got) == set(tensors)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=0)
+    for file in folder.glob("*.safetensors"):
+        data = file.stat().st_size - 8 - struct.unpack("<Q", file.read_bytes()[:8])[0]
+        assert data <= shard or len(safetensors.torch.load_file(file)) == 1
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_bin_files_are_read_as_weights(tmp_path, legacy):
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(2).bfloat16()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    read = read_tensors(tmp_path)
+    assert read["b"].dtype == torch.bfloat16
+    assert all(torch.equal(read[name].load(), tensor) for name, tensor in tensors.items())
+
+
+def test_sharded_bin_files(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"b": torch.ones(3)}, tmp_path / "pytorch_model-2.bin")
+    index = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert {name: t.shape for name, t in read_tensors(tmp_path).items()} == {"a": (2,), "b": (3,)}
+
+
+@pytest.mark.parametrize("keep", [4, 30, -1], ids=["nohead", "halfhead", "halfdata"])
+def test_truncated_safetensors(tmp_path, keep):
+    file = tmp_path / "model.safetensors"
+    write_shard(file, stored({"a": torch.randn(4, 4)}))
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors: is not a whole safetensors file"):
+        read_tensors(tmp_path)
+
+
+def test_a_pickle_that_is_not_weights_alone(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: is not"):
+        read_tensors(tmp_path)
+    torch.save({"a": torch.ones(2), "evil": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: is not a pickle of weights alone"):
+        read_tensors(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_bin_that_is_cut_short_or_holds_more_than_tensors(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.randn(400)}, file)
+    file.write_bytes(file.read_bytes()[:-600])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: is not"):
+        read_tensors(tmp_path)
+    torch.save({"epoch": 3, "a": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"holds a int as 'epoch'; expected tensors by name"):
+        read_tensors(tmp_path)
+
+
+def test_folders_that_hold_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_tensors(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        read_tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: no such file"):
+        read_tensors(tmp_path)
+    write_shard(tmp_path / "gone.safetensors", stored({"b": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"tensor 'a' is not in .*gone\.safetensors"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=["fp32", "bf16", "fp8"])
+def test_not_finite(tmp_path, value, dtype):
+    bad = torch.randn(3, 4)
+    bad[1, 2] = value
+    safetensors.torch.save_file({"x.weight": bad.to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'x\.weight' holds 1 NaN or inf.*\[1, 2\]"):
+        read_tensors(tmp_path)["x.weight"].load()
+
+
+def test_sizes():
+    assert [parse_size(s) for s in (7, "5GB", "1.5MB", "2GiB", "300")] == [7, 5 * 10**9, 1_500_000, 2**31, 300]
+    for bad in ("", "5XB", "-1", 0, "0.1"):
+        with pytest.raises(ValueError, match="max_shard_size: is"):
+            parse_size(bad)
