@@ -235,6 +235,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[str] = ()) -> str:
     """README.md of a checkpoint: what it is, and what loads it."""
     whole = config.base_model_name_or_path is None
+    names = config.expert_names or range(config.num_local_experts)
     load = (
         'model = AutoModel.from_pretrained("this folder")  # or AutoModelForCausalLM, ...'
         if whole
@@ -253,7 +254,7 @@ def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[s
         f"{config.rank_of_expert}, routers of rank {config.rank_of_router}.",
         "",
         *([f"- base: `{base}`"] if base else []),
-        *(f"- expert {i}: `{expert}`" for i, expert in enumerate(experts)),
+        *(f"- expert {name}: `{expert}`" for name, expert in zip(names, experts)),
         "",
         "## Loading it",
         "",
@@ -355,6 +356,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             config.num_local_experts,
             config.num_experts_per_tok,
             bias=bias is not None,
+            expert_names=config.expert_names,
             device="meta",
             dtype=weight.dtype,
         ).to_empty(device=weight.device)

@@ -51,7 +51,8 @@ def upscale(
     out: Annotated[str | None, typer.Option(help="Folder to write, new or empty.")] = None,
     base: Annotated[str | None, typer.Option(help="Pre-trained checkpoint: a folder or an id on the Hub.")] = None,
     expert: Annotated[
-        list[str] | None, typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; give one or more.")
+        list[str] | None,
+        typer.Option(help="Fine-tuned checkpoint or PEFT adapter: FOLDER or NAME=FOLDER; give one or more."),
     ] = None,
     rank_of_expert: Annotated[
         str | None, typer.Option(help="r; -1 for full rank (exact); a fraction such as 0.9 for the energy to hold.")
@@ -97,6 +98,7 @@ def upscale(
       base_model: mistral
       models:
         - model: math
+          name: maths
         - model: code
       dtype: bfloat16
       parameters:
@@ -107,7 +109,7 @@ def upscale(
     with _errors():
         given: dict[str, Any] = {
             "base": base,
-            "experts": expert,
+            **_named(expert),
             "rank_of_expert": None if rank_of_expert is None else _number("rank_of_expert", rank_of_expert),
             "rank_of_router": rank_of_router,
             "num_experts_per_tok": num_experts_per_tok,
@@ -143,6 +145,24 @@ def upscale(
         if first:
             print(report.table() if table else report)
             print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+
+
+def _named(experts: list[str] | None) -> dict[str, Any]:
+    """The settings of --expert NAME=FOLDER, or FOLDER, which may hold a = itself."""
+    pairs: list[tuple[str | None, str]] = []
+    for expert in experts or ():
+        name, sign, folder = expert.partition("=")
+        named = bool(sign) and not Path(expert).exists()
+        if named and not (name and folder):
+            raise SmileError(f"expert: is {expert!r}; expected FOLDER or NAME=FOLDER")
+        pairs.append((name, folder) if named else (None, expert))
+    return _experts(pairs) if pairs else {}
+
+
+def _experts(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """The settings of experts with their names, None where one has none."""
+    names, folders = [name for name, _ in pairs], [folder for _, folder in pairs]
+    return {"experts": folders} | ({} if names.count(None) == len(names) else {"expert_names": names})
 
 
 @contextmanager
@@ -529,10 +549,10 @@ def _from_yaml(file: Path) -> dict[str, Any]:
         if not isinstance(content["models"], list):
             raise SmileError(f"{file}: models is {reprlib.repr(content['models'])}; expected a list of - model: FOLDER")
         for i, entry in enumerate(content["models"]):
-            _check_keys(f"{file}: models[{i}]", entry, ("model",))
+            _check_keys(f"{file}: models[{i}]", entry, ("model", "name"))
             if "model" not in entry:
                 raise SmileError(f"{file}: models[{i}]: model is missing; expected - model: FOLDER")
-        settings["experts"] = [entry["model"] for entry in content["models"]]
+        settings |= _experts([(entry.get("name"), entry["model"]) for entry in content["models"]])
     for folder in (settings.get("base", ""), *settings.get("experts", ())):
         if not isinstance(folder, str):
             raise SmileError(f"{file}: a model is {reprlib.repr(folder)}; expected the path of a folder")
@@ -580,6 +600,9 @@ def _show(description: dict[str, Any], console: Console) -> None:
     )
     for name in ("base", "experts", "other"):
         console.print(f"  {name:8}{_bytes(description['bytes'][name]):>10}", highlight=False)
+    if names := smile.get("expert_names"):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        console.print(f"  experts: {listed}", markup=False, highlight=False, soft_wrap=True)
     if base := smile.get("base_model_name_or_path"):
         console.print(f"  experts only; the base is {base}", markup=False, highlight=False)
     table = Table("layer", "shape", "r", "g", "experts", "size of change", "captured energy", box=None)

@@ -1,7 +1,7 @@
 """What is stored about a SMILE checkpoint in its config.json, under `quantization_config`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,12 @@ class SmileModuleConfig:
         num_experts_per_tok: int,
         *,
         bias: bool,
+        expert_names: tuple[str, ...] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> SmileLinear:
         """The layer this entry describes, ready for its tensors to be loaded."""
-        return SmileLinear(
+        layer = SmileLinear(
             in_features,
             out_features,
             num_local_experts,
@@ -78,6 +79,8 @@ class SmileModuleConfig:
             device=device,
             dtype=dtype,
         )
+        layer.expert_names = expert_names
+        return layer
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class SmileConfig:
         modules: every converted layer by its name, with its own ranks.
         base_model_name_or_path: where the other tensors are, when the checkpoint holds the experts only.
         routing: the policy that the loaded model follows; num_experts_per_tok is the one above.
+        expert_names: N different names, by which an expert can be asked for; None where the experts have none.
 
     Raises:
         ValueError: a key that is missing or unknown, or a value out of range; the message names it.
@@ -104,6 +108,7 @@ class SmileConfig:
     modules: dict[str, SmileModuleConfig]
     base_model_name_or_path: str | None = None
     routing: RoutingPolicy = field(default=RoutingPolicy())
+    expert_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         check_integer("num_local_experts", self.num_local_experts, 1)
@@ -115,6 +120,7 @@ class SmileConfig:
             )
         check_integer("rank_of_router", self.rank_of_router, 1)
         check_rank_of_expert(self.rank_of_expert)
+        object.__setattr__(self, "expert_names", check_expert_names(self.expert_names, self.num_local_experts))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SmileConfig":
@@ -138,8 +144,9 @@ class SmileConfig:
         config = {"quant_method": QUANT_METHOD, **asdict(self)}
         if self.routing.is_published:
             del config["routing"]
-        if self.base_model_name_or_path is None:
-            del config["base_model_name_or_path"]
+        for name in ("base_model_name_or_path", "expert_names"):
+            if config[name] is None:
+                del config[name]
         return config
 
     @classmethod
@@ -147,15 +154,16 @@ class SmileConfig:
         """The config of the layers by their names.
 
         Raises:
-            ValueError: no layer, or layers that differ in num_local_experts or num_experts_per_tok.
+            ValueError: no layer, or layers that differ in num_local_experts, num_experts_per_tok or expert_names.
         """
         if not layers:
             raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
         shared = {}
-        for key in ("num_local_experts", "num_experts_per_tok"):
+        for key in ("num_local_experts", "num_experts_per_tok", "expert_names"):
             values = {getattr(layer, key) for layer in layers.values()}
             if len(values) > 1:
-                raise SmileError(f"{key}: differs between layers, {sorted(values)}; expected one value in a checkpoint")
+                listed = sorted(values, key=str)
+                raise SmileError(f"{key}: differs between layers, {listed}; expected one value in a checkpoint")
             shared[key] = values.pop()
         modules = {
             name: SmileModuleConfig(
@@ -178,6 +186,20 @@ class SmileConfig:
 def stored_routing(model: nn.Module) -> RoutingPolicy:
     """The model's policy as its config stores it: the number of experts per token is the layers' own."""
     return replace(get_routing(model), num_experts_per_tok=None)
+
+
+def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> tuple[str, ...] | None:
+    """The names as a tuple; raises ValueError unless they are `num_local_experts` different ones, or None."""
+    if names is None:
+        return None
+    valid = not isinstance(names, str) and isinstance(names, Sequence)
+    if not valid or not all(isinstance(name, str) and name.strip() and name.isprintable() for name in names):
+        raise SmileError(f"expert_names: is {names!r}; expected a list of names, one for each expert")
+    if len(names) != num_local_experts:
+        raise SmileError(f"expert_names: has {len(names)} names; expected {num_local_experts}, one for each expert")
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise SmileError(f"expert_names: {twice[0]!r} stands there twice; expected different names")
+    return tuple(names)
 
 
 def check_rank_of_expert(rank: int | float) -> None:

@@ -30,6 +30,8 @@ class SmileLinear(nn.Linear):
         router_prior [N] | None: a buffer, float32: log of each expert's mean share of the router's energy on inputs of
             no task (`calibrate`); read by calibrated routing policies alone.
 
+    `expert_names` is None, or the N names by which `routing_override` and reports call the experts.
+
     Args:
         in_features, out_features: D and O.
         num_local_experts: N.
@@ -55,6 +57,7 @@ class SmileLinear(nn.Linear):
     router_prior: Tensor | None
     # Asked for the routing (weights, ids) of each input; without it, or where it answers None, the layer routes itself.
     router_policy: "Callable[[SmileLinear, Tensor], tuple[Tensor, Tensor] | None] | None" = None
+    expert_names: tuple[str, ...] | None = None
     _own_num_experts_per_tok: int | None = None  # where a routing policy has set another number
 
     def __init__(

@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from smile_kernels.cli import app
+from smile_kernels.config import read_smile_config
 from smile_kernels.storage import read_tensors
 from tests.upscaling.checkpoints import RANKS, command, contents, run
 
@@ -36,6 +37,10 @@ def test_options_and_yaml_give_the_same(tmp_path, folders):
         ({"base": "x"}, "unknown key 'base'; expected base_model, models"),
         ({"models": [{"path": "x"}]}, r"models\[0\]: unknown key 'path'"),
         ({"models": "x"}, "models is 'x'; expected a list"),
+        (
+            {"base_model": "x", "models": [{"model": "y", "name": 5}], "parameters": RANKS},
+            r"expert_names: is \[5\]; expected a list of names",
+        ),
         ({"parameters": {"rank": 3}}, "parameters: unknown key 'rank'"),
         ({"dtype": "int8"}, "base: is not given"),
         ("a: [", "is not YAML"),
@@ -53,6 +58,35 @@ def test_yaml_errors(tmp_path, content, message):
 
     assert re.search(message, result.output.replace("\n", " ")), result.output
     assert [f.name for f in tmp_path.iterdir()] == ["bad.yml"]
+
+
+def test_experts_have_names(tmp_path, folders):
+    """By their folders, by NAME=FOLDER, by YAML; an old checkpoint has none."""
+    run(*command(folders, tmp_path / "plain"))
+    assert "experts: 0 m1, 1 m2, 2 m3" in run("inspect", str(tmp_path / "plain"))
+    (tmp_path / "a=b").mkdir()
+    for file in folders[3].iterdir():
+        (tmp_path / "a=b" / file.name).write_bytes(file.read_bytes())
+    given = [f"maths={folders[1]}", str(folders[2]), str(tmp_path / "a=b")]
+    run(*command([folders[0], *given], tmp_path / "named"))
+    assert read_smile_config(tmp_path / "named").expert_names == ("maths", "m2", "a=b")
+    models = [{"model": str(folders[1]), "name": "maths"}, *({"model": entry} for entry in given[1:])]
+    content = {"base_model": str(folders[0]), "models": models, "parameters": RANKS}
+    (tmp_path / "fused.yml").write_text(yaml.safe_dump(content))
+    run("upscale", str(tmp_path / "fused.yml"), "--out", str(tmp_path / "yaml"))
+    assert contents(tmp_path / "yaml") == contents(tmp_path / "named")
+    assert "- expert maths: `m1`" in (tmp_path / "named" / "README.md").read_text()
+    twice = [f"x={folder}" for folder in folders[1:]]
+    result = CliRunner().invoke(app, command([folders[0], *twice], tmp_path / "twice"))
+    assert "expert_names: 'x' stands there twice" in result.output
+    result = CliRunner().invoke(app, command([folders[0], "=y"], tmp_path / "twice"))
+    assert "expert: is '=y'; expected FOLDER or NAME=FOLDER" in result.output
+    assert not (tmp_path / "twice").exists()
+
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    del config["quantization_config"]["expert_names"]
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    assert "experts: " not in run("inspect", str(tmp_path / "plain"))
 
 
 def test_inspect(tmp_path, folders):

@@ -1,6 +1,7 @@
 """The SMILE settings of a checkpoint: read back as written, and bad ones refused by key."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,9 @@ CONFIG = SmileConfig(3, 1, 32, 16, {"a.b": SmileModuleConfig(32, 16, expert_bias
 
 
 def test_config_round_trip():
-    assert SmileConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+    for config in (CONFIG, replace(CONFIG, expert_names=("a", "b", "c"))):
+        assert SmileConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert "expert_names" not in CONFIG.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,10 @@ def test_config_round_trip():
         ({"num_local_experts": 0}, "num_local_experts: is 0"),
         ({"rank_of_expert": 1.0}, "rank_of_expert: is 1.0; expected an integer of 1 or more, -1 for full rank"),
         ({"rank_of_router": True}, "rank_of_router: is True"),
+        ({"expert_names": "abc"}, "expert_names: is 'abc'; expected a list of names"),
+        ({"expert_names": ["a", "b", " "]}, r"expert_names: is \['a', 'b', ' '\]; expected a list of names"),
+        ({"expert_names": ["a", "b"]}, "expert_names: has 2 names; expected 3"),
+        ({"expert_names": ["a", "b", "a"]}, "expert_names: 'a' stands there twice; expected different names"),
         ({"modules": []}, r"modules: is \[\]; expected a mapping"),
         ({"modules": {"a": {"rank_of_expert": 1}}}, r"modules\['a'\]: rank_of_router is missing"),
         ({"modules": {"a": {"rank_of_expert": 0, "rank_of_router": 1}}}, r"modules\['a'\]: rank_of_expert: is 0"),

@@ -134,6 +134,7 @@ class SmileQuantizer(HfQuantizer):
                 config.num_local_experts,
                 config.num_experts_per_tok,
                 bias=linear.bias is not None,
+                expert_names=config.expert_names,
                 device="meta",
                 dtype=linear.weight.dtype,
             )

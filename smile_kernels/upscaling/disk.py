@@ -7,6 +7,7 @@ the processes share the layers. One thread computes a layer, so the result has t
 
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import REPORT, add_calibration, model_card
-from ..config import SmileConfig, SmileModuleConfig, read_config, write_config
+from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
@@ -284,8 +285,8 @@ class _Job:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
             base_config.pop("torch_dtype", None)
         write_config(folder, base_config, config)
-        names = [expert.name for expert in self.experts]
-        write_text(folder / "README.md", model_card(config, base=self.base.name, experts=names))
+        folders = [expert.name for expert in self.experts]
+        write_text(folder / "README.md", model_card(config, base=self.base.name, experts=folders))
         report.save(folder / REPORT)
 
 
@@ -298,6 +299,7 @@ def upscale_checkpoints(
     rank_of_expert: int | float,
     rank_of_router: int,
     num_experts_per_tok: int = 1,
+    expert_names: Sequence[str | None] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
@@ -320,6 +322,8 @@ def upscale_checkpoints(
         out: new or empty.
         rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude, strict: as in
             `upscale`.
+        expert_names: N names, by which the experts can be asked for. None, for all or in a name's place: the folder's,
+            with as much of its path as makes the names differ.
         remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
         routing: the policy that the loaded model follows; by default each token chooses for itself, or
             `RoutingPolicy.recommended` of a model that is calibrated.
@@ -354,6 +358,7 @@ def upscale_checkpoints(
         modules={},
         base_model_name_or_path=os.path.abspath(base) if experts_only else None,
         routing=RoutingPolicy() if calibrate or routing is None else routing,  # calibration sets it
+        expert_names=check_expert_names(_names_of(experts, expert_names), len(experts)),
     )
     parse_size(max_shard_size)
     check_device(device)
@@ -429,11 +434,31 @@ def _write(
     barrier()
     reports = [*reports, *unfit_layers(job.unfit, job.taken), *job.fused]
     folders = str(job.base.resolve()), [str(folder.resolve()) for folder in job.experts]
-    report = UpscaleReport(reports, job.lost(reports) if rank == 0 else [], *folders)
+    lost = job.lost(reports) if rank == 0 else []
+    report = UpscaleReport(reports, lost, *folders, expert_names=job.config.expert_names or ())
     if rank == 0:
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)
     return report
+
+
+def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None) -> Sequence[str]:
+    """A name for each checkpoint: the one given, or the end of its path, or of its id without @revision."""
+    if given is not None and (isinstance(given, str) or len(given) != len(experts)):
+        raise SmileError(f"expert_names: is {given!r}; expected {len(experts)} names, one for each expert")
+    places = [str(expert) if Path(expert).exists() else str(expert).partition("@")[0] for expert in experts]
+    paths = [Path(os.path.abspath(place)).parts[1:] or ("expert",) for place in places]
+    tails: list[str] = []
+    for depth in range(1, max(map(len, paths)) + 1):
+        tails = ["/".join(path[-depth:]) for path in paths]
+        if len(set(tails)) == len(tails):
+            break
+    names: list[str] = []
+    for name, tail in zip(given or [None] * len(tails), tails):
+        numbered = (f"{tail}-{number}" for number in itertools.count(2))
+        unused = next(n for n in itertools.chain([tail], numbered) if n not in names)
+        names.append(unused if name is None else name)
+    return names
 
 
 def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..config import check_expert_names
 from ..errors import SmileError
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
@@ -50,6 +51,7 @@ def upscale(
     rank_of_expert: int | float,
     rank_of_router: int,
     num_experts_per_tok: int = 1,
+    expert_names: Sequence[str] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
@@ -74,6 +76,7 @@ def upscale(
             this share of the energy.
         rank_of_router: g.
         num_experts_per_tok: m.
+        expert_names: N names, by which the experts can be asked for (`routing_override`) and reports call them.
         include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
         remaining: "base" keeps every other parameter and buffer as the base has it; "average" takes the mean of the
             fine-tuned models'.
@@ -93,6 +96,7 @@ def upscale(
             changed then.
     """
     check_request("finetuned", finetuned, num_experts_per_tok, remaining)
+    names = check_expert_names(expert_names, len(finetuned))
     if isinstance(model, nn.Linear):
         raise SmileError(
             "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
@@ -143,9 +147,8 @@ def upscale(
         _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
     for name, linear in linear_layers(model).items():
         if name in factors:
-            options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
-            _replace(model, linear, factors[name], **options)
-    report = UpscaleReport(reports, lost)
+            _replace(model, linear, factors[name], names, rank_of_router, num_experts_per_tok)
+    report = UpscaleReport(reports, lost, expert_names=names or ())
     if calibrate:
         report = replace(report, calibration=calibrate_model(model))
         routing = routing or RoutingPolicy.recommended(model)
@@ -204,10 +207,19 @@ def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:
         linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)
 
 
-def _replace(model: nn.Module, linear: nn.Linear, factors: Mapping[str, Tensor | None], **options: int) -> None:
+def _replace(
+    model: nn.Module,
+    linear: nn.Linear,
+    factors: Mapping[str, Tensor | None],
+    expert_names: tuple[str, ...] | None,
+    rank_of_router: int,
+    num_experts_per_tok: int,
+) -> None:
     """Puts a SmileLinear wherever the model holds `linear`."""
     weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
+    options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
     layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
+    layer.expert_names = expert_names
     # The very parameters of the linear layer: what was tied to them stays tied.
     layer.bias = linear.bias
     if not is_conv1d(linear):

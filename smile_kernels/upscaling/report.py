@@ -90,6 +90,7 @@ class UpscaleReport:
         layers: the linear layers.
         lost: what fine-tuning changed beside the upscaled layers, the largest change first.
         base, experts: the folders that were fused; empty for models in memory.
+        expert_names: the experts' names; empty where they have none.
     """
 
     layers: list[LayerReport]
@@ -97,6 +98,7 @@ class UpscaleReport:
     base: str = ""
     experts: Sequence[str] = ()
     calibration: CalibrationReport | None = None
+    expert_names: Sequence[str] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON; the file appears whole or not at all."""
@@ -113,6 +115,7 @@ class UpscaleReport:
             stored.get("base", ""),
             stored.get("experts", ()),
             calibration and CalibrationReport.from_dict(calibration),
+            stored.get("expert_names", ()),
         )
 
     def warn(self, remaining: str) -> None:
@@ -156,7 +159,8 @@ class UpscaleReport:
 
         table = Table("layer", "rank", "energy held", "largest error", "seconds", "note")
         for layer in self.layers:
-            note = layer.skipped or ", ".join(f"expert {i} untrained" for i in layer.untrained)
+            names = self.expert_names or range(len(layer.energy))
+            note = layer.skipped or ", ".join(f"expert {names[i]} untrained" for i in layer.untrained)
             held = "" if layer.skipped else f"{min(layer.energy):.4f} to {max(layer.energy):.4f}"
             error = "" if layer.skipped else f"{max(layer.error):.4f}"
             table.add_row(layer.name, str(layer.rank or ""), held, error, f"{layer.seconds:.2f}", note)

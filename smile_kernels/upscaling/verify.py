@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class ExpertVerdict:
         module: the first module, in the order of the forward pass, that is off; "" where none is.
         error: ||y - y_i||_F / ||y_i||_F of the model's output y and the fine-tuned model's y_i.
         errors: the same for each module by itself, given the fine-tuned model's own input.
+        name: the expert's name, "" where it has none.
     """
 
     expert: int
@@ -44,10 +45,12 @@ class ExpertVerdict:
     module: str
     error: float
     errors: dict[str, float] = field(default_factory=dict)
+    name: str = ""
 
     def __str__(self) -> str:
         where = f", first at {self.module}" if self.module else ""
-        return f"expert {self.expert}: {self.verdict}{where}; relative error of the output {self.error:.2g}"
+        name = f" ({self.name})" if self.name else ""
+        return f"expert {self.expert}{name}: {self.verdict}{where}; relative error of the output {self.error:.2g}"
 
 
 @torch.no_grad()
@@ -80,7 +83,8 @@ def verify(
     layers = smile_layers(model)
     if not layers:
         raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
-    count = next(iter(layers.values())).num_local_experts
+    first = next(iter(layers.values()))
+    count, names = first.num_local_experts, first.expert_names
     if len(finetuned) != count:
         raise SmileError(f"finetuned: holds {len(finetuned)} models; expected {count}, one for each expert")
     verdicts = []
@@ -93,7 +97,8 @@ def verify(
         del tuned
         gc.collect()
         with _evaluating(model), _forced(layers, i):
-            verdicts.append(_compare(model, i, calls, want, weights, given))
+            verdict = _compare(model, i, calls, want, weights, given)
+        verdicts.append(replace(verdict, name=names[i] if names else ""))
     return verdicts
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import smile_kernels as sk
 from smile_kernels.cli import app
+from smile_kernels.nn import smile_layers
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 RANKS = {"rank_of_router": 2, "progress": False}
@@ -64,9 +65,29 @@ def test_from_the_command_line(tmp_path):
     sk.upscale_checkpoints(tmp_path / "m0", experts, tmp_path / "out", rank_of_expert=-1, rank_of_router=2)
     right = CliRunner().invoke(app, ["verify", str(tmp_path / "out")])
     assert right.exit_code == 0, right.output
-    assert right.output.count("exact") == 2
+    assert all(line in right.output for line in ("expert 0 (m1): exact;", "expert 1 (m2): exact;"))
     wrong = ["verify", str(tmp_path / "out"), "--base", str(tmp_path / "m0")]
     wrong += ["--expert", str(tmp_path / "m2"), "--expert", str(tmp_path / "m1")]
     result = CliRunner().invoke(app, wrong)
     assert result.exit_code == 1
-    assert "expert 0: off, first at model.layers.0.self_attn.q_proj" in result.output
+    assert "expert 0 (m1): off, first at model.layers.0.self_attn.q_proj" in result.output
+
+
+def test_names_of_experts_are_kept(tmp_path):
+    """In memory, and through both ways of saving a transformers model."""
+    base = build()
+    experts, options = [tuned(base, 1), tuned(base, 2)], {"rank_of_expert": 2, **RANKS}
+    with pytest.raises(ValueError, match="expert_names: has 1 names; expected 2"):
+        sk.upscale(base, experts, expert_names=["math"], **options)
+    model, report = sk.upscale(base, experts, expert_names=["math", "code"], **options)
+    assert report.expert_names == ("math", "code")
+    assert [verdict.name for verdict in sk.verify(model, experts)] == ["math", "code"]
+    sk.save_pretrained(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "its own")
+    (tmp_path / "base").mkdir()
+    sk.save_pretrained(model, tmp_path / "experts", base=tmp_path / "base")
+    for folder in ("ours", "its own"):
+        loaded = sk.load_pretrained(tmp_path / folder)
+        assert {layer.expert_names for layer in smile_layers(loaded).values()} == {("math", "code")}
+    loaded = sk.load_pretrained(tmp_path / "experts", build())
+    assert {layer.expert_names for layer in smile_layers(loaded).values()} == {("math", "code")}
