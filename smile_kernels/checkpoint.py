@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
 from .errors import SmileError
+from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import replace_linear, smile_layers
@@ -382,4 +383,5 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
         problem, name = ("missing", missing[0]) if missing else ("unexpected", unexpected[0])
         raise SmileError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
     set_routing(model, config.routing)
+    guard_weights(model)
     describe_as_smile(model)

@@ -18,7 +18,7 @@ ROOMS = (
     ("checkpoint",),
     ("integrations",),
     ("config",),
-    ("routing",),
+    ("guard", "routing"),
     ("nn",),
     ("functional",),
     ("svd", "storage", "testing", "worker"),

@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig, stored_routing
 from ..errors import SmileError
+from ..guard import guard_weights
 from ..nn import smile_layers
 from ..routing import set_routing
 from ..storage import read_safetensors
@@ -172,6 +173,7 @@ class SmileQuantizer(HfQuantizer):
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
         set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)
+        guard_weights(model)
         _keep_layers_apart(model)
         self.quantization_config.modules = _as_stored(model, {name: entry for name, (_, entry) in self._layers.items()})
         self.quantization_config.__dict__.pop("base_model_name_or_path", None)

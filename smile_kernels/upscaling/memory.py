@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import check_expert_names
 from ..errors import SmileError
+from ..guard import guard_weights
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
@@ -26,7 +27,6 @@ from .layers import (
     linear_layers,
     select_layers,
 )
-from .reads import guard_weights
 from .remainder import (
     average,
     check_changed,

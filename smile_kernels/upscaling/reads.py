@@ -1,25 +1,19 @@
 """Finds linear layers whose weight is read by code outside their own forward, where experts would have no effect.
 
-Two ways. `weight_readers` reads the source of every module of a model, before anything runs. `guard_weights` watches
-the first forward pass of a SMILE model, for what the source does not show.
+It reads the source of every module of a model, before anything runs. `guard.guard_weights` watches the first forward
+pass of a SMILE model, for what the source does not show.
 """
 
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..nn import SmileLinear
-
-__all__ = ["guard_weights", "weight_readers"]
+__all__ = ["weight_readers"]
 
 # A step of a path that stands for any child: an entry of a ModuleList, a name computed at run time.
 _ANY = "*"
@@ -249,85 +243,3 @@ def _resolve(module: Any, path: _Path) -> Iterator[nn.Module]:
         named: Any = children.get(path[0], vars(module).get(path[0]) if hasattr(module, "__dict__") else None)
         if named is not None:
             yield from _resolve(named, path[1:])
-
-
-def guard_weights(model: nn.Module) -> None:
-    """Have the first forward pass of a SMILE model, in training and in evaluation mode, refuse a weight read elsewhere.
-
-    The guard removes itself after both, and does nothing while a model is compiled or exported.
-
-    Raises (that pass):
-        RuntimeError: code outside a SMILE layer computes with its weight, on which its experts have no effect.
-    """
-    layers = {id(module): name for name, module in model.named_modules() if isinstance(module, SmileLinear)}
-    if layers and not any(isinstance(hook, _Guard) for hook in model._forward_pre_hooks.values()):
-        guard = _Guard()
-        guard.handles = [
-            model.register_forward_pre_hook(guard),
-            model.register_forward_hook(guard.finish, always_call=True),
-        ]
-
-
-class _Guard:
-    """The hooks of `guard_weights`."""
-
-    def __init__(self) -> None:
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.watched: set[bool] = set()
-        self.watch: _Watch | None = None
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self.watch is not None or model.training in self.watched:
-            return
-        self.watch = _Watch(model)
-        self.watch.__enter__()
-
-    def finish(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self.watch is None:
-            return
-        self.watch.__exit__(None, None, None)
-        self.watch = None
-        self.watched.add(model.training)
-        if len(self.watched) == 2:
-            for handle in self.handles:
-                handle.remove()
-
-
-class _Watch(TorchFunctionMode):
-    """Raises where a SMILE layer's weight is an operand outside that layer's own forward."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.layers = {
-            id(module._parameters["weight"]): (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, SmileLinear) and module._parameters.get("weight") is not None
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name != "__get__" and name not in _HARMLESS:
-            for value in (*args, *kwargs.values()):
-                for operand in value if isinstance(value, (list, tuple)) else (value,):
-                    if id(operand) in self.layers:
-                        self._check(*self.layers[id(operand)])
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _check(name: str, layer: SmileLinear) -> None:
-        weight = layer._parameters["weight"]
-        frame: FrameType | None = sys._getframe(2)
-        reader = ""
-        while frame is not None:
-            first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
-            owner = frame.f_locals.get(first)
-            if isinstance(owner, nn.Module) and any(p is weight for p in owner._parameters.values()):
-                return  # the layer itself, or the embedding that its weight is tied to
-            if isinstance(owner, nn.Module) and not reader:
-                reader = f"{type(owner).__name__}.{frame.f_code.co_name}"
-            frame = frame.f_back
-        raise RuntimeError(
-            f"{name}: its weight is read by {reader or 'code outside any module'}, on which its experts have no "
-            f"effect; expected exclude=[{name!r}] when the model is upscaled"
-        )

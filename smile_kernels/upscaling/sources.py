@@ -227,12 +227,17 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint of plain weights by name, without what wrappers put before them.
 
     Raises:
-        ValueError: the checkpoint is quantised.
+        ValueError: the checkpoint is quantised, or holds SMILE layers.
     """
     if quantized := read_config(folder).get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise SmileError(f"{where}: {folder} is stored as {method!r} already; expected a checkpoint of plain weights")
     stored = read_tensors(folder)
+    if fused := next((n for n in stored if n.endswith(".vh") and f"{n[:-3]}.u" in stored), None):
+        raise SmileError(
+            f"{where}: {folder} holds experts of {fused[:-3]!r}, as a SMILE model does; "
+            "expected a checkpoint of plain weights"
+        )
     return {plain: replace(stored[name], name=plain) for name, plain in without_wrappers(stored).items()}
 
 

@@ -128,24 +128,113 @@ def test_left_alone_reported_refused_or_taken(base):
     sk.upscale(base, [one, two], strict=True, exclude=sorted(unfit), **RANKS)
 
 
-def test_a_read_that_no_source_shows_is_refused_at_the_first_pass():
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.read = eval("lambda x, model: x @ model.layer.weight")  # no source to look at
+class Hidden(nn.Module):
+    """Reads a weight where no source shows it: in training, or wherever `always` is set."""
 
-        def forward(self, x):
-            return self.other(self.read(x, self) if self.training else self.layer(x))
+    def __init__(self, read: str = "x @ model.layer.weight", always: bool = False):
+        super().__init__()
+        self.layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.read, self.always = eval(f"lambda x, model: {read}"), always
 
-    base = Hidden()
+    def forward(self, x):
+        return self.other(self.read(x, self) if self.training or self.always else self.layer(x))
+
+
+REFUSED = r"layer: its weight is read by Hidden.*exclude=\['layer'\]"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        "x @ model.layer.weight",
+        "x @ model.layer.weight.T",
+        "x @ model.layer.weight.data",
+        "x @ next(model.layer.parameters())",
+    ],
+)
+def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
+    base = Hidden(read)
     model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
     x = torch.randn(2, 8)
     model.eval()(x)
-    with pytest.raises(RuntimeError, match=r"layer: its weight is read by Hidden.*exclude=\['layer'\]"):
-        model.train()(x)
+    for _ in range(2):  # it is not let pass the second time
+        with pytest.raises(RuntimeError, match=REFUSED):
+            model.train()(x)
     model, _ = sk.upscale(base, [tuned(base, 1)], exclude=["layer"], remaining="average", **RANKS)
     model.eval()(x)
     model.train()(x)
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("saved", ["sk.save_pretrained", "whole", "copied"])
+def test_a_loaded_model_refuses_such_reads_too(saved, tmp_path):
+    """The code that a checkpoint is loaded into need not be the code that it was made with."""
+    base = Hidden()
+    model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
+    if saved == "whole":
+        model.read = base.read = None  # a lambda cannot be pickled
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        loaded.read = Hidden().read
+    elif saved == "copied":
+        loaded = copy.deepcopy(model)
+    else:
+        sk.save_pretrained(model, tmp_path / "model")
+        loaded = sk.load_pretrained(tmp_path / "model", Hidden(always=True))
+    x = torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        loaded.train()(x)
+
+
+def test_transformers_models_refuse_such_reads_when_loaded(tmp_path, monkeypatch):
+    """An architecture whose newer code reads a weight that its older code multiplied by."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_key_value_heads=2))
+    model, _ = sk.upscale(base, [tuned(base)], exclude=["lm_head"], **RANKS)
+    model.save_pretrained(tmp_path)
+    mlp = transformers.models.llama.modeling_llama.LlamaMLP
+    monkeypatch.setattr(mlp, "forward", lambda self, x: self.down_proj(x @ self.up_proj.weight.T))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"up_proj: its weight is read by LlamaMLP"):
+        loaded(torch.arange(3, 9)[None])
+
+
+@pytest.mark.parametrize("way", ["state_dict", "checkpoint file", "whole"])
+def test_torch_save_opens_again_as_smile_or_is_refused(way, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_key_value_heads=2))
+    base.eval().save_pretrained(tmp_path / "base")
+    expert = tuned(base)
+    model, _ = sk.upscale(base, [expert], **RANKS)
+    ids = torch.arange(3, 9)[None]
+    if way == "whole":
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        if way == "checkpoint file":  # beside the config that the model has
+            model.config.architectures = ["LlamaForCausalLM"]
+            model.config.save_pretrained(folder)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            with pytest.raises(RuntimeError, match="Unexpected key"):
+                copy.deepcopy(base).load_state_dict(torch.load(folder / "pytorch_model.bin"))
+            with pytest.raises(ValueError, match="is not a SMILE checkpoint; expected quantization_config"):
+                sk.load_pretrained(folder, copy.deepcopy(base))
+            base.config.save_pretrained(folder)
+            options = {"rank_of_expert": -1, "rank_of_router": 2}
+            with pytest.raises(ValueError, match=r"base: .* holds experts of '\S+proj', as a SMILE model does"):
+                sk.upscale_checkpoints(folder, [tmp_path / "base"], tmp_path / "out", **options)
+            loaded = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in loaded.parameters():
+                    p.zero_()
+            loaded.load_state_dict(torch.load(folder / "pytorch_model.bin"))
+    assert sum(isinstance(module, sk.SmileLinear) for module in loaded.modules()) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, expert(ids).logits, rtol=1e-4, atol=1e-5)
