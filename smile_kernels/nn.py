@@ -176,12 +176,13 @@ class SmileLinear(nn.Linear):
         self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
     ) -> Tensor:
         """x [..., D] -> y [..., O]; `routing` and `routing_weights` as in `functional.smile_linear`."""
+        m = self.num_experts_per_tok  # before the policy is asked: where it answers None, this is the number it knows
         if self.router_policy is not None and routing is None and routing_weights is None:
             routing = self.router_policy(self, x)
         return smile_linear(
             x,
             *self._tensors(),
-            num_experts_per_tok=self.num_experts_per_tok,
+            num_experts_per_tok=m,
             rank_of_router=self.rank_of_router,
             routing=routing,
             routing_weights=routing_weights,
@@ -189,9 +190,19 @@ class SmileLinear(nn.Linear):
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | None) -> None:
         """Routes each token to so many experts; None goes back to the number the layer was made with."""
-        own = self._own_num_experts_per_tok or self.num_experts_per_tok
-        self._own_num_experts_per_tok = None if num_experts_per_tok is None else own
-        self.num_experts_per_tok = own if num_experts_per_tok is None else num_experts_per_tok
+        own = self.own_num_experts_per_tok()
+        if num_experts_per_tok is not None:
+            n = self.num_local_experts
+            check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
+            self._own_num_experts_per_tok = own
+        self.num_experts_per_tok = num_experts_per_tok or own
+        if num_experts_per_tok is None:
+            self._own_num_experts_per_tok = None
+
+    def own_num_experts_per_tok(self) -> int:
+        """The number that the layer was made with, also while another thread sets one."""
+        own, m = self._own_num_experts_per_tok, self.num_experts_per_tok
+        return own or self._own_num_experts_per_tok or m
 
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         p: dict[str, Any] = self._parameters

@@ -162,6 +162,7 @@ def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterato
 
     policy = get_routing(model)
     set_routing(model, RoutingPolicy())
+    asked = {name: layer.router_policy for name, layer in layers.items()}
     try:
         model.eval()
         with watch_tokens(model) as tokens:
@@ -169,8 +170,8 @@ def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterato
                 layer.router_policy = reader(name)
             yield shares
     finally:
-        for layer in layers.values():
-            layer.router_policy = None
+        for name, layer in layers.items():
+            layer.router_policy = asked[name]
         for module, mode in training.items():
             module.training = mode
         set_routing(model, policy)

@@ -84,22 +84,48 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     check_routing(model, policy)
     layers = smile_layers(model)
     _warn_of_early_lock(policy, layers)
+    parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
+    for root, members in parts.items():
+        held = {routing for layer in members.values() if (routing := _root_routing(layer)) is not None}
+        for attached in held - {_routing_of(model, root, members)}:
+            if attached.is_running():
+                raise SmileError(
+                    f"model: a forward pass of {attached.root_name} is under way, with a policy of its own; expected "
+                    f"set_routing on that {attached.root_name}, or no pass under way"
+                )
+    roots = [_routing_of(model, root, members) or _attach(model, root, members) for root, members in parts.items()]
+    # In this order: a pass that follows the new policy finds the new numbers, and one under way can tell them apart.
     for layer in layers.values():
         layer.set_num_experts_per_tok(policy.num_experts_per_tok)
-    for root, names in _parts(model, layers).items():
-        members = [(name, layers[name]) for name in names]
-        module = model.get_submodule(root)
-        held = {_root_routing(layer) for _, layer in members}
-        same = held.pop() if len(held) == 1 else None
-        if same is not None and same.is_on(module, len(members)) and (same.under_way or not policy.is_published):
-            same.follow(policy)
-            continue
-        for _, layer in members:
-            if (attached := _root_routing(layer)) is not None:
-                attached.release(layer)
-        if not policy.is_published:
-            inside = [(name.removeprefix(root).removeprefix("."), layer) for name, layer in members]
-            RootRouting(policy, module, inside)
+    for routing in roots:
+        routing.follow(policy)
+    for routing, members in zip(roots, parts.values()):
+        if policy.is_published and not routing.is_running():
+            for layer in members.values():
+                routing.release(layer)
+
+
+def _routing_of(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> RootRouting | None:
+    """What is at work on this root and on all its layers; None where there is none."""
+    held = {_root_routing(layer) for layer in members.values()}
+    routing = held.pop() if len(held) == 1 else None
+    return routing if routing is not None and routing.is_on(model.get_submodule(root), len(members)) else None
+
+
+def _attach(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> RootRouting:
+    """Has the passes of a root that begin from now on known by its layers, which route as before."""
+    for layer in members.values():
+        if (attached := _root_routing(layer)) is not None:
+            attached.release(layer)
+    before = _published_policy(next(iter(members.values())))
+    inside = [(name.removeprefix(root).removeprefix("."), layer) for name, layer in members.items()]
+    return RootRouting(before, model.get_submodule(root), inside)
+
+
+def _published_policy(layer: SmileLinear) -> RoutingPolicy:
+    """The policy of a layer that routes by itself."""
+    own = layer.own_num_experts_per_tok() == layer.num_experts_per_tok
+    return RoutingPolicy(num_experts_per_tok=None if own else layer.num_experts_per_tok)
 
 
 def _warn_of_early_lock(policy: RoutingPolicy, names: Iterable[str]) -> None:
@@ -122,8 +148,8 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     Raises:
         ValueError: its parts follow different policies.
     """
-    attached = (_root_routing(layer) for layer in smile_layers(model).values())
-    found = {RoutingPolicy() if root is None else root.policy for root in attached}
+    attached = ((layer, _root_routing(layer)) for layer in smile_layers(model).values())
+    found = {_published_policy(layer) if root is None else root.policy for layer, root in attached}
     if len(found) > 1:
         raise SmileError(f"model: its SMILE layers follow {len(found)} routing policies; expected one")
     return found.pop() if found else RoutingPolicy()

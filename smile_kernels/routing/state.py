@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import select_experts
+from ..functional import route, select_experts
 from ..nn import SmileLinear
 from .cache import PROMPT, Key, Memory, cache_in
 from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, router_energies, running_sums
@@ -24,20 +24,37 @@ __all__ = ["LayerPolicy", "RootRouting"]
 
 
 class LayerPolicy:
-    """What a SMILE layer asks (`layer.router_policy`): the policy of its root, as layer number `index` there."""
+    """What a SMILE layer asks (`layer.router_policy`): the policy of its root, as layer number `index` there.
 
-    def __init__(self, root: "RootRouting", index: int):
-        self.root, self.index = root, index
+    `before` is its number of experts per token in passes that began before it had a policy.
+    """
+
+    def __init__(self, root: "RootRouting", index: int, before: int):
+        self.root, self.index, self.before = root, index, before
 
     def __call__(self, layer: SmileLinear, x: Tensor) -> Routing | None:
         """(weights, ids) [..., m] for x [..., D]; None: the layer routes by itself."""
         root = self.root
         state = getattr(root.current, "state", None)
+        if state is None:
+            if root.began_before():
+                return _route_alone(layer, x, self.before)
+            if root.policy.is_published:
+                return None
         with torch.no_grad():
-            if state is not None:
+            if state is None:
+                return root.passed().replay(self.index, x)
+            if not state.policy.is_published:
                 return state.choose(self.index, layer, x)
-            state = root.passed()
-            return None if state is None else state.replay(self.index, x)
+        return _route_alone(layer, x, state.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
+
+
+def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int) -> Routing | None:
+    """The published routing to so many experts; None: that is the layer's own number, and it does so by itself."""
+    if num_experts_per_tok == layer.num_experts_per_tok:
+        return None
+    rows, g = layer.vh if layer.router is None else layer.router, layer.rank_of_router
+    return route(x.to(rows.dtype), rows, num_experts_per_tok=num_experts_per_tok, rank_of_router=g)
 
 
 class RootRouting:
@@ -57,23 +74,24 @@ class RootRouting:
         self.blocks = [blocks[name] for name, _ in layers]
         self.argument_names = tuple(inspect.signature(root.forward).parameters)
         self.takes_cache = any("cache" in name or "past" in name for name in self.argument_names)
+        self._forget()
+        self.handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
+        for index, (_, layer) in enumerate(layers):
+            layer.router_policy = LayerPolicy(self, index, layer.num_experts_per_tok)
+        # Last: a pass that these hooks see begin finds the policy on every layer.
         self.handles = (
             root.register_forward_pre_hook(self._open, with_kwargs=True),
             root.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         )
-        self._forget()
-        for index, (_, layer) in enumerate(layers):
-            layer.router_policy = LayerPolicy(self, index)
 
     def _forget(self) -> None:
         self.current = threading.local()  # .state: the forward pass this thread is in
-        self.under_way: set[ForwardPass] = set()
         self.live: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # passes whose graphs exist
         self.replayed: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()  # by backward pass
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the model start with no pass under way.
-        return {k: v for k, v in self.__dict__.items() if k not in ("current", "under_way", "live", "replayed")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("current", "live", "replayed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,15 +121,11 @@ class RootRouting:
         arguments = dict(zip(self.argument_names, args)) | kwargs
         self.current.seen = True
         state = self.current.state = ForwardPass(self, arguments)
-        if not torch.compiler.is_compiling():
-            self.under_way.add(state)
         if state.policy.scope == "prompt" and not state.held:
             state.vote(root, args, kwargs)
 
     def _close(self, root: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         state, self.current.state = getattr(self.current, "state", None), None
-        if not torch.compiler.is_compiling():
-            self.under_way.discard(state)
         if state is None or output is None:  # the pass has failed
             return
         state.keep(output)
@@ -142,15 +156,10 @@ class RootRouting:
                 tensor.register_hook(reached)
                 self.live.add(state)
 
-    def passed(self) -> "ForwardPass | None":
-        """The forward pass that a layer called outside of one is recomputed for.
-
-        None: the root is running, and began before it had a policy: its layers route by themselves to the end.
-        """
+    def passed(self) -> "ForwardPass":
+        """The forward pass that a layer called outside of one is recomputed for."""
         task = _backward_pass()
         if task == -1:
-            if self._is_running():
-                return None
             raise RuntimeError(
                 f"routing: a SMILE layer was called outside of a forward pass of {self.root_name}, whose policy "
                 f"{self.policy} needs the whole pass; call the {self.root_name}, or set_routing on the part you call"
@@ -165,9 +174,16 @@ class RootRouting:
             )
         return state
 
-    def _is_running(self) -> bool:
-        """Whether this thread is inside a call of the root that began before these hooks were there."""
-        frame: types.FrameType | None = None if getattr(self.current, "seen", False) else sys._getframe()
+    def began_before(self) -> bool:
+        """Whether this thread is inside a call of the root that began before it had a policy."""
+        return not self.handles or (not getattr(self.current, "seen", False) and self._calls(sys._getframe()))
+
+    def is_running(self) -> bool:
+        """Whether any thread is inside a call of the root."""
+        return any(self._calls(frame) for frame in sys._current_frames().values())
+
+    def _calls(self, frame: types.FrameType | None) -> bool:
+        """Whether a call of the root is on a thread's stack."""
         while frame is not None:
             root = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
             if isinstance(root, nn.Module) and self.handles[0].id in root._forward_pre_hooks:
@@ -216,11 +232,9 @@ class ForwardPass:
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
 
-    def choose(self, index: int, layer: SmileLinear, x: Tensor) -> Routing | None:
+    def choose(self, index: int, layer: SmileLinear, x: Tensor) -> Routing:
         """(weights, ids) [..., m] for the input x [..., D] of layer `index`, which runs now."""
         policy = self.policy
-        if policy.is_published:
-            return None
         key = (index, self.calls.get(index, 0))
         self.calls[index] = key[1] + 1
         if self.voting:
@@ -265,7 +279,7 @@ class ForwardPass:
         shares = self._shares(layer, x)
         votes = self.tokens.last_votes(shares.shape[1]).to(shares.device, shares.dtype)
         self._add(layer, (shares * votes[..., None]).sum(1), x)
-        self.m = self.policy.num_experts_per_tok or layer.num_experts_per_tok
+        self.m = self.policy.num_experts_per_tok or layer.own_num_experts_per_tok()
         off = torch.zeros((*x.shape[:-1], 1), dtype=shares.dtype, device=x.device)
         return off, off.int()
 
@@ -287,7 +301,7 @@ class ForwardPass:
 
     def _score(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
         logs = self._add(layer, self._pool(key, self._shares(layer, x)), x)
-        return select_experts(logs, self.policy.num_experts_per_tok or layer.num_experts_per_tok)
+        return select_experts(logs, self.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
 
     def _shares(self, layer: SmileLinear, x: Tensor) -> Tensor:
         """p [B, S, N] of the layer's input x [..., D], 0 on padding."""

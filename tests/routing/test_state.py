@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smile_kernels import SmileLinear
-from smile_kernels.routing import RoutingPolicy, get_routing, set_routing
+from smile_kernels.nn import smile_layers
+from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
 from tests.routing.definition import (
     POLICIES,
     Calls,
@@ -219,3 +220,73 @@ def test_policies_switch_between_passes_never_within_one():
     assert alive, "a pass has failed"
     assert len(results) >= 100
     assert not strange, f"{len(strange)} of {len(results)} passes follow no policy"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (RoutingPolicy(), RoutingPolicy(num_experts_per_tok=2)),
+        (RoutingPolicy(num_experts_per_tok=3), RoutingPolicy()),
+        (RoutingPolicy(num_experts_per_tok=2), POLICIES["sequence"]),
+        (POLICIES["sequence"], RoutingPolicy(num_experts_per_tok=2)),
+        (POLICIES["sequence"], POLICIES["sequence+layers, m 2"]),
+        (POLICIES["causal+layers, lock 1, m 2"], RoutingPolicy()),
+    ],
+)
+def test_a_pass_under_way_keeps_its_policy_and_its_number_of_experts(first, second):
+    model, ids = bert().double(), tokens(2, 5)
+    set_routing(model, second)
+    after = logits(model, input_ids=ids)
+    set_routing(model, first)
+    before = logits(model, input_ids=ids)
+    assert not torch.allclose(before, after, rtol=1e-3)
+
+    stopped, go, results = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        stopped.set()
+        assert go.wait(60)
+
+    handle = model.encoder.layer[1].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=lambda: results.append(logits(model, input_ids=ids)))
+    thread.start()
+    assert stopped.wait(60)
+    set_routing(model, second)
+    handle.remove()
+    assert get_routing(model) == second
+    torch.testing.assert_close(logits(model, input_ids=ids), after)  # a pass that begins while the other is under way
+    set_routing(model, first)
+    set_routing(model, second)
+    go.set()
+    thread.join()
+    torch.testing.assert_close(results[0], before)
+    torch.testing.assert_close(logits(model, input_ids=ids), after)
+    set_routing(model, RoutingPolicy())
+    assert not model._forward_pre_hooks
+    assert all(layer.router_policy is None for layer in smile_layers(model).values())
+
+
+def test_a_pass_under_way_keeps_its_layers_from_another_root():
+    model, ids = bert(), tokens(2, 5)
+    set_routing(model.encoder, POLICIES["causal"])
+    seen = []
+
+    def switch(*_):
+        with pytest.raises(ValueError, match="a forward pass of BertEncoder is under way"):
+            set_routing(model, POLICIES["layers"])
+        seen.append(get_routing(model))
+
+    handle = model.encoder.layer[1].register_forward_pre_hook(switch)
+    logits(model, input_ids=ids)
+    handle.remove()
+    assert seen == [POLICIES["causal"]]
+    set_routing(model, POLICIES["layers"])
+    assert get_routing(model) == POLICIES["layers"]
+
+
+def test_calibrating_keeps_the_number_of_experts():
+    model = llama()
+    set_routing(model, RoutingPolicy(num_experts_per_tok=2))
+    calibrate(model, sequences=2, length=3)
+    assert get_routing(model) == RoutingPolicy(num_experts_per_tok=2)
+    assert {layer.num_experts_per_tok for layer in smile_layers(model).values()} == {2}
