@@ -1,4 +1,4 @@
-"""The command line: `smile-kernels upscale | inspect | bench | doctor | tune`, or `python -m smile_kernels`."""
+"""The command line: `smile-kernels COMMAND`, or `python -m smile_kernels COMMAND`; `--help` lists the commands."""
 
 import json
 import os
@@ -242,6 +242,29 @@ def verify(
             print(verdict)
     if any(verdict.verdict == "off" for verdict in verdicts):
         raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint of a causal language model with a chat template.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: the GPU where there is one]")] = None,
+) -> None:
+    """Talk to a SMILE checkpoint through transformers, and see which experts serve each answer.
+
+    Each line is a user turn, answered under the checkpoint's routing policy; a backslash at its end continues it.
+    /reset starts a new conversation; /exit, end of input and Ctrl-C end the program. Answers go to stdout, the experts
+    that served them to stderr.
+
+    \b
+    Examples:
+      smile-kernels chat fused
+      echo "Tell me a joke." | smile-kernels chat fused
+    """
+    with _errors():
+        from .chat import chat as run
+
+        run(folder, max_new_tokens=max_new_tokens, device=device)
 
 
 @app.command()

@@ -305,5 +305,5 @@ def study(
     shared.show(report.tables(results)[1:])  # the instructions are left to the documentation
     print(f"{time.perf_counter() - start:.0f} s in all")
     shared.write(results, json_path, plot, report.draw)
-    print(f"python examples/chat.py {folder}", f"vllm serve {folder} & vllm chat", sep="\n")
+    print(f"smile-kernels chat {folder}", f"vllm serve {folder} & vllm chat", sep="\n")
     return results

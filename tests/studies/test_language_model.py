@@ -228,7 +228,7 @@ class TestStudy:
             assert all(len(row) == len(columns) for row in rows), title
         last = capsys.readouterr().out.splitlines()[-2:]
         folder = small / "language_model" / "fused"
-        assert last == [f"python examples/chat.py {folder}", f"vllm serve {folder} & vllm chat"]
+        assert last == [f"smile-kernels chat {folder}", f"vllm serve {folder} & vllm chat"]
         served = methods.load(folder)
         recommended = next(m for m in methods.METHODS if m.name == "recommended")
         study = run.Study(TASKS, small)

@@ -1,0 +1,131 @@
+"""A conversation with a SMILE checkpoint through transformers, and the experts that serve each answer."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import REPORT, load_pretrained
+from .errors import SmileError, check_integer
+from .routing import watch_routing
+from .storage import read_json
+
+__all__ = ["chat"]
+
+HELP = "a backslash ends a line that goes on; /reset starts a new conversation; /exit or Ctrl-D ends the program"
+
+
+def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = None) -> None:
+    """Answers each line of standard input, under the checkpoint's own routing policy and generation config.
+
+    Answers go to standard output as they are written, one after another; which experts served them to standard error.
+
+    Args:
+        folder: a SMILE checkpoint of a causal language model, with a tokenizer that has a chat template.
+        max_new_tokens: the longest answer.
+        device: where the model runs; by default the GPU where there is one.
+
+    Raises:
+        SmileError: not such a checkpoint, max_new_tokens below 1, or a device that is not there.
+    """
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    import transformers
+
+    try:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise SmileError(f"device: is {device!r}; expected one that torch has here ({error})") from None
+    interactive = sys.stdin.isatty()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    tokenizer = _tokenizer(Path(folder))
+    model: Any = load_pretrained(folder, dtype="auto")
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise SmileError(f"{folder}: holds a {type(model).__name__}; expected a causal language model")
+    model = model.to(device).eval()
+    names = _expert_names(Path(folder))
+    if interactive:
+        print(HELP, file=sys.stderr)
+        import readline  # noqa: F401  (with it, `input` edits lines and keeps a history)
+    turns: list[dict[str, str]] = []
+    try:
+        for line in _lines(interactive):
+            if line == "/exit":
+                break
+            if line == "/reset":
+                turns = []
+            elif line.startswith("/"):
+                print(f"{line}: unknown command; {HELP}", file=sys.stderr)
+            elif line:
+                turns.append({"role": "user", "content": line})
+                text, counts = _answer(model, tokenizer, turns, max_new_tokens)
+                turns.append({"role": "assistant", "content": text})
+                print(_served(counts, names), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
+        raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files beside the weights")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise SmileError(f"{folder}: its tokenizer has no chat template; expected one, as models tuned to chat have")
+    return tokenizer
+
+
+def _expert_names(folder: Path) -> list[str]:
+    """The names of the experts' folders, by the report of the upscaling; empty without one."""
+    report = folder / REPORT
+    return [Path(expert).name for expert in read_json(report).get("experts", ())] if report.is_file() else []
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """The lines of standard input; one that ends with a backslash goes on in the next."""
+    begun = ""
+    while True:
+        try:
+            line = begun + input("> " if interactive else "")
+        except EOFError:
+            return
+        begun = line.removesuffix("\\") + "\n" if line.endswith("\\") else ""
+        if not begun:
+            yield line.strip()
+
+
+@torch.inference_mode()
+def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int) -> tuple[str, Tensor]:
+    """Prints the answer while it is written; returns it, and how many of its tokens each expert served [N]."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        of_prompt: Tensor | None = None  # tokens by expert, once the prompt is read
+
+        def put(self, value: Tensor) -> None:
+            if self.of_prompt is None and not self.next_tokens_are_prompt:
+                self.of_prompt = torch.stack(list(counts.values())).sum(0)
+            super().put(value)
+
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    length = prompt["input_ids"].shape[1]
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with watch_routing(model) as counts:
+        tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
+    served = torch.stack(list(counts.values())).sum(0)
+    if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, which the prompt's last one gives
+        served -= streamer.of_prompt
+    return tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(), served
+
+
+def _served(counts: Tensor, names: list[str]) -> str:
+    """[math 98%, code 2%]: the experts by their share of an answer's tokens over all layers."""
+    shares = (counts / counts.sum()).tolist()
+    ranked = sorted((i for i in range(len(shares)) if shares[i] >= 0.005), key=lambda i: -shares[i])
+    listed = (f"{names[i] if i < len(names) else f'expert {i}'} {shares[i]:.0%}" for i in ranked)
+    return f"[{', '.join(listed)}]"

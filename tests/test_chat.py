@@ -1,0 +1,194 @@
+"""`smile-kernels chat`: what it answers, what it says of the experts, commands, and folders that cannot chat."""
+
+import copy
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTForImageClassification
+from typer.testing import CliRunner
+
+from smile_kernels import RoutingPolicy, load_pretrained, save_pretrained, set_routing, upscale, watch_routing
+from smile_kernels.cli import app
+from tests.integrations import tiny_models
+from tests.upscaling.checkpoints import finetuned, run
+
+TEMPLATE = "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}<|assistant|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids))
+    for p in model.parameters():
+        if p.dim() == 2:  # large enough that its layers matter
+            p.data.normal_(std=p.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def fused(tokenizer, tmp_path_factory) -> Path:
+    """A calibrated checkpoint by the command, whose experts are named math and code."""
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
+    base = llama(tokenizer)
+    for name, model in {"base": base, "math": finetuned(base), "code": finetuned(base)}.items():
+        model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "base")
+    experts = ["--expert", str(folder / "math"), "--expert", str(folder / "code"), "--exclude", "lm_head"]
+    ranks = ["--rank-of-expert", "4", "--rank-of-router", "2"]
+    run("upscale", "--base", str(folder / "base"), *experts, *ranks, "--calibrate", "--out", str(folder / "fused"))
+    return folder / "fused"
+
+
+def chat(folder: Path, text: str, *options: str) -> tuple[list[str], list[str]]:
+    result = CliRunner().invoke(app, ["chat", str(folder), "--max-new-tokens", "6", *options], input=text)
+    assert result.exit_code == 0, result.output
+    return result.stdout.split("\n"), result.stderr.splitlines()
+
+
+def expected(folder: Path, tokenizer: PreTrainedTokenizerFast, *turns: str) -> str:
+    """The answer of the model that `load_pretrained` gives, to a conversation."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    prompt = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    tokens = load_pretrained(folder).generate(**prompt, max_new_tokens=6)
+    return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def printable(answer: str) -> str:
+    return "".join(answer.split())
+
+
+def test_each_line_is_answered_within_its_conversation(fused, tokenizer):
+    first = expected(fused, tokenizer, "Hi, you")
+    second = expected(fused, tokenizer, "Hi, you", first, "and\nthen")
+    assert second != expected(fused, tokenizer, "and\nthen"), "the conversation matters"
+    out, served = chat(fused, "Hi, you\n\nand\\\nthen\n/reset\nand\\\nthen\n")
+    answers = [first, second, expected(fused, tokenizer, "and\nthen")]
+    assert printable("".join(out)) == printable("".join(answers))
+    assert len(served) == 3
+    assert all(re.fullmatch(r"\[(math|code) 100%\]", line) for line in served), "the prompt's choice serves it all"
+
+
+def test_the_shares_are_those_of_the_answer(fused, tokenizer, tmp_path):
+    """By the published routing each token routes alone, so reading question and answer at once routes them the same."""
+    folder = tmp_path / "published"
+    model = load_pretrained(fused)
+    set_routing(model, RoutingPolicy())
+    save_pretrained(model, folder)
+    tokenizer.save_pretrained(folder)
+    _, served = chat(folder, "Tell me\n")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tell me"}], return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**prompt, max_new_tokens=6)
+    totals = []
+    for ids in (tokens[:, :-1], prompt["input_ids"]):
+        with watch_routing(model) as counts, torch.no_grad():
+            model(input_ids=ids)
+        totals.append(torch.stack(list(counts.values())).sum(0))
+    counts = totals[0] - totals[1]
+    shares = {f"expert {i}": f"{share:.0%}" for i, share in enumerate((counts / counts.sum()).tolist())}
+    assert len([share for share in shares.values() if share != "0%"]) == 2
+    assert dict(part.rsplit(" ", 1) for part in served[0].strip("[]").split(", ")) == shares
+
+
+def test_one_token_is_served_by_those_who_read_the_prompt(fused):
+    _, served = chat(fused, "Hi\n", "--max-new-tokens", "1")
+    assert re.fullmatch(r"\[(math|code) 100%\]", served[0])
+
+
+def test_commands(fused):
+    out, said = chat(fused, "/help\n/exit\nHi\n")
+    assert out == [""]
+    assert said == [said[0]]
+    assert said[0].startswith("/help: unknown command; ")
+    assert "/reset" in said[0]
+
+
+def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "smile_kernels", "chat", str(fused), "--max-new-tokens", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    seen, start = b"", 0
+    for awaited, keys in ((b"\n> ", b"Hi\n"), (b"%]", b""), (b"\n> ", b"")):
+        while awaited not in seen[start:]:
+            seen += os.read(main, 1024)
+        start = seen.index(awaited, start) + len(awaited)
+        os.write(main, keys)
+    answered: list = []
+    while not answered:  # Python may miss a signal that comes just before it waits for a key
+        process.send_signal(signal.SIGINT)
+        answered = select.select([main], [], [], 5)[0]
+    assert process.wait(timeout=60) == 0
+    os.close(main)
+    assert b"/reset starts a new conversation" in seen
+
+
+@pytest.mark.parametrize("case", ["no tokenizer", "no template", "no folder", "plain", "vision", "device", "length"])
+def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
+    folder, options, message = tmp_path / "folder", [], ""
+    if case == "no tokenizer":
+        save_pretrained(load_pretrained(fused), folder)
+        message = "has no tokenizer_config.json; expected"
+    elif case == "no template":
+        save_pretrained(load_pretrained(fused), folder)
+        bare = copy.deepcopy(tokenizer)
+        bare.chat_template = None
+        bare.save_pretrained(folder)
+        message = "its tokenizer has no chat template; expected"
+    elif case == "no folder":
+        message = "folder"
+    elif case == "plain":
+        llama(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        message = "is not a SMILE checkpoint"
+    elif case == "vision":
+        base: ViTForImageClassification = tiny_models.build("ViTForImageClassification")
+        model, _ = upscale(base, [finetuned(base)], rank_of_expert=2, rank_of_router=2, progress=False)
+        save_pretrained(model, folder)
+        tokenizer.save_pretrained(folder)
+        message = "holds a ViTForImageClassification; expected a causal language model"
+    elif case == "device":
+        folder, options, message = fused, ["--device", "nowhere"], "device: is 'nowhere'; expected"
+    elif case == "length":
+        folder, options, message = fused, ["--max-new-tokens", "0"], "max_new_tokens: is 0; expected 1 or more"
+    result = CliRunner().invoke(app, ["chat", str(folder), *options], input="Hi\n")
+    assert result.exit_code == 1, result.output
+    assert "error: " in result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+
+
+def test_experts_without_a_report_have_numbers(fused, tmp_path, tokenizer):
+    folder = tmp_path / "fused"
+    save_pretrained(load_pretrained(fused), folder)
+    tokenizer.save_pretrained(folder)
+    assert "experts" in json.loads((fused / "smile_report.json").read_text())
+    _, served = chat(folder, "Hi\n")
+    assert re.fullmatch(r"\[expert [01] 100%\]", served[0])
