@@ -7,7 +7,7 @@ checkpoint is whole, or holds the experts only, beside the path of its base.
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .routing import CalibrationReport, RoutingPolicy, calibrate, set_routing, u
 from .storage import (
     StoredTensor,
     add_tensors,
+    parse,
     parse_size,
     read_json,
     read_tensors,
@@ -192,6 +193,19 @@ def _user_turn_ids(folder: Path) -> tuple[int, ...] | None:
     return user_turn_ids(AutoTokenizer.from_pretrained(folder))
 
 
+@dataclass(frozen=True)
+class _LayerEnergies:
+    name: str
+    energy: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Energies:
+    """What `describe` shows of a report."""
+
+    layers: list[_LayerEnergies] = field(default_factory=list)
+
+
 def describe(folder: str | Path) -> dict[str, Any]:
     """What is in a SMILE checkpoint, as `smile-kernels inspect` shows it; fits JSON.
 
@@ -205,8 +219,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """
     stored, config = read_tensors(folder), read_smile_config(folder)
     report = Path(folder) / REPORT
-    records = read_json(report).get("layers", []) if report.is_file() else []
-    energies = {record.get("name"): record.get("energy", []) for record in records}
+    records = parse(_Energies, read_json(report), str(report)).layers if report.exists() else []
+    energies = {record.name: record.energy for record in records}
     layers, sizes = [], {"base": 0, "experts": 0, "other": 0}
     for name, entry in config.modules.items():
         for factor in ("vh", "s", "u"):

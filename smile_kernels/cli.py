@@ -3,9 +3,9 @@
 import json
 import os
 import platform
-import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import SmileError
+from .errors import KNOWN_KEYS_ONLY, SmileError
 
 app = typer.Typer(
     help="SMILE layers: fuse fine-tuned models into a sparse mixture of low-rank experts, and run it fast.",
@@ -33,16 +33,43 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_PARAMETERS = (
-    "rank_of_expert",
-    "rank_of_router",
-    "num_experts_per_tok",
-    "include",
-    "exclude",
-    "remaining",
-    "routing",
-    "calibrate",
-)
+
+@dataclass(frozen=True)
+class _Model:
+    """An entry of `models` in a YAML file."""
+
+    model: str
+    name: str | None = None
+
+    __pydantic_config__ = KNOWN_KEYS_ONLY
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """`parameters` in a YAML file: arguments of `upscale_checkpoints`."""
+
+    rank_of_expert: int | float | None = None
+    rank_of_router: int | None = None
+    num_experts_per_tok: int | None = None
+    include: list[str] | str | None = None
+    exclude: list[str] | str | None = None
+    remaining: str | None = None
+    routing: dict[str, Any] | None = None
+    calibrate: bool | None = None
+
+    __pydantic_config__ = KNOWN_KEYS_ONLY
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A YAML file."""
+
+    base_model: str | None = None
+    models: list[_Model] | None = None
+    dtype: str | None = None
+    parameters: _Parameters = _Parameters()
+
+    __pydantic_config__ = KNOWN_KEYS_ONLY
 
 
 @app.command()
@@ -555,46 +582,24 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     """Settings of `upscale_checkpoints` from a YAML file in mergekit's manner."""
     import yaml
 
-    from .storage import read_text
+    from .storage import parse, read_text
 
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; expected a YAML file")
+    text = read_text(file, limit=1 << 16)
     try:
-        content = yaml.safe_load(read_text(file, limit=1 << 20))
+        if alias := next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None):
+            raise SmileError(f"{file}: holds an alias, *{alias.anchor}; expected what it stands for")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise SmileError(f"{file}: is not YAML: {error}") from None
-    keys = ("base_model", "models", "dtype", "parameters")
-    _check_keys(str(file), content, keys)
-    settings = {}
-    if "base_model" in content:
-        settings["base"] = content["base_model"]
-    if "models" in content:
-        if not isinstance(content["models"], list):
-            raise SmileError(f"{file}: models is {reprlib.repr(content['models'])}; expected a list of - model: FOLDER")
-        for i, entry in enumerate(content["models"]):
-            _check_keys(f"{file}: models[{i}]", entry, ("model", "name"))
-            if "model" not in entry:
-                raise SmileError(f"{file}: models[{i}]: model is missing; expected - model: FOLDER")
-        settings |= _experts([(entry.get("name"), entry["model"]) for entry in content["models"]])
-    for folder in (settings.get("base", ""), *settings.get("experts", ())):
-        if not isinstance(folder, str):
-            raise SmileError(f"{file}: a model is {reprlib.repr(folder)}; expected the path of a folder")
-    if "dtype" in content:
-        settings["dtype"] = content["dtype"]
-    parameters = content.get("parameters", {})
-    _check_keys(f"{file}: parameters", parameters, _PARAMETERS)
-    for name, value in parameters.items():
-        patterns = name in ("include", "exclude") and isinstance(value, str)
-        settings[name] = [value] if patterns else value
-    return settings
-
-
-def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(values, dict):
-        raise SmileError(f"{where}: is {reprlib.repr(values)}; expected the keys {', '.join(known)}")
-    for key in values:
-        if key not in known:
-            raise SmileError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
+    recipe = parse(_Recipe, content, str(file))
+    settings: dict[str, Any] = {"base": recipe.base_model, "dtype": recipe.dtype, **asdict(recipe.parameters)}
+    if recipe.models is not None:
+        settings |= _experts([(model.name, model.model) for model in recipe.models])
+    for name in ("include", "exclude"):
+        settings[name] = [settings[name]] if isinstance(settings[name], str) else settings[name]
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _number(name: str, text: str) -> int | float:

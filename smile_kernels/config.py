@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import SmileError, check_integer
+from .errors import KNOWN_KEYS_ONLY, SmileError, check_integer
 from .nn import SmileLinear
 from .publishing import write_text
 from .routing import RoutingPolicy, get_routing
-from .storage import read_json
+from .storage import parse, read_json
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
@@ -47,6 +47,8 @@ class SmileModuleConfig:
     router: bool = False
     router_prior: bool = False
     fan_in_fan_out: bool = False
+
+    __pydantic_config__ = KNOWN_KEYS_ONLY
 
     def __post_init__(self):
         for name in ("rank_of_expert", "rank_of_router"):
@@ -110,6 +112,8 @@ class SmileConfig:
     routing: RoutingPolicy = field(default=RoutingPolicy())
     expert_names: tuple[str, ...] | None = None
 
+    __pydantic_config__ = KNOWN_KEYS_ONLY
+
     def __post_init__(self):
         check_integer("num_local_experts", self.num_local_experts, 1)
         check_integer("num_experts_per_tok", self.num_experts_per_tok, 1)
@@ -129,15 +133,7 @@ class SmileConfig:
         method = config.pop("quant_method", None)
         if method != QUANT_METHOD:
             raise SmileError(f"quant_method: is {method!r}; expected {QUANT_METHOD!r}")
-        modules = config.get("modules")
-        if not isinstance(modules, Mapping):
-            raise SmileError(f"modules: is {modules!r}; expected a mapping from layer names to their ranks")
-        config["modules"] = {
-            name: _from_mapping(SmileModuleConfig, module, f"modules[{name!r}]") for name, module in modules.items()
-        }
-        if "routing" in config:
-            config["routing"] = RoutingPolicy.from_dict(config["routing"])
-        return _from_mapping(cls, config, "quantization_config")
+        return parse(cls, config, "quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads; fits JSON."""
@@ -209,23 +205,6 @@ def check_rank_of_expert(rank: int | float) -> None:
         raise SmileError(
             f"rank_of_expert: is {rank!r}; expected an integer of 1 or more, -1 for full rank, or a fraction in (0, 1)"
         )
-
-
-def _from_mapping(cls: type, values: Any, where: str) -> Any:
-    """A dataclass from a mapping whose keys are all fields of it."""
-    if not isinstance(values, Mapping):
-        raise SmileError(f"{where}: is {values!r}; expected a mapping")
-    known = {entry.name: entry for entry in fields(cls)}
-    for key in values:
-        if key not in known:
-            raise SmileError(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
-    for name, entry in known.items():
-        if entry.default is MISSING and name not in values:
-            raise SmileError(f"{where}: {name} is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise SmileError(f"{where}: {error}") from None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import operator
 from typing import Any
 
-__all__ = ["SmileError", "check_integer"]
+__all__ = ["KNOWN_KEYS_ONLY", "SmileError", "check_integer"]
+
+KNOWN_KEYS_ONLY = {"extra": "forbid"}  # `__pydantic_config__` of a dataclass that `storage.parse` makes of a file
 
 
 class SmileError(ValueError):

@@ -10,19 +10,19 @@ and stands for W + scale * B A with scale = alpha / q, or alpha / sqrt(q) where 
 import fnmatch
 import math
 import re
-import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import regex
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from ..errors import SmileError
-from ..storage import read_json, read_pickled, read_safetensors
+from ..storage import parse, read_json, read_pickled, read_safetensors
 from .conversion import ModelNames
 
 __all__ = ["LowRankDelta", "ModuleDelta", "adapter_deltas", "is_adapter"]
@@ -43,6 +43,23 @@ _NOT_LORA = (
     "use_bdlora",
     "use_qalora",
 )
+
+_Positive = Annotated[float, Gt(0), Lt(1e9)]
+_Index = Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What a change is computed from in adapter_config.json, which has other keys as well."""
+
+    lora_alpha: _Positive
+    alpha_pattern: dict[str, _Positive] | None = None
+    rank_pattern: dict[str, _Positive] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str | None = True
+    trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +218,7 @@ _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable
 
 
 def _module_delta(
-    directory: Path, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
+    directory: Path, module: str, tensors: Mapping[str, Tensor], config: _Config, base: Mapping[str, Tensor]
 ) -> ModuleDelta:
     """The change of one module."""
     weight: LowRankDelta | Tensor | None = None
@@ -239,7 +256,7 @@ def _module_delta(
     return ModuleDelta(weight, bias, whole)
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _config(directory: Path) -> _Config:
     if not is_adapter(directory):
         raise FileNotFoundError(f"directory: {directory} has no {_CONFIG}; expected a PEFT adapter")
     config = read_json(directory / _CONFIG)
@@ -247,7 +264,8 @@ def _config(directory: Path) -> dict[str, Any]:
         raise SmileError(
             f"peft_type: {directory} is {config.get('peft_type')}; expected LORA (DoRA and rsLoRA included)"
         )
-    initial = config.get("init_lora_weights", True)
+    parsed = parse(_Config, config, str(directory / _CONFIG))
+    initial = parsed.init_lora_weights
     if isinstance(initial, str) and any(fnmatch.fnmatch(initial.lower(), name) for name in _CHANGE_THE_BASE):
         raise SmileError(
             f"init_lora_weights: {directory} is {initial!r}, which changes the base weights; expected a plain LoRA "
@@ -256,30 +274,14 @@ def _config(directory: Path) -> dict[str, Any]:
     for key in _NOT_LORA:
         if config.get(key):
             raise SmileError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
-    _check_values(directory / _CONFIG, config)
-    return config
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
-
-
-def _check_values(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the values that a change is computed from have their types."""
-    if not _is_number(config.get("lora_alpha")):
-        raise SmileError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}; expected a positive number")
-    for name in ("alpha_pattern", "rank_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, Mapping) or not all(_is_number(value) for value in patterns.values()):
-            raise SmileError(f"{file}: {name} is {reprlib.repr(patterns)}; expected positive numbers by pattern")
-        for pattern in patterns:
-            try:
-                regex.compile(pattern)
-            except regex.error as error:
-                raise SmileError(f"{file}: {name}: {pattern!r} is not a regular expression ({error})") from None
-    for name in ("use_rslora", "fan_in_fan_out", "use_dora"):
-        if not isinstance(config.get(name, False), bool):
-            raise SmileError(f"{file}: {name} is {config[name]!r}; expected true or false")
+    for pattern in parsed.alpha_pattern or ():
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            raise SmileError(
+                f"{directory / _CONFIG}: alpha_pattern: {pattern!r} is not a regular expression ({error})"
+            ) from None
+    return parsed
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -292,35 +294,44 @@ def _matches(pattern: str, module: str) -> bool:
 def _tensors(directory: Path) -> dict[str, Tensor]:
     for name, read in (("adapter_model.safetensors", read_safetensors), ("adapter_model.bin", read_pickled)):
         if (directory / name).exists():
-            return {tensor.name: tensor.load() for tensor in read(directory / name)}
+            stored = read(directory / name)
+            for tensor in stored:
+                if not tensor.dtype.is_floating_point or 0 in tensor.shape:
+                    raise SmileError(
+                        f"{directory / name}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}; expected "
+                        "floating-point numbers"
+                    )
+            return {tensor.name: tensor.load() for tensor in stored}
     raise FileNotFoundError(f"directory: {directory} has no adapter_model.safetensors and no adapter_model.bin")
 
 
-def _scale(module: str, q: int, config: Mapping[str, Any], alpha: float | None = None) -> float:
-    patterns = config.get("alpha_pattern") or {}
+def _scale(module: str, q: int, config: _Config, alpha: float | None = None) -> float:
+    patterns = config.alpha_pattern or {}
     if alpha is None:
-        alpha = next((patterns[key] for key in patterns if _matches(key, module)), config["lora_alpha"])
-    return alpha / (math.sqrt(q) if config.get("use_rslora") else q)
+        alpha = next((patterns[key] for key in patterns if _matches(key, module)), config.lora_alpha)
+    return alpha / (math.sqrt(q) if config.use_rslora else q)
 
 
-def _low_rank(
-    module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[LowRankDelta, Tensor | None]:
+def _low_rank(module: str, tensors: Mapping[str, Tensor], config: _Config) -> tuple[LowRankDelta, Tensor | None]:
     a, b = tensors["lora_A"], tensors["lora_B"]
-    if b.shape[1] != a.shape[0]:
+    if b.dim() != 2 or b.shape[1] != a.shape[0]:
         raise SmileError(f"{module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
+    for name, numel in (("alpha", 1), ("lora_B.bias", len(b)), ("lora_magnitude_vector", len(b))):
+        if name in tensors and tensors[name].numel() != numel:
+            raise SmileError(f"{module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers")
     scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
     return delta, None if bias is None else bias.float() * scale
 
 
-def _new_rows(directory: Path, module: str, rows: Tensor, config: Mapping[str, Any], weight: Tensor) -> Tensor:
+def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weight: Tensor) -> Tensor:
     """The change of an embedding of which the adapter holds some rows (`trainable_token_indices`)."""
-    indices = config.get("trainable_token_indices")
+    indices = config.trainable_token_indices
     if isinstance(indices, dict):
         indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)
-    if not isinstance(indices, list) or len(indices) != len(rows) or max(indices, default=0) >= len(weight):
+    indices = indices if isinstance(indices, list) else []
+    if rows.shape != (len(indices), *weight.shape[1:]) or max(indices, default=0) >= len(weight):
         raise SmileError(
             f"trainable_token_indices: does not fit {module} in {directory}; expected {len(rows)} of {len(weight)} rows"
         )

@@ -52,11 +52,6 @@ class CalibrationReport:
     source: str
     layers: list[LayerBias]
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "CalibrationReport":
-        """The inverse of dataclasses.asdict."""
-        return cls(values["source"], [LayerBias(**layer) for layer in values["layers"]])
-
     def __str__(self) -> str:
         ran = sorted((layer for layer in self.layers if layer.tokens), key=lambda layer: layer.bias)
         lines = [

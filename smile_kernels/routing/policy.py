@@ -21,15 +21,16 @@ and every token that follows.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SmileError
+from ..errors import KNOWN_KEYS_ONLY, SmileError
 from ..ops.reference import accumulate_dtype
+from ..storage import parse
 
 __all__ = [
     "Routing",
@@ -77,6 +78,8 @@ class RoutingPolicy:
     calibrated: bool = False
     half_life: float | None = None
     restart_at: tuple[int, ...] | None = None
+
+    __pydantic_config__ = KNOWN_KEYS_ONLY
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -144,12 +147,7 @@ class RoutingPolicy:
     @classmethod
     def from_dict(cls, values: dict) -> "RoutingPolicy":
         """The inverse of `to_dict`; absent fields take their defaults, unknown ones raise ValueError."""
-        if not isinstance(values, dict):
-            raise SmileError(f"routing: is {values!r}; expected a mapping of {[f.name for f in fields(cls)]}")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise SmileError(f"routing: has unknown keys {unknown}; expected some of {[f.name for f in fields(cls)]}")
-        return cls(**values)
+        return parse(cls, values, "routing")
 
 
 def _is_integer(value: object, least: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..publishing import write_text
 from ..routing import CalibrationReport
-from ..storage import read_json
+from ..storage import parse, read_json
 from ..svd import Certificate
 
 __all__ = ["LayerReport", "LostChange", "UpscaleReport"]
@@ -106,17 +106,8 @@ class UpscaleReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "UpscaleReport":
-        """The report that `save` wrote."""
-        stored = read_json(Path(path))
-        calibration = stored.get("calibration")
-        return cls(
-            [LayerReport(**layer) for layer in stored["layers"]],
-            [LostChange(**lost) for lost in stored.get("lost", [])],
-            stored.get("base", ""),
-            stored.get("experts", ()),
-            calibration and CalibrationReport.from_dict(calibration),
-            stored.get("expert_names", ()),
-        )
+        """The report that `save` wrote; raises ValueError, naming the file, where it is none."""
+        return parse(cls, read_json(Path(path)), str(path))
 
     def warn(self, remaining: str) -> None:
         """Warn of the large changes that are left out of the result, naming the largest and what takes them up."""
