@@ -54,6 +54,7 @@ class _Parameters:
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
     remaining: str | None = None
+    embeddings_from: int | str | None = None
     routing: dict[str, Any] | None = None
     calibrate: bool | None = None
 
@@ -90,6 +91,9 @@ def upscale(
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone.")] = None,
     remaining: Annotated[
         str | None, typer.Option(help="Where other tensors come from: base or average.  [default: base]")
+    ] = None,
+    embeddings_from: Annotated[
+        str | None, typer.Option(help="Expert, by name, whose tokens beyond the base's vocabulary are added.")
     ] = None,
     routing: Annotated[
         str | None, typer.Option(help="Whose scores count: token, sequence, causal or prompt.  [default: token]")
@@ -143,6 +147,7 @@ def upscale(
             "include": include,
             "exclude": exclude,
             "remaining": remaining,
+            "embeddings_from": embeddings_from,
             "dtype": dtype,
             "routing": _policy(routing, accumulate, lock_after, half_life, calibrate),
             "calibrate": calibrate or None,

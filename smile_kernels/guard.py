@@ -72,7 +72,8 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         results = result if isinstance(result, (list, tuple)) else (result,)
-        if any(isinstance(one, torch.Tensor) for one in results) and func is not torch.Tensor.grad.__get__:
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # that func gets, as Tensor.T.__get__ does
+        if any(isinstance(one, torch.Tensor) for one in results) and attribute != "grad":
             for value in (*args, *kwargs.values()):
                 for operand in value if isinstance(value, (list, tuple)) else (value,):
                     name, layer = self.layers.get(id(operand), ("", None))

@@ -239,7 +239,11 @@ def _module_delta(
         a, b = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
         weight = LowRankDelta(a.T, b.T, _scale(module, a.shape[0], config))
     elif "trainable_tokens_delta" in tensors:
-        weight = _new_rows(directory, module, tensors["trainable_tokens_delta"], config, base[f"{module}.weight"])
+        plain, own = base[f"{module}.weight"], tensors.get("weight")  # its own where the base was resized before
+        start = plain if own is None else own
+        weight = _new_rows(directory, module, tensors["trainable_tokens_delta"], config, start)
+        if start.shape != plain.shape:
+            tensors, weight = {**tensors, "weight": start.float() + weight}, None
     for name, tensor in tensors.items():
         if name in _PARTS or name in ("lora_magnitude_vector", "lora_B.bias", "alpha"):
             continue

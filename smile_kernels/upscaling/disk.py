@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint import REPORT, add_calibration, model_card
@@ -64,12 +64,14 @@ from .report import LayerReport, LostChange, UpscaleReport
 from .sources import (
     AdapterSource,
     CheckpointSource,
+    ExpertSource,
     StoredTensors,
     check_request,
     local_folder,
     open_source,
     read_plain,
 )
+from .vocabulary import AddedTokens, find_added_tokens, grow_source, which_expert, with_tokens
 
 __all__ = ["upscale_checkpoints"]
 
@@ -91,6 +93,7 @@ class _Job:
         dtype: torch.dtype | None,
         device: str,
         strict: bool,
+        embeddings_from: int | str | None,
     ):
         self.base, self.experts = Path(base), [Path(folder) for folder in experts]
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
@@ -110,17 +113,33 @@ class _Job:
         self.unfit = [layer for layer in self.chosen.values() if layer.unfit]
         self.embeddings = set() if names.model is None else embedding_weights(names.model)
         self.fused = [] if names.model is None else fused_experts(names.model)
-        self.sources = [
+        self.sources: list[ExpertSource] = [
             open_source(f"experts[{i}]", folder, self.tensors, self.every, names) for i, folder in enumerate(experts)
         ]
+        self.embeddings_from = embeddings_from
+        self.added = None if embeddings_from is None else self._added_tokens(embeddings_from, names.model)
         for source in self.sources:
             if isinstance(source, AdapterSource):
                 source.check(self.by_name)
-            else:
+            elif isinstance(source, CheckpointSource):
                 mean = remaining == "average"
                 source.check(self.by_name, self.chosen.values(), average=mean, cast=dtype is not None)
         check_layer_ranks(self.layers, self.by_name, config.rank_of_expert, config.rank_of_router)
         check_fit("base", self.unfit, self.tensors, self.sources, strict=strict)
+
+    def _added_tokens(self, expert: int | str, model: nn.Module | None) -> AddedTokens:
+        """Gives the base and all experts the tokens that one expert has beyond the base's."""
+        self.donor = which_expert(expert, self.config.expert_names or ())
+        added = find_added_tokens(model, self.by_name, self.sources[self.donor])
+        own = [name for name in added.dims if name in self.origins]
+        if split := next((name for name in own if self._split(name)), None):
+            raise SmileError(f"embeddings_from: {self.base} holds {split} within another tensor; expected it by itself")
+        added.grow(self.by_name)
+        for name in own:
+            key = self.origins[name][0]
+            self.stored[key] = replace(self.by_name[name], name=key)
+        self.sources = [grow_source(source, added, self.tensors, self.every) for source in self.sources]
+        return added
 
     @functools.cached_property
     def taken(self) -> list[Layer]:
@@ -137,6 +156,7 @@ class _Job:
             **{key: value for key, value in self.config.to_dict().items() if key != "modules"},
             "layers": [layer.name for layer in self.layers],
             "remaining": self.remaining,
+            "embeddings_from": self.embeddings_from,
             "dtype": str(self.dtype),
             "device": self.device,
             "files": [_listing(folder) for folder in folders],
@@ -281,6 +301,11 @@ class _Job:
         config = replace(self.config, modules=modules)
         _copy_beside(self.base, folder)
         base_config = read_config(self.base)
+        if self.added is not None:
+            base_config = with_tokens(base_config, self.added)
+            _copy_beside(
+                self.experts[self.donor], folder, "tokenizer", "added_tokens", "special_tokens", "chat_template"
+            )
         if self.dtype is not None and base_config:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
             base_config.pop("torch_dtype", None)
@@ -303,6 +328,7 @@ def upscale_checkpoints(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
+    embeddings_from: int | str | None = None,
     routing: RoutingPolicy | None = None,
     calibrate: bool = False,
     strict: bool = False,
@@ -325,6 +351,8 @@ def upscale_checkpoints(
         expert_names: N names, by which the experts can be asked for. None, for all or in a name's place: the folder's,
             with as much of its path as makes the names differ.
         remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
+        embeddings_from: the expert, by number or name, whose vocabulary has tokens beyond the
+            base's; as in `upscale`. The tokenizer is that expert's.
         routing: the policy that the loaded model follows; by default each token chooses for itself, or
             `RoutingPolicy.recommended` of a model that is calibrated.
         calibrate: also `smile_kernels.calibrate` the result; the whole model is loaded for it.
@@ -367,7 +395,7 @@ def upscale_checkpoints(
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
-    job = _Job(base, experts, config, include, exclude, remaining, dtype, device, strict)
+    job = _Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from)
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
@@ -465,9 +493,11 @@ def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return read().to(dtype)
 
 
-def _copy_beside(base: Path, folder: Path) -> None:
-    """Copies the files beside the base's weights: tokenizers, generation settings, code, pooling, ..."""
+def _copy_beside(base: Path, folder: Path, *starts: str) -> None:
+    """Copies the files beside the weights: tokenizers, generation settings, code, ...; those of some starts, or all."""
     for file in sorted(base.iterdir()):
+        if starts and not file.name.startswith(starts):
+            continue
         written_anew = file.name in ("config.json", "README.md", REPORT) or file.name.startswith(".")
         if file.is_file() and not written_anew and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, folder / file.name)

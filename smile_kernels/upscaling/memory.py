@@ -37,8 +37,9 @@ from .remainder import (
     tied_to,
     unfit_layers,
 )
-from .report import UpscaleReport
+from .report import LayerReport, UpscaleReport
 from .sources import AdapterSource, ExpertSource, ModuleSource, check_finite, check_request
+from .vocabulary import AddedTokens, find_added_tokens, grow_source, resize, which_expert
 
 __all__ = ["upscale"]
 
@@ -55,6 +56,7 @@ def upscale(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remaining: str = "base",
+    embeddings_from: int | str | None = None,
     routing: RoutingPolicy | None = None,
     calibrate: bool = False,
     strict: bool = False,
@@ -80,6 +82,8 @@ def upscale(
         include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
         remaining: "base" keeps every other parameter and buffer as the base has it; "average" takes the mean of the
             fine-tuned models'.
+        embeddings_from: the expert, by number or name, whose vocabulary has tokens beyond the base's: their rows of the
+            embedding and the head become the base's, and those of experts that lack them.
         routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself,
             or `RoutingPolicy.recommended` of a model that is calibrated.
         calibrate: also `smile_kernels.calibrate` the model.
@@ -106,24 +110,14 @@ def upscale(
     chosen = select_layers(every, include, exclude)
     layers = {name: layer for name, layer in chosen.items() if not layer.unfit}
     unfit = [layer for layer in chosen.values() if layer.unfit]
-    sources = _sources(finetuned, model, base, every, chosen, average=remaining == "average")
+    sources, added = _sources(finetuned, embeddings_from, names, model, base, every)
+    _check_sources(sources, model, base, chosen, average=remaining == "average")
     check_layer_ranks(layers.values(), base, rank_of_expert, rank_of_router)
     check_fit("model", unfit, base, sources, strict=strict)
     check_finite("model", base)
 
-    decomposed = list(
-        _track(
-            in_threads(
-                lambda layer: decompose(
-                    layer, base, sources, rank_of_expert=rank_of_expert, rank_of_router=rank_of_router
-                ),
-                list(layers.values()),
-                1 if any(base[layer.weight].is_cuda for layer in layers.values()) else None,
-            ),
-            len(layers),
-            progress,
-        )
-    )
+    ranks = {"rank_of_expert": rank_of_expert, "rank_of_router": rank_of_router}
+    decomposed = list(_track(_decomposed(list(layers.values()), base, sources, **ranks), len(layers), progress))
     factors = {report.name: factors for factors, report in decomposed if not report.skipped}
     taken = layers_to_take(unfit, base, base, sources)
     reports = [*(report for _, report in decomposed), *unfit_layers(unfit, taken), *fused_experts(model)]
@@ -141,6 +135,7 @@ def upscale(
     if routing is not None:
         check_routing(model, routing, dict.fromkeys(factors, len(finetuned)), calibrating=calibrate)
     model = model if inplace else copy.deepcopy(model)
+    resize(model, added, base)
     if remaining == "average":
         _average_remaining(model, {id(base[name]) for name in held if name in base}, base, sources)
     for layer in taken:
@@ -170,29 +165,54 @@ def _average_remaining(
             tensor.copy_(average(name, base, sources))
 
 
+def _decomposed(
+    layers: Sequence[Layer], base: Mapping[str, Tensor], sources: Sequence[ExpertSource], **ranks: Any
+) -> Iterator[tuple[dict[str, Tensor | None], LayerReport]]:
+    """The factors and the report of each layer; on a GPU one at a time."""
+    workers = 1 if any(base[layer.weight].is_cuda for layer in layers) else None
+    return in_threads(lambda layer: decompose(layer, base, sources, **ranks), layers, workers)
+
+
 def _sources(
     finetuned: Sequence[nn.Module | Mapping[str, ModuleDelta]],
+    embeddings_from: int | str | None,
+    names: tuple[str, ...] | None,
     model: nn.Module,
-    base: Mapping[str, Tensor],
+    base: dict[str, Tensor],
     every: Mapping[str, Layer],
-    chosen: Mapping[str, Layer],
-    *,
-    average: bool,
-) -> list[ExpertSource]:
-    """The experts, checked."""
+) -> tuple[list[ExpertSource], AddedTokens | None]:
+    """The experts; with `embeddings_from` they, and `base` in place, get the tokens of that expert."""
     sources: list[ExpertSource] = []
     for i, expert in enumerate(finetuned):
         if isinstance(expert, nn.Module):
-            source = ModuleSource(f"finetuned[{i}]", expert, base)
+            sources.append(ModuleSource(f"finetuned[{i}]", expert, base))
+        elif isinstance(expert, Mapping):
+            sources.append(AdapterSource(f"finetuned[{i}]", expert, base, every))
+        else:
+            raise SmileError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
+    if embeddings_from is None:
+        return sources, None
+    donor = sources[which_expert(embeddings_from, names or [str(i) for i in range(len(sources))])]
+    added = find_added_tokens(model, base, donor)
+    added.grow(base)
+    return [grow_source(source, added, base, every) for source in sources], added
+
+
+def _check_sources(
+    sources: Sequence[ExpertSource],
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    chosen: Mapping[str, Layer],
+    *,
+    average: bool,
+) -> None:
+    """Raises ValueError unless every expert fits the base."""
+    for source in sources:
+        if isinstance(source, AdapterSource):
+            source.check(base)
+        elif isinstance(source, ModuleSource):
             source.check(base, chosen.values(), average=average)
             source.check_kinds(model, chosen.values())
-            sources.append(source)
-        elif not isinstance(expert, Mapping):
-            raise SmileError(f"finetuned[{i}]: is {expert!r}; expected a model, or the changes of an adapter")
-        else:
-            sources.append(adapter := AdapterSource(f"finetuned[{i}]", expert, base, every))
-            adapter.check(base)
-    return sources
 
 
 def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:

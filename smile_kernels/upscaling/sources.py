@@ -62,6 +62,10 @@ class ExpertSource(ABC):
     def tensor(self, name: str) -> Tensor | None:
         """A tensor in full; None where it has none of that name."""
 
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of that tensor, which is not read for it."""
+
     def changes(self, layer: Layer, base: Mapping[str, Tensor]) -> bool:
         """Whether the layer differs from the base's."""
         weight, bias, plain = self.weight(layer), self.bias(layer), base[layer.weight]
@@ -76,9 +80,7 @@ class ExpertSource(ABC):
 class WholeSource(ExpertSource):
     """A fine-tuned model with all its tensors."""
 
-    def __init__(
-        self, where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor]
-    ):
+    def __init__(self, where: str, tensors: Mapping[str, Tensor], shapes: dict[str, Tensor] | dict[str, StoredTensor]):
         super().__init__(where, shapes.keys())
         self.tensors, self.shapes = tensors, shapes
 
@@ -90,6 +92,9 @@ class WholeSource(ExpertSource):
 
     def tensor(self, name: str) -> Tensor | None:
         return self.tensors.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.shapes[name].shape) if name in self.shapes else None
 
     def check(
         self,
@@ -221,6 +226,13 @@ class AdapterSource(ExpertSource):
         if delta is not None and part == "weight" and delta.weight is not None:
             return self._changed(module, delta)
         return self.base.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        module, _, part = name.rpartition(".")
+        delta = self.deltas.get(module)
+        whole = None if delta is None else delta.whole.get(part)
+        one = self.base.get(name) if whole is None else whole
+        return None if one is None else tuple(one.shape)
 
 
 def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
