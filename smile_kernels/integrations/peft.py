@@ -148,6 +148,14 @@ def adapter_deltas(
             "truncated as those of a full fine-tune are",
             stacklevel=2,
         )
+    adapted = [located[module] for module, tensors in modules.items() if "lora_A" in tensors and "bias" not in tensors]
+    unsaved = [module for module in adapted if f"{module}.bias" in base]
+    if unsaved and config.get("bias") in ("all", "lora_only"):
+        warnings.warn(
+            f"{directory}: trained bias={config['bias']!r}, but it is not saved for {len(unsaved)} layers such as "
+            f"{unsaved[0]}, which keep the base's, as in PEFT; PEFT before 0.21 did not save it",
+            stacklevel=2,
+        )
     return deltas
 
 

@@ -6,6 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
@@ -106,6 +107,18 @@ def test_dora_is_dense_and_says_so(architecture, tmp_path):
         weight = base.get_submodule(module).weight.detach()
         got = delta.weight.dense(weight.T if conv1d else weight)
         torch.testing.assert_close(got, change(base, merged, module, "weight"), rtol=1e-4, atol=1e-5)
+
+
+def test_trained_biases_that_were_not_saved_are_named(tmp_path):
+    """As PEFT before 0.21 writes an adapter with `bias="lora_only"`."""
+    base, _ = adapter("Qwen2ForCausalLM", tmp_path, target_modules=["q_proj", "up_proj"], bias="lora_only")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("bias")}, file)
+    assert len(load_file(file)) == len(tensors) - 2
+    with pytest.warns(UserWarning, match=rf"not saved for 2 layers such as {Q_PROJ}, .*PEFT before 0\.21"):
+        deltas = adapter_deltas(tmp_path, base.state_dict())
+    assert all(delta.bias is None for delta in deltas.values())
 
 
 def test_what_cannot_be_an_expert_is_listed(tmp_path):
