@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -106,15 +107,15 @@ GEONAMES = Package(
 
 
 @contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
-    """A scratch name beside `path` to write to, renamed to `path` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside `folder`, which it becomes, instead of what is there, when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "whole"
+        yield whole
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(whole, folder)
 
 
 Rows = list[tuple[str, str]]  # (text, label)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .data import appears_whole
+from smile_kernels.publishing import write_text
+
 from .encoder import report as encoder
 from .language_model import report as language_model
 from .report import fill
@@ -33,7 +34,5 @@ def sections() -> dict[Path, dict[str, str]]:
 
 if __name__ == "__main__":
     for page, texts in sections().items():
-        text = fill(page, texts)
-        with appears_whole(page) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+        write_text(page, fill(page, texts))
         print(page.relative_to(ROOT))

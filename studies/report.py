@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from smile_kernels.ops import library
 from smile_kernels.ops.excluded import device_name
-
-from .data import appears_whole
+from smile_kernels.publishing import new_file, write_text
 
 TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
@@ -76,11 +76,12 @@ def fill(page: Path, sections: Mapping[str, str]) -> str:
     return text
 
 
-def write(results: Mapping, json_path: Path | None, plot: Path | None, draw: Callable[[Mapping, Path], None]) -> None:
+def write(results: Mapping, json_path: Path | None, plot: Path | None, draw: Callable[[Mapping], Figure]) -> None:
     """The files of a study that were asked for, each written atomically."""
+    for path in filter(None, (json_path, plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if json_path:
-        with appears_whole(json_path) as scratch:
-            scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_text(json_path, json.dumps(results, indent=1) + "\n")
     if plot:
-        with appears_whole(plot) as scratch:
-            draw(results, scratch)
+        with new_file(plot) as file:
+            draw(results).savefig(file, dpi=150, format=plot.suffix.removeprefix(".") or "png")

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from ..data import MINILM, Package, Rows, Task, appears_whole, read_member
+from smile_kernels.publishing import new_file
+
+from ..data import MINILM, Package, Rows, Task, read_member
 
 
 def load_bert(package: Package, folder: Path, member: str) -> tuple[BertModel, Tokenizer]:
@@ -224,8 +226,9 @@ def train_task(
             return module.requires_grad_(False)
         train = train or encode_split(lower, tokenizer, task, rows["train"], classes)
         module = make(train)
-        with appears_whole(path) as scratch:
-            safetensors.torch.save_file(module.state_dict(), scratch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            file.write(safetensors.torch.save(module.state_dict()))
         return module
 
     def make_probe(train: Split) -> nn.Linear:

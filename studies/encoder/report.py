@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from .. import report as shared
 from ..report import TableRows
@@ -119,13 +120,8 @@ def markdown(results: dict) -> str:
     return shared.markdown(results, results["seeds"], tables(results))
 
 
-def draw(results: dict, path: Path) -> None:
+def draw(results: dict) -> Figure:
     """A picture in three panels: accuracy by method, what it costs in parameters, and where the tokens are routed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = results["rows"]
     smile = [row for row in rows if row["name"].startswith("SMILE")]
     colours = {
@@ -139,9 +135,8 @@ def draw(results: dict, path: Path) -> None:
     colours |= {row["name"]: blue for row, blue in zip(smile, blues)}
 
     individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(16, 6), width_ratios=(1.5, 1, 1.1), layout="constrained"
-    )
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.1))
     for y, row in enumerate(rows[::-1]):
         by_task = [statistics.fmean(scores) for scores in zip(*(run["accuracy"] for run in row["runs"]))]
         mean = statistics.fmean(averages(row))
@@ -187,5 +182,4 @@ def draw(results: dict, path: Path) -> None:
     right.legend(frameon=False, fontsize=8, loc="lower right")
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure

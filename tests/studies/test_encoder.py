@@ -1,4 +1,5 @@
 import copy
+import json
 import zipfile
 from collections import Counter
 
@@ -71,21 +72,23 @@ def test_a_package_that_is_not_the_expected_one_is_refused(tmp_path):
         package.fetch(tmp_path)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "file.txt"
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "new" / "folder"
 
-    def write(fail: bool) -> None:
-        with data.appears_whole(path) as scratch:
-            scratch.write_text("half")
-            assert not path.exists()
+    def write(text: str, fail: bool) -> None:
+        with data.new_folder(folder) as whole:
+            whole.mkdir()
+            (whole / "file.txt").write_text(text)
             if fail:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(fail=True)
-    assert list(path.parent.iterdir()) == []
-    write(fail=False)
-    assert path.read_text() == "half"
+        write("half", fail=True)
+    assert list(folder.parent.iterdir()) == []
+    for text in ("whole", "anew"):
+        write(text, fail=False)
+        assert [file.name for file in folder.parent.iterdir()] == ["folder"]
+        assert (folder / "file.txt").read_text() == text
 
 
 class TestMerging:
@@ -394,5 +397,7 @@ class TestReport:
         assert shared.fill(page, pages.sections()[page]) == page.read_text(encoding="utf-8")
 
     def test_plot(self, tmp_path):
-        report.draw(results(), tmp_path / "plot.png")
+        shared.write(results(), tmp_path / "new" / "results.json", tmp_path / "plot.png", report.draw)
+        assert json.loads((tmp_path / "new" / "results.json").read_text()) == json.loads(json.dumps(results()))
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "plot.png").stat().st_size > 10_000
