@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import SmileError, check_integer
@@ -60,8 +61,8 @@ def smile_linear(
         num_experts_per_tok: m, 1 <= m <= N.
         rank_of_router: g.
         routing: (weights [..., m], ids [..., m]) to use instead of the router's choice; ids are integers in [0, N), or
-            -1 for no expert, whose weight is then ignored. Others raise on a CPU; on a GPU, where looking at them
-            would wait for it, they are no expert either.
+            -1 for no expert, whose weight is then ignored; m = 0: the shared layer alone. Others raise on a CPU; on a
+            GPU, where looking at them would wait for it, they are no expert either.
         routing_weights: [..., N] non-negative weights from elsewhere: the m largest are used, divided by their sum.
         backend: "triton", "cuda", "cpu" or "torch"; by default the environment variable SMILE_KERNELS_BACKEND, then
             the best that runs on x's device (see `smile_kernels.backends`).
@@ -115,6 +116,8 @@ def smile_linear(
         if ids.dtype == torch.int64:  # so that none wraps round into the range
             ids = ids.clamp(-2, s.shape[0])
         m = ids.shape[-1]
+        if m == 0:
+            return F.linear(x, weight, bias)
         weights, ids = weights.reshape(-1, m).to(s.dtype), ids.reshape(-1, m).int()
         y = library.apply(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, backend)
     return y if is_flat else y.view(*leading, weight.shape[0])

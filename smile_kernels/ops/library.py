@@ -284,6 +284,21 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     return _apply(*arguments, ids, False, backend)[0]
 
 
+def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:
+    """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None where it is not so.
+
+    The operator checks what it is given: a layer of a few tokens feels what Python would do before.
+    """
+    (o, d), m, kind = weight.shape, ids.shape[-1], x.device.type
+    if m == 0 or x.shape[-1] != d or x.dtype != weight.dtype or weights.dtype != s.dtype:
+        return None
+    if torch.is_autocast_enabled(kind) or not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
+        return None
+    tokens, weights, ids = x.reshape(-1, d), weights.reshape(-1, m), ids.reshape(-1, m)
+    y = torch.ops.smile_kernels_ext.apply.default(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, False)[0]
+    return y.view(*x.shape[:-1], o)
+
+
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend) -> Tensor:
     """Route and apply in one pass -> y [T, O], differentiable."""
     arguments = (x, weight, bias, vh, s, u, expert_bias, router)

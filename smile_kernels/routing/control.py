@@ -180,11 +180,13 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             rows = layer.vh if layer.router is None else layer.router
             m, g = layer.num_experts_per_tok, layer.rank_of_router
             routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
+        if not routing[1].shape[-1]:  # all experts are off while the base reads a prompt
+            return args, {**kwargs, "routing": routing}
         first = routing[1][..., 0]
         real = real_tokens()
         if real is not None and real.shape == first.shape:
             first = first[real.to(first.device)]
-        if first.numel() and routing[0].any():  # all experts are off while the base reads a prompt
+        if first.numel():
             counts[name] += first.flatten().bincount(minlength=layer.num_local_experts).cpu()
         return args, {**kwargs, "routing": routing}
 

@@ -3,21 +3,23 @@
 With E_i(t, l) = ||V_i,l[:, :g]^T x_t||^2 for token t, expert i and SMILE layers l = 0, 1, ... in running order:
 
     p_i(t, l) = E_i / sum_j E_j
-    S_i(t, l) = sum of p_i over the tokens t may listen to       (scope "token": t; "sequence": all; "causal": up to t)
-              = gamma S_i(t - 1, l) + p_i(t, l)                  (causal with half_life: gamma = 2^(-1 / half_life))
+    S_i(t, l) = p_i(t, l)                                        (scope "token")
+              = gamma S_i(t - 1, l) + p_i(t, l)                  (scope "causal")
+              = the causal sum at the last token of t's sequence (scope "sequence")
     P_i = S_i / sum_j S_j
     L_i(t, l) = log P_i(t, l) - log Pbar_i(l) (where calibrated)  + L_i(t, l - 1) (where the policy accumulates)
     experts(t, l) = the m largest L_i(t, l), ties to the lower index, weighted by their softmax
 
 log Pbar_i(l) is the layer's `router_prior`, the logarithm of the mean share of expert i on inputs of no task, read by
-the base model (`calibrate`). Padding tokens are ignored. A token whose scores are all 0 has no vote. An expert without
-any evidence at a layer (its router rows are 0: it did not change that layer) is assigned the mean log-evidence of the
-others there where the policy accumulates, and comes last where it does not. The choice is a constant to autograd:
-gradients reach the experts through it, not the router.
+the base model (`calibrate`). gamma is 2^(-1 / half_life), or 1 without half_life, and 0 where a token completes
+`restart_at`: what stands before it does not count. Padding tokens are ignored. A token whose scores are all 0 has no
+vote. An expert without any evidence at a layer (its router rows are 0: it did not change that layer) is assigned the
+mean log-evidence of the others there where the policy accumulates, and comes last where it does not. The choice is a
+constant to autograd: gradients reach the experts through it, not the router.
 
-Scope "prompt" reads the prompt twice: once by the base model, all experts off, which adds up L over all its layers at
-the last token (causal sums, with half_life and restart_at), then with the experts so chosen, which serve every layer
-and every token that follows.
+Scope "prompt" reads the prompt twice: once by the base model, all experts off, which adds up L of scope "sequence" over
+the layers of all its blocks, or of the first `lock_after` and ends there; then with the experts so chosen, which serve
+every layer and every token that follows.
 """
 
 from collections.abc import Iterable
@@ -54,16 +56,17 @@ class RoutingPolicy:
     Args:
         scope: whose scores count for a token: "token" its own; "sequence" those of its whole sequence (in generation
             the prompt votes and its choice holds for the tokens that follow); "causal" those up to itself; "prompt"
-            those of the whole prompt in a first reading by the base model, over all layers.
+            those of the whole prompt in a first reading by the base model.
         accumulate: add up the evidence of the layers below; always so with scope "prompt".
         lock_after: reuse the choice made after the model's first `lock_after` blocks in all later ones, which compute
-            no scores. None: every layer chooses.
+            no scores. None: every layer chooses. With scope "prompt": how many blocks the first reading goes through;
+            None: all.
         num_experts_per_tok: m; None leaves each layer's own.
         calibrated: subtract each layer's `router_prior`; `calibrate` must have set it.
-        half_life: in tokens: a token's share counts half after so many more. With scope "causal" or "prompt". None:
-            nothing is forgotten.
-        restart_at: token ids; the sums start anew where these stand one after another, at the last of them. With scope
-            "causal" or "prompt".
+        half_life: in tokens: a token's share counts half after so many more. None: nothing is forgotten. Not with
+            scope "token".
+        restart_at: token ids; the sums start anew where these stand one after another, at the last of them. Not with
+            scope "token".
 
     The default is the published routing: softmax over the token's own scores, inside the layer's kernel.
 
@@ -103,17 +106,16 @@ class RoutingPolicy:
         if self.scope == "prompt":
             object.__setattr__(self, "accumulate", True)
         alone = self.scope == "token" and not self.accumulate
-        if self.lock_after is not None and (alone or self.scope == "prompt"):
-            why = "each layer chooses alone" if alone else "every layer follows the prompt's choice"
+        if self.lock_after is not None and alone:
             raise SmileError(
-                f"lock_after: is {self.lock_after} with scope {self.scope!r}{' and no accumulation' * alone}; expected "
-                f"None, since there {why}"
+                f"lock_after: is {self.lock_after} with scope 'token' and no accumulation; expected None, since there "
+                "each layer chooses alone"
             )
         for name in ("half_life", "restart_at"):
-            if getattr(self, name) is not None and self.scope not in ("causal", "prompt"):
+            if getattr(self, name) is not None and self.scope == "token":
                 raise SmileError(
-                    f"{name}: is {getattr(self, name)!r} with scope {self.scope!r}; expected None, since only the sums "
-                    "of scope 'causal' and 'prompt' run from token to token"
+                    f"{name}: is {getattr(self, name)!r} with scope 'token'; expected None, since no sums run from "
+                    "token to token there"
                 )
 
     @property
@@ -125,20 +127,22 @@ class RoutingPolicy:
     def recommended(cls, model: torch.nn.Module, restart_at: Iterable[int] | None = None) -> "RoutingPolicy":
         """The policy that did best in what was measured (docs/routing.md) for the model's kind.
 
-        A causal language model that is calibrated: scope "prompt", whose votes are those of the tokens from the last
-        `restart_at` on. Every other model: the published routing.
+        A causal language model that is calibrated: scope "prompt", in which the base's first quarter of the blocks
+        votes, with the tokens from the last `restart_at` on. Every other model: the published routing.
 
         Args:
             model: a model with SMILE layers.
             restart_at: the token ids that begin a user's turn (`user_turn_ids`); None for prompts of one turn.
         """
-        calibrated = any(getattr(module, "router_prior", None) is not None for module in model.modules())
+        calibrated = [n for n, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
         can_generate = getattr(model, "can_generate", None)
         if not calibrated or can_generate is None or not can_generate():
             return cls()
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             return cls()
-        return cls("prompt", calibrated=True, restart_at=None if restart_at is None else tuple(restart_at))
+        quarter = -(-(max(block_numbers(calibrated).values()) + 1) // 4)
+        ids = None if restart_at is None else tuple(restart_at)
+        return cls("prompt", lock_after=quarter, calibrated=True, restart_at=ids)
 
     def to_dict(self) -> dict:
         """The fields by name, as a checkpoint's config stores them under "routing"."""

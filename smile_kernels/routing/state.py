@@ -23,6 +23,10 @@ from .tokens import Tokens
 __all__ = ["LayerPolicy", "RootRouting"]
 
 
+class _HasVoted(Exception):
+    """Ends the base's reading of a prompt: the blocks that vote have run."""
+
+
 class LayerPolicy:
     """What a SMILE layer asks (`layer.router_policy`): the policy of its root, as layer number `index` there.
 
@@ -39,13 +43,9 @@ class LayerPolicy:
         if state is None:
             if root.began_before():
                 return _route_alone(layer, x, self.before)
-            if root.policy.is_published:
-                return None
-        with torch.no_grad():
-            if state is None:
-                return root.passed().replay(self.index, x)
-            if not state.policy.is_published:
-                return state.choose(self.index, layer, x)
+            return None if root.policy.is_published else root.passed().replay(self.index, x)
+        if not state.policy.is_published:
+            return state.choose(self.index, layer, x)
         return _route_alone(layer, x, state.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
 
 
@@ -224,10 +224,11 @@ class ForwardPass:
         self.evidence: Tensor | None = None  # L, [B, N] or [B, S, N]
         self.choice: Routing | None = None  # of the last scored layer, [B, m] or [B, S, m]
         self.choices: dict[int, Routing] = {}
+        self.spread: tuple[Tensor, torch.Size, torch.device, Routing] | None = None  # a choice's ids, for which input
         self.devices: set[torch.device] = set()
-        if self.policy.scope in ("causal", "prompt") and not self.held:
+        if self.policy.scope != "token" and not self.held:
             history = None
-            if self.policy.restart_at is not None and self.memory is not None:
+            if self.policy.restart_at is not None and self.memory is not None and self.policy.scope == "causal":
                 count = len(self.policy.restart_at) - 1
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
@@ -237,14 +238,19 @@ class ForwardPass:
         policy = self.policy
         key = (index, self.calls.get(index, 0))
         self.calls[index] = key[1] + 1
-        if self.voting:
-            return self._vote(layer, x)
         block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
+        scores = policy.lock_after is None or block < policy.lock_after
+        if self.voting:
+            if scores:
+                self._add(layer, self._pool(key, self._shares(layer, x)), x)
+                self.m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
+            elif not torch.compiler.is_compiling():
+                raise _HasVoted
+            off = x.new_zeros((*x.shape[:-1], 0), dtype=torch.float32)
+            return off, off.int()
         if self.held and self.memory is not None:
             self.choice = self.memory.choice(key, locked=policy.lock_after is not None)
-        elif policy.scope == "prompt":
-            pass  # `vote` has chosen
-        elif policy.lock_after is None or block < policy.lock_after:
+        elif scores and policy.scope != "prompt":  # whose choice is made
             self.choice = self._score(key, layer, x)
             if self.memory is not None and policy.scope == "sequence":
                 self.memory.choices[key], self.memory.last = self.choice, key
@@ -254,7 +260,7 @@ class ForwardPass:
         return self._spread(self.choice, x)
 
     def vote(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The base reads the prompt, all experts off, and the evidence of all its layers chooses for the answer."""
+        """The base reads the prompt, all experts off, and the evidence of its layers chooses for the answer."""
         if self.tokens.starts is not None:
             raise NotImplementedError(
                 "routing: sequences that are packed in a row have no prompt of their own; expected scope 'sequence' or "
@@ -265,8 +271,11 @@ class ForwardPass:
             args = tuple(again if value is self.tokens.cache else value for value in args)
             kwargs = {name: again if value is self.tokens.cache else value for name, value in kwargs.items()}
         self.voting = True
-        with torch.no_grad():
-            root.forward(*args, **kwargs)
+        try:
+            with torch.no_grad():
+                root.forward(*args, **kwargs)
+        except _HasVoted:
+            pass
         self.voting = False
         if self.evidence is None:
             raise RuntimeError(f"routing: no SMILE layer of {self.root_name} has run on the prompt; expected some")
@@ -274,14 +283,6 @@ class ForwardPass:
         self.choice = select_experts(self.evidence, self.m)
         if self.memory is not None:
             self.memory.choices[PROMPT], self.memory.last = self.choice, PROMPT
-
-    def _vote(self, layer: SmileLinear, x: Tensor) -> Routing:
-        shares = self._shares(layer, x)
-        votes = self.tokens.last_votes(shares.shape[1]).to(shares.device, shares.dtype)
-        self._add(layer, (shares * votes[..., None]).sum(1), x)
-        self.m = self.policy.num_experts_per_tok or layer.own_num_experts_per_tok()
-        off = torch.zeros((*x.shape[:-1], 1), dtype=shares.dtype, device=x.device)
-        return off, off.int()
 
     def replay(self, index: int, x: Tensor) -> Routing:
         """The choice of layer `index` once more, for a recomputation of its forward pass."""
@@ -299,6 +300,7 @@ class ForwardPass:
             if cache is not None:
                 self.memory.attach(cache)
 
+    @torch.no_grad()
     def _score(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
         logs = self._add(layer, self._pool(key, self._shares(layer, x)), x)
         return select_experts(logs, self.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
@@ -335,7 +337,10 @@ class ForwardPass:
         tokens, scope = self.tokens, self.policy.scope
         if scope == "token":
             return shares
-        if scope == "sequence" and tokens.starts is None:
+        if scope in ("sequence", "prompt") and tokens.starts is None:
+            if tokens.factors is not None and shares.shape[1] == (tokens.length or shares.shape[1]):
+                votes = tokens.last_votes(shares.shape[1]).to(shares.device, shares.dtype)
+                shares = shares * votes[..., None]
             return shares.sum(1)
         if (
             tokens.starts is not None
@@ -351,12 +356,19 @@ class ForwardPass:
             return (prefix.gather(1, to) - prefix.gather(1, from_)).to(shares.dtype)
         factors = None if tokens.factors is None else tokens.factors.to(shares.device)
         if self.memory is None:
-            return running_sums(shares, factors)
+            sums = running_sums(shares, factors)
+            if scope == "sequence" and tokens.ends is not None:
+                ends = tokens.ends.to(shares.device).expand(len(shares), -1)
+                sums = sums.gather(1, ends[..., None].expand_as(shares))
+            return sums
         return self.memory.extend(key, shares, factors, tokens.past)
 
     def _spread(self, choice: Routing, x: Tensor) -> Routing:
         """One choice a sequence, or a token, as one for each row of x."""
-        if choice[1].shape[:-1] == x.shape[:-1] and choice[1].device == x.device:
+        leading, device, known = x.shape[:-1], x.device, self.spread
+        if known is not None and known[0] is choice[1] and known[1] == leading and known[2] == device:
+            return known[3]
+        if choice[1].shape[:-1] == leading and choice[1].device == device:
             return choice
         length = self.tokens.shape(x)[1]
 
@@ -368,6 +380,8 @@ class ForwardPass:
                     f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)} where each of "
                     f"{t.shape[1]} tokens has its own choice; expected as many tokens"
                 )
-            return t.reshape(*x.shape[:-1], t.shape[-1]).to(x.device)
+            return t.reshape(*leading, t.shape[-1]).to(device)
 
-        return spread(choice[0]), spread(choice[1])
+        routing = spread(choice[0]), spread(choice[1])
+        self.spread = choice[1], leading, device, routing
+        return routing

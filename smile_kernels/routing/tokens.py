@@ -71,10 +71,10 @@ class Tokens:
         self.encoder_states = arguments.get("encoder_hidden_states")
         self.encoder_real = arguments.get("encoder_attention_mask")
         if self.encoder_states is not None:
-            if scope in ("causal", "prompt"):
+            if scope in ("causal", "prompt") or policy.half_life is not None or policy.restart_at is not None:
                 raise NotImplementedError(
                     f"routing: {root_name} attends to encoder_hidden_states, which have no causal order; expected "
-                    "scope 'sequence' or 'token' for a decoder with cross-attention"
+                    "scope 'sequence' or 'token', without half_life and restart_at, for a decoder with cross-attention"
                 )
             if self.encoder_real is not None:
                 self.encoder_real = _real(self.encoder_real, 0, self.encoder_states.shape[1])
@@ -91,6 +91,7 @@ class Tokens:
                 "would be found; expected input_ids, or a policy without restart_at"
             )
         self.factors: Tensor | None = None  # [B or 1, S or 1], how much of the sum before each token is left; None: all
+        self._votes: Tensor | None = None
         self.starts: Tensor | None = None
         self.ends: Tensor | None = None
         if arguments.get("cu_seq_lens_q") is not None:
@@ -130,12 +131,12 @@ class Tokens:
         self.factors = factors if self.real is None else torch.where(self.real, factors.to(self.real.device), 1.0)
 
     def last_votes(self, length: int) -> Tensor:
-        """[B or 1, S] float: how much each of S tokens counts in the causal sum at the last one; padding counts 0."""
-        if self.factors is None:
-            return torch.ones(1, length) if self.real is None else self.real.float()
-        left = F.pad(self.factors.expand(-1, length)[:, 1:], (0, 1), value=1.0)
-        votes = left.flip(1).cumprod(1).flip(1)
-        return votes if self.real is None else torch.where(self.real, votes, 0.0)
+        """[B or 1, S] float: how much each of S tokens counts in the causal sum at the last one."""
+        assert self.factors is not None
+        if self._votes is None or self._votes.shape[1] != length:
+            left = F.pad(self.factors.expand(-1, length)[:, 1:], (0, 1), value=1.0)
+            self._votes = left.flip(1).cumprod(1).flip(1)
+        return self._votes
 
     def shape(self, x: Tensor) -> tuple[int, int]:
         """(sequences, rows of x in each) for a layer's input x [..., D]."""

@@ -143,7 +143,7 @@ def test_checkpoints_carry_the_prior(dtype, tmp_path):
     model, _ = sk.upscale(base, finetuned, rank_of_expert=4, rank_of_router=2, exclude=["lm_head"], progress=False)
     calibrate(model, sequences=2, length=4)
     set_routing(model, RoutingPolicy.recommended(model))
-    assert get_routing(model) == RoutingPolicy("prompt", calibrated=True)
+    assert get_routing(model) == RoutingPolicy("prompt", lock_after=1, calibrated=True)
     sk.save_pretrained(model, tmp_path / "whole")
     for loaded in (
         sk.load_pretrained(tmp_path / "whole"),
@@ -182,7 +182,7 @@ def test_folders_are_calibrated_by_either_command(shards, tmp_path):
     assert "calibrated on 1280 tokens" in run("calibrate", paths["again"])
     one, two = (sk.load_pretrained(paths[name]) for name in ("out", "again"))
     for model in (one, two):
-        assert get_routing(model) == RoutingPolicy("prompt", calibrated=True)
+        assert get_routing(model) == RoutingPolicy("prompt", lock_after=1, calibrated=True)
     assert one.state_dict().keys() == two.state_dict().keys()
     assert all(torch.equal(t, two.state_dict()[name]) for name, t in one.state_dict().items())
     in_memory = sk.load_pretrained(paths["out"])
@@ -225,3 +225,12 @@ def test_upscale_calibrates():
     with pytest.raises(ValueError, match=r"^calibrated: is True"):
         sk.upscale(base, finetuned, **options, routing=RoutingPolicy(calibrated=True), inplace=True)
     assert isinstance(base.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+@pytest.mark.parametrize(("blocks", "voting"), [(1, 1), (4, 1), (6, 2)])
+def test_a_quarter_of_the_blocks_votes_where_a_language_model_is_calibrated(blocks, voting):
+    model = llama(num_hidden_layers=blocks)
+    assert RoutingPolicy.recommended(model) == RoutingPolicy(), "without calibration the published routing"
+    calibrate(model, sequences=1, length=2)
+    policy = RoutingPolicy.recommended(model, restart_at=[7, 8])
+    assert policy == RoutingPolicy("prompt", lock_after=voting, calibrated=True, restart_at=(7, 8))

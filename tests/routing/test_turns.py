@@ -26,10 +26,17 @@ TURNS = {
     "one id": RoutingPolicy("causal", accumulate=True, restart_at=(7,)),
     "three ids": RoutingPolicy("causal", accumulate=True, restart_at=[7, 8, 7], half_life=2.5),
 }
+SEQUENCES = {
+    "sequence, last turn": RoutingPolicy("sequence", accumulate=True, restart_at=(7, 8)),
+    "sequence, half-life": RoutingPolicy("sequence", accumulate=True, half_life=1.5),
+    "sequence, last turn, lock 1": RoutingPolicy("sequence", restart_at=(7,), half_life=4, lock_after=1),
+}
 PROMPTS = {
     "prompt": RoutingPolicy("prompt"),
+    "prompt, one block": RoutingPolicy("prompt", lock_after=1),
     "prompt, m 2": RoutingPolicy("prompt", num_experts_per_tok=2),
     "prompt, last turn": RoutingPolicy("prompt", restart_at=(7, 8), half_life=5),
+    "prompt, last turn, one block": RoutingPolicy("prompt", restart_at=(7, 8), lock_after=1),
     "prompt, calibrated": RoutingPolicy("prompt", calibrated=True),
 }
 
@@ -47,7 +54,7 @@ def conversation() -> torch.Tensor:
     return ids
 
 
-@by_name(TURNS)
+@by_name(TURNS | SEQUENCES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sums_restart_where_the_ids_stand(policy, side):
     model, ids = llama(), conversation()
@@ -95,6 +102,28 @@ def test_restarts_after_cropping_and_reordering():
     torch.testing.assert_close(got, logits(model, input_ids=rows, use_cache=False)[:, 4:], rtol=1e-4, atol=1e-5)
 
 
+@by_name(SEQUENCES)
+def test_packed_sequences_vote_from_their_last_turns_on(policy):
+    model, ids = llama(attn_implementation="eager"), conversation()[:1]
+    set_routing(model, policy)
+    groups, starts = [[0] * 5 + [1] * 7], torch.tensor([0, 5])
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with Calls(model) as calls:
+        whole = logits(model, input_ids=ids, position_ids=positions, use_cache=False)
+    assert_follows(calls, [[True] * 12], policy, groups=groups, token_ids=ids)
+    for start, end in zip(starts, (5, 12)):
+        alone = logits(model, input_ids=ids[:, start:end], use_cache=False)
+        torch.testing.assert_close(whole[:, start:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_with_cross_attention_takes_no_sums_from_token_to_token():
+    model = t5()
+    for policy in (SEQUENCES["sequence, half-life"], SEQUENCES["sequence, last turn"]):
+        set_routing(model, policy)
+        with pytest.raises(NotImplementedError, match="without half_life and restart_at"):
+            logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
+
+
 def test_restarts_need_ids():
     model = llama()
     set_routing(model, TURNS["one id"])
@@ -107,11 +136,10 @@ def test_restarts_need_ids():
     [
         ("half_life", {"scope": "causal", "half_life": 0}),
         ("half_life", {"scope": "causal", "half_life": float("inf")}),
-        ("half_life", {"scope": "sequence", "half_life": 4}),
+        ("half_life", {"scope": "token", "half_life": 4}),
         ("restart_at", {"scope": "causal", "restart_at": []}),
         ("restart_at", {"scope": "causal", "restart_at": [1.5]}),
         ("restart_at", {"scope": "token", "restart_at": [1]}),
-        ("lock_after", {"scope": "prompt", "lock_after": 2}),
         ("calibrated", {"calibrated": 1}),
     ],
 )
@@ -169,12 +197,13 @@ def test_the_base_reads_the_prompt_and_its_choice_serves_the_answer(policy, cach
         )
     with Calls(model) as calls, watch_routing(model) as counts:
         logits(model, input_ids=ids, attention_mask=mask, past_key_values=kv, use_cache=kv is not None)
-    assert len(calls) == 28, "two readings of 14 layers"
-    for layer, x, y in calls[:14]:
+    voting = 7 * (policy.lock_after or 2)
+    assert len(calls) == voting + 14, "what votes, then all layers"
+    for layer, x, y in calls[:voting]:
         torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
-    choice = prompt_choice(calls[:14], real.tolist(), policy, ids)
+    choice = prompt_choice(calls[:voting], real.tolist(), policy, ids)
     assert len(choice[1][:, 0].unique()) > 1, "one expert alone shows nothing"
-    assert_serves(calls[14:], choice, real)
+    assert_serves(calls[voting:], choice, real)
     assert all(int(count.sum()) == int(mask.sum()) for count in counts.values()), "the first reading does not count"
     if kv is None:
         return
@@ -184,9 +213,10 @@ def test_the_base_reads_the_prompt_and_its_choice_serves_the_answer(policy, cach
     assert_serves(calls, choice, torch.ones(24, 2, dtype=torch.bool))
 
 
-def test_generation_and_beams_with_a_prompts_choice():
+@by_name({name: PROMPTS[name] for name in ("prompt", "prompt, one block")})
+def test_generation_and_beams_with_a_prompts_choice(policy):
     model = llama()
-    set_routing(model, PROMPTS["prompt"])
+    set_routing(model, policy)
     ids, mask = tokens(3, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1] * 6])
     for options in ({"num_beams": 1}, {"num_beams": 3}):
         options |= {"max_new_tokens": 5, "do_sample": False}
