@@ -1,17 +1,17 @@
 """A conversation with a SMILE checkpoint through transformers, and the experts that serve each answer."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import REPORT, load_pretrained
+from .checkpoint import load_pretrained
 from .errors import SmileError, check_integer
+from .nn import smile_layers
 from .routing import watch_routing
-from .storage import read_json
 
 __all__ = ["chat"]
 
@@ -47,7 +47,7 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise SmileError(f"{folder}: holds a {type(model).__name__}; expected a causal language model")
     model = model.to(device).eval()
-    names = _expert_names(Path(folder))
+    names = next(iter(smile_layers(model).values())).expert_names or ()
     if interactive:
         print(HELP, file=sys.stderr)
         import readline  # noqa: F401  (with it, `input` edits lines and keeps a history)
@@ -78,12 +78,6 @@ def _tokenizer(folder: Path) -> Any:
     if not tokenizer.chat_template:
         raise SmileError(f"{folder}: its tokenizer has no chat template; expected one, as models tuned to chat have")
     return tokenizer
-
-
-def _expert_names(folder: Path) -> list[str]:
-    """The names of the experts' folders, by the report of the upscaling; empty without one."""
-    report = folder / REPORT
-    return [Path(expert).name for expert in read_json(report).get("experts", ())] if report.is_file() else []
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -118,12 +112,13 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
     with watch_routing(model) as counts:
         tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
     served = torch.stack(list(counts.values())).sum(0)
+    assert streamer.of_prompt is not None
     if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, which the prompt's last one gives
         served -= streamer.of_prompt
     return tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(), served
 
 
-def _served(counts: Tensor, names: list[str]) -> str:
+def _served(counts: Tensor, names: Sequence[str]) -> str:
     """[math 98%, code 2%]: the experts by their share of an answer's tokens over all layers."""
     shares = (counts / counts.sum()).tolist()
     ranked = sorted((i for i in range(len(shares)) if shares[i] >= 0.005), key=lambda i: -shares[i])
