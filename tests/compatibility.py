@@ -2,7 +2,8 @@
 
     python tests/compatibility.py NAME [PYTEST ARGUMENTS]
 
-NAME is that of a record in the document: the newest, the oldest, or one more pair of versions.
+NAME is that of a record in the document: the newest, the oldest, or one more pair of versions; or `architectures`, for
+the table of what the tests recorded of each architecture of transformers.
 """
 
 import datetime
@@ -15,6 +16,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.terminal import TerminalReporter  # public in pytest only from 8.1 on
@@ -31,11 +33,15 @@ class Outcomes:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.failed: list[str] = []
+        self.architectures: list[dict[str, Any]] = []
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         stats = terminalreporter.stats
         self.counts = {outcome: len(stats.get(outcome, ())) for outcome in OUTCOMES}
         self.failed = sorted({report.nodeid for kind in ("failed", "error") for report in stats.get(kind, ())})
+        reports = [report for kind in OUTCOMES for report in stats.get(kind, ())]
+        recorded = [dict(report.user_properties).get("architecture") for report in reports]
+        self.architectures = sorted(filter(None, recorded), key=lambda row: row["model_type"])
 
 
 def installed() -> list[tuple[str, str, str]]:
@@ -52,14 +58,19 @@ def installed() -> list[tuple[str, str, str]]:
     return list(found.values())
 
 
-def record(commit: str, arguments: list[str], outcomes: Outcomes, seconds: float) -> str:
-    """The text of one record: what was installed, what was run, how it ended."""
+def ran(commit: str, arguments: list[str], outcomes: Outcomes, seconds: float) -> str:
+    """When, where and on what the tests ran, and how they ended."""
     ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.counts.items() if count) or "no test ran"
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    lines = [
+    return (
         f"{datetime.date.today()}, commit {commit}, {machine}. `pytest {shlex.join(arguments)}`: {ends}, in "
-        f"{seconds:.0f} s.",
-        "",
+        f"{seconds:.0f} s."
+    )
+
+
+def record(outcomes: Outcomes) -> str:
+    """What was installed, and what failed."""
+    lines = [
         "| package | bounds | installed |",
         "| --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in installed()),
@@ -67,6 +78,33 @@ def record(commit: str, arguments: list[str], outcomes: Outcomes, seconds: float
     if outcomes.failed:
         lines += ["", "Failed:", "", *(f"- `{name}`" for name in outcomes.failed)]
     return "\n".join(lines)
+
+
+def architectures(outcomes: Outcomes) -> str:
+    """A row for each architecture that was tried, and the names of those that could not be."""
+    tried = [row for row in outcomes.architectures if "class" in row]
+    transformers = metadata.version("transformers")
+    equal = sum(row.get(way, "").startswith("equal") for row in tried for way in ("full", "lora"))
+    refused = sum(row.get(way, "").startswith("refused") for row in tried for way in ("full", "lora"))
+    lines = [
+        f"transformers {transformers}: {len(tried)} architectures were made tiny and run, each fine-tuned in full and "
+        f"by LoRA: {equal} equal to the fine-tuned model, {refused} refused by name. The other "
+        f"{len(outcomes.architectures) - len(tried)} model types have no tiny model that runs on random inputs here.",
+        "",
+        "| model type | class | linear layers | full | LoRA | layers that hold no experts, since |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in tried:
+        cells = [
+            row["model_type"],
+            row["class"],
+            str(row["layers"]),
+            row.get("full", "failed"),
+            row.get("lora", "failed"),
+        ]
+        lines.append(f"| {' | '.join([*cells, '; '.join(row['unfit'])])} |")
+    skipped = [row["model_type"] for row in outcomes.architectures if "class" not in row]
+    return "\n".join([*lines, "", f"Not tried: {', '.join(skipped) or 'none'}."])
 
 
 def write(name: str, text: str) -> None:
@@ -88,7 +126,8 @@ def main() -> int:
     outcomes, started = Outcomes(), time.monotonic()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     status = pytest.main([*arguments], plugins=[outcomes])
-    write(name, record(commit, arguments, outcomes, time.monotonic() - started))
+    table = architectures(outcomes) if name == "architectures" else record(outcomes)
+    write(name, f"{ran(commit, arguments, outcomes, time.monotonic() - started)}\n\n{table}")
     return int(status)
 
 

@@ -60,6 +60,7 @@ class _Config:
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str | None = True
     trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
+    bias: str = "none"
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def adapter_deltas(
         )
     adapted = [located[module] for module, tensors in modules.items() if "lora_A" in tensors and "bias" not in tensors]
     unsaved = [module for module in adapted if f"{module}.bias" in base]
-    if unsaved and config.get("bias") in ("all", "lora_only"):
+    if unsaved and config.bias in ("all", "lora_only"):
         warnings.warn(
-            f"{directory}: trained bias={config['bias']!r}, but it is not saved for {len(unsaved)} layers such as "
+            f"{directory}: trained bias={config.bias!r}, but it is not saved for {len(unsaved)} layers such as "
             f"{unsaved[0]}, which keep the base's, as in PEFT; PEFT before 0.21 did not save it",
             stacklevel=2,
         )
