@@ -22,10 +22,10 @@ from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_la
 from .nn import replace_linear, smile_layers
 from .publishing import MANIFEST, check_folder, output_folder, write_text
 from .routing import CalibrationReport, RoutingPolicy, calibrate, set_routing, user_turn_ids
+from .schema import check_arguments, parse
 from .storage import (
     StoredTensor,
     add_tensors,
-    parse,
     parse_size,
     read_json,
     read_tensors,
@@ -37,6 +37,7 @@ __all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrain
 REPORT = "smile_report.json"  # what became of each layer, beside a checkpoint that was upscaled
 
 
+@check_arguments
 def save_pretrained(
     model: nn.Module,
     folder: str | Path,
@@ -91,6 +92,7 @@ def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_s
     write_text(folder / "README.md", model_card(config))
 
 
+@check_arguments
 def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_pretrained: Any) -> nn.Module:
     """Loads a SMILE checkpoint: what `save_pretrained`, `smile-kernels upscale` or fusion_bench wrote.
 
@@ -127,6 +129,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     return model
 
 
+@check_arguments
 def calibrate_checkpoint(
     folder: str | Path, *, routing: RoutingPolicy | None = None, seed: int = 0, **from_pretrained: Any
 ) -> CalibrationReport:
@@ -206,6 +209,7 @@ class _Energies:
     layers: list[_LayerEnergies] = field(default_factory=list)
 
 
+@check_arguments
 def describe(folder: str | Path) -> dict[str, Any]:
     """What is in a SMILE checkpoint, as `smile-kernels inspect` shows it; fits JSON.
 

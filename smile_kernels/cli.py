@@ -22,7 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import KNOWN_KEYS_ONLY, SmileError
+from .errors import SmileError
+from .schema import KNOWN_KEYS_ONLY, parse
 
 app = typer.Typer(
     help="SMILE layers: fuse fine-tuned models into a sparse mixture of low-rank experts, and run it fast.",
@@ -587,7 +588,7 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     """Settings of `upscale_checkpoints` from a YAML file in mergekit's manner."""
     import yaml
 
-    from .storage import parse, read_text
+    from .storage import read_text
 
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; expected a YAML file")

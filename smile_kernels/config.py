@@ -1,6 +1,7 @@
 """What is stored about a SMILE checkpoint in its config.json, under `quantization_config`."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import KNOWN_KEYS_ONLY, SmileError, check_integer
+from .errors import SmileError, check_integer
 from .nn import SmileLinear
 from .publishing import write_text
 from .routing import RoutingPolicy, get_routing
-from .storage import parse, read_json
+from .schema import KNOWN_KEYS_ONLY, parse
+from .storage import read_json
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
@@ -129,11 +131,11 @@ class SmileConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SmileConfig":
         """From the `quantization_config` of a config.json."""
-        config = dict(config)
-        method = config.pop("quant_method", None)
+        method = config.get("quant_method") if isinstance(config, Mapping) else config
         if method != QUANT_METHOD:
-            raise SmileError(f"quant_method: is {method!r}; expected {QUANT_METHOD!r}")
-        return parse(cls, config, "quantization_config")
+            raise SmileError(f"quant_method: is {reprlib.repr(method)}; expected {QUANT_METHOD!r}")
+        settings = {key: value for key, value in config.items() if key != "quant_method"}
+        return parse(cls, settings, "quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads; fits JSON."""

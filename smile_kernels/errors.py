@@ -3,9 +3,7 @@
 import operator
 from typing import Any
 
-__all__ = ["KNOWN_KEYS_ONLY", "SmileError", "check_integer"]
-
-KNOWN_KEYS_ONLY = {"extra": "forbid"}  # `__pydantic_config__` of a dataclass that `storage.parse` makes of a file
+__all__ = ["SmileError", "check_integer"]
 
 
 class SmileError(ValueError):

@@ -102,6 +102,8 @@ def smile_linear(
             tokens, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend
         )
     else:
+        if not isinstance(routing, (tuple, list)) or len(routing) != 2:
+            raise SmileError(f"routing: is {reprlib.repr(routing)}; expected (weights, ids)")
         weights, ids = routing
         _check_tensor("routing[0]", weights)
         _check_tensor("routing[1]", ids)
@@ -156,8 +158,8 @@ def router_projections(x: Tensor, vh: Tensor, router: Tensor | None = None, *, r
 
     router: [N, g, D] rows instead of those of `vh`.
     """
+    _check_router(x, vh if router is None else router, rank_of_router)
     rows = reference.router_rows(vh, router, rank_of_router)
-    _check_router(x, rows, rank_of_router)
     if not _autocasts(x):
         return reference.projections(x, rows)
     with torch.autocast(x.device.type, enabled=False):
@@ -175,6 +177,11 @@ def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
 
 def select_experts(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """The m largest of scores [..., N], ties to the lower index -> their softmax [..., m] and ids [..., m] int32."""
+    _check_tensor("scores", scores)
+    if scores.dim() < 1:
+        raise _shape_error("scores", scores, ("...", "N"))
+    if scores.dtype not in _DTYPES:
+        raise SmileError(f"scores: is {scores.dtype}; expected one of {_DTYPES}")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, scores.shape[-1], "the number of experts")
     return reference.select(scores, num_experts_per_tok)
 

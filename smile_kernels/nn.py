@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .errors import SmileError, check_integer
 from .functional import smile_linear
 from .ops import library
+from .schema import check_arguments
 from .svd import decompose_linear
 
 
@@ -107,6 +108,7 @@ class SmileLinear(nn.Linear):
             nn.init.uniform_(p, 0.0 if name == "s" else -bound, 1.0 if name == "s" else bound)
 
     @classmethod
+    @check_arguments
     def from_linears(
         cls,
         base: nn.Linear,
@@ -261,6 +263,7 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
     model.set_submodule(name, layer)
 
 
+@check_arguments
 def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -> None:
     """Compiles what the SMILE layers of `model` need ahead of the first request, by running each layer on zeros.
 
@@ -277,8 +280,8 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
         ValueError: a number of tokens below 1.
     """
     tokens = list(tokens)
-    if any(t < 1 for t in tokens):
-        raise SmileError(f"tokens: is {tokens}; expected numbers of 1 or more")
+    for i, number in enumerate(tokens):
+        check_integer(f"tokens[{i}]", number, 1)
     warm = set()
     for layer in model.modules():
         if not isinstance(layer, SmileLinear):

@@ -4,13 +4,12 @@ import json
 import math
 import pickle
 import re
-import reprlib
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +17,6 @@ from torch import Tensor
 
 from .errors import SmileError
 from .publishing import new_file, write_text
-
-_T = TypeVar("_T")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -324,49 +321,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SmileError(f"{file}: holds a {type(value).__name__}; expected an object")
     return value
-
-
-def parse(kind: type[_T], values: Any, where: str) -> _T:
-    """Values that a JSON or YAML file holds, as an annotated type such as a dataclass; nothing is converted silently.
-
-    Raises:
-        ValueError: what does not fit; the message names it, beginning with `where`.
-    """
-    import pydantic
-
-    try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
-    except pydantic.ValidationError as error:
-        raise SmileError(f"{where}: {_misfit(kind, values, error.errors())}") from None
-
-
-def _misfit(kind: Any, values: Any, errors: list[Any]) -> str:
-    """A key that is not known, or else the deepest of pydantic's errors, as "path: is value; expected this or that"."""
-    unknown = ("extra_forbidden", "unexpected_keyword_argument")
-    worst = max(errors, key=lambda error: (error["type"] in unknown, len(error["loc"])))
-    problem, path = worst["type"], _path(values, worst["loc"])
-    if problem == "value_error":
-        return f"{path}: {worst['ctx']['error']}".removeprefix(": ")
-    if problem == "json_invalid":
-        return "is nested too deeply"
-    if problem == "missing":
-        return f"{'.'.join(filter(None, (path, str(worst['loc'][-1]))))} is missing"
-    if problem in unknown:
-        known = ", ".join(field.name for field in fields(kind)) if len(worst["loc"]) == 1 else ""
-        return f"unknown key {path!r}" + (known and f"; expected {known}")
-    same = dict.fromkeys(error["msg"] for error in errors if _path(values, error["loc"]) == path)  # a union has several
-    expected = re.sub(r"\ba (?=[aeio])", "an ", " or ".join(same).replace("Input should be ", "").replace("valid ", ""))
-    return f"{path}: is {reprlib.repr(worst['input'])}; expected {expected}".removeprefix(": ")
-
-
-def _path(values: Any, steps: Iterable[str | int]) -> str:
-    """The steps that lead into `values`, joined by dots; pydantic puts the members of a union among them."""
-    path = []
-    for step in steps:
-        if (isinstance(values, dict) and step in values) or (isinstance(values, list) and isinstance(step, int)):
-            values = values[step]  # type: ignore[index]
-            path.append(str(step))
-    return ".".join(path)
 
 
 def _check_regular(file: Path) -> None:

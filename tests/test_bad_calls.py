@@ -1,16 +1,20 @@
 """Bad calls: each argument of each public call made wrong in turn raises an error that names it, before any work."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import smile_kernels as sk
 from smile_kernels import functional
 from smile_kernels.testing import Problem
+from tests.fuzzing import fuzzed, outcome
 
 T, D, O, N, R, G, M = 5, 12, 10, 3, 4, 2, 2
 
@@ -188,3 +192,72 @@ def test_the_valid_call_is_taken(backend):
     problem = Problem.random(T, D, O, N, R, G, M, bias=True, expert_bias=True, dtype=torch.float32)
     y = functional.smile_linear(*problem.arguments()[:7], num_experts_per_tok=M, rank_of_router=G, backend=backend)
     assert y.shape == (T, O)
+
+
+class Odd:
+    """An object of no use."""
+
+
+ODD: list[Any] = [
+    None, True, -1, 0, 1.5, torch.nan, 10**6, "x", "", b"x", [], [None], (1,), {}, {"x": 1}, Odd(), print,
+    torch.ones(3), torch.ones(2, 3, 4), torch.empty(0), torch.zeros((), device="meta"), nn.Linear(3, 3), nn.Identity(),
+    sk.RoutingPolicy("causal"), torch.float32,
+]  # fmt: skip
+
+
+def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
+    """Public functions with arguments that they take."""
+    problem = Problem.random(T, D, O, N, R, G, M, bias=True, expert_bias=True, dtype=torch.float32)
+    names = ("x", "weight", "bias", "vh", "s", "u", "expert_bias")
+    tensors = dict(zip(names, problem.arguments()[: len(names)]))
+    numbers = {"num_experts_per_tok": M, "rank_of_router": G}
+    routing = (torch.ones(T, M), torch.zeros(T, M, dtype=torch.int32))
+    base, tuned = nn.Linear(D, O), [nn.Linear(D, O) for _ in range(N)]
+    model, models = nn.Sequential(base), [nn.Sequential(layer) for layer in tuned]
+    ranks = {"rank_of_expert": R, "rank_of_router": G}
+    fused, _ = sk.upscale(model, models, progress=False, **ranks)
+    scores = {"scores": torch.rand(T, N), "num_experts_per_tok": M}
+    sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, "num_experts_per_tok": M}
+    inputs = [{"input": torch.rand(T, D)}]
+    return {
+        "smile_linear": (functional.smile_linear, tensors | numbers),
+        "smile_linear, routed": (functional.smile_linear, tensors | numbers | {"routing": routing}),
+        "smile_linear, weighted": (functional.smile_linear, tensors | numbers | {"routing_weights": torch.rand(T, N)}),
+        "route": (functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers),
+        "router_scores": (functional.router_scores, {"x": tensors["x"], "vh": tensors["vh"], "rank_of_router": G}),
+        "select_experts": (functional.select_experts, scores),
+        "SmileLinear": (sk.SmileLinear, sizes),
+        "from_linears": (sk.SmileLinear.from_linears, {"base": base, "finetuned": tuned, **ranks}),
+        "upscale": (sk.upscale, {"model": model, "finetuned": models, "progress": False, "include": ["*"], **ranks}),
+        "RoutingPolicy": (sk.RoutingPolicy, {"scope": "causal", "lock_after": None, "half_life": 2.0}),
+        "set_routing": (sk.set_routing, {"model": fused, "policy": sk.RoutingPolicy()}),
+        "get_routing": (sk.get_routing, {"model": fused}),
+        "calibrate": (sk.calibrate, {"model": fused, "inputs": inputs, "seed": 0, "sequences": 1, "length": 1}),
+        "verify": (sk.verify, {"model": fused, "finetuned": models, "inputs": inputs[0]}),
+        "warmup": (sk.warmup, {"model": fused, "tokens": [1]}),
+    }
+
+
+@fuzzed(400, 6000)
+def test_fuzzed_calls(examples):
+    calls, outcomes = valid_calls(), Counter[str]()
+    for function, arguments in calls.values():
+        function(**arguments)
+
+    @examples
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(calls)), "call")
+        function, arguments = calls[name]
+        changed = dict(arguments)
+        for argument in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2), "arguments"):
+            value = arguments[argument]
+            odd = ODD + (wrong_tensors(value) if isinstance(value, Tensor) else [])
+            changed[argument] = odd[data.draw(st.integers(0, len(odd) - 1), argument)]
+        result = outcome(lambda: function(**changed))
+        outcomes[result] += 1
+        assert not result.startswith("fault"), f"{name}: {result}"
+
+    check()
+    print(f"{sum(outcomes.values())} fuzzed calls: {dict(outcomes)}")
+    assert outcomes["SmileError"] > sum(outcomes.values()) / 2

@@ -23,7 +23,7 @@ ROOMS = (
     ("functional",),
     ("svd", "storage", "testing", "worker"),
     ("ops",),
-    ("publishing", "versions"),
+    ("publishing", "schema", "versions"),
     ("errors",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

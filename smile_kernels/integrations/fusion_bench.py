@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import SmileConfig
 from ..errors import SmileError
 from ..nn import SmileLinear
+from ..schema import check_arguments
 from ..versions import warn_if_newer
 
 __all__ = ["convert_state_dict", "from_fusion_bench", "holds_fusion_bench_layers"]
@@ -28,6 +29,7 @@ _GATE = re.compile(r"(?:(?P<layer>.+)\.)?gate\.weights?")
 _SHARED = re.compile(r"(?:(?P<layer>.+)\.)?(?:shared_linear|pretrained_model)\.weight")
 
 
+@check_arguments
 def from_fusion_bench(model: nn.Module) -> nn.Module:
     """Swaps every SMILE layer of fusion_bench for a `SmileLinear` with the same outputs, in place.
 

@@ -22,7 +22,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from ..errors import SmileError
-from ..storage import parse, read_json, read_pickled, read_safetensors
+from ..schema import check_arguments, parse
+from ..storage import read_json, read_pickled, read_safetensors
 from .conversion import ModelNames
 
 __all__ = ["LowRankDelta", "ModuleDelta", "adapter_deltas", "is_adapter"]
@@ -106,6 +107,7 @@ def is_adapter(directory: str | Path) -> bool:
     return (Path(directory) / _CONFIG).is_file()
 
 
+@check_arguments
 @torch.no_grad()
 def adapter_deltas(
     directory: str | Path, base: Mapping[str, Tensor] | nn.Module, names: ModelNames | None = None

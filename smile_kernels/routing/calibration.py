@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..nn import SmileLinear, smile_layers
+from ..schema import check_arguments, check_inputs
 from .cache import cache_in
 from .control import get_routing, set_routing, watch_tokens
 from .policy import Routing, RoutingPolicy, energy_shares, router_energies
@@ -62,6 +63,7 @@ class CalibrationReport:
         return "\n".join(lines)
 
 
+@check_arguments
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -106,6 +108,7 @@ def calibrate(
                     raise SmileError(
                         f"inputs: holds a {type(batch).__name__}; expected mappings of forward's arguments"
                     )
+                check_inputs(model, batch)
                 model(**batch)
         elif _writes(model):
             source = "written"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import SmileError
 from ..functional import route
 from ..nn import SmileLinear, smile_layers
+from ..schema import check_arguments
 from .policy import RoutingPolicy, block_numbers
 from .state import LayerPolicy, RootRouting
 from .tokens import Tokens
@@ -66,6 +67,7 @@ def check_routing(
             )
 
 
+@check_arguments
 def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     """Make every SMILE layer of `model` choose its experts by `policy`, from the next forward pass on.
 
@@ -134,7 +136,7 @@ def _warn_of_early_lock(policy: RoutingPolicy, names: Iterable[str]) -> None:
         warnings.warn(
             f"lock_after: is {policy.lock_after} of {blocks} blocks, before the experts can be told apart on every "
             f"kind of input; expected {-(-blocks // 4)} or more",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -142,6 +144,7 @@ def _root_routing(layer: SmileLinear) -> RootRouting | None:
     return layer.router_policy.root if isinstance(layer.router_policy, LayerPolicy) else None
 
 
+@check_arguments
 def get_routing(model: nn.Module) -> RoutingPolicy:
     """The policy the SMILE layers of `model` follow.
 
@@ -155,6 +158,7 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     return found.pop() if found else RoutingPolicy()
 
 
+@check_arguments
 @contextmanager
 def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Counts the tokens that each expert gets while it is open: {SMILE layer's name: [N] int64 on the CPU}.

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import KNOWN_KEYS_ONLY, SmileError
+from ..errors import SmileError
 from ..ops.reference import accumulate_dtype
-from ..storage import parse
+from ..schema import KNOWN_KEYS_ONLY, parse
 
 __all__ = [
     "Routing",

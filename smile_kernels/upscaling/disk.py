@@ -31,6 +31,7 @@ from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
+from ..schema import check_arguments
 from ..storage import (
     StoredTensor,
     parse_size,
@@ -315,6 +316,7 @@ class _Job:
         report.save(folder / REPORT)
 
 
+@check_arguments
 @torch.no_grad()
 def upscale_checkpoints(
     base: str | Path,

@@ -184,11 +184,8 @@ def select_layers(
     A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
 
     Raises:
-        ValueError: none is left, or a string in place of a list.
+        ValueError: none is left.
     """
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
-            raise SmileError(f"{argument}: is {patterns!r}; expected a list of patterns such as ['*.q_proj']")
     chosen = {
         name: layer
         for name, layer in layers.items()

@@ -16,6 +16,7 @@ from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
+from ..schema import check_arguments
 from .decompose import decompose, in_threads
 from .layers import (
     Layer,
@@ -44,6 +45,7 @@ from .vocabulary import AddedTokens, find_added_tokens, grow_source, resize, whi
 __all__ = ["upscale"]
 
 
+@check_arguments
 @torch.no_grad()
 def upscale(
     model: nn.Module,

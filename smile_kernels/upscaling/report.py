@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..publishing import write_text
 from ..routing import CalibrationReport
-from ..storage import parse, read_json
+from ..schema import parse
+from ..storage import read_json
 from ..svd import Certificate
 
 __all__ = ["LayerReport", "LostChange", "UpscaleReport"]
@@ -122,7 +123,7 @@ class UpscaleReport:
                 remedies.append("a module that the base lacks is taken up by adding it to the base")
             warnings.warn(
                 f"changes by fine-tuning are left out of the result: {worst}{more}. {'; '.join(remedies).capitalize()}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from ..config import read_config
 from ..errors import SmileError
 from ..integrations.peft import is_adapter
 from ..nn import SmileLinear, smile_layers
+from ..schema import check_arguments, check_inputs
 from .report import UpscaleReport
 from .sources import local_folder
 
@@ -53,6 +54,7 @@ class ExpertVerdict:
         return f"expert {self.expert}{name}: {self.verdict}{where}; relative error of the output {self.error:.2g}"
 
 
+@check_arguments
 @torch.no_grad()
 def verify(
     model: nn.Module,
@@ -91,6 +93,7 @@ def verify(
     for i, expert in enumerate(finetuned):
         tuned = expert if isinstance(expert, nn.Module) else expert()
         given = dict(inputs) if inputs is not None else example_inputs(tuned, seed)
+        check_inputs(tuned, given)
         with _evaluating(tuned):
             calls, want = _record(tuned, given)
         weights = {name: _weight(tuned, name) for name in layers}
@@ -290,6 +293,7 @@ def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return {name: makers[name]().to(device) for name in dict.fromkeys(wanted)}
 
 
+@check_arguments
 def verify_checkpoint(
     folder: str | Path, base: str | Path | None = None, experts: Sequence[str | Path] | None = None
 ) -> list[ExpertVerdict]:

@@ -1,0 +1,113 @@
+"""Values from outside held against annotated types: what a file says, and the arguments of public functions."""
+
+import functools
+import inspect
+import json
+import re
+import reprlib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import nn
+
+from .errors import SmileError
+
+__all__ = ["KNOWN_KEYS_ONLY", "check_arguments", "check_inputs", "parse"]
+
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+KNOWN_KEYS_ONLY = {"extra": "forbid"}  # as `__pydantic_config__` of a dataclass: `parse` refuses keys that no field has
+
+
+def parse(kind: type[_T], values: Any, where: str) -> _T:
+    """Values that a JSON or YAML file holds, as an annotated type such as a dataclass; nothing is converted silently.
+
+    Raises:
+        ValueError: what does not fit; the message names it, beginning with `where`.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise SmileError(f"{where}: {_misfit(kind, values, error.errors())}") from None
+
+
+def check_arguments(function: _F) -> _F:
+    """Have a function refuse, by name, arguments that do not fit its annotations; they reach it as they were given."""
+    signature = inspect.signature(function)
+
+    @functools.cache
+    def adapters() -> dict[str, Any]:
+        import pydantic
+
+        hints = typing.get_type_hints(inspect.unwrap(function))
+        options = pydantic.ConfigDict(arbitrary_types_allowed=True)
+        return {
+            name: pydantic.TypeAdapter(hints[name], config=None if is_dataclass(hints[name]) else options)
+            for name, parameter in signature.parameters.items()
+            if name in hints and parameter.kind is not parameter.VAR_KEYWORD
+        }
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        from pydantic import ValidationError
+
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name not in adapters():
+                continue
+            if isinstance(value, (np.integer, nn.ModuleList)):  # as good as an int, a list
+                value = int(value) if isinstance(value, np.integer) else list(value)
+            try:
+                adapters()[name].validate_python(value, strict=True)
+            except ValidationError as error:
+                path, _, misfit = f": {_misfit(None, value, error.errors())}".rpartition(": is ")
+                step = "".join(f"[{part}]" for part in path.removeprefix(": ").split(".") if part)
+                raise SmileError(f"{name}{step}: is {misfit}") from None
+        return function(*args, **kwargs)
+
+    return typing.cast(_F, checked)
+
+
+def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `inputs` are keyword arguments that the model's forward takes."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError as error:
+        raise SmileError(f"inputs: {error}; expected the arguments of {type(model).__name__}.forward") from None
+
+
+def _misfit(kind: Any, values: Any, errors: list[Any]) -> str:
+    """A key that is not known, or else the deepest of pydantic's errors, as "path: is value; expected this or that"."""
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    worst = max(errors, key=lambda error: (error["type"] in unknown, len(error["loc"])))
+    problem, path = worst["type"], _path(values, worst["loc"])
+    if problem == "value_error":
+        return f"{path}: {worst['ctx']['error']}".removeprefix(": ")
+    if problem == "json_invalid":
+        return "is nested too deeply"
+    if problem == "missing":
+        return f"{'.'.join(filter(None, (path, str(worst['loc'][-1]))))} is missing"
+    if problem in unknown:
+        known = ", ".join(field.name for field in fields(kind)) if len(worst["loc"]) == 1 else ""
+        return f"unknown key {path!r}" + (known and f"; expected {known}")
+    same = dict.fromkeys(error["msg"] for error in errors if _path(values, error["loc"]) == path)  # a union has several
+    expected = re.sub(r"\ba (?=[aeio])", "an ", " or ".join(same).replace("Input should be ", "").replace("valid ", ""))
+    expected = expected.replace("'str' instances are not allowed as a Sequence value", "a list")
+    expected = expected.replace("an instance of Sequence", "a list")
+    shown = " ".join(reprlib.repr(worst["input"]).split())
+    return f"{path}: is {shown}; expected {expected}".removeprefix(": ")
+
+
+def _path(values: Any, steps: Iterable[str | int]) -> str:
+    """The steps that lead into `values`, joined by dots; pydantic puts the members of a union among them."""
+    path = []
+    for step in steps:
+        if (isinstance(values, dict) and step in values) or (isinstance(values, list) and isinstance(step, int)):
+            values = values[step]  # type: ignore[index]
+            path.append(str(step))
+    return ".".join(path)
