@@ -5,8 +5,9 @@ import inspect
 import json
 import re
 import reprlib
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -48,7 +49,7 @@ def check_arguments(function: _F) -> _F:
         hints = typing.get_type_hints(inspect.unwrap(function))
         options = pydantic.ConfigDict(arbitrary_types_allowed=True)
         return {
-            name: pydantic.TypeAdapter(hints[name], config=None if is_dataclass(hints[name]) else options)
+            name: pydantic.TypeAdapter(_unread(hints[name]), config=None if is_dataclass(hints[name]) else options)
             for name, parameter in signature.parameters.items()
             if name in hints and parameter.kind is not parameter.VAR_KEYWORD
         }
@@ -71,6 +72,18 @@ def check_arguments(function: _F) -> _F:
         return function(*args, **kwargs)
 
     return typing.cast(_F, checked)
+
+
+def _unread(hint: Any) -> Any:
+    """An annotation whose mappings are not read: theirs may be tensors on disk."""
+    import pydantic
+
+    origin, arguments = typing.get_origin(hint), tuple(map(_unread, typing.get_args(hint)))
+    if origin is Mapping:
+        return pydantic.InstanceOf[Mapping]
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[arguments]  # noqa: UP007
+    return origin[arguments[0]] if origin in (Sequence, Iterable) else hint
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

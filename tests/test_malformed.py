@@ -187,6 +187,7 @@ def test_malformed_folders(inputs, tmp_path, examples):
     check()
     print(f"{sum(outcomes.values())} runs on malformed folders: {dict(outcomes)}")
     assert outcomes["SmileError"] > sum(outcomes.values()) / 4
+    assert outcomes["success"] > sum(outcomes.values()) / 10
 
 
 def load_into(folder: Path) -> None:

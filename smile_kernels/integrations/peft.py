@@ -59,6 +59,7 @@ class _Config:
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
+    bias: str = "none"
     init_lora_weights: bool | str | None = True
     trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
     bias: str = "none"
