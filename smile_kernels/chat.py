@@ -32,16 +32,12 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
         SmileError: not such a checkpoint, max_new_tokens below 1, or a device that is not there.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
-    import transformers
-
     try:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise SmileError(f"device: is {device!r}; expected one that torch has here ({error})") from None
     interactive = sys.stdin.isatty()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     tokenizer = _tokenizer(Path(folder))
     model: Any = load_pretrained(folder, dtype="auto")
     if not model.can_generate() or model.config.is_encoder_decoder:

@@ -1,9 +1,13 @@
 """The command line: `smile-kernels COMMAND`, or `python -m smile_kernels COMMAND`; `--help` lists the commands."""
 
+import functools
+import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from .errors import SmileError
 from .schema import KNOWN_KEYS_ONLY, parse
@@ -72,6 +76,12 @@ class _Recipe:
     parameters: _Parameters = _Parameters()
 
     __pydantic_config__ = KNOWN_KEYS_ONLY
+
+
+@app.callback()
+def _plain_output() -> None:
+    if not sys.stderr.isatty():  # read by huggingface_hub, and so by transformers, when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()
@@ -164,6 +174,8 @@ def upscale(
         if "dtype" in settings:
             settings["dtype"] = _dtype(torch, settings["dtype"])
         first = int(os.environ.get("RANK", 0)) == 0
+        if first:
+            _say(f"{settings['out']}: appears when it is whole; an interrupted run is continued by the same command")
         with _progress(first) as advance:
             report = upscale_checkpoints(
                 **settings,
@@ -199,17 +211,36 @@ def _experts(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on the terminal; called with a stage, how many of its parts are done, and how many there are."""
+def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Told of a stage, how many of its parts are done, and how many there are: bars on a terminal, else lines."""
+    console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)
+    ) as progress:
         bars: dict[str, TaskID] = {}
+        tenths: dict[str, int] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
-            bar = bars[stage] if stage in bars else bars.setdefault(stage, progress.add_task(stage, total=total))
-            progress.update(bar, completed=done)
+            if console.is_terminal:
+                bar = bars[stage] if stage in bars else bars.setdefault(stage, progress.add_task(stage, total=total))
+                progress.update(bar, completed=done)
+            elif shown and tenths.get(stage) != (tenth := 10 * done // max(total, 1)):
+                tenths[stage] = tenth
+                _say(f"{stage}: {done} of {total}")
 
         yield advance
+
+
+def _console() -> Console:
+    """For results: as wide as the terminal; wide enough for every row where there is none, so that no line wraps."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=240)
+
+
+def _say(text: str) -> None:
+    """One line on stderr."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _policy(
@@ -248,6 +279,7 @@ def calibrate(
         policy = _policy(routing, accumulate, lock_after, half_life, calibrated=True)
         options = {} if device_map is None else {"device_map": device_map}
         chosen = None if policy is None else RoutingPolicy.from_dict(policy)
+        _say(f"{folder}: is replaced when the result is whole; the model reads text that it writes first")
         print(calibrate_checkpoint(folder, routing=chosen, seed=seed, **options))
 
 
@@ -270,7 +302,8 @@ def verify(
     with _errors():
         from .upscaling.verify import verify_checkpoint
 
-        verdicts = verify_checkpoint(folder, base, expert)
+        with _progress() as advance:
+            verdicts = verify_checkpoint(folder, base, expert, progress=functools.partial(advance, "experts"))
         for verdict in verdicts:
             print(verdict)
     if any(verdict.verdict == "off" for verdict in verdicts):
@@ -303,6 +336,7 @@ def chat(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint.")],
+    table: Annotated[bool, typer.Option("--table", help="Print every layer, not one row for a kind of layer.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw energies and singular values there (.png, .svg, .pdf).")
     ] = None,
@@ -318,7 +352,7 @@ def inspect(
         from .checkpoint import describe
 
         description = describe(folder)
-        _show(description, Console())
+        _show(description, _console(), table)
         if json_path:
             from .publishing import write_text
 
@@ -354,7 +388,7 @@ def bench(
 
     \b
     Example:
-      smile-kernels bench --shape 768x3072 --shape mistral-7b.q --tokens 1 --tokens 512 --json bench.json
+      smile-kernels bench --shape 768x3072 --shape clip-b32.attn --tokens 1 --tokens 64 --json bench.json
     """
     with _errors():
         from .benchmark.command import bench as run
@@ -453,7 +487,7 @@ def doctor(
     """
     import torch
 
-    console = Console()
+    console = _console()
     device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with _errors():
         if report is not None and not report.parent.is_dir():
@@ -483,15 +517,17 @@ def _verify(device_types: tuple[str, ...], report: Path | None, console: Console
 
     results: dict[str, dict[str, Any]] = {}
     left_out, failed = {}, 0
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _progress() as advance:
         for device_type in device_types:
-            todo = selftest.checks(device_type)
-            bar = progress.add_task(f"verify {device_type}", total=len(todo))
+            todo, done = selftest.checks(device_type), itertools.count(1)
+
+            def report_one(*_: Any, stage: str = f"verify {device_type}", done: Any = done, n: int = len(todo)) -> None:
+                advance(stage, next(done), n)
+
             count = min(8, os.cpu_count() or 1) if device_type == "cuda" else 1
             with ExitStack() as stack:
                 workers = [stack.enter_context(Worker(selftest.perform)) for _ in range(count)]
-                outcomes = selftest.verify(todo, workers, report=lambda *_, bar=bar: progress.advance(bar))
+                outcomes = selftest.verify(todo, workers, report=report_one)
             left_out[device_type] = selftest.blamed(todo, outcomes)
             checks = [selftest.as_record(check, outcomes[check.name]) for check in todo]
             results[device_type] = {"machine": machine(device_type), "checks": checks}
@@ -521,15 +557,17 @@ def _show_machine(console: Console) -> None:
     from . import __version__
     from .versions import TESTED, installed, newer_than_tested, tested
 
-    versions = Table("package", "version", "tested with", title="versions", title_justify="left")
+    versions = Table(
+        "package", "version", "tested with", box=None, pad_edge=False, title="versions", title_justify="left"
+    )
     versions.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     versions.add_row("smile-kernels", __version__)
     for package in TESTED:
         newer = " (this one is newer)" if newer_than_tested(package) else ""
         versions.add_row(package, installed(package) or "not installed", tested(package) + newer)
-    console.print(versions)
+    console.print(versions, "")
 
-    devices = Table("device", "what it is", title="devices", title_justify="left")
+    devices = Table("device", "what it is", box=None, pad_edge=False, title="devices", title_justify="left")
     devices.add_row("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -538,7 +576,7 @@ def _show_machine(console: Console) -> None:
     if not torch.cuda.is_available():
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         devices.add_row("cuda", f"not available: torch {torch.__version__} is built with {build}")
-    console.print(devices)
+    console.print(devices, "")
 
 
 def _show_backends(device_type: str, console: Console) -> None:
@@ -550,7 +588,14 @@ def _show_backends(device_type: str, console: Console) -> None:
     from .ops import excluded
     from .ops.library import backends, choose_backend
 
-    table = Table("backend", "on " + device_type, title=f"backends on {device_type}", title_justify="left")
+    table = Table(
+        "backend",
+        "on " + device_type,
+        box=None,
+        pad_edge=False,
+        title=f"backends on {device_type}",
+        title_justify="left",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left out is shown below
         left_out = excluded.paths(excluded.device_name(device_type))
@@ -624,13 +669,14 @@ def _dtype(torch: Any, name: Any) -> Any:
     return dtype
 
 
-def _show(description: dict[str, Any], console: Console) -> None:
+def _show(description: dict[str, Any], console: Console, every: bool) -> None:
     smile = description["config"]
     console.print(
         f"{description['folder']}: {len(description['layers'])} SMILE layers, {smile['num_local_experts']} experts, "
         f"{smile['num_experts_per_tok']} per token",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     for name in ("base", "experts", "other"):
         console.print(f"  {name:8}{_bytes(description['bytes'][name]):>10}", highlight=False)
@@ -638,22 +684,35 @@ def _show(description: dict[str, Any], console: Console) -> None:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
         console.print(f"  experts: {listed}", markup=False, highlight=False, soft_wrap=True)
     if base := smile.get("base_model_name_or_path"):
-        console.print(f"  experts only; the base is {base}", markup=False, highlight=False)
-    table = Table("layer", "shape", "r", "g", "experts", "size of change", "captured energy", box=None)
+        console.print(f"  experts only; the base is {base}", markup=False, highlight=False, soft_wrap=True)
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for layer in description["layers"]:
-        table.add_row(
-            layer["name"],
-            f"{layer['out_features']} x {layer['in_features']}" if layer["out_features"] else "?",
-            str(layer["rank_of_expert"]),
-            str(layer["rank_of_router"]),
-            _bytes(layer["bytes"]),
-            _span(layer["norm"], "{:.3g}"),
-            _span(layer["energy"], "{:.1%}") if layer["energy"] else "unknown",
+        name = layer["name"] if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
+        shape = f"{layer['out_features']}x{layer['in_features']}" if layer["out_features"] else "?"
+        kinds.setdefault((name, shape), []).append(layer)
+    longest = max((len(name) for name, _ in kinds), default=0)
+    first = Column("layer", no_wrap=True, min_width=longest)
+    table = Table(
+        first, Column("shape", no_wrap=True), "r", "g", "experts", "change", "energy", box=None, pad_edge=False
+    )
+    if not every:
+        table.add_column("layers", justify="right")
+    for (name, shape), layers in kinds.items():
+        energies = [energy for layer in layers for energy in layer["energy"]]
+        row = (
+            name,
+            shape,
+            _span([layer["rank_of_expert"] for layer in layers], "{}"),
+            _span([layer["rank_of_router"] for layer in layers], "{}"),
+            _bytes(sum(layer["bytes"] for layer in layers)),
+            _span([norm for layer in layers for norm in layer["norm"]], "{:.3g}"),
+            _span(energies, "{:.1%}") if energies else "-",
         )
+        table.add_row(*row, *([] if every else [str(len(layers))]))
     console.print(table)
 
 
-def _span(values: list[float], form: str) -> str:
+def _span(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
 
@@ -691,11 +750,10 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (SmileError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"error: {error}")
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort):
         raise
     except Exception:
-        advice = "this is a bug: please report it with the file that `smile-kernels doctor --verify` writes"
-        Console(stderr=True).print(advice, markup=False, highlight=False, soft_wrap=True)
+        _say("this is a bug: please report it with the file that `smile-kernels doctor --verify` writes")
         raise

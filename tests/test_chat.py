@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTForImageClassification
+from transformers import PreTrainedTokenizerFast, ViTForImageClassification
 from typer.testing import CliRunner
 
 from smile_kernels import RoutingPolicy, load_pretrained, save_pretrained, set_routing, upscale, watch_routing
@@ -22,29 +21,10 @@ from smile_kernels.nn import smile_layers
 from tests.integrations import tiny_models
 from tests.upscaling.checkpoints import finetuned, run
 
-TEMPLATE = "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}<|assistant|>"
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
-    made.chat_template = TEMPLATE
-    return made
-
-
-def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids))
-    for p in model.parameters():
-        if p.dim() == 2:  # large enough that its layers matter
-            p.data.normal_(std=p.shape[-1] ** -0.5)
-    return model
+    return tiny_models.chat_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +32,7 @@ def fused(tokenizer, tmp_path_factory) -> Path:
     """A calibrated checkpoint by the command, whose experts are named math and code."""
     folder = tmp_path_factory.mktemp("chat")
     torch.manual_seed(0)
-    base = llama(tokenizer)
+    base = tiny_models.chat_model(tokenizer)
     for name, model in {"base": base, "math": finetuned(base), "code": finetuned(base)}.items():
         model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "base")
@@ -164,7 +144,7 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     elif case == "no folder":
         message = "folder"
     elif case == "plain":
-        llama(tokenizer).save_pretrained(folder)
+        tiny_models.chat_model(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         message = "is not a SMILE checkpoint"
     elif case == "vision":

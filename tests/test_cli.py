@@ -1,6 +1,10 @@
 """`smile-kernels upscale`, `inspect`, `doctor` and `tune`: options, output and errors."""
 
 import json
+import re
+import shlex
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from typer.testing import CliRunner
 from smile_kernels.cli import app
 from smile_kernels.config import read_smile_config
 from smile_kernels.storage import read_tensors
+from tests.integrations import tiny_models
 from tests.upscaling.checkpoints import RANKS, command, contents, run
 
 
@@ -60,8 +65,6 @@ def test_yaml_errors(tmp_path, content, message):
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     result = CliRunner().invoke(app, ["upscale", str(file), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
-    import re
-
     assert re.search(message, result.output.replace("\n", " ")), result.output
     assert [f.name for f in tmp_path.iterdir()] == ["bad.yml"]
 
@@ -101,7 +104,7 @@ def test_inspect(tmp_path, folders):
         "inspect", str(tmp_path / "out"), "--json", str(tmp_path / "i.json"), "--plot", str(tmp_path / "i.png")
     )
     assert "2 SMILE layers, 3 experts, 1 per token" in output
-    assert "24 x 16" in output
+    assert "24x16" in output
     description = json.loads((tmp_path / "i.json").read_text())
     assert [layer["name"] for layer in description["layers"]] == ["down", "up"]
     assert all(0 < energy < 1 for layer in description["layers"] for energy in layer["energy"])
@@ -143,6 +146,77 @@ def test_tune_times_each_layer_and_keeps_the_choices(monkeypatch):
     assert saved == [("cuda", {"key": "tile"})] * 2
 
 
-def test_help_has_examples():
-    assert "smile-kernels upscale fused.yml --out fused" in run("upscale", "--help")
-    assert "doctor" in run("--help")
+def examples(command: str) -> list[str]:
+    """The examples that a command's help shows, each in one line."""
+    text = run(command, "--help").replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if re.match(r"\s+(?:echo .* \| )?smile-kernels ", line)]
+
+
+@pytest.fixture
+def mistral(tmp_path, monkeypatch):
+    """The folder in which the examples run: a model of six blocks, and two that were fine-tuned from it."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    tokenizer = tiny_models.chat_tokenizer()
+    fine_tuned = tiny_models.fine_tuned
+    base = tiny_models.chat_model(tokenizer, hidden_size=64, num_hidden_layers=6)
+    for name, model in {"mistral": base, "math": fine_tuned(base, 1), "code": fine_tuned(base, 2)}.items():
+        model.save_pretrained(name)
+    tokenizer.save_pretrained("mistral")
+    options, from_yaml = examples("upscale")
+    run(*shlex.split(options)[1:])
+    return from_yaml
+
+
+def test_the_examples_of_upscale_give_the_same(mistral, tmp_path):
+    text = run("upscale", "--help")
+    Path("fused.yml").write_text(textwrap.dedent(text.partition("fused.yml:\n")[2].partition("\nArguments")[0]))
+    Path("fused").rename("first")
+    run(*shlex.split(mistral)[1:])
+    first, second = ({name for name in read_tensors(f) if "lm_head" not in name} for f in ("first", "fused"))
+    assert first == second
+    assert "model.layers.0.mlp.up_proj.vh" in first
+
+
+@pytest.mark.parametrize("command", ["calibrate", "verify", "chat", "inspect"])
+def test_the_examples_for_a_checkpoint_run(command, mistral):
+    shown = examples(command)
+    assert shown
+    for example in shown:
+        piped, _, rest = example.rpartition("|")
+        arguments = shlex.split(rest)[1:] + (["--max-new-tokens", "3"] if command == "chat" else [])
+        text = shlex.split(piped)[1] if piped else ""
+        result = CliRunner().invoke(app, arguments, input=text + "\n", env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output
+        assert len(result.output.splitlines()) < 30, "a summary"
+    if command == "inspect":
+        assert "model.layers.*.self_attn.q_proj" in result.output
+        every = run("inspect", "fused", "--table")
+        assert "model.layers.5.self_attn.q_proj" in every
+        assert len(every.splitlines()) > 42
+        assert Path("energy.png").exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_the_examples_for_a_machine_run(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = examples(command)
+    if command == "tune" and not torch.cuda.is_available():
+        result = CliRunner().invoke(app, shlex.split(example)[1:])
+        assert (result.exit_code, "torch sees no GPU here" in result.output) == (1, True)
+        return
+    run(*shlex.split(example)[1:], *(["--seconds", "0.01"] if command == "bench" else []))
+    assert command == "tune" or (tmp_path / "bench.json").exists()
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path, folders):
+    result = CliRunner().invoke(app, command(folders, tmp_path / "out"))
+    assert result.exit_code == 0
+    assert {"layers: 1 of 2", "layers: 2 of 2"} <= set(result.stderr.splitlines())
+    assert "\x1b" not in result.output
+    assert f"{tmp_path / 'out'}: appears when it is whole" in result.stderr.splitlines()[0]
+
+
+def test_help_lists_the_commands():
+    text = run("--help")
+    assert all(name in text for name in ("upscale", "verify", "chat", "doctor"))

@@ -62,6 +62,7 @@ def verify(
     *,
     inputs: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[ExpertVerdict]:
     """Compares a SMILE model, each expert forced in turn, with the fine-tuned models it was made of.
 
@@ -75,6 +76,7 @@ def verify(
             in memory at a time.
         inputs: keyword arguments of the forward; random ones of the architecture by default.
         seed: of the random inputs.
+        progress: told how many experts are done, and how many there are.
 
     Returns:
         One verdict an expert.
@@ -91,6 +93,8 @@ def verify(
         raise SmileError(f"finetuned: holds {len(finetuned)} models; expected {count}, one for each expert")
     verdicts = []
     for i, expert in enumerate(finetuned):
+        if progress is not None:
+            progress(i, count)
         tuned = expert if isinstance(expert, nn.Module) else expert()
         given = dict(inputs) if inputs is not None else example_inputs(tuned, seed)
         check_inputs(tuned, given)
@@ -102,6 +106,8 @@ def verify(
         with _evaluating(model), _forced(layers, i):
             verdict = _compare(model, i, calls, want, weights, given)
         verdicts.append(replace(verdict, name=names[i] if names else ""))
+    if progress is not None:
+        progress(count, count)
     return verdicts
 
 
@@ -295,7 +301,10 @@ def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 @check_arguments
 def verify_checkpoint(
-    folder: str | Path, base: str | Path | None = None, experts: Sequence[str | Path] | None = None
+    folder: str | Path,
+    base: str | Path | None = None,
+    experts: Sequence[str | Path] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[ExpertVerdict]:
     """`verify` for a SMILE checkpoint and the folders it was made of, each loaded as transformers does, in float32.
 
@@ -303,6 +312,7 @@ def verify_checkpoint(
         folder: the SMILE checkpoint.
         base, experts: the folders of the base and of the fine-tuned models or adapters; by default those its report
             names.
+        progress: as in `verify`.
 
     Raises:
         ValueError: the checkpoint has no report and the folders are not given, or names no transformers architecture.
@@ -326,4 +336,5 @@ def verify_checkpoint(
 
         return peft.PeftModel.from_pretrained(plain(base), str(expert)).merge_and_unload()
 
-    return verify(load_pretrained(folder, dtype=torch.float32), [functools.partial(load, one) for one in experts])
+    model = load_pretrained(folder, dtype=torch.float32)
+    return verify(model, [functools.partial(load, one) for one in experts], progress=progress)

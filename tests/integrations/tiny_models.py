@@ -4,6 +4,7 @@ import copy
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -106,3 +107,30 @@ def fuse(base: nn.Module, experts: list[nn.Module], rank_of_expert: int = 4, num
         model.set_submodule(name, smile)
     model.config.quantization_config = SmileConfig.from_layers(smile_layers(model)).to_dict()
     return model.eval()
+
+
+def chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of bytes, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+    turns = "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
+    made.chat_template = turns + "<|assistant|>"
+    return made
+
+
+def chat_model(
+    tokenizer: transformers.PreTrainedTokenizerFast, hidden_size: int = 32, num_hidden_layers: int = 2
+) -> transformers.LlamaForCausalLM:
+    """A model for `tokenizer`, with random weights large enough that its layers matter."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 48, "num_attention_heads": 4}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=num_hidden_layers, **sizes, **ids)
+    model = transformers.LlamaForCausalLM(config)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.normal_(std=p.shape[-1] ** -0.5)
+    return model
