@@ -11,7 +11,15 @@ from .errors import SmileError
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
-from .routing import RoutingPolicy, calibrate, get_routing, set_routing, user_turn_ids, watch_routing
+from .routing import (
+    RoutingPolicy,
+    calibrate,
+    get_routing,
+    routing_override,
+    set_routing,
+    user_turn_ids,
+    watch_routing,
+)
 from .upscaling import upscale, upscale_checkpoints, verify
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "functional",
     "get_routing",
     "load_pretrained",
+    "routing_override",
     "save_pretrained",
     "set_routing",
     "upscale",

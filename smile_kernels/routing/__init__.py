@@ -8,6 +8,7 @@ same score over tokens and adds up its logarithm over layers; nothing is trained
 
 from .calibration import CalibrationReport, calibrate, check_calibration
 from .control import check_routing, get_routing, set_routing, watch_routing
+from .override import routing_override
 from .policy import RoutingPolicy
 from .tokens import user_turn_ids
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_calibration",
     "check_routing",
     "get_routing",
+    "routing_override",
     "set_routing",
     "user_turn_ids",
     "watch_routing",

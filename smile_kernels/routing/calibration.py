@@ -18,7 +18,7 @@ from ..errors import SmileError
 from ..nn import SmileLinear, smile_layers
 from ..schema import check_arguments, check_inputs
 from .cache import cache_in
-from .control import get_routing, set_routing, watch_tokens
+from .control import get_routing, refuse_override, set_routing, watch_tokens
 from .policy import Routing, RoutingPolicy, energy_shares, router_energies
 
 __all__ = ["CalibrationReport", "LayerBias", "calibrate", "check_calibration"]
@@ -159,6 +159,7 @@ def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterato
         return read
 
     policy = get_routing(model)
+    refuse_override(model)
     set_routing(model, RoutingPolicy())
     asked = {name: layer.router_policy for name, layer in layers.items()}
     try:

@@ -17,7 +17,16 @@ from .policy import RoutingPolicy, block_numbers
 from .state import LayerPolicy, RootRouting
 from .tokens import Tokens
 
-__all__ = ["check_routing", "get_routing", "set_routing", "watch_routing", "watch_tokens"]
+__all__ = [
+    "attached_roots",
+    "check_routing",
+    "get_routing",
+    "refuse_override",
+    "release_idle",
+    "set_routing",
+    "watch_routing",
+    "watch_tokens",
+]
 
 
 def check_routing(
@@ -47,8 +56,12 @@ def check_routing(
         bare = [name for name in layers if name not in found or found[name].router_prior is None]
         if bare:
             raise SmileError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
-    if policy.is_published:
-        return
+    if not policy.is_published:
+        _check_parts(model, layers)
+
+
+def _check_parts(model: nn.Module, layers: Mapping[str, int]) -> None:
+    """Raises ValueError unless every layer belongs to a part, whose layers have one number of experts."""
     parts = _parts(model, layers)
     held = {name for part in parts.values() for name in part}
     outside = [name for name in layers if name not in held]
@@ -81,7 +94,7 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     Raises:
         ValueError: no SMILE layers; num_experts_per_tok above a layer's number of experts; a calibrated policy and a
             layer without `router_prior`; layers that would share evidence but differ in their number of experts, or
-            that belong to no single root. Nothing is changed then.
+            that belong to no single root; or a `routing_override` open on another part. Nothing is changed then.
     """
     check_routing(model, policy)
     layers = smile_layers(model)
@@ -90,6 +103,7 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     for root, members in parts.items():
         held = {routing for layer in members.values() if (routing := _root_routing(layer)) is not None}
         for attached in held - {_routing_of(model, root, members)}:
+            _refuse_override(attached)
             if attached.is_running():
                 raise SmileError(
                     f"model: a forward pass of {attached.root_name} is under way, with a policy of its own; expected "
@@ -102,7 +116,7 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     for routing in roots:
         routing.follow(policy)
     for routing, members in zip(roots, parts.values()):
-        if policy.is_published and not routing.is_running():
+        if policy.is_published and not routing.overriding and not routing.is_running():
             for layer in members.values():
                 routing.release(layer)
 
@@ -158,6 +172,49 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     return found.pop() if found else RoutingPolicy()
 
 
+def attached_roots(model: nn.Module) -> list[RootRouting]:
+    """What follows the forward passes of each part of `model`; made, with the layers' own routing, where nothing does.
+
+    Raises:
+        ValueError: layers outside the parts, or a layer whose policy stands on another part or is none of
+            `set_routing`'s. Nothing is changed then.
+    """
+    layers = smile_layers(model)
+    _check_parts(model, {name: layer.num_local_experts for name, layer in layers.items()})
+    parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
+    for root, members in parts.items():
+        same = _routing_of(model, root, members)
+        for name, layer in members.items():
+            attached = _root_routing(layer)
+            if layer.router_policy is not None and (attached is None or attached is not same):
+                owner = type(layer.router_policy).__name__ if attached is None else attached.root_name
+                raise SmileError(
+                    f"model: {name or 'it'} follows a routing policy of {owner}; expected the model that set_routing "
+                    "was called on"
+                )
+    return [_routing_of(model, root, members) or _attach(model, root, members) for root, members in parts.items()]
+
+
+def release_idle(layers: Iterable[SmileLinear]) -> None:
+    """Detaches layers that route by themselves and that no override or forward pass needs attached."""
+    for layer in layers:
+        root = _root_routing(layer)
+        if root is not None and root.is_idle:
+            root.release(layer)
+
+
+def refuse_override(model: nn.Module) -> None:
+    """Raises ValueError where a routing_override is open on layers of `model`."""
+    for layer in smile_layers(model).values():
+        if (attached := _root_routing(layer)) is not None:
+            _refuse_override(attached)
+
+
+def _refuse_override(attached: RootRouting) -> None:
+    if attached.overriding:
+        raise SmileError(f"model: a routing_override is open on {attached.root_name}; expected this call outside of it")
+
+
 @check_arguments
 @contextmanager
 def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -186,12 +243,12 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
         if not routing[1].shape[-1]:  # all experts are off while the base reads a prompt
             return args, {**kwargs, "routing": routing}
-        first = routing[1][..., 0]
+        first = routing[1][..., 0]  # -1: no expert
         real = real_tokens()
         if real is not None and real.shape == first.shape:
             first = first[real.to(first.device)]
         if first.numel():
-            counts[name] += first.flatten().bincount(minlength=layer.num_local_experts).cpu()
+            counts[name] += first[first >= 0].bincount(minlength=layer.num_local_experts).cpu()
         return args, {**kwargs, "routing": routing}
 
     with watch_tokens(model) as real_tokens:

@@ -8,7 +8,7 @@ import threading
 import types
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from ..nn import SmileLinear
 from .cache import PROMPT, Key, Memory, cache_in
 from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, router_energies, running_sums
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .override import Override
 
 __all__ = ["LayerPolicy", "RootRouting"]
 
@@ -43,10 +46,13 @@ class LayerPolicy:
         if state is None:
             if root.began_before():
                 return _route_alone(layer, x, self.before)
-            return None if root.policy.is_published else root.passed().replay(self.index, x)
-        if not state.policy.is_published:
-            return state.choose(self.index, layer, x)
-        return _route_alone(layer, x, state.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
+            recomputed = bool(root.live) and _backward_pass() != -1
+            if root.policy.is_published and root.override is None and not recomputed:
+                return None
+        at = state or root.passed()
+        if at.policy.is_published and at.override is None:
+            return at.route_alone(layer, x)
+        return at.replay(self.index, x) if state is None else at.choose(self.index, layer, x)
 
 
 def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int) -> Routing | None:
@@ -85,13 +91,14 @@ class RootRouting:
         )
 
     def _forget(self) -> None:
-        self.current = threading.local()  # .state: the forward pass this thread is in
+        self.current = threading.local()  # .state: the forward pass this thread is in; .override: what it asks for
+        self.overriding = 0  # overrides that are open, in any thread
         self.live: weakref.WeakSet[ForwardPass] = weakref.WeakSet()  # passes whose graphs exist
         self.replayed: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()  # by backward pass
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the model start with no pass under way.
-        return {k: v for k, v in self.__dict__.items() if k not in ("current", "live", "replayed")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("current", "overriding", "live", "replayed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -100,6 +107,20 @@ class RootRouting:
     @property
     def policy(self) -> RoutingPolicy:
         return self.plan[0]
+
+    @property
+    def override(self) -> "Override | None":
+        """The experts that this thread asks for."""
+        return getattr(self.current, "override", None)
+
+    @override.setter
+    def override(self, override: "Override | None") -> None:
+        self.current.override = override
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the layers could do without this: published routing, no override open, no pass that needs one."""
+        return self.policy.is_published and not (self.overriding or self.live or self.is_running())
 
     def is_on(self, root: nn.Module, layers: int) -> bool:
         """Whether this is at work on `root` itself, and on as many layers."""
@@ -160,9 +181,10 @@ class RootRouting:
         """The forward pass that a layer called outside of one is recomputed for."""
         task = _backward_pass()
         if task == -1:
+            rule = f"policy {self.policy}" if self.override is None else "override"
             raise RuntimeError(
-                f"routing: a SMILE layer was called outside of a forward pass of {self.root_name}, whose policy "
-                f"{self.policy} needs the whole pass; call the {self.root_name}, or set_routing on the part you call"
+                f"routing: a SMILE layer was called outside of a forward pass of {self.root_name}, whose {rule} "
+                f"needs the whole pass; call the {self.root_name}, or set_routing on the part you call"
             )
         state = self.replayed.get(task)
         if state is None and len(self.live) == 1:
@@ -213,19 +235,22 @@ class ForwardPass:
     def __init__(self, root: RootRouting, arguments: dict[str, Any]):
         self.policy, serial = root.plan
         self.root_name, self.blocks = root.root_name, root.blocks
-        self.tokens = Tokens(arguments, self.policy, self.root_name)
+        self.override = root.override
         self.memory: Memory | None = None
-        caches = root.takes_cache or self.tokens.cache is not None
-        if self.policy.scope != "token" and self.tokens.starts is None and caches:
-            self.memory = Memory.beside(self.tokens, serial, self.root_name)
-        self.held = self.memory is not None and bool(self.memory.choices)  # the prompt has voted in an earlier pass
+        self.held = self.voting = False  # whether the prompt has voted in an earlier pass, or the base reads it now
         self.calls: dict[int, int] = {}  # layer -> how often it has run
-        self.voting = False  # whether the base reads the prompt
-        self.evidence: Tensor | None = None  # L, [B, N] or [B, S, N]
-        self.choice: Routing | None = None  # of the last scored layer, [B, m] or [B, S, m]
         self.choices: dict[int, Routing] = {}
         self.spread: tuple[Tensor, torch.Size, torch.device, Routing] | None = None  # a choice's ids, for which input
         self.devices: set[torch.device] = set()
+        if self.policy.is_published and (self.override is None or self.override.rows is None):
+            return  # nothing depends on whose tokens there are
+        self.tokens = Tokens(arguments, self.policy, self.root_name)
+        caches = root.takes_cache or self.tokens.cache is not None
+        if self.policy.scope != "token" and self.tokens.starts is None and caches:
+            self.memory = Memory.beside(self.tokens, serial, self.root_name)
+        self.held = self.memory is not None and bool(self.memory.choices)
+        self.evidence: Tensor | None = None  # L, [B, N] or [B, S, N]
+        self.choice: Routing | None = None  # of the last scored layer, [B, m] or [B, S, m]
         if self.policy.scope != "token" and not self.held:
             history = None
             if self.policy.restart_at is not None and self.memory is not None and self.policy.scope == "causal":
@@ -233,11 +258,27 @@ class ForwardPass:
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
 
+    def route_alone(self, layer: SmileLinear, x: Tensor) -> Routing | None:
+        """The published routing of a layer; None: it does so by itself."""
+        return _route_alone(layer, x, self.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
+
     def choose(self, index: int, layer: SmileLinear, x: Tensor) -> Routing:
         """(weights, ids) [..., m] for the input x [..., D] of layer `index`, which runs now."""
-        policy = self.policy
         key = (index, self.calls.get(index, 0))
         self.calls[index] = key[1] + 1
+        own = self.route_alone(layer, x) if self.policy.is_published else self._choose(key, layer, x)
+        if self.override is None or self.voting:
+            assert own is not None
+            return own
+        tokens = None if self.override.rows is None else self.tokens
+        with torch.no_grad():
+            self.choices[index] = choice = self.override.routing(layer, x, own, tokens)
+        self.devices.add(x.device)
+        return choice
+
+    def _choose(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
+        """What the policy chooses."""
+        policy, index = self.policy, key[0]
         block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
         scores = policy.lock_after is None or block < policy.lock_after
         if self.voting:
@@ -251,7 +292,8 @@ class ForwardPass:
         if self.held and self.memory is not None:
             self.choice = self.memory.choice(key, locked=policy.lock_after is not None)
         elif scores and policy.scope != "prompt":  # whose choice is made
-            self.choice = self._score(key, layer, x)
+            with torch.no_grad():
+                self.choice = self._score(key, layer, x)
             if self.memory is not None and policy.scope == "sequence":
                 self.memory.choices[key], self.memory.last = self.choice, key
         assert self.choice is not None
@@ -300,7 +342,6 @@ class ForwardPass:
             if cache is not None:
                 self.memory.attach(cache)
 
-    @torch.no_grad()
     def _score(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
         logs = self._add(layer, self._pool(key, self._shares(layer, x)), x)
         return select_experts(logs, self.policy.num_experts_per_tok or layer.own_num_experts_per_tok())

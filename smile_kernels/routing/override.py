@@ -1,0 +1,184 @@
+"""Experts that the caller asks for in place of the routing policy's: for all tokens, or for each row of a batch."""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import SmileError
+from ..functional import route
+from ..nn import SmileLinear, smile_layers
+from .control import attached_roots, release_idle
+from .policy import Routing
+from .tokens import Tokens
+
+__all__ = ["Override", "expert_weights", "routing_override"]
+
+Expert = str | int | Mapping[Any, float] | Tensor
+
+_attaching = threading.Lock()
+
+
+def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] | None) -> AbstractContextManager[None]:
+    """While it is open, forward passes of this thread take the experts given here, under any routing policy.
+
+        with routing_override(model, expert="math"):
+            model.generate(**batch)
+        with routing_override(model, expert=["math", None, {"code": 0.7, "chat": 0.3}]):
+            model(**batch_of_three)
+
+    A pass keeps the override it began with, in a recomputation under gradient checkpointing too. The innermost override
+    counts; other threads, and copies of the model, have their own. A policy that keeps evidence beside a KV cache goes
+    on doing so. The choice is a constant to autograd.
+
+    Args:
+        model: the model, or the part of it, that `set_routing` would take.
+        expert: the name of an expert or its index, whose weight is then 1; or weights w_i over experts, used as they
+            are: a mapping from names or indices, or a tensor [N]. All 0, or {}: the base model. A list has one entry
+            for each row of the batch. None: what the policy chooses.
+
+    Raises:
+        ValueError: no SMILE layers, layers that differ in the number or names of their experts, an unknown expert, a
+            weight that is not finite, or a part of a model whose policy stands on the whole. In a forward pass: a batch
+            of another size than the list.
+    """
+    layers = smile_layers(model)
+    if not layers:
+        raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
+    kinds = {(layer.num_local_experts, layer.expert_names) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise SmileError(f"model: its layers have different experts, {sorted(map(str, kinds))}; expected the same")
+    ((n, names),) = kinds
+    if isinstance(expert, (list, tuple)):
+        if not expert:
+            raise SmileError(f"expert: is {expert!r}; expected one entry for each row of the batch")
+        rows = [None if e is None else expert_weights(e, n, names, f"expert[{i}]") for i, e in enumerate(expert)]
+        override = Override(rows, {layer.weight.device for layer in layers.values()})
+    elif expert is not None:
+        override = Override(expert_weights(expert, n, names), {layer.weight.device for layer in layers.values()})
+    return _opened(model, layers.values(), None if expert is None else override)
+
+
+@contextmanager
+def _opened(model: nn.Module, layers: Iterable[SmileLinear], override: "Override | None") -> Iterator[None]:
+    with _attaching:
+        roots = attached_roots(model)
+        for root in roots:
+            root.overriding += 1
+    before = [root.override for root in roots]
+    for root in roots:
+        root.override = override
+    try:
+        yield
+    finally:
+        for root, former in zip(roots, before):
+            root.override = former
+        with _attaching:
+            for root in roots:
+                root.overriding -= 1
+            release_idle(layers)
+
+
+def expert_weights(
+    expert: Any, num_local_experts: int, names: Sequence[str] | None, where: str = "expert"
+) -> dict[int, float]:
+    """What an override says of one row, as weights other than 0 by the experts' indices, the largest first.
+
+    Raises:
+        ValueError: as `routing_override`; the message begins with `where`.
+    """
+    n = num_local_experts
+    known = f"one of {', '.join(map(repr, names))}, or " if names else ""
+    expected = f"expected {known}an index from 0 to {n - 1}"
+    if isinstance(expert, Tensor):
+        if expert.shape != (n,):
+            raise SmileError(f"{where}: has shape {list(expert.shape)}; expected weights [{n}], one for each expert")
+        expert = dict(enumerate(expert.tolist()))
+    given = expert if isinstance(expert, Mapping) else {expert: 1.0}
+    weights: dict[int, float] = {}
+    for key, weight in given.items():
+        unnamed = "" if names or not isinstance(key, str) else ", and the experts have no names"
+        if isinstance(key, str) and names and key in names:
+            index = names.index(key)
+        elif isinstance(key, int) and not isinstance(key, bool) and 0 <= key < n:
+            index = key
+        else:
+            raise SmileError(f"{where}: is {key!r}{unnamed}; {expected}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
+            raise SmileError(f"{where}: the weight of {key!r} is {weight!r}; expected a finite number")
+        if index in weights:
+            raise SmileError(f"{where}: {key!r} is given by its name and its index; expected one of the two")
+        weights[index] = float(weight)
+    return {i: w for i, w in sorted(weights.items(), key=lambda pair: -abs(pair[1])) if w}
+
+
+class Override:
+    """The experts asked for, as tensors: one choice for all tokens, or one for each row of a batch.
+
+    Args:
+        asked: weights by expert, as `expert_weights` returns them; or a list of these, None where the policy chooses.
+        devices: where the layers are.
+    """
+
+    def __init__(
+        self, asked: Mapping[int, float] | Sequence[Mapping[int, float] | None], devices: Iterable[torch.device]
+    ):
+        self.rows = None if isinstance(asked, Mapping) else len(asked)
+        rows = [asked] if isinstance(asked, Mapping) else asked
+        self.keeps_some = any(row is None for row in rows)  # whether the policy's own choice is needed
+        width = max(1, *(len(row or ()) for row in rows))
+        weights = torch.zeros(len(rows), width)
+        ids = torch.full((len(rows), width), -1, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            for j, (expert, weight) in enumerate((row or {}).items()):
+                weights[i, j], ids[i, j] = weight, expert
+        own = torch.tensor([[row is None] for row in rows])
+        self.tensors = {device: (weights.to(device), ids.to(device), own.to(device)) for device in devices}
+
+    def routing(self, layer: SmileLinear, x: Tensor, own: Routing | None, tokens: Tokens | None) -> Routing:
+        """(weights, ids) [..., k] for x [..., D].
+
+        Args:
+            layer: the layer, which chooses by itself where `own` is needed and not given.
+            x: its input.
+            own: what the policy chose; None: the layer chooses by itself.
+            tokens: whose tokens the pass has; needed where rows differ.
+
+        Raises:
+            ValueError: the batch has another size.
+        """
+        weights, ids, kept = (self._spread(t, x, tokens) for t in self.tensors[x.device])
+        if not self.keeps_some:
+            return weights, ids
+        if own is None:
+            rows, m, g = (
+                layer.vh if layer.router is None else layer.router,
+                layer.num_experts_per_tok,
+                layer.rank_of_router,
+            )
+            own = route(x.to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
+        width = max(own[1].shape[-1], ids.shape[-1])
+        weights, own_weights = (F.pad(t.to(own[0].dtype), (0, width - t.shape[-1])) for t in (weights, own[0]))
+        ids, own_ids = (F.pad(t, (0, width - t.shape[-1]), value=-1) for t in (ids, own[1]))
+        return torch.where(kept, own_weights, weights), torch.where(kept, own_ids, ids)
+
+    def _spread(self, t: Tensor, x: Tensor, tokens: Tokens | None) -> Tensor:
+        """t [1 or rows, k] -> [..., k] for the rows of x [..., D]."""
+        leading = x.shape[:-1]
+        if self.rows is None or tokens is None:
+            return t[0].expand(*leading, -1)
+        if tokens.batch not in (None, self.rows):
+            raise SmileError(f"expert: has {self.rows} entries; expected {tokens.batch}, one for each row of the batch")
+        if leading and leading[0] == self.rows:
+            return t.view(self.rows, *[1] * (len(leading) - 1), -1).expand(*leading, -1)
+        if len(leading) == 1 and tokens.length is not None and leading[0] == self.rows * tokens.length:
+            return t[:, None].expand(-1, tokens.length, -1).flatten(0, 1)
+        raise SmileError(
+            f"expert: has {self.rows} entries, and a SMILE layer has input {list(x.shape)}; expected inputs "
+            "[rows, ..., D] and one entry for each row of the batch"
+        )

@@ -1,0 +1,275 @@
+"""Experts asked for in place of the policy's: for a model, and for each row of a batch."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from smile_kernels import SmileLinear, calibrate, routing_override
+from smile_kernels.nn import smile_layers
+from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from tests.routing.definition import POLICIES, N, albert, bert, by_name, llama, logits, mistral, t5, tokens
+
+NAMES = ("math", "code", "chat", "law")
+EVERY = {"published": RoutingPolicy(), "prompt": RoutingPolicy("prompt"), **POLICIES}
+# What may be asked for, and the weights it means.
+ASKED = [("code", {1: 1.0}), (3, {3: 1.0}), ({"law": 0.25, 0: -0.5}, {3: 0.25, 0: -0.5}), ({}, {})]
+
+
+def named(model: nn.Module) -> nn.Module:
+    for layer in smile_layers(model).values():
+        layer.expert_names = NAMES
+    return model
+
+
+def dense(model: nn.Module, weights: dict[int, float]) -> nn.Module:
+    """The model with plain linear layers W + sum of w_i U_i diag(s_i) V_i^T."""
+    set_routing(model := copy.deepcopy(model), RoutingPolicy())
+    for name, layer in smile_layers(model).items():
+        linear, r = nn.Linear(layer.in_features, layer.out_features), layer.rank_of_expert
+        linear.weight.data, bias = layer.weight.data.clone(), layer.bias
+        linear.bias.data = torch.zeros(layer.out_features) if bias is None else bias.data.clone()
+        for i, w in weights.items():
+            linear.weight.data += w * (layer.u[i] * layer.s[i]) @ layer.vh[i, :r]
+            linear.bias.data += w * layer.expert_bias[i]
+        model.set_submodule(name, linear)
+    return model
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+@by_name(EVERY)
+def test_one_expert_for_all_tokens(policy):
+    model, ids, mask = named(llama()), tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    set_routing(model, policy)
+    before = logits(model, input_ids=ids, attention_mask=mask)
+    for asked, weights in [*ASKED, (torch.tensor([0.0, 0.5, 0.25, 0.0]), {1: 0.5, 2: 0.25})]:
+        with routing_override(model, asked):
+            close(
+                logits(model, input_ids=ids, attention_mask=mask),
+                want := logits(dense(model, weights), input_ids=ids, attention_mask=mask),
+            )
+        assert not torch.allclose(before, want, atol=1e-3)
+    assert torch.equal(logits(model, input_ids=ids, attention_mask=mask), before)
+    assert get_routing(model) == policy
+    assert all((layer.router_policy is None) == policy.is_published for layer in smile_layers(model).values())
+
+
+@by_name(EVERY)
+def test_each_row_its_own_and_generation(policy):
+    """Rows mixed in one batch, padded on the left, give what each gives alone; None what the policy gives."""
+    model, ids = named(mistral()), tokens(5, 5)
+    set_routing(model, policy)
+    asked = ["math", None, {"code": 0.75, 2: 0.5, "law": 0.25}, {}, None]
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1], [1] * 5])
+    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with routing_override(model, asked):
+        got = model.generate(ids, attention_mask=mask, **options)
+    for row, expert in enumerate(asked):
+        real = mask[row].bool()
+        with routing_override(model, expert):
+            alone = model.generate(ids[row][real][None], attention_mask=mask[row][real][None], **options)
+        assert torch.equal(alone.sequences[0, -5:], got.sequences[row, -5:])
+        for step in range(5):
+            close(got.logits[step][row], alone.logits[step][0])
+        weights = {0: {0: 1.0}, 2: {1: 0.75, 2: 0.5, 3: 0.25}, 3: {}}.get(row)
+        if weights is not None:
+            whole = got.sequences[row][torch.cat([real, torch.ones(5, dtype=torch.bool)])][None]
+            want = logits(dense(model, weights), input_ids=whole)[0, -6:-1]
+            close(torch.stack([step[row] for step in got.logits]), want)
+
+
+@pytest.mark.parametrize(
+    "policy", [RoutingPolicy(), RoutingPolicy("sequence", accumulate=True)], ids=["published", "sequence"]
+)
+def test_encoders_and_two_roots(policy):
+    for model, inputs in (
+        (bert(), {"input_ids": tokens(2, 4)}),
+        (albert(), {"input_ids": tokens(2, 4)}),
+        (t5(), {"input_ids": tokens(2, 5), "decoder_input_ids": tokens(2, 3)}),
+    ):
+        set_routing(named(model), policy)
+        own = logits(model, **inputs)
+        with routing_override(model, ["chat", None]):
+            got = logits(model, **inputs)
+        close(got[0], logits(dense(model, {2: 1.0}), **inputs)[0])
+        close(got[1], own[1])
+
+
+def test_more_experts_per_token_than_asked_for():
+    """The rows' choices have different widths."""
+    model, ids = named(llama()), tokens(3, 4)
+    for layer in smile_layers(model).values():
+        layer.num_experts_per_tok = 3
+    own = logits(model, input_ids=ids)
+    with routing_override(model, [None, "code", {}]):
+        got = logits(model, input_ids=ids)
+    close(got[0], own[0])
+    close(got[1], logits(dense(model, {1: 1.0}), input_ids=ids)[1])
+    close(got[2], logits(dense(model, {}), input_ids=ids)[2])
+
+
+def test_the_innermost_counts_and_an_error_leaves_nothing():
+    model, ids = named(llama()), tokens(2, 4)
+    own, one, two = (logits(m, input_ids=ids) for m in (model, dense(model, {1: 1.0}), dense(model, {2: 1.0})))
+    with routing_override(model, "code"):
+        with routing_override(model, "chat"):
+            close(logits(model, input_ids=ids), two)
+            with routing_override(model, None):
+                close(logits(model, input_ids=ids), own)
+        with pytest.raises(IndexError), routing_override(model, "law"):
+            logits(model, input_ids=ids + 50)
+        close(logits(model, input_ids=ids), one)
+    assert all(layer.router_policy is None for layer in smile_layers(model).values())
+    assert torch.equal(logits(model, input_ids=ids), own)
+
+
+def test_threads_and_copies_have_their_own():
+    model, ids = named(llama()), tokens(2, 4)
+    own, want = logits(model, input_ids=ids), [logits(dense(model, {i: 1.0}), input_ids=ids) for i in range(N)]
+    barrier, failed = threading.Barrier(N + 1), []
+
+    def work(expert):
+        try:
+            for _ in range(5):
+                barrier.wait(30)
+                if expert is None:
+                    close(logits(model, input_ids=ids), own)
+                else:
+                    with routing_override(model, expert):
+                        close(logits(model, input_ids=ids), want[expert])
+        except BaseException as error:
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(expert,)) for expert in (None, *range(N))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    with routing_override(model, "law"):
+        copied = copy.deepcopy(model)
+        close(logits(copied, input_ids=ids), own)
+        with routing_override(copied, "math"):
+            close(logits(copied, input_ids=ids), want[0])
+        close(logits(model, input_ids=ids), want[3])
+
+
+@by_name({"published": RoutingPolicy(), "causal+layers": POLICIES["causal+layers"]})
+@pytest.mark.parametrize("asked", ["code", ["code", None]], ids=["all", "rows"])
+def test_a_recomputation_sees_the_override_of_its_forward_pass(policy, asked):
+    model = named(llama()).double()
+    set_routing(model, policy)
+    ids = tokens(2, 6)
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        with routing_override(model, asked):
+            first = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with routing_override(model, None):  # a pass without one, whose graph lives beside the other's
+            second = model(input_ids=ids, labels=ids, use_cache=False).loss
+        (first + 2 * second).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients(False)
+    for got, want in zip(gradients(True), plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_models_follow_it():
+    model, ids = named(llama()), tokens(2, 4)
+    for policy in (RoutingPolicy(), POLICIES["sequence+layers"]):
+        set_routing(model, policy)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for asked in (None, "code", "chat", ["law", None], None, "code"):
+            with routing_override(model, asked):
+                want = logits(model, input_ids=ids, use_cache=False)
+                close(logits(compiled, input_ids=ids, use_cache=False), want)
+
+
+def test_watched_counts():
+    model, ids = named(llama()), tokens(3, 4)
+    with watch_routing(model) as counts, routing_override(model, ["code", {}, {0: 0.1, 2: 0.9}]):
+        model(input_ids=ids)
+    assert all(count.tolist() == [0, 4, 4, 0] for count in counts.values())
+
+
+def test_the_policy_may_change_while_it_is_open():
+    model, ids = named(llama()), tokens(2, 4)
+    want = logits(dense(model, {1: 1.0}), input_ids=ids)
+    with routing_override(model, "code"):
+        set_routing(model, POLICIES["causal"])
+        close(logits(model, input_ids=ids), want)
+        set_routing(model, RoutingPolicy())
+        close(logits(model, input_ids=ids), want)
+        with pytest.raises(ValueError, match="a routing_override is open on LlamaModel; expected this call outside"):
+            calibrate(model)
+        with pytest.raises(ValueError, match="a routing_override is open on LlamaModel"):
+            set_routing(model.model.layers[0], POLICIES["causal"])
+        close(logits(model, input_ids=ids), want)
+    assert all(layer.router_policy is None for layer in smile_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("maths", "expert: is 'maths'; expected one of 'math', 'code', 'chat', 'law', or an index from 0 to 3"),
+        (4, "expert: is 4; expected one of"),
+        (-1, "expert: is -1; expected one of"),
+        (True, "expert: is True; expected one of"),
+        (1.0, "expert: is 1.0; expected one of"),
+        ([], r"expert: is \[\]; expected one entry for each row"),
+        (["math", "maths"], r"expert\[1\]: is 'maths'"),
+        ({"maths": 1.0}, "expert: is 'maths'"),
+        ({"math": "1"}, "expert: the weight of 'math' is '1'; expected a finite number"),
+        ({"math": float("nan")}, "expert: the weight of 'math' is nan"),
+        ({"math": 1.0, 0: 1.0}, "expert: 0 is given by its name and its index"),
+        (torch.ones(3), r"expert: has shape \[3\]; expected weights \[4\]"),
+    ],
+    ids=str,
+)
+def test_bad_experts_are_named(asked, message):
+    model = named(llama())
+    with pytest.raises(ValueError, match=message):
+        routing_override(model, asked)
+    assert all(layer.router_policy is None for layer in smile_layers(model).values())
+
+
+def test_models_and_batches_that_do_not_fit_are_named():
+    model = llama()
+    with pytest.raises(
+        ValueError, match="expert: is 'math', and the experts have no names; expected an index from 0 to 3"
+    ):
+        routing_override(model, "math")
+    with pytest.raises(ValueError, match="model: Linear has no SmileLinear"):
+        routing_override(nn.Linear(2, 2), 0)
+    with (
+        routing_override(model, [0, 1, 2]),
+        pytest.raises(ValueError, match="expert: has 3 entries; expected 2, one for"),
+    ):
+        model(input_ids=tokens(2, 4))
+    with (
+        routing_override(model, 1),
+        pytest.raises(RuntimeError, match=r"outside of a forward pass .* whose override needs"),
+    ):
+        model.model.layers[0].mlp(torch.randn(2, 16))
+    set_routing(model, POLICIES["causal"])
+    with (
+        pytest.raises(ValueError, match=r"follows a routing policy of LlamaModel; expected the model that set_routing"),
+        routing_override(model.model.layers[0], 1),
+    ):
+        pass
+    model.model.layers[0].mlp.up_proj = SmileLinear(16, 24, 3, 3, 2)
+    with pytest.raises(ValueError, match="model: its layers have different experts"):
+        routing_override(model, 1)
