@@ -103,9 +103,7 @@ def upscale(
     remaining: Annotated[
         str | None, typer.Option(help="Where other tensors come from: base or average.  [default: base]")
     ] = None,
-    embeddings_from: Annotated[
-        str | None, typer.Option(help="Expert, by name, whose tokens beyond the base's vocabulary are added.")
-    ] = None,
+    embeddings_from: Annotated[str | None, typer.Option(help="Expert, by name, whose added tokens are kept.")] = None,
     routing: Annotated[
         str | None, typer.Option(help="Whose scores count: token, sequence, causal or prompt.  [default: token]")
     ] = None,
@@ -290,20 +288,27 @@ def verify(
     expert: Annotated[
         list[str] | None, typer.Option(help="Folder of an expert; give each in order.  [default: from the report]")
     ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Arguments of the forward: a safetensors file.  [default: random ones]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
 ) -> None:
-    """Hold a SMILE checkpoint against the fine-tuned models it was made of; exit with status 1 where it is off.
+    """Compare a SMILE checkpoint with the fine-tuned models it was made of; exit with status 1 where it is off.
 
-    Each expert is forced in turn, on random inputs, in float32. One fine-tuned model is in memory at a time.
+    Each expert is forced in turn, in float32. One model is in memory at a time.
 
     \b
     Example:
       smile-kernels verify fused
     """
     with _errors():
-        from .upscaling.verify import verify_checkpoint
+        from .storage import read_safetensors
+        from .upscaling import verify as run
 
+        given = None if inputs is None else {tensor.name: tensor.load() for tensor in read_safetensors(inputs)}
         with _progress() as advance:
-            verdicts = verify_checkpoint(folder, base, expert, progress=functools.partial(advance, "experts"))
+            told = functools.partial(advance, "models")
+            verdicts = run(folder, base, expert, inputs=given, seed=seed, progress=told)
         for verdict in verdicts:
             print(verdict)
     if any(verdict.verdict == "off" for verdict in verdicts):

@@ -62,7 +62,6 @@ class _Config:
     bias: str = "none"
     init_lora_weights: bool | str | None = True
     trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
-    bias: str = "none"
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,41 @@
-"""Holds a fused model against the fine-tuned models: each expert in turn, layer by layer, in float32."""
+"""Compares a fused model with the fine-tuned models: each expert in turn, module by module, in float32.
 
+One model is in memory at a time where folders are given: each fine-tuned model is run and freed, then the fused model
+is loaded, and a fine-tuned weight is read from disk where a layer is not exact.
+"""
+
+import copy
 import functools
 import gc
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..checkpoint import REPORT, load_pretrained, transformers_class
-from ..config import read_config
+from ..config import read_config, read_smile_config
 from ..errors import SmileError
-from ..integrations.peft import is_adapter
+from ..integrations.conversion import ModelNames
+from ..integrations.peft import ModuleDelta, is_adapter
 from ..nn import SmileLinear, smile_layers
 from ..schema import check_arguments, check_inputs
+from .inputs import example_inputs
+from .layers import Layer, is_conv1d, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport
-from .sources import local_folder
+from .sources import AdapterSource, ExpertSource, StoredTensors, local_folder, open_source, read_plain
 
-__all__ = ["ExpertVerdict", "example_inputs", "verify"]
+__all__ = ["ExpertVerdict", "verify"]
 
 # float32 sums of D products differ by a few eps times the norms; another order of summation gives no more than this.
 ROUNDING = 1e-5
+
+_Model = nn.Module | str | Path
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class ExpertVerdict:
         verdict: "exact" (to rounding), "truncated" (within what the ranks of its experts leave out) or "off".
         module: the first module, in the order of the forward pass, that is off; "" where none is.
         error: ||y - y_i||_F / ||y_i||_F of the model's output y and the fine-tuned model's y_i.
+        base_error: the same of the base's output; None where no base is given.
         errors: the same for each module by itself, given the fine-tuned model's own input.
         name: the expert's name, "" where it has none.
     """
@@ -45,149 +56,382 @@ class ExpertVerdict:
     verdict: str
     module: str
     error: float
+    base_error: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     name: str = ""
 
     def __str__(self) -> str:
         where = f", first at {self.module}" if self.module else ""
         name = f" ({self.name})" if self.name else ""
-        return f"expert {self.expert}{name}: {self.verdict}{where}; relative error of the output {self.error:.2g}"
+        base = "" if self.base_error is None else f", of the base's {self.base_error:.2g}"
+        return f"expert {self.expert}{name}: {self.verdict}{where}; relative error of the output {self.error:.2g}{base}"
 
 
 @check_arguments
 @torch.no_grad()
 def verify(
-    model: nn.Module,
-    finetuned: Sequence[nn.Module | Callable[[], nn.Module]],
+    model: _Model,
+    base: _Model | None = None,
+    finetuned: Sequence[_Model | Mapping[str, ModuleDelta]] | None = None,
     *,
+    report: UpscaleReport | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ExpertVerdict]:
     """Compares a SMILE model, each expert forced in turn, with the fine-tuned models it was made of.
 
     Each module without submodules is run on the input that it has in the fine-tuned model. A SMILE layer may be off by
-    (W_i - W - U_i diag(s_i) V_i^T) x; every other module must agree to rounding, as must what lies between the modules,
-    for which the whole model is run with the outputs of the fine-tuned model's modules in place of its own.
+    (W_i - W - U_i diag(s_i) V_i^T) x, if that matrix is as small as the certificate of its truncation says; every other
+    module must agree to rounding, as must what lies between the modules, for which the whole model is run with the
+    outputs of the fine-tuned model's modules in place of its own. A vocabulary that grew is compared on the tokens
+    that the fine-tuned model has.
 
     Args:
-        model: the SMILE model; it is run in evaluation mode, in its own dtype.
-        finetuned: the N fine-tuned models in the order of the experts, or functions that load one: then a single one is
-            in memory at a time.
+        model: the SMILE model, or its checkpoint; it is run in evaluation mode and in float32 (float64 if it is).
+        base: the base model or its folder; needed where an expert is an adapter. By default what the checkpoint's
+            report names.
+        finetuned: the N fine-tuned models, adapters or folders, in the order of the experts; by default as `base`.
+            A folder is loaded as transformers loads it, one at a time.
+        report: what `upscale` returned, with the certificates; by default the checkpoint's, and without one each
+            truncation is held against the singular values of W_i - W.
         inputs: keyword arguments of the forward; random ones of the architecture by default.
-        seed: of the random inputs.
-        progress: told how many experts are done, and how many there are.
+        seed: of the random inputs, and of what a forward draws.
+        progress: told how many runs are done, and how many there are: one of each fine-tuned model, and one of the
+            fused model with each expert forced.
 
     Returns:
         One verdict an expert.
 
     Raises:
-        ValueError: no SMILE layer in the model, another number of models than experts, or no inputs known.
+        ValueError: no SMILE layer in the model, another number of models than experts, no inputs known, or a folder
+            that transformers has no architecture for.
+        FileNotFoundError: a folder is not there.
     """
-    layers = smile_layers(model)
-    if not layers:
-        raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
-    first = next(iter(layers.values()))
-    count, names = first.num_local_experts, first.expert_names
+    if not isinstance(model, nn.Module):
+        stored = Path(model) / REPORT
+        report = report or (UpscaleReport.load(stored) if stored.is_file() else None)
+        base, finetuned = base or (report and report.base) or None, finetuned or (report and report.experts) or None
+        if finetuned is None:
+            raise SmileError(f"finetuned: is not given, and {model} has no report that names it; expected the folders")
+    elif finetuned is None:
+        raise SmileError("finetuned: is not given; expected the fine-tuned models that the model was made of")
+    count = _count_experts(model)
     if len(finetuned) != count:
         raise SmileError(f"finetuned: holds {len(finetuned)} models; expected {count}, one for each expert")
-    verdicts = []
-    for i, expert in enumerate(finetuned):
-        if progress is not None:
-            progress(i, count)
-        tuned = expert if isinstance(expert, nn.Module) else expert()
-        given = dict(inputs) if inputs is not None else example_inputs(tuned, seed)
-        check_inputs(tuned, given)
-        with _evaluating(tuned):
-            calls, want = _record(tuned, given)
-        weights = {name: _weight(tuned, name) for name in layers}
-        del tuned
+    base = _local("base", base)
+    experts = [_Expert(_local(f"experts[{i}]", expert), base) for i, expert in enumerate(finetuned)]
+    records, plain = [], None
+    if base is not None:
+        start = _load(base)
+        inputs = example_inputs(start, seed) if inputs is None else inputs
+        plain = _run(start, inputs, seed)
+        del start
+    for i, expert in enumerate(experts):
+        progress(i, 2 * count)
+        records.append(_record(expert.load(), inputs, seed))
         gc.collect()
-        with _evaluating(model), _forced(layers, i):
-            verdict = _compare(model, i, calls, want, weights, given)
-        verdicts.append(replace(verdict, name=names[i] if names else ""))
-    if progress is not None:
-        progress(count, count)
+    fused = _load(model)
+    layers = smile_layers(fused)
+    certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
+    verdicts = []
+    for i, (expert, record) in enumerate(zip(experts, records)):
+        progress(count + i, 2 * count)
+        with _evaluating(fused), _forced(layers, i):
+            verdict, module, errors = _compare(fused, i, record, expert.weight, certified, seed)
+            error = _relative(_run(fused, record.inputs, seed), record.output)
+        far = None if plain is None else _relative(plain, record.output)
+        names = next(iter(layers.values())).expert_names
+        verdicts.append(ExpertVerdict(i, verdict, module, error, far, errors, names[i] if names else ""))
+    progress(2 * count, 2 * count)
     return verdicts
 
 
-_Call = tuple[str, tuple[Any, ...], dict[str, Any], Any]
+class _Expert:
+    """One fine-tuned model, which is loaded once, and its weights, which are read one at a time."""
+
+    def __init__(self, given: Any, base: Any):
+        self.given, self.base = given, base
+        self.whole = isinstance(given, nn.Module) or (isinstance(given, Path) and not is_adapter(given))
+        if not self.whole and (base is None or not isinstance(given, (Path, Mapping))):
+            raise SmileError(
+                f"base: is {base!r}; expected the base model, of which the adapter {given!r} holds changes"
+            )
+        if isinstance(given, Mapping) and not isinstance(base, nn.Module):
+            raise SmileError(f"base: is {base!r}; expected the base as a module, for changes that are in memory")
+
+    def load(self) -> nn.Module:
+        """The model; that of an adapter is a copy of the base with the adapter's changes."""
+        if self.whole:
+            return _load(self.given)
+        tuned = _load(self.base) if isinstance(self.base, Path) else copy.deepcopy(_load(self.base))
+        for name in self.source.may_change:
+            module, _, part = name.rpartition(".")
+            tensor = self.source.tensor(name)
+            if tensor is not None:  # a parameter of its own, whatever it was tied to
+                setattr(tuned.get_submodule(module), part, nn.Parameter(tensor.detach().clone()))
+        return tuned
+
+    @functools.cached_property
+    def opened(self) -> tuple[ExpertSource, Mapping[str, Layer]]:
+        """Its tensors by the names of the model's, and the linear layers."""
+        if isinstance(self.base, nn.Module):
+            tensors: Mapping[str, Tensor] = self.base.state_dict(keep_vars=True)
+            layers, names = layers_of_model(self.base), ModelNames(self.base)
+        else:
+            folder = self.base or self.given
+            names = ModelNames(model_of_checkpoint(folder))
+            by_name, origins = names.map(read_plain("base", folder))
+            tensors, layers = StoredTensors(by_name), layers_of_checkpoint(folder, by_name, origins, names)
+        if isinstance(self.given, Path):
+            return open_source("experts", self.given, tensors, layers, names), layers
+        return AdapterSource("experts", self.given, tensors, layers), layers
+
+    @property
+    def source(self) -> ExpertSource:
+        return self.opened[0]
+
+    def weight(self, name: str) -> Tensor:
+        """A layer's weight [O, D]."""
+        if isinstance(self.given, nn.Module):
+            module: Any = _unwrapped(self.given).get_submodule(name)
+            return module.weight.detach().T if is_conv1d(module) else module.weight.detach()
+        source, layers = self.opened
+        weight = source.tensor(layers[name].weight)
+        assert weight is not None
+        return weight.detach().T if layers[name].fan_in_fan_out else weight.detach()
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[_Call], Tensor]:
-    """Every call of a module without submodules, in order, and the model's output."""
+def _count_experts(model: _Model) -> int:
+    if not isinstance(model, nn.Module):
+        return read_smile_config(model).num_local_experts
+    layers = smile_layers(model)
+    if not layers:
+        raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
+    return next(iter(layers.values())).num_local_experts
+
+
+def _local(argument: str, place: Any) -> Any:
+    """A model as it is given, or the folder of a checkpoint."""
+    if not isinstance(place, (str, Path)):
+        return place
+    folder = local_folder(argument, place)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument}: {place}: no such folder; expected a checkpoint")
+    return folder
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """A model without torch.compile's and DistributedDataParallel's wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _load(place: _Model) -> nn.Module:
+    """A model in float32, or float64 if it is; folders as transformers, or load_pretrained, loads them."""
+    if isinstance(place, nn.Module):
+        model = _unwrapped(place)
+        narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+        return copy.deepcopy(model).float() if narrow else model
+    config = read_config(place)
+    if config.get("quantization_config"):
+        return load_pretrained(place, dtype=torch.float32)
+    return transformers_class(config).from_pretrained(place, dtype=torch.float32)
+
+
+@dataclass
+class _Call:
+    """One call of a module without submodules."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+@dataclass
+class _Record:
+    """What a fine-tuned model does with its inputs.
+
+    Attributes:
+        inputs: of its forward.
+        calls: those of modules without submodules, in order.
+        outputs: (name, output) of every other module, in the order in which they return.
+        output: of the model.
+    """
+
+    inputs: Mapping[str, Tensor]
+    calls: list[_Call]
+    outputs: list[tuple[str, Tensor | None]]
+    output: Tensor
+
+
+def _record(model: nn.Module, inputs: Mapping[str, Tensor] | None, seed: int) -> _Record:
+    """One forward pass. What a module is given and gives is copied, since code may change it in place."""
+    inputs = example_inputs(model, seed) if inputs is None else dict(inputs)
     calls: list[_Call] = []
-    handles = [
-        module.register_forward_hook(
-            lambda _, args, kwargs, output, name=name: calls.append((name, args, kwargs, output)), with_kwargs=True
-        )
-        for name, module in _leaves(model).items()
-    ]
-    try:
-        output = _first(model(**inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, output
+    open_calls: list[_Call] = []
+    outputs: list[tuple[str, Tensor | None]] = []
+    computed: set[str] = set()  # modules that are given parameters of others
+
+    def enter(name: str, args: Any, kwargs: Any) -> None:
+        if any(isinstance(one, nn.Parameter) for one in tree_leaves((args, kwargs))):
+            computed.add(name)
+        open_calls.append(_Call(name, *_copied((args, kwargs))))
+
+    def leave(output: Any) -> None:
+        call = open_calls.pop()
+        call.output = _copied(output)
+        calls.append(call)
+
+    leaves = _leaves(model)
+    handles = []
+    for name, module in model.named_modules():
+        if name in leaves:
+            handles += [
+                module.register_forward_pre_hook(lambda _, a, k, name=name: enter(name, a, k), with_kwargs=True),
+                module.register_forward_hook(lambda _, args, output: leave(output)),
+            ]
+        elif name and ".parametrizations" not in name:
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, args, output, name=name: outputs.append((name, _copied(_first_of(output))))
+                )
+            )
+    with _removing(handles), _evaluating(model):
+        output = _run(model, inputs, seed)
+    return _Record(inputs, [call for call in calls if call.name not in computed], outputs, output)
 
 
 def _compare(
     model: nn.Module,
     expert: int,
-    calls: Sequence[_Call],
-    want: Tensor,
-    weights: Mapping[str, Tensor],
-    inputs: Mapping[str, Any],
-) -> ExpertVerdict:
+    record: _Record,
+    weight_of: Callable[[str], Tensor],
+    certified: Mapping[str, Sequence[float]],
+    seed: int,
+) -> tuple[str, str, dict[str, float]]:
+    """The verdict, the first module that is off, and the error of each module by itself."""
     leaves, errors = _leaves(model), dict[str, float]()
     first, truncated = "", False
-    for name, args, kwargs, output in calls:
-        if name not in leaves:
-            first = first or name
-            errors[name] = math.inf
+    fits: dict[str, bool] = {}
+    for call in record.calls:
+        module = leaves.get(call.name)
+        if module is None:
+            first = first or call.name
+            errors[call.name] = math.inf
             continue
-        got = _first(leaves[name](*args, **kwargs))
-        error = _relative(got, _first(output))
-        errors[name] = max(errors.get(name, 0.0), error)
-        if error > ROUNDING:
-            module = leaves[name]
-            if name in weights and _truncates(module, expert, weights[name], args[0], got, output):
+        torch.manual_seed(seed)
+        got, want = _first_of(module(*call.args, **call.kwargs)), _first_of(call.output)
+        if got is None or want is None:
+            continue
+        error = _relative(got, want)
+        errors[call.name] = max(errors.get(call.name, 0.0), error)
+        if error <= ROUNDING:
+            continue
+        if isinstance(module, SmileLinear) and error < math.inf:
+            rest, layer_fits = _rest(module, expert, weight_of, call.name, certified.get(call.name))
+            fits.setdefault(call.name, layer_fits)
+            if fits[call.name] and _explained(rest, module, call.args[0], got, want):
                 truncated = True
-            else:
-                first = first or name
-    between = _relative(_with_outputs(model, calls, inputs), want)
-    if not first and between > ROUNDING:
-        first = f"{type(model).__name__}.forward, between its modules"
-    error = _relative(_first(model(**inputs)), want)
-    verdict = "off" if first else "truncated" if truncated else "exact"
-    return ExpertVerdict(expert, verdict, first, error, errors)
+                continue
+        first = first or call.name
+    between = _first_difference(model, record, seed)
+    first = first or between
+    return "off" if first else "truncated" if truncated else "exact", first, errors
 
 
-def _truncates(layer: Any, i: int, weight: Tensor, x: Tensor, got: Tensor, output: Tensor) -> bool:
-    """Whether what a layer is off by is what the rank of its experts, and the dtype of its factors, leave out."""
+def _rest(
+    layer: SmileLinear,
+    i: int,
+    weight_of: Callable[[str], Tensor],
+    name: str,
+    certified: Sequence[float] | None,
+) -> tuple[Tensor, bool]:
+    """W_i - W - U_i diag(s_i) V_i^T, and whether it is what the best factors of this rank leave out."""
     wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    u, s, vh = (getattr(layer, name)[i].to(wide) for name in ("u", "s", "vh"))
-    rest = weight.to(wide) - layer.weight.to(wide) - (u * s) @ vh[: layer.rank_of_expert]
-    # What the output is off by must be what the weight is off by, and that the part which the factors' span leaves out.
-    inside = torch.linalg.vector_norm(u.T @ rest @ vh[: layer.rank_of_expert].T)
+    u, s, vh = (getattr(layer, part)[i].to(wide) for part in ("u", "s", "vh"))
+    vh = vh[: layer.rank_of_expert]
+    weight = weight_of(name).to(u)
+    rows = min(len(weight), len(layer.weight))  # a vocabulary that grew has more
+    change = weight[:rows] - layer.weight[:rows].to(wide)
+    rest = change - (u[:rows] * s) @ vh
     floor = ROUNDING + 4 * torch.finfo(layer.u.dtype).eps
-    size = torch.linalg.vector_norm(s)
-    predicted = x.to(wide) @ rest.T
-    unexplained = torch.linalg.vector_norm(output.to(wide) - got.to(wide) - predicted)
-    return bool(inside <= floor * size) and bool(unexplained <= floor * torch.linalg.vector_norm(output.to(wide)))
+    size, left = torch.linalg.vector_norm(change), torch.linalg.vector_norm(rest)
+    if certified is None:
+        least = torch.linalg.vector_norm(torch.linalg.svdvals(change)[layer.rank_of_expert :])
+    else:
+        least = certified[i] * size
+    inside = torch.linalg.vector_norm(u[:rows].T @ rest @ vh.T)
+    return rest, bool(left <= (1 + 1e-3) * least + floor * size) and bool(inside <= floor * torch.linalg.vector_norm(s))
 
 
-def _with_outputs(model: nn.Module, calls: Sequence[_Call], inputs: Mapping[str, Any]) -> Tensor:
-    """The model's output where each module gives what it gave in the fine-tuned model."""
-    left: dict[str, list[Any]] = {}
-    for name, _, _, output in calls:
-        left.setdefault(name, []).append(output)
-    handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: left[name].pop(0) if left.get(name) else output)
-        for name, module in _leaves(model).items()
-    ]
+def _explained(rest: Tensor, layer: SmileLinear, x: Tensor, got: Tensor, want: Tensor) -> bool:
+    """Whether what an output is off by is what the weight is off by."""
+    floor = ROUNDING + 4 * torch.finfo(layer.u.dtype).eps
+    got = got[..., : want.shape[-1]]
+    unexplained = torch.linalg.vector_norm(want.to(rest) - got.to(rest) - x.to(rest) @ rest.T)
+    return bool(unexplained <= floor * torch.linalg.vector_norm(want.to(rest)))
+
+
+def _first_difference(model: nn.Module, record: _Record, seed: int) -> str:
+    """The first module that differs where each module without submodules gives what the fine-tuned model's gives.
+
+    Only what lies between these can differ then: the inputs that they are given, and the outputs of the others.
+    """
+    calls: dict[str, list[_Call]] = {}
+    for call in record.calls:
+        calls.setdefault(call.name, []).append(call)
+    outputs: dict[str, list[Tensor | None]] = {}
+    for name, output in record.outputs:
+        outputs.setdefault(name, []).append(output)
+    off: list[str] = []
+
+    def compare(name: str, got: Sequence[Any], want: Sequence[Any]) -> None:
+        pairs = [(a, b) for a, b in zip(got, want) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        if any(_relative(a, b) > ROUNDING for a, b in pairs if b.is_floating_point()):
+            off.append(name)
+
+    def given(name: str, args: Any, output: Any) -> Any:
+        if not calls.get(name):
+            return output
+        call = calls[name].pop(0)
+        compare(f"{name} (its input)", args, call.args)
+        return _copied(call.output)
+
+    def seen(name: str, output: Any) -> None:
+        want, outputs[name] = outputs[name][:1], outputs[name][1:]
+        compare(name, [_first_of(output)], want)
+
+    leaves, handles = _leaves(model), []
+    for name, module in model.named_modules():
+        if name in leaves:
+            handles.append(module.register_forward_hook(lambda _, args, out, name=name: given(name, args, out)))
+        elif name in outputs:
+            handles.append(module.register_forward_hook(lambda _, args, out, name=name: seen(name, out)))
+    with _removing(handles):
+        compare(
+            f"{type(model).__name__}.forward, behind its modules", [_run(model, record.inputs, seed)], [record.output]
+        )
+    return off[0] if off else ""
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], seed: int) -> Tensor:
+    """The first floating-point tensor that the model gives in evaluation mode."""
+    check_inputs(model, inputs)
+    with _evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model(**inputs)
+    tensor = _first_of(output)
+    if tensor is None:
+        raise SmileError(f"model: returns a {type(output).__name__} with no floating-point tensor; expected one")
+    return tensor
+
+
+@contextmanager
+def _removing(handles: Sequence[Any]) -> Iterator[None]:
     try:
-        return _first(model(**inputs))
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -202,12 +446,8 @@ def _forced(layers: Mapping[str, SmileLinear], expert: int) -> Iterator[None]:
         ids = torch.full(shape, expert, dtype=torch.int32, device=args[0].device)
         return args[:1], {"routing": (torch.ones(shape, device=args[0].device), ids)}
 
-    handles = [layer.register_forward_pre_hook(force, with_kwargs=True) for layer in layers.values()]
-    try:
+    with _removing([layer.register_forward_pre_hook(force, with_kwargs=True) for layer in layers.values()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -222,119 +462,37 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name and not any(module.children())}
+    """The modules without submodules; one whose weight is computed by submodules counts as such."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and ".parametrizations" not in name
+        and all(child == "parametrizations" for child, _ in module.named_children())
+    }
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """A linear layer's weight [O, D]."""
-    layer: Any = model.get_submodule(name)
-    weight = layer.weight.detach()
-    return weight.T if type(layer).__name__ == "Conv1D" else weight
+def _copied(values: Any) -> Any:
+    return tree_map(lambda one: one.detach().clone() if isinstance(one, Tensor) else one, values)
 
 
-def _first(output: Any) -> Tensor:
-    """The first floating-point tensor of an output."""
+def _first_of(output: Any) -> Tensor | None:
+    """The first floating-point tensor of an output; None where it has none."""
     if isinstance(output, Tensor):
-        return output
+        return output if output.is_floating_point() else None
     values = output.values() if isinstance(output, Mapping) else output
     for value in values if isinstance(output, (Mapping, list, tuple)) else ():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
-            return value
-        if isinstance(value, (Mapping, list, tuple)):
-            return _first(value)
-    raise SmileError(f"model: returns a {type(output).__name__} with no floating-point tensor; expected one")
+        if (found := _first_of(value)) is not None and found.dim():
+            return found
+    return None
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
+    """||got - want||_F / ||want||_F, over the tokens that both have where the last dimension is a vocabulary."""
+    if got.shape[:-1] == want.shape[:-1] and got.shape[-1:] > want.shape[-1:]:
+        got = got[..., : want.shape[-1]]
     if got.shape != want.shape:
         return math.inf
-    if not want.is_floating_point():
-        return float(not torch.equal(got, want))
     size = torch.linalg.vector_norm(want.double()).item()
     error = torch.linalg.vector_norm(got.double() - want.double()).item()
     return error / size if size else float(error > 0)
-
-
-def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of a transformers model: ids, pixels, waves or features, as its config describes them.
-
-    Raises:
-        ValueError: the model has no config, or it takes something else.
-    """
-    config = getattr(model, "config", None)
-    if config is None:
-        raise SmileError(f"inputs: {type(model).__name__} has no config to make them from; expected inputs={{...}}")
-    generator = torch.Generator().manual_seed(seed)
-    dtype, device = next((p.dtype, p.device) for p in model.parameters())
-    parts = [config, *(getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name))]
-
-    def setting(*names: str, default: int) -> int:
-        found = (getattr(part, name, None) for part in parts for name in names)
-        value = next((one for one in found if one), default)
-        return value[0] if isinstance(value, (list, tuple)) else value
-
-    def ids(length: int = 8) -> Tensor:
-        return torch.randint(3, min(setting("vocab_size", default=96), 1000) - 2, (2, length), generator=generator)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    bins = setting("num_mel_bins", "input_feat_per_channel", default=80)
-    side, channels = setting("image_size", default=32), setting("num_channels", default=3)
-    makers: dict[str, Callable[[], Tensor]] = {
-        "input_ids": ids,
-        "pixel_values": lambda: random(2, channels, side, side),
-        "input_values": lambda: random(2, 6000),
-        "input_features": lambda: random(2, bins, 2 * setting("max_source_positions", default=50)),
-        "decoder_input_ids": lambda: ids(4),
-    }
-    parameters = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    wanted = [main] + (["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else [])
-    if "pixel_values" in parameters and "input_ids" in parameters and not hasattr(config, "image_token_id"):
-        wanted += ["pixel_values"]  # a model of images and texts
-    unknown = [name for name in wanted if name not in makers or name not in parameters]
-    if unknown:
-        raise SmileError(f"inputs: {type(model).__name__} takes {unknown[0]!r}; expected it in inputs={{...}}")
-    return {name: makers[name]().to(device) for name in dict.fromkeys(wanted)}
-
-
-@check_arguments
-def verify_checkpoint(
-    folder: str | Path,
-    base: str | Path | None = None,
-    experts: Sequence[str | Path] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[ExpertVerdict]:
-    """`verify` for a SMILE checkpoint and the folders it was made of, each loaded as transformers does, in float32.
-
-    Args:
-        folder: the SMILE checkpoint.
-        base, experts: the folders of the base and of the fine-tuned models or adapters; by default those its report
-            names.
-        progress: as in `verify`.
-
-    Raises:
-        ValueError: the checkpoint has no report and the folders are not given, or names no transformers architecture.
-        FileNotFoundError: a folder is not there.
-    """
-    folder = Path(folder)
-    report = UpscaleReport.load(folder / REPORT) if (folder / REPORT).is_file() else UpscaleReport([])
-    base, experts = base or report.base, list(experts or report.experts)
-    if not base or not experts:
-        raise SmileError(f"base, expert: are not given, and {folder} has no report that names them; expected both")
-
-    base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
-
-    def plain(one: str | Path) -> nn.Module:
-        return transformers_class(read_config(one)).from_pretrained(one, dtype=torch.float32)
-
-    def load(expert: str | Path) -> nn.Module:
-        if not is_adapter(expert):
-            return plain(expert)
-        import peft
-
-        return peft.PeftModel.from_pretrained(plain(base), str(expert)).merge_and_unload()
-
-    model = load_pretrained(folder, dtype=torch.float32)
-    return verify(model, [functools.partial(load, one) for one in experts], progress=progress)

@@ -1,10 +1,13 @@
 """A fused model is held against the models it was made of: exact, truncated, or off and where."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import smile_kernels as sk
@@ -34,15 +37,15 @@ def test_exact_truncated_or_off_and_where():
     base = build()
     experts = [tuned(base, 1), tuned(base, 2)]
     exact, _ = sk.upscale(base, experts, rank_of_expert=-1, **RANKS)
-    assert [verdict.verdict for verdict in sk.verify(exact, experts)] == ["exact"] * 2
+    assert [verdict.verdict for verdict in sk.verify(exact, base, experts)] == ["exact"] * 2
     truncated, _ = sk.upscale(base, experts, rank_of_expert=4, **RANKS)
-    assert [verdict.verdict for verdict in sk.verify(truncated, experts)] == ["truncated"] * 2
-    swapped = sk.verify(exact, experts[::-1])
+    assert [verdict.verdict for verdict in sk.verify(truncated, base, experts)] == ["truncated"] * 2
+    swapped = sk.verify(exact, base, experts[::-1])
     assert [verdict.verdict for verdict in swapped] == ["off"] * 2
     assert swapped[0].module == "model.layers.0.self_attn.q_proj"
     with torch.no_grad():
         exact.model.layers[1].mlp.up_proj.u[1] *= 1.01
-    assert [verdict.module for verdict in sk.verify(exact, experts)] == ["", "model.layers.1.mlp.up_proj"]
+    assert [verdict.module for verdict in sk.verify(exact, base, experts)] == ["", "model.layers.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("part", ["model.norm", "embed_tokens", "layers.0.input_layernorm"])
@@ -51,7 +54,7 @@ def test_what_is_lost_is_found(part):
     expert = tuned(tuned(base, 1), 2, part)
     with pytest.warns(UserWarning, match=rf"left out of the result: \S*{part}"):
         model, report = sk.upscale(base, [expert], rank_of_expert=-1, **RANKS)
-    (verdict,) = sk.verify(model, [expert])
+    (verdict,) = sk.verify(model, base, [expert])
     assert verdict.verdict == "off"
     assert f"{verdict.module}.weight" == report.lost[0].name
 
@@ -73,6 +76,146 @@ def test_from_the_command_line(tmp_path):
     assert "expert 0 (m1): off, first at model.layers.0.self_attn.q_proj" in result.output
 
 
+def test_a_truncation_is_held_against_its_certificate():
+    """Other factors of the same rank are off, as the next singular vectors of the change; so are smaller ones."""
+    base = build()
+    experts = [tuned(base, 1), tuned(base, 2)]
+    model, report = sk.upscale(base, experts, rank_of_expert=4, **RANKS)
+    name = "model.layers.1.mlp.up_proj"
+    layer = model.get_submodule(name)
+    change = experts[0].get_submodule(name).weight - base.get_submodule(name).weight
+    u, s, vh = torch.linalg.svd(change.detach(), full_matrices=False)
+    for given in (report, None):
+        verdicts = sk.verify(model, base, experts, report=given)
+        assert [one.verdict for one in verdicts] == ["truncated"] * 2
+        assert all(0 < one.error < one.base_error for one in verdicts)
+        with torch.no_grad():
+            before = layer.u[0].clone(), layer.s[0].clone(), layer.vh[0, :4].clone()
+            for parts in ((u[:, 4:8], s[4:8], vh[4:8]), (u[:, :4], s[:4] * torch.tensor([1, 1, 1, 0.9]), vh[:4])):
+                for factor, part in zip((layer.u, layer.s, layer.vh), parts):
+                    factor[0, : len(part)] = part
+                assert [one.module for one in sk.verify(model, base, experts, report=given)] == [name, ""]
+            for factor, part in zip((layer.u, layer.s, layer.vh), before):
+                factor[0, : len(part)] = part
+
+
+class Odd(torch.nn.Module):
+    """A parameter of its own, a weight that is computed, an attention that is never called, and changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.randn(8))
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8))
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.act = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.first(x + self.token)
+        y += self.act(y)
+        y = self.normed(y)
+        return self.last(y + self.attention(y, y, y)[0])
+
+
+ODD = {
+    "token": (lambda m: m.token, "first (its input)"),
+    "weight norm": (lambda m: m.normed.parametrizations.weight.original0, "normed"),
+    "bias beside it": (lambda m: m.normed.bias, "normed"),
+    "in_proj": (lambda m: m.attention.in_proj_weight, "attention"),
+    "nothing": (None, ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+@pytest.mark.parametrize("changed", ODD)
+def test_what_no_linear_layer_holds_is_found(changed):
+    torch.manual_seed(0)
+    base = Odd().eval()
+    expert = copy.deepcopy(base)
+    expert.first.weight.data += torch.randn(8, 8)
+    parameter, module = ODD[changed]
+    if parameter is not None:
+        parameter(expert).data += torch.randn_like(parameter(expert))
+    model, report = sk.upscale(base, [expert], rank_of_expert=-1, **RANKS)
+    (verdict,) = sk.verify(model, base, [expert], inputs={"x": torch.randn(2, 3, 8)})
+    assert verdict.module == module
+    assert (verdict.verdict == "exact") == (parameter is None) == (not report.lost)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "disk"])
+def test_adapters(architecture, stored, tmp_path):
+    """Of square Conv1D layers, too, whose shape does not tell how they are stored."""
+    import peft
+
+    from smile_kernels.integrations.peft import adapter_deltas
+    from tests.integrations.tiny_models import build as tiny
+
+    base = tiny(architecture)
+    targets = ["q_proj", "down_proj"] if architecture.startswith("Llama") else ["c_attn", "c_proj"]
+    base.save_pretrained(tmp_path / "base")
+    for i in range(2):
+        torch.manual_seed(i)
+        config = peft.LoraConfig(r=6, target_modules=targets, init_lora_weights=False)
+        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / f"a{i}")
+    folders = [tmp_path / "a0", tmp_path / "a1"]
+    for rank, verdict in ((6, "exact"), (2, "truncated")):
+        options = {"rank_of_expert": rank, "rank_of_router": 2}
+        if stored:
+            sk.upscale_checkpoints(tmp_path / "base", folders, tmp_path / f"out{rank}", **options)
+            found = sk.verify(tmp_path / f"out{rank}")
+        else:
+            deltas = [adapter_deltas(folder, base) for folder in folders]
+            model, report = sk.upscale(base, deltas, progress=False, **options)
+            found = sk.verify(model, base, deltas, report=report)
+            assert [v.verdict for v in sk.verify(model, base, deltas[::-1])] == ["off"] * 2
+        assert [v.verdict for v in found] == [verdict] * 2
+
+
+def test_one_model_at_a_time_from_folders(tmp_path, monkeypatch):
+    base = build()
+    models = [base, tuned(base, 1), tuned(base, 2)]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"m{i}")
+    sk.upscale_checkpoints(
+        tmp_path / "m0", [tmp_path / "m1", tmp_path / "m2"], tmp_path / "out", rank_of_expert=4, rank_of_router=2
+    )
+    alive, most = weakref.WeakSet(), []
+    made = transformers.LlamaForCausalLM.from_pretrained
+
+    def watched(*args, **kwargs):
+        model = made(*args, **kwargs)
+        alive.add(model)
+        gc.collect()
+        most.append(len(alive))
+        return model
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", watched)
+    assert [verdict.verdict for verdict in sk.verify(tmp_path / "out")] == ["truncated"] * 2
+    assert most == [1] * 4
+    for changed, message in (
+        ({"finetuned": [tmp_path / "m1"]}, "finetuned: holds 1 models; expected 2"),
+        ({"base": tmp_path / "none"}, "base: .*none: no such folder"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            sk.verify(tmp_path / "out", **changed)
+
+
+def test_own_inputs_from_the_command_line(tmp_path):
+    base = build()
+    expert = tuned(base, 1)
+    base.save_pretrained(tmp_path / "m0")
+    expert.save_pretrained(tmp_path / "m1")
+    sk.upscale_checkpoints(tmp_path / "m0", [tmp_path / "m1"], tmp_path / "out", rank_of_expert=-1, rank_of_router=2)
+    save_file({"input_ids": torch.arange(5, 9)[None]}, tmp_path / "inputs.safetensors")
+    arguments = ["verify", str(tmp_path / "out"), "--inputs", str(tmp_path / "inputs.safetensors")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "exact" in result.output
+    save_file({"pixels": torch.zeros(1)}, tmp_path / "inputs.safetensors")
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+
+
 def test_names_of_experts_are_kept(tmp_path):
     """In memory, and through both ways of saving a transformers model."""
     base = build()
@@ -81,7 +224,7 @@ def test_names_of_experts_are_kept(tmp_path):
         sk.upscale(base, experts, expert_names=["math"], **options)
     model, report = sk.upscale(base, experts, expert_names=["math", "code"], **options)
     assert report.expert_names == ("math", "code")
-    assert [verdict.name for verdict in sk.verify(model, experts)] == ["math", "code"]
+    assert [verdict.name for verdict in sk.verify(model, base, experts)] == ["math", "code"]
     sk.save_pretrained(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "its own")
     (tmp_path / "base").mkdir()
