@@ -1,6 +1,14 @@
-"""Run by torchrun in test_distributed.py: sharded layers and models against the same ones in one process."""
+"""Run by test_distributed.py: sharded layers and models against the same ones in one process.
+
+    python -m tests.integrations.distributed_worker PROCESSES...
+
+The processes are forks of one that has imported everything, since imports take longer than what is checked.
+"""
 
 import copy
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -95,7 +103,7 @@ def check_model(mesh, architecture: str) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
     torch.testing.assert_close(got(ids).logits, want(ids).logits, rtol=1e-8, atol=1e-8)
     compare_gradients(want, got, 1e-8)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(got.generate(ids, **options), want.generate(ids, **options))
 
 
@@ -186,16 +194,16 @@ def check_operators(mesh) -> None:
         assert all(p.grad is None for p in frozen if p is not got.s)
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def main(rank: int, processes: int, store: Path) -> None:
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=processes)
     torch.set_num_threads(1)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (processes,))
     check_operators(mesh)
     check_layers(mesh)
     check_pair(mesh)
     check_fully_sharded(mesh, None)
     check_fully_sharded(mesh, MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
-    if dist.get_world_size() == 2:
+    if processes == 2:
         check_model(mesh, "MistralForCausalLM")
         check_model(mesh, "Qwen2ForCausalLM")
     else:
@@ -204,4 +212,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    model = build("LlamaForCausalLM")
+    ids = inputs(model)["input_ids"]
+    model(ids, labels=ids).loss.backward()  # imports what is imported at first use
+    torch.compile(model.lm_head, backend="aot_eager")(torch.randn(2, model.config.hidden_size))
+    for processes in map(int, sys.argv[1:]):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.start_processes(
+                main, (processes, Path(folder) / "store"), nprocs=processes, start_method="fork"
+            )

@@ -1,4 +1,4 @@
-"""Tensor parallelism and FSDP2 over gloo, in processes started by torchrun."""
+"""Tensor parallelism and FSDP2 over gloo, on two and on four processes."""
 
 import os
 import subprocess
@@ -10,15 +10,14 @@ from torch import nn
 
 from smile_kernels.integrations.distributed import ColwiseSmile, tensor_parallel_plan
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_same_as_in_one_process(processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def test_the_same_as_in_one_process():
     done = subprocess.run(
-        [*command, str(HERE / "distributed_worker.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])},
+        [sys.executable, "-m", "tests.integrations.distributed_worker", "2", "4"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -88,9 +88,13 @@ def test_made_by_upscale_from_folders(architecture, tmp_path):
 
 
 def test_with_and_without_the_import(fused, tmp_path):
-    """Ours first, without importing transformers; or theirs alone, which finds nothing to load."""
+    """Ours first, without importing transformers; or theirs alone, which finds nothing to load.
+
+    What transformers itself saved names no file of weights that is missing: there the base model is loaded, with a warning.
+    """
     base, model = fused("LlamaForCausalLM")
     sk.save_pretrained(model, tmp_path / "saved")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "by_transformers")
     base.save_pretrained(tmp_path / "base")
     sk.save_pretrained(model, tmp_path / "experts", base=tmp_path / "base")
     fine_tuned(base, 1).save_pretrained(tmp_path / "expert")
@@ -117,6 +121,7 @@ for name in ("saved", "upscaled", "experts"):
         load(name)
     except OSError as error:
         print(error)
+assert type(load("by_transformers").model.layers[0].mlp.up_proj).__name__ == "Linear"
 assert "smile_kernels" not in sys.modules
 import smile_kernels
 {check}"""
@@ -124,24 +129,9 @@ import smile_kernels
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("Unknown quantization type, got smile" in done.stderr) == warned
+        assert ("UNEXPECTED" in done.stderr) == warned
         assert done.stdout.count("needs_smile_kernels.safetensors") == 2 * warned
         assert ("no file named model.safetensors" in done.stdout) == warned
-
-
-def test_what_transformers_saves_warns_without_the_import(fused, tmp_path):
-    """Its own save_pretrained leaves out the name of a file of weights, so there the base model is loaded."""
-    _, model = fused("LlamaForCausalLM")
-    sk.save_pretrained(model, tmp_path / "ours")
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    program = f"""
-import transformers
-model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "theirs")!r})
-assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Unknown quantization type, got smile" in done.stderr
-    assert "UNEXPECTED" in done.stderr
 
 
 @pytest.mark.parametrize("lost", ["u", "vh", "expert_bias", "weight"])
@@ -237,7 +227,7 @@ def test_generate(architecture, fused, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, device_map="auto")
     ids = inputs(model)["input_ids"]
-    options = {"max_new_tokens": 6, "do_sample": False}
+    options = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
 
 
