@@ -90,7 +90,7 @@ def test_made_by_upscale_from_folders(architecture, tmp_path):
 def test_with_and_without_the_import(fused, tmp_path):
     """Ours first, without importing transformers; or theirs alone, which finds nothing to load.
 
-    What transformers itself saved names no file of weights that is missing: there the base model is loaded, with a warning.
+    What transformers saved names no file that is missing: there the base model is loaded, with a warning.
     """
     base, model = fused("LlamaForCausalLM")
     sk.save_pretrained(model, tmp_path / "saved")

@@ -256,9 +256,10 @@ def test_layer_whose_parameter_is_computed():
         assert torch.equal(got, layer(x))
 
 
-def test_clean_under_sanitizers():
-    """AddressSanitizer and UBSan find nothing, on each instruction set that this machine has."""
-    assert run_sanitized(cpu_library(*SANITIZERS), "cpu").split()[-1] == "clean"
+@pytest.mark.parametrize("shapes", ["cpu", pytest.param("every-cpu", marks=pytest.mark.exhaustive)])
+def test_clean_under_sanitizers(shapes):
+    """AddressSanitizer and UBSan find nothing on each instruction set of this machine; on the best one, all shapes."""
+    assert run_sanitized(cpu_library(*SANITIZERS), shapes).split()[-1] == "clean"
 
 
 def test_vmap_and_autocast_of_the_operators_themselves():
