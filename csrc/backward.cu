@@ -96,6 +96,7 @@ template <class T> static void apply_backward(const Backward& p, float* a, const
     expansion.expert_stride = vh_stride;
     expansion.factor_aligned = aligned<T>(p.vh, n.in_features);
     expansion.out = p.dx;
+    expansion.out_stride = n.in_features;
     expansion.out_aligned = aligned<T>(p.dx, n.in_features);
     expansion.adds = true;
     expansion.ids = p.ids;
@@ -186,6 +187,7 @@ template <class T> static void route_backward(const RouteBackward& p, float* dq,
     expansion.expert_stride = g * d;
     expansion.factor_aligned = router_aligned;
     expansion.out = p.dx;
+    expansion.out_stride = d;
     expansion.out_aligned = aligned<T>(p.dx, d);
     expansion.ids = p.ids;
     expansion.tokens = n.tokens;

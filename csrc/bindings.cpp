@@ -49,28 +49,42 @@ int32_t device_type(const Tensor& t) {
   return type;
 }
 
+struct Shape {
+  int64_t dim = 0, size[4] = {};
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (int64_t each : sizes) size[dim++] = each;
+  }
+  // The same with the number of parts before dimension `at`, where a layer has parts.
+  Shape with(const std::vector<int64_t>& parts, int64_t at) const {
+    Shape whole = *this;
+    if (parts.empty()) return whole;
+    for (int64_t d = whole.dim++; d > at; --d) whole.size[d] = whole.size[d - 1];
+    whole.size[at] = int64_t(parts.size());
+    return whole;
+  }
+};
+
 // Shape, dtype and device of a tensor beside x.
-void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  bool fits = t.dim() == int64_t(shape.size());
-  int64_t i = 0;
-  for (int64_t size : shape) fits = fits && t.size(i++) == size;
+void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype, Shape shape) {
+  bool fits = t.dim() == shape.dim;
+  for (int64_t d = 0; d < shape.dim; ++d) fits = fits && t.size(d) == shape.size[d];
   STD_TORCH_CHECK(device_type(t) == device_type(x) && t.get_device_index() == x.get_device_index(), name,
                   ": is on another device than x");
   if (fits && t.scalar_type() == dtype) return;
   std::string expected, got;
-  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t d = 0; d < shape.dim; ++d) expected += (d ? ", " : "") + std::to_string(shape.size[d]);
   for (int64_t d = 0; d < t.dim(); ++d) got += (d ? ", " : "") + std::to_string(t.size(d));
   STD_TORCH_CHECK(fits, name, ": has shape [", got, "]; expected [", expected, "]");
   STD_TORCH_CHECK(false, name, ": has another dtype than expected beside this x");
 }
 
 // A contiguous tensor beside `like`; the shim's allocation costs a tenth of a call of aten::new_empty.
-Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  int64_t strides[3], stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
+Tensor empty(const Tensor& like, ScalarType dtype, Shape shape) {
+  int64_t strides[4], stride = 1;
+  for (int64_t d = shape.dim; d-- > 0; stride *= shape.size[d]) strides[d] = stride;
   const auto raw_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides, raw_dtype, device_type(like),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dim, shape.size, strides, raw_dtype, device_type(like),
                                                   like.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -139,6 +153,7 @@ void check_device_limits(const Tensor& x, const smile::Sizes& n) {
 
 void run(const Tensor& x, const smile::Forward& p) {
   check_device_limits(x, p.n);
+  STD_TORCH_CHECK(p.parts.count == 1, "parts: has ", p.parts.count, "; the CUDA kernels take one part at a time");
   if (p.n.tokens == 0) return;
   const Launch launch(x);
   const bool small = p.y != nullptr && smile::is_small(p.n);
@@ -185,8 +200,8 @@ struct Launch {
 
 void check_device_limits(const Tensor&, const smile::Sizes&) {}
 
-void check_ids(const smile::Sizes& n, const int32_t* ids) {
-  for (int64_t e = 0; e < n.tokens * n.num_experts_per_tok; ++e)
+void check_ids(const smile::Sizes& n, const int32_t* ids, int64_t parts = 1) {
+  for (int64_t e = 0; e < n.tokens * parts * n.num_experts_per_tok; ++e)
     STD_TORCH_CHECK(ids[e] >= -1 && ids[e] < n.num_experts, "ids: holds ", ids[e], "; expected 0 to ", n.num_experts - 1,
                     ", or -1 for no expert");
 }
@@ -196,7 +211,7 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
 }
 
 void run(const Tensor& x, const smile::Forward& p) {
-  if (p.router == nullptr) check_ids(p.n, p.ids);
+  if (p.router == nullptr) check_ids(p.n, p.ids, p.parts.count);
   smile::cpu_forward(dtype_of(x), p, parallel_for);
 }
 
@@ -218,8 +233,14 @@ struct Call {
   std::vector<Tensor> owned;
   std::optional<Tensor> weights, ids, h, y;
 
-  explicit Call(const Tensor& x_) : x(x_) {
+  std::vector<int64_t> parts, ranks;
+
+  Call(const Tensor& x_, const std::vector<int64_t>& parts_, const std::vector<int64_t>& ranks_)
+      : x(x_), parts(parts_), ranks(ranks_) {
     STD_TORCH_CHECK(x.dim() == 2, "x: has ", x.dim(), " dimensions; expected [tokens, in_features]");
+    p.parts = {parts.empty() ? 1 : int64_t(parts.size()), parts.empty() ? nullptr : parts.data(), ranks.empty() ? nullptr : ranks.data()};
+    STD_TORCH_CHECK(ranks.empty() || ranks.size() == parts.size(), "rank_of_parts: has ", ranks.size(), " numbers; expected ",
+                    parts.size(), ", one for each part");
     x = kernel_input(x);
     p.n.tokens = x.size(0);
     p.n.in_features = x.size(1);
@@ -233,78 +254,109 @@ struct Call {
     return owned.back().const_data_ptr();
   }
 
+  // The dimensions of a tensor that it would have without parts.
+  int64_t first() const { return parts.empty() ? 0 : 1; }
+
   // Routing by the first `rank` rows of each expert in `router`, which may be a view of vh: its expert stride is free.
   void set_router(const char* name, const Tensor& router, int64_t rank, int64_t num_experts_per_tok) {
-    STD_TORCH_CHECK(router.dim() == 3 && rank >= 1 && rank <= router.size(1), name, ": has ", router.dim(),
+    const int64_t at = first();
+    STD_TORCH_CHECK(router.dim() == at + 3 && rank >= 1 && rank <= router.size(at + 1), name, ": has ", router.dim(),
                     " dimensions; expected [N, rows, in_features] with at least ", rank, " rows");
     STD_TORCH_CHECK(rank <= p.n.in_features, "rank_of_router: is ", rank, "; expected 1 to ", p.n.in_features,
                     ", in_features");
-    check(name, router, x, x.scalar_type(), {router.size(0), router.size(1), p.n.in_features});
-    p.n.num_experts = router.size(0);
+    const int64_t experts = router.size(at), rows = router.size(at + 1);
+    check(name, router, x, x.scalar_type(), Shape{experts, rows, p.n.in_features}.with(parts, 0));
+    p.n.num_experts = experts;
     p.n.rank_of_router = rank;
     p.n.num_experts_per_tok = num_experts_per_tok;
     STD_TORCH_CHECK(num_experts_per_tok >= 1 && num_experts_per_tok <= p.n.num_experts,
                     "num_experts_per_tok: is ", num_experts_per_tok, "; expected 1 to ", p.n.num_experts);
-    const bool rows = router.stride(2) == 1 && router.stride(1) == p.n.in_features;
-    p.router = rows ? router.const_data_ptr() : keep(router);
-    p.router_expert_stride = rows ? router.stride(0) : router.size(1) * p.n.in_features;
-    weights = empty(x, real_of(x), {p.n.tokens, num_experts_per_tok});
-    ids = empty(x, ScalarType::Int, {p.n.tokens, num_experts_per_tok});
+    const bool evenly = router.stride(at + 2) == 1 && router.stride(at + 1) == p.n.in_features &&
+                        (at == 0 || router.stride(0) == experts * router.stride(1));
+    p.router = evenly ? router.const_data_ptr() : keep(router);
+    p.router_expert_stride = evenly ? router.stride(at) : rows * p.n.in_features;
+    weights = empty(x, real_of(x), Shape{p.n.tokens, num_experts_per_tok}.with(parts, 1));
+    ids = empty(x, ScalarType::Int, Shape{p.n.tokens, num_experts_per_tok}.with(parts, 1));
     p.weights = weights->mutable_data_ptr();
     p.ids = static_cast<int32_t*>(ids->mutable_data_ptr());
   }
 
   void set_routing(const Tensor& weights_, const Tensor& ids_) {
-    p.n.num_experts_per_tok = ids_.dim() == 2 ? ids_.size(1) : 0;
-    check("ids", ids_, x, ScalarType::Int, {p.n.tokens, p.n.num_experts_per_tok});
-    check("weights", weights_, x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok});
+    p.n.num_experts_per_tok = ids_.dim() == first() + 2 ? ids_.size(first() + 1) : 0;
+    const Shape expected = Shape{p.n.tokens, p.n.num_experts_per_tok}.with(parts, 1);
+    check("ids", ids_, x, ScalarType::Int, expected);
+    check("weights", weights_, x, real_of(x), expected);
     p.weights = const_cast<void*>(keep(weights_));
     p.ids = static_cast<int32_t*>(const_cast<void*>(keep(ids_)));
   }
 
-  void set_experts(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& vh, const Tensor& s,
-                   const Tensor& u, const std::optional<Tensor>& expert_bias, bool save) {
-    STD_TORCH_CHECK(weight.dim() == 2 && vh.dim() == 3 && s.dim() == 2,
-                    "weight, vh, s: expected [out_features, in_features], [N, rows, in_features], [N, r]");
+  // The experts, of which u and expert_bias may be rows cut out of larger ones: their expert strides are free.
+  void set_experts(const Tensor& vh, const Tensor& s, const Tensor& u, const std::optional<Tensor>& expert_bias, bool save) {
+    const int64_t at = first();
+    STD_TORCH_CHECK(vh.dim() == at + 3 && s.dim() == at + 2 && u.dim() == 3,
+                    "vh, s, u: expected [N, rows, in_features], [N, r], [N, out_features, r]");
     const auto dtype = x.scalar_type();
-    const int64_t out_features = p.n.out_features = weight.size(0), experts = s.size(0);
+    const int64_t experts = s.size(at), out_features = p.n.out_features = u.size(1);
     STD_TORCH_CHECK(p.router == nullptr || p.n.num_experts == experts, "router: has ", p.n.num_experts,
                     " experts; expected those of s, ", experts);
     p.n.num_experts = experts;
-    p.n.rank_of_expert = s.size(1);
-    p.n.vh_rows = vh.size(1);
-    STD_TORCH_CHECK(p.n.vh_rows >= p.n.rank_of_expert, "vh: has ", p.n.vh_rows, " rows; expected at least ",
-                    p.n.rank_of_expert);
-    check("weight", weight, x, dtype, {out_features, p.n.in_features});
-    if (bias) check("bias", *bias, x, dtype, {out_features});
-    check("vh", vh, x, dtype, {experts, p.n.vh_rows, p.n.in_features});
-    check("s", s, x, real_of(x), {experts, p.n.rank_of_expert});
-    check("u", u, x, dtype, {experts, out_features, p.n.rank_of_expert});
+    const int64_t rank = p.n.rank_of_expert = s.size(at + 1);
+    p.n.vh_rows = vh.size(at + 1);
+    STD_TORCH_CHECK(p.n.vh_rows >= rank, "vh: has ", p.n.vh_rows, " rows; expected at least ", rank);
+    check("vh", vh, x, dtype, Shape{experts, p.n.vh_rows, p.n.in_features}.with(parts, 0));
+    check("s", s, x, real_of(x), Shape{experts, rank}.with(parts, 0));
+    check("u", u, x, dtype, {experts, out_features, rank});
     if (expert_bias) check("expert_bias", *expert_bias, x, dtype, {experts, out_features});
+    int64_t of_parts = parts.empty() ? out_features : 0;
+    for (int64_t each : parts) of_parts += each;
+    STD_TORCH_CHECK(of_parts == out_features, "parts: have ", of_parts, " outputs together; expected those of u, ", out_features);
+    for (int64_t each : ranks)
+      STD_TORCH_CHECK(each >= 0 && each <= rank, "rank_of_parts: holds ", each, "; expected 0 to ", rank);
     p.vh = keep(vh);
     p.s = keep(s);
-    p.u = keep(u);
-    p.expert_bias = expert_bias ? keep(*expert_bias) : nullptr;
+    const bool u_rows = u.stride(2) == 1 && u.stride(1) == rank;
+    p.u = u_rows ? u.const_data_ptr() : keep(u);
+    p.u_stride = u_rows ? u.stride(0) : out_features * rank;
+    if (expert_bias) {
+      const bool bias_rows = expert_bias->stride(1) == 1;
+      p.expert_bias = bias_rows ? expert_bias->const_data_ptr() : keep(*expert_bias);
+      p.expert_bias_stride = bias_rows ? expert_bias->stride(0) : out_features;
+    }
     if (save || kAlwaysNeedsH) {
-      h = empty(x, real_of(x), {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
-      if (save && p.router == nullptr) torch::stable::zero_(*h);  // where ids name no expert, no kernel writes it
+      h = empty(x, real_of(x), Shape{p.n.tokens, p.n.num_experts_per_tok, rank}.with(parts, 1));
+      // Where ids name no expert, or a part has fewer ranks, no kernel writes it.
+      if (save && (p.router == nullptr || !ranks.empty())) torch::stable::zero_(*h);
       p.h = h->mutable_data_ptr();
     }
+  }
+
+  void set_base(const Tensor& weight, const std::optional<Tensor>& bias) {
+    STD_TORCH_CHECK(weight.dim() == 2, "weight: expected [out_features, in_features]");
+    check("weight", weight, x, x.scalar_type(), {p.n.out_features, p.n.in_features});
+    if (bias) check("bias", *bias, x, x.scalar_type(), {p.n.out_features});
     if (computes_base_product(p.n, weight)) {
       p.weight = keep(weight);
       p.bias = bias ? keep(*bias) : nullptr;
-      y = empty(x, dtype, {p.n.tokens, out_features});
+      set_output(empty(x, x.scalar_type(), {p.n.tokens, p.n.out_features}));
     } else {
-      y = base_product(x, weight, bias);
+      set_output(base_product(x, weight, bias));
     }
+  }
+
+  // What the experts are added to, in place.
+  void set_output(const Tensor& y_) {
+    y = y_;
+    check("y", *y, x, x.scalar_type(), {p.n.tokens, p.n.out_features});
+    STD_TORCH_CHECK(y->stride(1) == 1, "y: has outputs at a stride of ", y->stride(1), "; expected 1");
     p.y = y->mutable_data_ptr();
+    p.y_stride = y->stride(0);
   }
 
   Tensor saved(bool save) const { return save ? *h : empty(x, real_of(x), {0}); }
 };
 
 std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router, int64_t num_experts_per_tok) {
-  Call call(x);
+  Call call(x, {}, {});
   call.set_router("router", router, router.dim() == 3 ? router.size(1) : 0, num_experts_per_tok);
   run(call.x, call.p);
   return {*call.weights, *call.ids};
@@ -313,10 +365,11 @@ std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router, int64_t 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                  const Tensor& vh, const Tensor& s, const Tensor& u,
                                  const std::optional<Tensor>& expert_bias, const Tensor& weights, const Tensor& ids,
-                                 bool save) {
-  Call call(x);
+                                 bool save, std::vector<int64_t> parts, std::vector<int64_t> rank_of_parts) {
+  Call call(x, parts, rank_of_parts);
   call.set_routing(weights, ids);
-  call.set_experts(weight, bias, vh, s, u, expert_bias, save);
+  call.set_experts(vh, s, u, expert_bias, save);
+  call.set_base(weight, bias);
   run(call.x, call.p);
   return {*call.y, call.saved(save)};
 }
@@ -324,13 +377,49 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& weight, const st
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& vh, const Tensor& s,
     const Tensor& u, const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router,
-    int64_t num_experts_per_tok, int64_t rank_of_router, bool save) {
-  Call call(x);
+    int64_t num_experts_per_tok, int64_t rank_of_router, bool save, std::vector<int64_t> parts,
+    std::vector<int64_t> rank_of_parts) {
+  Call call(x, parts, rank_of_parts);
   call.p.tied_router = !router;
   call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
-  call.set_experts(weight, bias, vh, s, u, expert_bias, save);
+  call.set_experts(vh, s, u, expert_bias, save);
+  call.set_base(weight, bias);
   run(call.x, call.p);
   return {*call.y, *call.weights, *call.ids, call.saved(save)};
+}
+
+// Adds the experts to y in place, routed by weights and ids where these are given; returns those it chose, and h.
+std::tuple<Tensor, Tensor, Tensor> delta_in_place(
+    const Tensor& y, const Tensor& x, const Tensor& vh, const Tensor& s, const Tensor& u,
+    const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& ids, int64_t num_experts_per_tok, int64_t rank_of_router, bool save,
+    std::vector<int64_t> parts, std::vector<int64_t> rank_of_parts) {
+  Call call(x, parts, rank_of_parts);
+  STD_TORCH_CHECK(weights.has_value() == ids.has_value(), "weights, ids: expected both or none");
+  if (ids) {
+    call.set_routing(*weights, *ids);
+  } else {
+    call.p.tied_router = !router;
+    call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
+  }
+  call.set_experts(vh, s, u, expert_bias, save);
+  call.set_output(y);
+  run(call.x, call.p);
+  const Tensor none = empty(x, ScalarType::Int, {0});
+  return {ids ? empty(x, real_of(x), {0}) : *call.weights, ids ? none : *call.ids, call.saved(save)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta(
+    const Tensor& y, const Tensor& x, const Tensor& vh, const Tensor& s, const Tensor& u,
+    const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& ids, int64_t num_experts_per_tok, int64_t rank_of_router, bool save,
+    std::vector<int64_t> parts, std::vector<int64_t> rank_of_parts) {
+  STD_TORCH_CHECK(y.dim() == 2, "y: has ", y.dim(), " dimensions; expected [tokens, out_features]");
+  Tensor out = empty(y, y.scalar_type(), {y.size(0), y.size(1)});
+  torch::stable::copy_(out, y);
+  const auto [chosen, chosen_ids, h] = delta_in_place(out, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok,
+                                                      rank_of_router, save, parts, rank_of_parts);
+  return {out, chosen, chosen_ids, h};
 }
 
 // ---- backward ----
@@ -350,25 +439,27 @@ Tensor gradient(bool wanted, const Tensor& t, int64_t tokens) {
 
 void* address(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
-// Gradients in the order of the arguments, weights last; bit i of `needs` asks for number i, the others stay empty.
+// Gradients in the order of the arguments, weights last; bit i of `needs` asks for number i, the others stay empty. Without
+// `weight`, dx is that of the experts alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply_backward(
-    const Tensor& dy_, const Tensor& x_, const Tensor& weight, const Tensor& vh_, const Tensor& s_, const Tensor& u_,
+    const Tensor& dy_, const Tensor& x_, const std::optional<Tensor>& weight, const Tensor& vh_, const Tensor& s_, const Tensor& u_,
     const std::optional<Tensor>& expert_bias_, const Tensor& weights_, const Tensor& ids_, const Tensor& h_,
     int64_t needs) {
-  STD_TORCH_CHECK(x_.dim() == 2 && weight.dim() == 2 && vh_.dim() == 3 && s_.dim() == 2 && ids_.dim() == 2,
-                  "x, weight, vh, s, ids: expected [T, D], [O, D], [N, rows, D], [N, r], [T, m]");
+  STD_TORCH_CHECK(x_.dim() == 2 && vh_.dim() == 3 && s_.dim() == 2 && u_.dim() == 3 && ids_.dim() == 2,
+                  "x, vh, s, u, ids: expected [T, D], [N, rows, D], [N, r], [N, O, r], [T, m]");
   const Tensor x = with_whole_rows(x_), dy = packed(dy_), vh = packed(vh_), s = packed(s_), u = packed(u_);
   const Tensor weights = packed(weights_), ids = packed(ids_), h = packed(h_);
   const Tensor expert_bias = expert_bias_ ? packed(*expert_bias_) : empty(x, x.scalar_type(), {0});
   bool wants[8];
   for (int i = 0; i < 8; ++i) wants[i] = needs >> i & 1;
   wants[6] = wants[6] && expert_bias_;
+  wants[1] = wants[1] && weight;
 
   smile::Backward p{};
-  p.n = {x.size(0), x.size(1), weight.size(0), s.size(0), ids.size(1), s.size(1), 0, vh.size(1)};
+  p.n = {x.size(0), x.size(1), u.size(1), s.size(0), ids.size(1), s.size(1), 0, vh.size(1)};
   check_device_limits(x, p.n);
   check("dy", dy, x, x.scalar_type(), {p.n.tokens, p.n.out_features});
-  check("weight", weight, x, x.scalar_type(), {p.n.out_features, p.n.in_features});
+  if (weight) check("weight", *weight, x, x.scalar_type(), {p.n.out_features, p.n.in_features});
   check("vh", vh, x, x.scalar_type(), {p.n.num_experts, p.n.vh_rows, p.n.in_features});
   check("u", u, x, x.scalar_type(), {p.n.num_experts, p.n.out_features, p.n.rank_of_expert});
   check("s", s, x, real_of(x), {p.n.num_experts, p.n.rank_of_expert});
@@ -379,7 +470,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
   const Launch launch(x);  // the products of PyTorch too run on its device
 
   const Tensor none = empty(x, x.scalar_type(), {0});
-  const Tensor dx = wants[0] ? matrix_product(dy, weight) : none;
+  Tensor dx = none;
+  if (wants[0] && weight) {
+    dx = matrix_product(dy, *weight);
+  } else if (wants[0]) {
+    dx = empty(x, x.scalar_type(), {p.n.tokens, p.n.in_features});
+    torch::stable::zero_(dx);
+  }
   const Tensor dweight = wants[1] ? matrix_product(torch::stable::transpose(dy, 0, 1), x) : none;
   const int64_t over_tokens[] = {0};
   const Tensor dbias = wants[2] ? torch::stable::sum(dy, torch::headeronly::IntHeaderOnlyArrayRef(over_tokens, 1)) : none;
@@ -444,11 +541,16 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor&
 STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
   m.def("route(Tensor x, Tensor router, int num_experts_per_tok) -> (Tensor weights, Tensor ids)");
   m.def("apply(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
-        "Tensor weights, Tensor ids, bool save) -> (Tensor y, Tensor h)");
+        "Tensor weights, Tensor ids, bool save, int[] parts=[], int[] rank_of_parts=[]) -> (Tensor y, Tensor h)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
-        "Tensor? router, int num_experts_per_tok, int rank_of_router, bool save) -> "
+        "Tensor? router, int num_experts_per_tok, int rank_of_router, bool save, int[] parts=[], int[] rank_of_parts=[]) -> "
         "(Tensor y, Tensor weights, Tensor ids, Tensor h)");
-  m.def("apply_backward(Tensor dy, Tensor x, Tensor weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
+  const std::string experts =
+      "Tensor x, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor? router, Tensor? weights, Tensor? ids, "
+      "int num_experts_per_tok, int rank_of_router, bool save, int[] parts=[], int[] rank_of_parts=[]";
+  m.def(("delta(Tensor y, " + experts + ") -> (Tensor y, Tensor weights, Tensor ids, Tensor h)").c_str());
+  m.def(("delta_(Tensor(a!) y, " + experts + ") -> (Tensor weights, Tensor ids, Tensor h)").c_str());
+  m.def("apply_backward(Tensor dy, Tensor x, Tensor? weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
         "Tensor weights, Tensor ids, Tensor h, int needs) -> "
         "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dvh, Tensor ds, Tensor du, Tensor dexpert_bias, Tensor dweights)");
   m.def("route_backward(Tensor dweights, Tensor x, Tensor router, Tensor weights, Tensor ids, int needs) -> "
@@ -462,4 +564,6 @@ STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
   m.impl("route", TORCH_BOX(&route));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("delta", TORCH_BOX(&delta));
+  m.impl("delta_", TORCH_BOX(&delta_in_place));
 }

@@ -43,7 +43,7 @@ template <class T> class GroupedProducts {
 
   GroupedProducts(const Sizes& n, const int32_t* ids, ParallelFor parallel_for)
       : n(n), m(n.num_experts_per_tok), parallel_for(parallel_for), first(n.num_experts + 1), entries(n.tokens * m) {
-    sort_by_expert(ids, n.tokens * m, n.num_experts, first, entries);
+    sort_by_expert([&](int64_t e) { return ids[e]; }, n.tokens * m, n.num_experts, first, entries);
   }
 
   // out[e] [rank] = the product of x_t with `rank` rows of expert i's factor, or with its columns where `by_columns`.

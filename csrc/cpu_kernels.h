@@ -481,15 +481,16 @@ template <class R> void choose(const R* scores, int64_t count, int64_t m, R* wei
   for (int64_t j = 0; j < m; ++j) weights[j] /= sum;
 }
 
-// entries[first[i] : first[i + 1]] become the places (t * m + j) where ids is i, in order; -1 stands for no expert.
-inline void sort_by_expert(const int32_t* ids, int64_t count, int64_t num_experts, std::vector<int64_t>& first,
-                           std::vector<int32_t>& entries) {
+// entries[first[i] : first[i + 1]] become the places e where expert_at(e) is i, in order; -1 stands for no expert.
+template <class ExpertAt>
+void sort_by_expert(const ExpertAt& expert_at, int64_t count, int64_t num_experts, std::vector<int64_t>& first,
+                    std::vector<int32_t>& entries) {
   std::fill(first.begin(), first.end(), 0);
   for (int64_t e = 0; e < count; ++e)
-    if (ids[e] >= 0) ++first[ids[e] + 1];
+    if (expert_at(e) >= 0) ++first[expert_at(e) + 1];
   for (int64_t i = 0; i < num_experts; ++i) first[i + 1] += first[i];
   for (int64_t e = 0; e < count; ++e)
-    if (ids[e] >= 0) entries[first[ids[e]]++] = int32_t(e);
+    if (expert_at(e) >= 0) entries[first[expert_at(e)]++] = int32_t(e);
   for (int64_t i = num_experts; i > 0; --i) first[i] = first[i - 1];
   first[0] = 0;
 }
@@ -505,20 +506,23 @@ template <class T, class R> struct Product {
   int64_t out_stride;
 };
 
+// "Expert" v of a layer is number v % N of part v / N.
 template <class T> class Chunk {
   using R = typename RealOf<T>::type;
   using X = typename MultiplyAs<T>::type;
 
  public:
-  Chunk(const Forward& p, ParallelFor parallel_for) : p(p), n(p.n), parallel_for(parallel_for) {
+  Chunk(const Forward& p, ParallelFor parallel_for)
+      : p(p), n(p.n), parallel_for(parallel_for), num_parts(p.parts.count), experts(num_parts * n.num_experts),
+        slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
-    known_rows = p.router && p.tied_router ? std::min(n.rank_of_router, n.rank_of_expert) : 0;
-    const int64_t per_token = (copies_x ? n.in_features : 0) + (p.router ? n.num_experts * n.rank_of_router : 0) +
-                              (p.y ? n.num_experts_per_tok * n.rank_of_expert : 0);
-    tokens_at_once = std::min(n.tokens, std::max<int64_t>(kTokens, std::min<int64_t>(1024, (1 << 20) / per_token)));
-    const int64_t entries_at_once = tokens_at_once * n.num_experts_per_tok;
+    find_ranks();
+    if (p.y) cut_outputs();
+    const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.y ? slots * n.rank_of_expert : 0);
+    tokens_at_once = std::min(n.tokens, std::max<int64_t>(kTokens, std::min<int64_t>(1024, (1 << 20) / std::max<int64_t>(1, per_token))));
+    const int64_t entries_at_once = tokens_at_once * slots;
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
-    if (p.router) q.reset(new R[tokens_at_once * n.num_experts * n.rank_of_router]);
+    if (p.router) q.reset(new R[tokens_at_once * q_columns()]);
     if (p.weight) base.reset(new R[tokens_at_once * n.out_features]);
     if (p.y) h.reset(new R[entries_at_once * n.rank_of_expert]);
     if (p.y) z.reset(new X[entries_at_once * n.rank_of_expert]);
@@ -526,14 +530,14 @@ template <class T> class Chunk {
     every_token.resize(tokens_at_once);
     for (int64_t t = 0; t < tokens_at_once; ++t) every_token[t] = int32_t(t);
     entries.resize(entries_at_once);
-    first.resize(n.num_experts + 1);
+    first.resize(experts + 1);
   }
 
   void run() {
     for (begin = 0; begin < n.tokens; begin += tokens_at_once) {
       tokens = std::min(tokens_at_once, n.tokens - begin);
-      weights = static_cast<R*>(p.weights) + begin * n.num_experts_per_tok;
-      ids = p.ids + begin * n.num_experts_per_tok;
+      weights = static_cast<R*>(p.weights) + begin * slots;
+      ids = p.ids + begin * slots;
       read_x();
       if (p.weight) add_base_product();
       const bool packs = tokens >= kPackFrom * kTokens;
@@ -542,7 +546,7 @@ template <class T> class Chunk {
       if (p.router && packs) run_packed_router_product();
       if (p.router) choose_experts();
       if (!p.y) continue;
-      sort_by_expert(ids, tokens * n.num_experts_per_tok, n.num_experts, first, entries);
+      sort_by_expert([&](int64_t e) { return expert_of(e); }, tokens * slots, experts, first, entries);
       if (kTiles<X> && packs) {
         run_packed_shrink_products();
       } else {
@@ -555,6 +559,40 @@ template <class T> class Chunk {
   }
 
  private:
+  // A part has no experts where its rank is 0. What singular values of 0 multiply is left out, unless h is wanted.
+  void find_ranks() {
+    rank.resize(experts);
+    first_q.resize(num_parts);
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const int64_t most = p.parts.ranks ? p.parts.ranks[part] : p.y ? n.rank_of_expert : 1;
+      first_q[part] = int64_t(routed.size());
+      for (int64_t v = part * n.num_experts; v < (part + 1) * n.num_experts; ++v) {
+        rank[v] = most;
+        if (p.router && most > 0) routed.push_back(v);
+        if (p.y && !p.h)
+          while (rank[v] > 0 && static_cast<const R*>(p.s)[v * n.rank_of_expert + rank[v] - 1] == 0) --rank[v];
+      }
+    }
+  }
+
+  // Blocks of outputs, none of which belongs to two parts.
+  void cut_outputs() {
+    int64_t o = 0;
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const int64_t end = p.parts.features ? o + p.parts.features[part] : n.out_features;
+      for (; o < end; o += blocks.back().width) blocks.push_back({part, o, std::min(kPanelWidth<X>, end - o)});
+    }
+  }
+
+  bool has_experts(int64_t part) const { return !p.parts.ranks || p.parts.ranks[part] > 0; }
+  int64_t q_columns() const { return int64_t(routed.size()) * n.rank_of_router; }
+  int64_t expert_of(int64_t e) const {
+    const int64_t part = num_parts == 1 ? 0 : e / n.num_experts_per_tok % num_parts;
+    return ids[e] < 0 || !has_experts(part) ? -1 : part * n.num_experts + ids[e];
+  }
+  // Rows of h that the router's products already hold.
+  int64_t known_rows(int64_t v) const { return p.router && p.tied_router ? std::min(n.rank_of_router, rank[v]) : 0; }
+
   void read_x() {
     const T* source = static_cast<const T*>(p.x) + begin * p.x_stride[0];
     for (int64_t t = 0; t < tokens; ++t)
@@ -608,21 +646,21 @@ template <class T> class Chunk {
   }
 
   void add_router_products() {
-    for (int64_t i = 0; i < n.num_experts; ++i)
-      add_products(static_cast<const T*>(p.router) + i * p.router_expert_stride, n.rank_of_router, every_token.data(),
-                   tokens, 1, &q[i * n.rank_of_router], n.num_experts * n.rank_of_router);
+    for (size_t i = 0; i < routed.size(); ++i)
+      add_products(static_cast<const T*>(p.router) + routed[i] * p.router_expert_stride, n.rank_of_router, every_token.data(),
+                   tokens, 1, &q[i * n.rank_of_router], q_columns());
   }
 
   // q = x R^T by panels of rows, whichever expert they belong to.
   void run_packed_router_product() {
     constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 32 * kTokens;
-    const int64_t g = n.rank_of_router, rows = n.num_experts * g, panels = (rows + kWidth - 1) / kWidth;
-    const int64_t parts = (tokens + kAtOnce - 1) / kAtOnce;
-    parallel(parallel_for, panels * parts, kWidth * std::min(tokens, kAtOnce) * n.in_features, [&](int64_t from, int64_t to) {
+    const int64_t g = n.rank_of_router, rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
+    const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce;
+    parallel(parallel_for, panels * pieces, kWidth * std::min(tokens, kAtOnce) * n.in_features, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
         const int64_t j0 = item % panels * kWidth, t0 = item / panels * kAtOnce;
         const auto row_at = [&](int64_t c) {
-          return static_cast<const T*>(p.router) + (j0 + c) / g * p.router_expert_stride + (j0 + c) % g * n.in_features;
+          return static_cast<const T*>(p.router) + routed[(j0 + c) / g] * p.router_expert_stride + (j0 + c) % g * n.in_features;
         };
         packed_product(std::min(kWidth, rows - j0), row_at, std::min(kAtOnce, tokens - t0),
                        [&](int64_t t) { return x[t0 + t]; }, [&](int64_t t) { return &q[(t0 + t) * rows + j0]; });
@@ -633,15 +671,15 @@ template <class T> class Chunk {
   // h of the entries of each expert, beside the rows that are known; for tiles, which care little about their width.
   void run_packed_shrink_products() {
     constexpr int64_t kWidth = kPanelWidth<X>;
-    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok, panels = (r - known_rows + kWidth - 1) / kWidth;
-    parallel(parallel_for, n.num_experts * panels, tokens * m * kWidth * n.in_features / n.num_experts, [&](int64_t from, int64_t to) {
+    const int64_t r = n.rank_of_expert, panels = (r + kWidth - 1) / kWidth;
+    parallel(parallel_for, experts * panels, tokens * slots * kWidth * n.in_features / experts, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
-        const int64_t i = item / panels, k0 = known_rows + item % panels * kWidth, count = first[i + 1] - first[i];
-        const int32_t* list = entries.data() + first[i];
-        if (count == 0) continue;
-        const T* rows = static_cast<const T*>(p.vh) + (i * n.vh_rows + k0) * n.in_features;
-        packed_product(std::min(kWidth, r - k0), [&](int64_t c) { return rows + c * n.in_features; }, count,
-                       [&](int64_t e) { return x[list[e] / m]; }, [&](int64_t e) { return &h[list[e] * r + k0]; });
+        const int64_t v = item / panels, k0 = known_rows(v) + item % panels * kWidth, count = first[v + 1] - first[v];
+        const int32_t* list = entries.data() + first[v];
+        if (count == 0 || k0 >= rank[v]) continue;
+        const T* rows = static_cast<const T*>(p.vh) + (v * n.vh_rows + k0) * n.in_features;
+        packed_product(std::min(kWidth, rank[v] - k0), [&](int64_t c) { return rows + c * n.in_features; }, count,
+                       [&](int64_t e) { return x[list[e] / slots]; }, [&](int64_t e) { return &h[list[e] * r + k0]; });
       }
     });
   }
@@ -663,35 +701,44 @@ template <class T> class Chunk {
   }
 
   void add_shrink_products() {
-    for (int64_t i = 0; i < n.num_experts; ++i)
-      add_products(static_cast<const T*>(p.vh) + (i * n.vh_rows + known_rows) * n.in_features,
-                   n.rank_of_expert - known_rows, &entries[first[i]], first[i + 1] - first[i], n.num_experts_per_tok,
-                   &h[known_rows], n.rank_of_expert);
+    for (int64_t v = 0; v < experts; ++v)
+      add_products(static_cast<const T*>(p.vh) + (v * n.vh_rows + known_rows(v)) * n.in_features, rank[v] - known_rows(v),
+                   &entries[first[v]], first[v + 1] - first[v], slots, &h[known_rows(v)], n.rank_of_expert);
   }
 
   void choose_experts() {
-    const int64_t q_stride = n.num_experts * n.rank_of_router, m = n.num_experts_per_tok;
-    parallel(parallel_for, tokens, 4 * q_stride + n.num_experts * m, [&](int64_t from, int64_t to) {
+    const int64_t m = n.num_experts_per_tok;
+    parallel(parallel_for, tokens, 4 * q_columns() + experts * m, [&](int64_t from, int64_t to) {
       std::vector<R> scores(n.num_experts);
-      for (int64_t t = from; t < to; ++t) {
-        for (int64_t i = 0; i < n.num_experts; ++i)
-          scores[i] = norm(&q[t * q_stride + i * n.rank_of_router], n.rank_of_router);
-        choose(scores.data(), n.num_experts, m, weights + t * m, ids + t * m);
+      for (int64_t row = from * num_parts; row < to * num_parts; ++row) {
+        const int64_t part = row % num_parts;
+        if (!has_experts(part)) {
+          std::fill_n(weights + row * m, m, R(0));
+          std::fill_n(ids + row * m, m, -1);
+          continue;
+        }
+        const R* own = &q[row / num_parts * q_columns() + first_q[part] * n.rank_of_router];
+        for (int64_t i = 0; i < n.num_experts; ++i) scores[i] = norm(own + i * n.rank_of_router, n.rank_of_router);
+        choose(scores.data(), n.num_experts, m, weights + row * m, ids + row * m);
       }
     });
   }
 
   // z = w s h; the rows that the router has computed are h as well.
   void scale() {
-    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok;
-    parallel(parallel_for, tokens * m, 2 * r, [&](int64_t from, int64_t to) {
+    const int64_t r = n.rank_of_expert;
+    parallel(parallel_for, tokens * slots, 2 * r, [&](int64_t from, int64_t to) {
       for (int64_t e = from; e < to; ++e) {
         R* he = &h[e * r];
-        if (ids[e] < 0) continue;  // no expert
-        if (known_rows) std::copy_n(&q[((e / m) * n.num_experts + ids[e]) * n.rank_of_router], known_rows, he);
-        if (p.h) std::copy_n(he, r, static_cast<R*>(p.h) + (begin * m + e) * r);
-        const R* s = static_cast<const R*>(p.s) + ids[e] * r;
-        for (int64_t k = 0; k < r; ++k) z[e * r + k] = from_real<X>(he[k] * (weights[e] * s[k]));
+        const int64_t v = expert_of(e);
+        if (v < 0 || rank[v] == 0) continue;
+        if (const int64_t known = known_rows(v)) {
+          const int64_t at = first_q[v / n.num_experts] + ids[e];
+          std::copy_n(&q[e / slots * q_columns() + at * n.rank_of_router], known, he);
+        }
+        if (p.h) std::copy_n(he, rank[v], static_cast<R*>(p.h) + (begin * slots + e) * r);
+        const R* s = static_cast<const R*>(p.s) + v * r;
+        for (int64_t k = 0; k < rank[v]; ++k) z[e * r + k] = from_real<X>(he[k] * (weights[e] * s[k]));
       }
     });
   }
@@ -699,18 +746,20 @@ template <class T> class Chunk {
   // Every block of outputs is read once, collects all experts in `sums`, and is rounded once.
   void expand() {
     constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 512;
-    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok, blocks = (n.out_features + kWidth - 1) / kWidth;
-    const int64_t parts = (tokens + kAtOnce - 1) / kAtOnce, most = std::min(tokens, kAtOnce);
-    parallel(parallel_for, blocks * parts, kWidth * most * m * r, [&](int64_t from, int64_t to) {
+    const int64_t r = n.rank_of_expert, count = int64_t(blocks.size());
+    const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce, most = std::min(tokens, kAtOnce);
+    parallel(parallel_for, count * pieces, kWidth * most * n.num_experts_per_tok * r, [&](int64_t from, int64_t to) {
       const Buffer<R> sums(most * kWidth), panel(packed_depth<X>(std::min(r, kPanelDepth<X>)) * kWidth);
       for (int64_t item = from; item < to; ++item) {
-        const int64_t o = item % blocks * kWidth, width = std::min(kWidth, n.out_features - o);
-        const int64_t t0 = item / blocks * kAtOnce, t1 = std::min(tokens, t0 + kAtOnce);
-        T* y = static_cast<T*>(p.y) + begin * n.out_features + o;
-        for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * n.out_features, sums.get() + (t - t0) * kWidth);
-        for (int64_t i = 0; i < n.num_experts; ++i) expand_expert(i, o, width, t0, t1, sums.get(), panel.get());
+        const auto [part, o, width] = blocks[item % count];
+        if (!p.weight && !has_experts(part)) continue;
+        const int64_t t0 = item / count * kAtOnce, t1 = std::min(tokens, t0 + kAtOnce);
+        T* y = static_cast<T*>(p.y) + begin * p.y_stride + o;
+        for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums.get() + (t - t0) * kWidth);
+        for (int64_t i = 0; i < n.num_experts; ++i)
+          expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums.get(), panel.get());
         for (int64_t t = t0; t < t1; ++t)
-          for (int64_t c = 0; c < width; ++c) y[t * n.out_features + c] = from_real<T>(sums.get()[(t - t0) * kWidth + c]);
+          for (int64_t c = 0; c < width; ++c) y[t * p.y_stride + c] = from_real<T>(sums.get()[(t - t0) * kWidth + c]);
       }
     });
   }
@@ -727,25 +776,27 @@ template <class T> class Chunk {
       for (int64_t c = 0; c < width; ++c) sums[c] += to_real(static_cast<const T*>(p.bias)[o + c]);
   }
 
-  // Adds expert i to the sums of its tokens among t0 to t1.
-  void expand_expert(int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, R* sums, R* panel) {
+  // Adds expert v, number i of its part, to the sums of its tokens among t0 to t1.
+  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, R* sums, R* panel) {
     constexpr int64_t kWidth = kPanelWidth<X>;
-    const int64_t r = n.rank_of_expert, m = n.num_experts_per_tok;
-    const auto end_of = [&](int64_t t) { return std::lower_bound(&entries[first[i]], entries.data() + first[i + 1], t * m); };
+    const int64_t r = n.rank_of_expert;
+    const auto end_of = [&](int64_t t) {
+      return std::lower_bound(entries.data() + first[v], entries.data() + first[v + 1], t * slots);
+    };
     const int32_t* list = end_of(t0);
     const int64_t count = end_of(t1) - list;
     if (count == 0) return;
     const auto z_at = [&](int64_t e) { return &z[list[e] * r]; };
-    const auto sums_at = [&](int64_t e) { return sums + (list[e] / m - t0) * kWidth; };
-    const T* u = static_cast<const T*>(p.u) + (i * n.out_features + o) * r;
+    const auto sums_at = [&](int64_t e) { return sums + (list[e] / slots - t0) * kWidth; };
+    const T* u = static_cast<const T*>(p.u) + i * p.u_stride + o * r;
     if (p.expert_bias) {
-      const T* bias = static_cast<const T*>(p.expert_bias) + i * n.out_features + o;
+      const T* bias = static_cast<const T*>(p.expert_bias) + i * p.expert_bias_stride + o;
       for (int64_t e = 0; e < count; ++e)
         for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e]] * to_real(bias[c]);
     }
     if (count >= kPackFrom) {
-      for (int64_t k = 0; k < r; k += kPanelDepth<X>) {
-        const int64_t depth = std::min(kPanelDepth<X>, r - k);
+      for (int64_t k = 0; k < rank[v]; k += kPanelDepth<X>) {
+        const int64_t depth = std::min(kPanelDepth<X>, rank[v] - k);
         const T* row[kWidth];
         for (int64_t c = 0; c < width; ++c) row[c] = u + c * r + k;
         pack<X>(row, width, depth, panel);
@@ -756,20 +807,23 @@ template <class T> class Chunk {
     const X* zs[kPackFrom];
     R* outs[kPackFrom];
     for (int64_t e = 0; e < count; ++e) zs[e] = z_at(e), outs[e] = sums_at(e);
-    dots(zs, outs, count, u, r, width, r, true);
+    dots(zs, outs, count, u, r, width, rank[v], true);
   }
 
   const Forward& p;
   const Sizes& n;
   const ParallelFor parallel_for;
-  bool copies_x;           // x is not plain rows of R
-  int64_t known_rows;      // rows of h that the router's products already hold
+  const int64_t num_parts, experts, slots;  // P, P N, P m
+  bool copies_x;                            // x is not plain rows of R
+  std::vector<int64_t> rank, routed, first_q;  // of each expert; those whose scores are formed; a part's first among them
+  struct Block { int64_t part, o, width; };
+  std::vector<Block> blocks;
   int64_t tokens_at_once;
   int64_t begin, tokens;   // this chunk
   R* weights;
   int32_t* ids;
-  std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * m, r]
-  std::unique_ptr<R[]> base, q, h;     // [tokens, O], [tokens, N, g], [tokens * m, r]
+  std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * slots, r]
+  std::unique_ptr<R[]> base, q, h;     // [tokens, O], [tokens, routed, g], [tokens * slots, r]
   std::vector<const X*> x;
   std::vector<int32_t> every_token, entries;
   std::vector<int64_t> first;

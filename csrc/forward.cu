@@ -170,12 +170,14 @@ template <class T> static void apply(const Forward& p, const Groups& groups, voi
   expansion.coefficients = {h, weights, static_cast<const float*>(p.s), n.rank_of_expert};
   expansion.factor = p.u;
   expansion.columns = n.out_features;
-  expansion.expert_stride = n.out_features * n.rank_of_expert;
-  expansion.factor_aligned = aligned<T>(p.u, n.rank_of_expert);
+  expansion.expert_stride = p.u_stride;
+  expansion.factor_aligned = aligned<T>(p.u, n.rank_of_expert) && aligned<T>(p.u, p.u_stride);
   expansion.bias = p.expert_bias;
+  expansion.bias_stride = p.expert_bias_stride;
   expansion.weights = weights;
   expansion.out = p.y;
-  expansion.out_aligned = aligned<T>(p.y, n.out_features);
+  expansion.out_stride = p.y_stride;
+  expansion.out_aligned = aligned<T>(p.y, p.y_stride);
   expansion.adds = true;
   expansion.ids = p.ids;
   expansion.order = n.num_experts_per_tok == 1 ? groups.entries : nullptr;  // tokens of one expert together
@@ -220,7 +222,8 @@ template <class T> __global__ void __launch_bounds__(kThreads) few_h_kernel(Forw
   if (threadIdx.x % 32 == 0) static_cast<float*>(p.h)[e * n.rank_of_expert + k] = all;
 }
 
-// y[:, o] for two outputs o to a warp: W's rows, then the chosen experts' rows of u, into the same sums.
+// y[:, o] for two outputs o to a warp: W's rows, where y does not hold their product, then the chosen experts' rows of u,
+// into the same sums.
 template <class T> __global__ void __launch_bounds__(kThreads) few_y_kernel(Forward p, bool is_aligned) {
   constexpr int kRows = 2;
   const Sizes& n = p.n;
@@ -231,9 +234,11 @@ template <class T> __global__ void __launch_bounds__(kThreads) few_y_kernel(Forw
   const int64_t at[kRows] = {o, o < last ? o + 1 : last};
   const T* rows[kRows];
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) rows[row] = static_cast<const T*>(p.weight) + at[row] * n.in_features;
+  for (int row = 0; row < kRows; ++row)
+    rows[row] = p.weight != nullptr ? static_cast<const T*>(p.weight) + at[row] * n.in_features : nullptr;
   float sum[kRows][kFew] = {};
-  few_dots(rows, static_cast<const T*>(p.x), p.x_stride[0], n.tokens, n.in_features, is_aligned, lane, 32, sum);
+  const int64_t depth = p.weight != nullptr ? n.in_features : 0;
+  few_dots(rows, static_cast<const T*>(p.x), p.x_stride[0], n.tokens, depth, is_aligned, lane, 32, sum);
 #pragma unroll
   for (int t = 0; t < kFew; ++t) {
     if (t >= n.tokens) break;
@@ -244,16 +249,18 @@ template <class T> __global__ void __launch_bounds__(kThreads) few_y_kernel(Forw
       const float *h = static_cast<const float*>(p.h) + e * r, *s = static_cast<const float*>(p.s) + id * r;
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const int64_t place = id * n.out_features + at[row];
-        for (int64_t k = lane; k < r; k += 32) sum[row][t] += w * s[k] * h[k] * to_float(static_cast<const T*>(p.u)[place * r + k]);
-        if (lane == 0 && p.expert_bias != nullptr) sum[row][t] += w * to_float(static_cast<const T*>(p.expert_bias)[place]);
+        const T* u = static_cast<const T*>(p.u) + id * p.u_stride + at[row] * r;
+        for (int64_t k = lane; k < r; k += 32) sum[row][t] += w * s[k] * h[k] * to_float(u[k]);
+        if (lane == 0 && p.expert_bias != nullptr)
+          sum[row][t] += w * to_float(static_cast<const T*>(p.expert_bias)[id * p.expert_bias_stride + at[row]]);
       }
     }
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float all = warp_sum(sum[row][t]);
       if (p.bias != nullptr) all += to_float(static_cast<const T*>(p.bias)[at[row]]);
-      if (lane == 0) static_cast<T*>(p.y)[t * n.out_features + at[row]] = from_float<T>(all);
+      T& y = static_cast<T*>(p.y)[t * p.y_stride + at[row]];
+      if (lane == 0 && (row == 0 || o < last)) y = from_float<T>(p.weight != nullptr ? all : all + to_float(y));
     }
   }
 }

@@ -142,9 +142,11 @@ struct Expansion {
   const void* factor;  // expert i: [columns, rank], or [rank, columns]
   int64_t columns, expert_stride;
   bool factor_aligned;
-  const void* bias;  // [N, columns], weighted by `weights`; or null
+  const void* bias;  // [N, columns], an expert's at a multiple of bias_stride, weighted by `weights`; or null
+  int64_t bias_stride;
   const float* weights;  // [T, m]
-  void* out;             // [T, columns]
+  void* out;             // [T, columns], token t at t * out_stride
+  int64_t out_stride;
   bool out_aligned, adds;  // onto what `out` holds
   const int32_t* ids;      // [T, m]
   const int32_t* order;    // [T], the order in which tokens are put together, -1 for one left as it is; or null
@@ -243,13 +245,13 @@ template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads)
     for (int v = 0; v < kVector<T>; ++v) value[v] = added[v];
     for (int j = 0; p.bias != nullptr && j < m; ++j) {
       if (!is_expert(p.ids[t * m + j], p.num_experts)) continue;
-      const T* bias = static_cast<const T*>(p.bias) + p.ids[t * m + j] * p.columns;
+      const T* bias = static_cast<const T*>(p.bias) + p.ids[t * m + j] * p.bias_stride;
       const float w = p.weights[t * m + j];
 #pragma unroll
       for (int v = 0; v < kVector<T>; ++v)
         if (c + v < p.columns) value[v] += w * to_float(bias[c + v]);
     }
-    T* out = static_cast<T*>(p.out) + t * p.columns;
+    T* out = static_cast<T*>(p.out) + t * p.out_stride;
     Vector<T> result;
     if (p.adds) {
       result = load_vector(out, c, p.columns, p.out_aligned);

@@ -4,6 +4,9 @@
 //     y   = x W^T + b + sum_{i in I} w_i (u_i (s_i * h_i) + expert_bias_i)
 //
 // An entry is a pair (token t, slot j), at place t * m + j of weights, ids and h.
+//
+// A layer of P parts is P projections of one x, their outputs side by side, each routed by itself: an entry is then a triple
+// (token, part, slot), at place (t * P + p) * m + j; u and expert_bias hold, for each of N experts, the rows of all parts.
 #pragma once
 
 #include <cstdint>
@@ -23,24 +26,35 @@ struct Sizes {
   int64_t vh_rows;              // rows an expert has in vh, at least r
 };
 
+// The parts of a layer, on a CPU only; count is 1 and the pointers null where there is one part.
+struct Parts {
+  int64_t count;            // P
+  const int64_t* features;  // [P] outputs of each
+  const int64_t* ranks;     // [P] ranks of r that its experts have, the others are not read; 0: it has no experts
+};
+
 // "real" is float, or double where x is double (on a CPU only). On a GPU x has unit x_stride[1].
 struct Forward {
   Sizes n;
+  Parts parts;
   const void* x;                 // [T, D], element (t, d) at t * x_stride[0] + d * x_stride[1]
   int64_t x_stride[2];
   const void* weight;            // [O, D]; null, as bias is, where y holds x W^T + b already
   const void* bias;              // [O] or null
-  const void* vh;                // [N, vh_rows, D]
-  const void* s;                 // [N, r] real
+  const void* vh;                // [P, N, vh_rows, D]
+  const void* s;                 // [P, N, r] real
   const void* u;                 // [N, O, r]
+  int64_t u_stride;              // elements from one expert's u to the next one's
   const void* expert_bias;       // [N, O] or null
-  const void* router;            // [N, g, D]; null: weights and ids are given, not written
+  int64_t expert_bias_stride;    // elements from one expert's bias to the next one's
+  const void* router;            // [P, N, g, D]; null: weights and ids are given, not written
   int64_t router_expert_stride;  // elements from one expert's router rows to the next one's
   bool tied_router;              // the router rows are the first rows of vh
-  void* weights;                 // [T, m] real
-  int32_t* ids;                  // [T, m]
-  void* h;                       // [T, m, r] real; null: not wanted (on a GPU it is always there)
+  void* weights;                 // [T, P, m] real
+  int32_t* ids;                  // [T, P, m]
+  void* h;                       // [T, P, m, r] real; null: not wanted (on a GPU it is always there)
   void* y;                       // [T, O] in the dtype of x; null: route only
+  int64_t y_stride;              // elements from one token's outputs to the next one's
 };
 
 // Gradients; a null pointer is one that is not wanted. What is float here is double where x is double (on a CPU only).
@@ -119,7 +133,8 @@ void cuda_route(DType dtype, const Forward& p, float* q, void* stream);
 // Writes p.h and adds the experts to p.y, which holds x W^T + b.
 void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* stream);
 
-// A few tokens at once: routes where p.router is set, writes p.h, and p.y including x W^T + b. q [T, N, g] is scratch.
+// A few tokens at once: routes where p.router is set, writes p.h, and p.y including x W^T + b, which it holds already where
+// p.weight is null. q [T, N, g] is scratch.
 inline bool is_small(const Sizes& n) {
   return n.tokens <= 8 && n.num_experts * n.rank_of_router <= 4096 && n.tokens * n.num_experts_per_tok <= 64;
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import SmileError, check_integer
 from .ops import library, reference
 
-__all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_linear"]
+__all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_delta", "smile_linear"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ID_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8)
@@ -31,6 +31,8 @@ def smile_linear(
     routing: tuple[Tensor, Tensor] | None = None,
     routing_weights: Tensor | None = None,
     backend: str | None = None,
+    parts: Sequence[int] | None = None,
+    rank_of_parts: Sequence[int] | None = None,
 ) -> Tensor:
     """A linear layer plus a sparse mixture of low-rank experts, routed token by token.
 
@@ -66,6 +68,12 @@ def smile_linear(
         routing_weights: [..., N] non-negative weights from elsewhere: the m largest are used, divided by their sum.
         backend: "triton", "cuda", "cpu" or "torch"; by default the environment variable SMILE_KERNELS_BACKEND, then
             the best that runs on x's device (see `smile_kernels.backends`).
+        parts: (O_1, ..., O_P), for P projections that read one x, as a model's query, key and value do. Their rows lie
+            side by side, O = O_1 + ... + O_P, and each has a router and experts of its own: vh [P, N, max(r, g), D],
+            s [P, N, r], u [N, O, r], expert_bias [N, O], router [P, N, g, D]. Routing is then [..., P, m], and
+            routing_weights [..., P, N]. The outputs are those of P layers side by side.
+        rank_of_parts: [P] integers from 0 to r: how many ranks the experts of each part have, by default r. What lies
+            past them in vh, s and u is not read. A part of rank 0 is dense: it has no experts, and is not routed.
 
     Returns:
         y: [..., O] in x's dtype. Under autocast the inputs are cast as for F.linear.
@@ -85,44 +93,99 @@ def smile_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, vh, u = (_cast(t, dtype) for t in (x, weight, vh, u))
         bias, expert_bias, router = (None if t is None else _cast(t, dtype) for t in (bias, expert_bias, router))
-    _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router)
+    for name, tensor in (("x", x), ("weight", weight)):
+        _check_tensor(name, tensor)
+    if weight.dim() != 2:
+        raise _shape_error("weight", weight, ("O", "D"))
+    _check_tensor("s", s)
+    of_parts = check_parts(parts, rank_of_parts, weight.shape[0], s.shape[-1] if s.dim() else 0)
+    experts = vh, s, u, expert_bias, router
+    o, d = weight.shape
+    _check(x, weight, o, d, bias, *experts, num_experts_per_tok, rank_of_router, len(of_parts[0]))
     leading = x.shape[:-1]
     is_flat = x.dim() == 2  # a view costs a microsecond, a small layer tens of them
     tokens = x if is_flat else x.reshape(-1, x.shape[-1])
-    if routing_weights is not None:
-        if routing is not None:
-            raise SmileError("routing_weights: given together with routing; expected one of the two")
-        _check_tensor("routing_weights", routing_weights)
-        if routing_weights.shape != (*leading, s.shape[0]):
-            raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[0]))
-        # The softmax over log-weights divides the selected weights by their sum.
-        routing = select_experts(routing_weights.to(s.dtype).log(), num_experts_per_tok)
-    if routing is None:
-        y = library.linear(
-            tokens, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend
-        )
+    weights, ids = _given_routing(x, s, routing, routing_weights, num_experts_per_tok)
+    if ids is not None and ids.shape[-1] == 0:
+        return F.linear(x, weight, bias)
+    layer = tokens, weight, bias, vh, s, u, expert_bias
+    if parts is not None:
+        options = num_experts_per_tok, rank_of_router, *of_parts
+        y = library.linear_of_parts(*layer, router if ids is None else None, weights, ids, *options, backend)
+    elif ids is None:
+        y = library.linear(*layer, router, num_experts_per_tok, rank_of_router, backend)
     else:
-        if not isinstance(routing, (tuple, list)) or len(routing) != 2:
-            raise SmileError(f"routing: is {reprlib.repr(routing)}; expected (weights, ids)")
-        weights, ids = routing
-        _check_tensor("routing[0]", weights)
-        _check_tensor("routing[1]", ids)
-        if ids.shape[:-1] != leading:
-            raise _shape_error("routing[1]", ids, (*leading, "m"))
-        if weights.shape != ids.shape:
-            raise _shape_error("routing[0]", weights, ids.shape)
-        if ids.dtype not in _ID_DTYPES:
-            raise SmileError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
-        for i, tensor in enumerate(routing):
-            _check_device(f"routing[{i}]", tensor, x)
-        if ids.dtype == torch.int64:  # so that none wraps round into the range
-            ids = ids.clamp(-2, s.shape[0])
-        m = ids.shape[-1]
-        if m == 0:
-            return F.linear(x, weight, bias)
-        weights, ids = weights.reshape(-1, m).to(s.dtype), ids.reshape(-1, m).int()
-        y = library.apply(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, backend)
+        y = library.apply(*layer, weights, ids, backend)
     return y if is_flat else y.view(*leading, weight.shape[0])
+
+
+def smile_delta(
+    y: Tensor,
+    x: Tensor,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None = None,
+    router: Tensor | None = None,
+    *,
+    num_experts_per_tok: int,
+    rank_of_router: int,
+    routing: tuple[Tensor, Tensor] | None = None,
+    routing_weights: Tensor | None = None,
+    backend: str | None = None,
+    parts: Sequence[int] | None = None,
+    rank_of_parts: Sequence[int] | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """The experts of a SMILE layer on top of a base product made elsewhere, as by a quantized weight.
+
+        y + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
+
+    With y = W x + b this is `smile_linear`, whose arguments these are.
+
+    Args:
+        y: [..., O] base product, of x's leading shape and dtype.
+        inplace: add to y itself and return it. Nothing may need a gradient then, and y's outputs must lie side by side:
+            contiguous, or [T, O] with rows of any stride.
+
+    Returns:
+        [..., O] in x's dtype. Differentiable once in every floating-point argument, y included.
+
+    Raises:
+        ValueError: shapes, dtypes or num_experts_per_tok do not fit, or y cannot be added to in place; the message
+            names the argument.
+        RuntimeError: the requested backend cannot run here; the message says why.
+
+    Source: SMILE, arXiv 2408.10174.
+    """
+    if isinstance(x, Tensor) and _autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, vh, u = (_cast(t, dtype) for t in (x, vh, u))
+        expert_bias, router = (None if t is None else _cast(t, dtype) for t in (expert_bias, router))
+        y = y if inplace else _cast(y, dtype)
+    for name, tensor in (("y", y), ("x", x), ("vh", vh), ("s", s), ("u", u)):
+        _check_tensor(name, tensor)
+    if u.dim() != 3:
+        raise _shape_error("u", u, ("N", "O", "r"))
+    of_parts = check_parts(parts, rank_of_parts, u.shape[1], s.shape[-1] if s.dim() else 0)
+    factors, d = (vh, s, u, expert_bias, router), vh.shape[-1] if vh.dim() else 0
+    _check(x, x, u.shape[1], d, None, *factors, num_experts_per_tok, rank_of_router, len(of_parts[0]))
+    if y.shape != (*x.shape[:-1], u.shape[1]):
+        raise _shape_error("y", y, (*x.shape[:-1], u.shape[1]))
+    _check_device("y", y, x)
+    if y.dtype != x.dtype:
+        raise SmileError(f"y: is {y.dtype}; expected x's dtype, {x.dtype}")
+    weights, ids = _given_routing(x, s, routing, routing_weights, num_experts_per_tok)
+    if ids is not None and ids.shape[-1] == 0:
+        return y if inplace else y.clone()
+    if inplace:
+        given = (("y", y), ("x", x), ("vh", vh), ("s", s), ("u", u), ("expert_bias", expert_bias), ("router", router))
+        _check_in_place(y, x, (*given, ("routing", weights)))
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = y if y.dim() == 2 else y.reshape(-1, y.shape[-1])
+    experts = tokens, vh, s, u, expert_bias, router if ids is None else None, weights, ids
+    out = library.delta(rows, *experts, num_experts_per_tok, rank_of_router, *of_parts, backend, inplace=inplace)
+    return y if inplace else out.view(y.shape)
 
 
 def route(
@@ -221,43 +284,138 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
     check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the rows of vh an expert has")
 
 
-def _check(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("vh", vh), ("s", s), ("u", u)):
+def check_parts(
+    parts: Sequence[int] | None, rank_of_parts: Sequence[int] | None, out_features: int, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """parts and rank_of_parts of a layer of ranks `rank` as tuples, without numbers where it has one part.
+
+    Raises:
+        SmileError: they do not fit.
+    """
+    if parts is None:
+        if rank_of_parts is not None:
+            raise SmileError(f"rank_of_parts: is {rank_of_parts}, and parts is None; expected parts of these ranks")
+        return (), ()
+    for name, numbers in (("parts", parts), ("rank_of_parts", rank_of_parts)):
+        if numbers is not None and not isinstance(numbers, Sequence):
+            raise SmileError(f"{name}: is {reprlib.repr(numbers)}; expected a sequence of integers")
+    parts = tuple(check_integer("parts", part, 1) for part in parts)
+    if not parts:
+        raise SmileError("parts: is empty; expected the number of outputs of each part")
+    if sum(parts) != out_features:
+        raise SmileError(f"parts: is {parts}, {sum(parts)} together; expected the {out_features} outputs of the layer")
+    if rank_of_parts is None:
+        return parts, ()
+    ranks = tuple(check_integer("rank_of_parts", own, 0, rank, "the ranks of s") for own in rank_of_parts)
+    if len(ranks) != len(parts):
+        raise SmileError(f"rank_of_parts: is {ranks}; expected {len(parts)} numbers, one for each part")
+    return parts, ranks
+
+
+def _given_routing(
+    x: Tensor,
+    s: Tensor,
+    routing: tuple[Tensor, Tensor] | None,
+    routing_weights: Tensor | None,
+    num_experts_per_tok: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Routing given from outside, as the operators take it: weights and ids [T, m], or [T, P, m]; None without it."""
+    of_parts = tuple(s.shape[:-2])
+    leading = (*x.shape[:-1], *of_parts)
+    if routing_weights is not None:
+        if routing is not None:
+            raise SmileError("routing_weights: given together with routing; expected one of the two")
+        _check_tensor("routing_weights", routing_weights)
+        if routing_weights.shape != (*leading, s.shape[-2]):
+            raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[-2]))
+        # The softmax over log-weights divides the selected weights by their sum.
+        routing = select_experts(routing_weights.to(s.dtype).log(), num_experts_per_tok)
+    if routing is None:
+        return None, None
+    if not isinstance(routing, (tuple, list)) or len(routing) != 2:
+        raise SmileError(f"routing: is {reprlib.repr(routing)}; expected (weights, ids)")
+    weights, ids = routing
+    _check_tensor("routing[0]", weights)
+    _check_tensor("routing[1]", ids)
+    if ids.shape[:-1] != leading:
+        raise _shape_error("routing[1]", ids, (*leading, "m"))
+    if weights.shape != ids.shape:
+        raise _shape_error("routing[0]", weights, ids.shape)
+    if ids.dtype not in _ID_DTYPES:
+        raise SmileError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
+    for i, tensor in enumerate(routing):
+        _check_device(f"routing[{i}]", tensor, x)
+    if ids.dtype == torch.int64:  # so that none wraps round into the range
+        ids = ids.clamp(-2, s.shape[-2])
+    if ids.shape[-1] == 0:
+        return weights, ids
+    shape = (-1, *of_parts, ids.shape[-1])
+    return weights.reshape(shape).to(s.dtype), ids.reshape(shape).int()
+
+
+def _check_in_place(y: Tensor, x: Tensor, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
+    for name, tensor in tensors:
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise SmileError(f"inplace: is True, and {name} needs a gradient; expected False, or torch.no_grad()")
+    if y is x:
+        raise SmileError("y: is x itself; expected another tensor to add to in place")
+    rows = y.dim() == 2 and y.stride(1) == 1 and y.stride(0) >= y.shape[1]
+    if not (rows or y.is_contiguous()):
+        raise SmileError(f"y: has strides {y.stride()}; expected outputs side by side, so as to add to them in place")
+
+
+def _check(
+    x: Tensor,
+    like: Tensor,
+    o: int,
+    d: int,
+    bias: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    router: Tensor | None,
+    num_experts_per_tok: int,
+    rank_of_router: int,
+    parts: int,
+) -> None:
+    """Raises where tensors of a layer do not fit: `like`, its weight or x, has their dtype."""
+    for name, tensor in (("vh", vh), ("s", s), ("u", u)):
         _check_tensor(name, tensor)
-    if weight.dim() != 2:
-        raise _shape_error("weight", weight, ("O", "D"))
-    (o, d), (n, r) = weight.shape, s.shape if s.dim() == 2 else (0, 0)
-    _check_device("weight", weight, x)
+    of_parts = (parts,) if parts else ()
+    _check_device("weight", like, x)
     _check_device("s", s, x)
-    if n == 0 or r == 0:
-        raise _shape_error("s", s, ("N", "r"))
+    if s.dim() != len(of_parts) + 2 or s.shape[:-2] != of_parts or 0 in s.shape:
+        raise _shape_error("s", s, (*of_parts, "N", "r"))
+    n, r = s.shape[-2:]
     check_integer("rank_of_router", rank_of_router, 1, d, "in_features")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
     rows = rank_of_router if router is None else 1
-    expected = (
+    expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("bias", bias, (o,)),
-        ("vh", vh, (n, max(r, rows), d)),
+        ("vh", vh, (*of_parts, n, max(r, rows), d)),
         ("u", u, (n, o, r)),
         ("expert_bias", expert_bias, (n, o)),
-        ("router", router, (n, rank_of_router, d)),
+        ("router", router, (*of_parts, n, rank_of_router, d)),
     )
-    for name, tensor, shape in expected:
-        if tensor is None:
+    for name, given, shape in expected:
+        if given is None:
             continue
-        _check_tensor(name, tensor)
-        _check_device(name, tensor, x)
-        if tensor.shape != shape and not (name == "vh" and _longer(tensor.shape, shape)):
-            raise _shape_error(name, tensor, shape)
-        if tensor.dtype != weight.dtype:
-            raise SmileError(f"{name}: is {tensor.dtype}; expected weight's dtype, {weight.dtype}")
+        _check_tensor(name, given)
+        _check_device(name, given, x)
+        if given.shape != shape and not (name == "vh" and _longer(given.shape, shape)):
+            raise _shape_error(name, given, shape)
+        if given.dtype != like.dtype:
+            whose = "x" if like is x else "weight"
+            raise SmileError(f"{name}: is {given.dtype}; expected {whose}'s dtype, {like.dtype}")
     if x.dim() < 1 or x.shape[-1] != d:
         raise _shape_error("x", x, ("...", d))
-    if x.dtype != weight.dtype or x.dtype not in _DTYPES:
-        raise SmileError(f"x: is {x.dtype} and weight {weight.dtype}; expected one floating-point dtype of {_DTYPES}")
+    if x.dtype != like.dtype or x.dtype not in _DTYPES:
+        raise SmileError(f"x: is {x.dtype} and weight {like.dtype}; expected one floating-point dtype of {_DTYPES}")
     if s.dtype != reference.accumulate_dtype(x):
         raise SmileError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
 
 
 def _longer(shape: Sequence[int], least: Sequence[int]) -> bool:
     """vh may carry more rows than are used, as when a router of its own has fewer than it."""
-    return len(shape) == 3 and shape[0] == least[0] and shape[1] >= least[1] and shape[2] == least[2]
+    return len(shape) == len(least) and (*shape[:-2], shape[-1]) == (*least[:-2], least[-1]) and shape[-2] >= least[-2]

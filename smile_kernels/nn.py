@@ -1,19 +1,39 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import SmileError, check_integer
-from .functional import smile_linear
+from .functional import check_parts, route, smile_linear
 from .ops import library
 from .schema import check_arguments
 from .svd import decompose_linear
 
 
-class SmileLinear(nn.Linear):
+class KeepsSingularValues(nn.Module):
+    """A module of experts: `s` and `router_prior` stay float32 where it is cast to a lower precision."""
+
+    vh: nn.Parameter
+    s: nn.Parameter
+    router_prior: Tensor | None
+
+    def _apply(self, fn, recurse: bool = True):
+        # Module.to(bfloat16) and half() would round them.
+        s, prior = self.s.data, self.router_prior
+        super()._apply(fn, recurse)
+        wanted = torch.float64 if self.vh.dtype == torch.float64 else torch.float32
+        if self.s.dtype != wanted:
+            self.s.data = s.to(self.s.device, wanted)
+        if prior is not None and self.router_prior is not None and self.router_prior.dtype != wanted:
+            self.router_prior = prior.to(self.router_prior.device, wanted)
+        return self
+
+
+class SmileLinear(KeepsSingularValues, nn.Linear):
     """One pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
 
     It is an nn.Linear to those who look for such layers, as PEFT's `target_modules` does: what they add to its output,
@@ -31,6 +51,9 @@ class SmileLinear(nn.Linear):
         router_prior [N] | None: a buffer, float32: log of each expert's mean share of the router's energy on inputs of
             no task (`calibrate`); read by calibrated routing policies alone.
 
+    A layer of P parts is P such layers that read one x, their outputs side by side (`merge`). Its vh, s, router and
+    router_prior have a dimension P in front.
+
     `expert_names` is None, or the N names by which `routing_override` and reports call the experts.
 
     Args:
@@ -40,6 +63,7 @@ class SmileLinear(nn.Linear):
         rank_of_router: g, 1 to D.
         num_experts_per_tok: m, 1 to N.
         bias, expert_bias, router, router_prior: whether the layer has these tensors.
+        parts, rank_of_parts: outputs and ranks of each part of a merged layer, as in `functional.smile_linear`.
         device, dtype: as for nn.Linear.
 
     Raises:
@@ -59,6 +83,8 @@ class SmileLinear(nn.Linear):
     # Asked for the routing (weights, ids) of each input; without it, or where it answers None, the layer routes itself.
     router_policy: "Callable[[SmileLinear, Tensor], tuple[Tensor, Tensor] | None] | None" = None
     expert_names: tuple[str, ...] | None = None
+    parts: tuple[int, ...] | None = None
+    rank_of_parts: tuple[int, ...] | None = None
     _own_num_experts_per_tok: int | None = None  # where a routing policy has set another number
 
     def __init__(
@@ -74,6 +100,8 @@ class SmileLinear(nn.Linear):
         expert_bias: bool = True,
         router: bool = False,
         router_prior: bool = False,
+        parts: Sequence[int] | None = None,
+        rank_of_parts: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -86,6 +114,11 @@ class SmileLinear(nn.Linear):
         self.in_features, self.out_features = d, o
         self.num_local_experts, self.num_experts_per_tok = n, m
         self.rank_of_expert, self.rank_of_router = r, g
+        of_parts: tuple[int, ...] = ()
+        if parts is not None:
+            ranks = [r] * len(parts) if rank_of_parts is None else rank_of_parts
+            self.parts, self.rank_of_parts = check_parts(parts, ranks, o, r)
+            of_parts = (len(self.parts),)
 
         def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -93,12 +126,13 @@ class SmileLinear(nn.Linear):
         s_dtype = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
         self.weight = parameter(o, d)
         self.register_parameter("bias", parameter(o) if bias else None)
-        self.vh = parameter(n, r if router else max(r, g), d)
-        self.s = parameter(n, r, dtype=s_dtype)
+        self.vh = parameter(*of_parts, n, r if router else max(r, g), d)
+        self.s = parameter(*of_parts, n, r, dtype=s_dtype)
         self.u = parameter(n, o, r)
         self.register_parameter("expert_bias", parameter(n, o) if expert_bias else None)
-        self.register_parameter("router", parameter(n, g, d) if router else None)
-        self.register_buffer("router_prior", torch.zeros(n, device=device, dtype=s_dtype) if router_prior else None)
+        self.register_parameter("router", parameter(*of_parts, n, g, d) if router else None)
+        prior = torch.zeros(*of_parts, n, device=device, dtype=s_dtype) if router_prior else None
+        self.register_buffer("router_prior", prior)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -192,7 +226,125 @@ class SmileLinear(nn.Linear):
             rank_of_router=self.rank_of_router,
             routing=routing,
             routing_weights=routing_weights,
+            parts=self.parts,
+            rank_of_parts=self.rank_of_parts,
         )
+
+    @classmethod
+    @check_arguments
+    def merge(cls, layers: Sequence[nn.Linear]) -> "SmileLinear":
+        """One layer of several that read one x, as query, key and value do: their outputs side by side.
+
+        Each part keeps its own router, experts, ranks and routing policy; a plain nn.Linear among them is a part
+        without experts. The tensors are copies, for inference and for training; what pads shorter ranks is not read and
+        gets no gradient. A bias that only some layers have is 0 elsewhere. `split` is the inverse.
+
+        Functions on models (set_routing, save_pretrained, ...) take the layers before they are merged.
+
+        Args:
+            layers: SmileLinear of one in_features, num_local_experts, num_experts_per_tok, rank_of_router, dtype and
+                device, or nn.Linear.
+
+        Raises:
+            ValueError: no SmileLinear among them, or layers that differ in what they must share; the message names it.
+        """
+        _check_mergeable(layers)
+        smile = [layer for layer in layers if isinstance(layer, SmileLinear)]
+        first, n = smile[0], smile[0].num_local_experts
+        ranks = [layer.rank_of_expert if isinstance(layer, SmileLinear) else 0 for layer in layers]
+        merged = cls(
+            first.in_features,
+            sum(layer.out_features for layer in layers),
+            n,
+            max(ranks),
+            first.rank_of_router,
+            first.own_num_experts_per_tok(),
+            bias=any(layer.bias is not None for layer in layers),
+            expert_bias=any(layer.expert_bias is not None for layer in smile),
+            router=first.router is not None,
+            router_prior=first.router_prior is not None,
+            parts=[layer.out_features for layer in layers],
+            rank_of_parts=ranks,
+            device=first.weight.device,
+            dtype=first.weight.dtype,
+        )
+        with torch.no_grad():
+            for name, whole in (*merged.named_parameters(), *merged.named_buffers()):
+                whole.zero_()
+                for layer, piece in zip(layers, merged._pieces(name, whole), strict=True):
+                    own = getattr(layer, name, None)
+                    if own is not None:
+                        piece.copy_(own)
+                sources = [getattr(layer, name, None) for layer in layers]
+                whole.requires_grad_(any(own is not None and own.requires_grad for own in sources))
+        policies = [getattr(layer, "router_policy", None) for layer in layers]
+        if any(policy is not None for policy in policies):
+            merged.router_policy = _PoliciesOfParts(policies)
+        if first.num_experts_per_tok != merged.num_experts_per_tok:
+            merged.set_num_experts_per_tok(first.num_experts_per_tok)
+        return merged.train(first.training)
+
+    def split(self) -> list[nn.Linear]:
+        """The layers that `merge` was given: a SmileLinear, or for a part without experts an nn.Linear, for each part.
+
+        Raises:
+            ValueError: the layer has no parts.
+        """
+        if self.parts is None or self.rank_of_parts is None:
+            raise SmileError("parts: is None; expected a layer that SmileLinear.merge has made")
+        options: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        layers: list[nn.Linear] = []
+        for features, rank in zip(self.parts, self.rank_of_parts):
+            if rank == 0:
+                layers.append(nn.Linear(self.in_features, features, self.bias is not None, **options))
+                continue
+            layers.append(
+                SmileLinear(
+                    self.in_features,
+                    features,
+                    self.num_local_experts,
+                    rank,
+                    self.rank_of_router,
+                    self.own_num_experts_per_tok(),
+                    bias=self.bias is not None,
+                    expert_bias=self.expert_bias is not None,
+                    router=self.router is not None,
+                    router_prior=self.router_prior is not None,
+                    **options,
+                )
+            )
+        with torch.no_grad():
+            for name, whole in (*self.named_parameters(), *self.named_buffers()):
+                for layer, piece in zip(layers, self._pieces(name, whole), strict=True):
+                    own = getattr(layer, name, None)
+                    if own is not None:
+                        own.copy_(piece).requires_grad_(whole.requires_grad)
+        policies = self.router_policy.policies if isinstance(self.router_policy, _PoliciesOfParts) else ()
+        for layer, policy in zip(layers, policies):
+            if isinstance(layer, SmileLinear):
+                layer.router_policy = policy
+        for layer in layers:
+            if isinstance(layer, SmileLinear) and self.num_experts_per_tok != layer.num_experts_per_tok:
+                layer.set_num_experts_per_tok(self.num_experts_per_tok)
+            layer.train(self.training)
+        return layers
+
+    def _pieces(self, name: str, whole: Tensor) -> Iterator[Tensor]:
+        """Each part's own of a tensor of a merged layer, as views of the shape it has in a layer by itself."""
+        assert self.parts is not None
+        assert self.rank_of_parts is not None
+        end = 0
+        for part, (features, rank) in enumerate(zip(self.parts, self.rank_of_parts)):
+            end += features
+            o = slice(end - features, end)
+            if name in ("weight", "bias"):
+                yield whole[o]
+            elif name in ("u", "expert_bias"):
+                yield whole[:, o, :rank] if name == "u" else whole[:, o]
+            elif name == "vh":
+                yield whole[part, :, : rank if self.router is not None else max(rank, self.rank_of_router)]
+            else:
+                yield whole[part, :, :rank] if name == "s" else whole[part]
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | None) -> None:
         """Routes each token to so many experts; None goes back to the number the layer was made with."""
@@ -217,28 +369,94 @@ class SmileLinear(nn.Linear):
         except KeyError:  # one of them is computed, as by torch.nn.utils.parametrize
             return self.weight, self.bias, self.vh, self.s, self.u, self.expert_bias, self.router
 
-    def _apply(self, fn, recurse: bool = True):
-        # Module.to(bfloat16) and half() would round the singular values: they stay float32 beside low precision.
-        s, prior = self.s.data, self.router_prior
-        super()._apply(fn, recurse)
-        wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        if self.s.dtype != wanted:
-            self.s.data = s.to(self.s.device, wanted)
-        if prior is not None and self.router_prior is not None and self.router_prior.dtype != wanted:
-            self.router_prior = prior.to(self.router_prior.device, wanted)
-        return self
-
     def extra_repr(self) -> str:
+        of_parts = "" if self.parts is None else f", parts={self.parts}, rank_of_parts={self.rank_of_parts}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"num_local_experts={self.num_local_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
-            f"rank_of_expert={self.rank_of_expert}, rank_of_router={self.rank_of_router}"
+            f"rank_of_expert={self.rank_of_expert}, rank_of_router={self.rank_of_router}{of_parts}"
         )
 
 
+class _PoliciesOfParts:
+    """The routing of a merged layer by the policies that its parts had as layers, None for one that routes itself."""
+
+    def __init__(self, policies: Sequence[Callable[[Any, Tensor], tuple[Tensor, Tensor] | None] | None]):
+        self.policies = list(policies)
+
+    def __call__(self, layer: SmileLinear, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """weights and ids [..., P, m]; None: the layer routes by itself."""
+        assert layer.rank_of_parts is not None
+        views = [_PartView(layer, part) for part in range(len(layer.rank_of_parts))]
+        routings = [policy and policy(view, x) for policy, view in zip(self.policies, views)]
+        if all(routing is None for routing in routings):
+            return None
+        for part, (rank, view) in enumerate(zip(layer.rank_of_parts, views)):
+            if rank and routings[part] is None:
+                rows = view.vh if view.router is None else view.router
+                m, g = view.num_experts_per_tok, view.rank_of_router
+                routings[part] = route(x, rows, num_experts_per_tok=m, rank_of_router=g)
+        some = next(routing for routing in routings if routing is not None)
+        none = torch.zeros_like(some[0]), torch.full_like(some[1], -1)
+        weights, ids = zip(*(routing or none for routing in routings))
+        return torch.stack(weights, -2), torch.stack(ids, -2)
+
+
+class _PartView:
+    """A part of a merged layer as a routing policy reads a layer."""
+
+    def __init__(self, layer: SmileLinear, part: int):
+        self.num_local_experts, self.rank_of_router = layer.num_local_experts, layer.rank_of_router
+        self.num_experts_per_tok = layer.num_experts_per_tok
+        self.own_num_experts_per_tok = layer.own_num_experts_per_tok
+        self.vh = layer.vh[part]
+        self.router = None if layer.router is None else layer.router[part]
+        self.router_prior = None if layer.router_prior is None else layer.router_prior[part]
+
+
+def _check_mergeable(layers: Sequence[nn.Linear]) -> None:
+    """Raises where layers cannot become one."""
+    for i, layer in enumerate(layers):
+        if type(layer) not in (SmileLinear, nn.Linear):
+            raise SmileError(f"layers: number {i} is a {type(layer).__name__}; expected SmileLinear or nn.Linear")
+        if isinstance(layer, SmileLinear) and layer.parts is not None:
+            raise SmileError(f"layers: number {i} is merged itself; expected layers of one part")
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            raise SmileError(f"layers: number {i} has hooks, which a merged layer would not call; expected none")
+    smile = [layer for layer in layers if isinstance(layer, SmileLinear)]
+    if not smile:
+        raise SmileError("layers: have no SmileLinear among them; expected one at least")
+
+    def same(name: str, of: Sequence[nn.Module], value: Callable[[Any], Any]) -> None:
+        found = list(dict.fromkeys(value(layer) for layer in of))
+        if len(found) > 1:
+            raise SmileError(f"layers: differ in {name}, {' and '.join(map(str, found))}; expected the same of all")
+
+    for name in ("in_features", "weight.dtype", "weight.device", "weight.requires_grad"):
+        same(name, layers, operator.attrgetter(name))
+    biased = [layer for layer in layers if layer.bias is not None]
+    same("bias.requires_grad", biased, operator.attrgetter("bias.requires_grad"))
+    for name in ("num_local_experts", "num_experts_per_tok", "rank_of_router"):
+        same(name, smile, operator.attrgetter(name))
+    same("num_experts_per_tok", smile, SmileLinear.own_num_experts_per_tok)
+    same("having a router", smile, lambda layer: layer.router is not None)
+    same("having a router_prior", smile, lambda layer: layer.router_prior is not None)
+    for name in ("vh", "s", "u", "expert_bias", "router"):
+        having = [layer for layer in smile if getattr(layer, name) is not None]
+        same(f"{name}.requires_grad", having, operator.attrgetter(f"{name}.requires_grad"))
+
+
 def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
-    """The SMILE layers of a model by their first names; "" is the model itself."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
+    """The SMILE layers of a model by their first names; "" is the model itself.
+
+    Raises:
+        ValueError: one of them is merged, which functions on models do not take.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
+    for name, layer in layers.items():
+        if layer.parts is not None:
+            raise SmileError(f"model: {name or 'it'} is a merged layer; expected the layers of its parts (split)")
+    return layers
 
 
 def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
@@ -289,6 +507,9 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
         device = layer.weight.device
         if library.choose_backend(None, device.type, layer.weight.dtype, layer.num_local_experts, training) != "triton":
             continue
+        if layer.parts is not None:
+            _warm_up_parts(layer, tokens, training)
+            continue
         parameters = layer._tensors()
         options = layer.num_experts_per_tok, layer.rank_of_router
         shapes = (device, *options, *(t if t is None else (t.shape, t.stride(), t.dtype) for t in parameters))
@@ -298,3 +519,15 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
 
             with torch.no_grad():
                 tuning.warmup(*parameters, *options, tokens=tokens, training=training)
+
+
+def _warm_up_parts(layer: SmileLinear, tokens: Iterable[int], training: bool) -> None:
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(training) for t in layer._tensors()]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    options: dict[str, Any] = {"num_experts_per_tok": layer.num_experts_per_tok, "rank_of_router": layer.rank_of_router}
+    with torch.set_grad_enabled(training):
+        for t in tokens:
+            x = layer.weight.new_zeros(t, layer.in_features)
+            y = smile_linear(x, *leaves, **options, parts=layer.parts, rank_of_parts=layer.rank_of_parts)
+            if training:
+                torch.autograd.grad(y.sum(), wanted, allow_unused=True)

@@ -219,15 +219,21 @@ def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
     scores = {"scores": torch.rand(T, N), "num_experts_per_tok": M}
     sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, "num_experts_per_tok": M}
     inputs = [{"input": torch.rand(T, D)}]
+    of_one_part = {"vh": problem.vh[None], "s": problem.s[None], "parts": [O], "rank_of_parts": [R - 1]}
+    of_parts = {**tensors, **numbers, **of_one_part}
+    delta = {"y": torch.rand(T, O), **{name: t for name, t in tensors.items() if name not in ("weight", "bias")}}
     return {
         "smile_linear": (functional.smile_linear, tensors | numbers),
         "smile_linear, routed": (functional.smile_linear, tensors | numbers | {"routing": routing}),
+        "smile_linear, of parts": (functional.smile_linear, of_parts),
+        "smile_delta": (functional.smile_delta, delta | numbers),
         "smile_linear, weighted": (functional.smile_linear, tensors | numbers | {"routing_weights": torch.rand(T, N)}),
         "route": (functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers),
         "router_scores": (functional.router_scores, {"x": tensors["x"], "vh": tensors["vh"], "rank_of_router": G}),
         "select_experts": (functional.select_experts, scores),
         "SmileLinear": (sk.SmileLinear, sizes),
         "from_linears": (sk.SmileLinear.from_linears, {"base": base, "finetuned": tuned, **ranks}),
+        "merge": (sk.SmileLinear.merge, {"layers": [sk.SmileLinear(**sizes), base]}),
         "upscale": (sk.upscale, {"model": model, "finetuned": models, "progress": False, "include": ["*"], **ranks}),
         "RoutingPolicy": (sk.RoutingPolicy, {"scope": "causal", "lock_after": None, "half_life": 2.0}),
         "set_routing": (sk.set_routing, {"model": fused, "policy": sk.RoutingPolicy()}),

@@ -1,12 +1,15 @@
 """The public functions: shapes, dtypes, transforms, and bad input refused by name."""
 
+import functools
+
 import pytest
 import torch
 
-from smile_kernels.functional import route, router_scores, select_experts, smile_linear
+import smile_kernels as sk
+from smile_kernels.functional import route, router_scores, select_experts, smile_delta, smile_linear
 from smile_kernels.ops import reference
-from smile_kernels.testing import Problem
-from tests.problems import ON_CPU, call, problem
+from smile_kernels.testing import Problem, assert_close, expectations
+from tests.problems import ON_CPU, PARTS, call, check_parts, problem, problems_of_parts, side_by_side
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -191,3 +194,219 @@ def test_meta_tensors_give_a_meta_tensor():
     y = smile_linear(*meta, **options)
     assert y.device.type == "meta"
     assert y.shape == call(p).shape
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def delta_beside(x, weight, bias, vh, s, u, expert_bias, router, **options):
+    """smile_linear by a base product made apart."""
+    return smile_delta(torch.nn.functional.linear(x, weight, bias), x, vh, s, u, expert_bias, router, **options)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["routes", "given"])
+def test_delta_matches_reference(backend, dtype, given):
+    for shape in ("one-token", "top-2", "all", "many-tokens"):
+        p = problem(shape, dtype=dtype, router=shape == "all")
+        weights, ids = reference.route(p.x.double(), p.rows().double(), p.num_experts_per_tok)
+        weights = torch.rand_like(weights, dtype=p.s.dtype) if given else None
+        leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}
+        options = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router, "backend": backend}
+        if given:
+            leaves["weights"], options["routing"] = weights.requires_grad_(), (weights, ids)
+        y = delta_beside(*p.arguments(), **options)
+        dy = torch.randn_like(y)
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+        want = expectations(p, ids, weights=weights, dy=dy)
+        assert_close("y", y.detach(), *want["y"])
+        for name, gradient in zip(leaves, gradients):
+            if not (given and name == "router"):
+                assert_close(f"d{name}", gradient, *want[name])
+        base = torch.nn.functional.linear(p.x, p.weight, p.bias).detach()
+        with torch.no_grad():
+            experts = p.x, p.vh, p.s, p.u, p.expert_bias, p.router
+            apart = smile_delta(base, *experts, **options)
+            into = torch.full((base.shape[0], base.shape[1] + 5), torch.nan, dtype=dtype)
+            into[:, 3:-2] = base
+            out = smile_delta(into[:, 3:-2], *experts, **options, inplace=True)
+        assert out.data_ptr() == into[:, 3:-2].data_ptr()
+        assert torch.equal(out, apart)
+        assert into[:, :3].isnan().all()
+        assert into[:, -2:].isnan().all(), "outputs of others are written"
+        assert_close("y without gradients", apart, *want["y"])
+
+
+def test_the_gradient_of_a_base_product_passes_through():
+    p = problem("top-2")
+    y = torch.nn.functional.linear(p.x, p.weight, p.bias).requires_grad_()
+    out = smile_delta(y, p.x, p.vh, p.s, p.u, p.expert_bias, num_experts_per_tok=2, rank_of_router=7)
+    dy = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, y, dy)[0], dy)
+
+
+def test_what_cannot_be_added_to_in_place_is_refused_by_name():
+    p = problem("top-2")
+    options = {"num_experts_per_tok": 2, "rank_of_router": 7, "inplace": True}
+    experts = p.x, p.vh, p.s, p.u, p.expert_bias
+    y = torch.nn.functional.linear(p.x, p.weight)
+    for name, tensor in (("y", y), ("u", p.u), ("expert_bias", p.expert_bias)):
+        tensor.requires_grad_()
+        before = y.detach().clone()
+        with pytest.raises(
+            ValueError, match=f"inplace: is True, and {name} needs a gradient; expected False, or torch"
+        ):
+            smile_delta(y, *experts, **options)
+        assert torch.equal(y, before)
+        tensor.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"y: has strides \(1, 17\); expected outputs side by side"):
+        smile_delta(y.T.contiguous().T, *experts, **options)
+    with pytest.raises(ValueError, match=r"y: has strides \(0, 1\); expected outputs side by side"):
+        smile_delta(y[:1].expand_as(y), *experts, **options)
+    with pytest.raises(ValueError, match=r"y: has shape \[16, 29\]; expected \[17, 29\]"):
+        smile_delta(y[:-1], *experts, **options)
+    with pytest.raises(ValueError, match=r"y: is torch\.float64; expected x's dtype, torch\.float32"):
+        smile_delta(y.double(), *experts, **options)
+    square = Problem.random(6, 12, 12, 3, 4, 2)
+    with pytest.raises(ValueError, match="y: is x itself"):
+        smile_delta(
+            square.x,
+            *square.arguments()[:1],
+            *square.arguments()[3:7],
+            **{**options, "num_experts_per_tok": 1, "rank_of_router": 2},
+        )
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", PARTS)
+@pytest.mark.parametrize("router", [False, True], ids=["tied", "own-router"])
+def test_parts_match_reference(backend, dtype, layout, router):
+    sizes, ranks = PARTS[layout]
+    for tokens in (5, 45):
+        problems = problems_of_parts(sizes, ranks, tokens, 33, 4, 4, 2, dtype=dtype, router=router, bias=router)
+        for layer in (smile_linear, delta_beside):
+            for backward in (False, True):
+                check_parts(problems, ranks, functools.partial(layer, backend=backend), backward=backward)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("layout", PARTS)
+def test_parts_of_a_given_routing_match_reference(backend, layout):
+    sizes, ranks = PARTS[layout]
+    for tokens, dtype in ((3, torch.float32), (50, torch.bfloat16)):
+        problems = problems_of_parts(sizes, ranks, tokens, 33, 4, 4, 2, dtype=dtype, expert_bias=tokens == 3)
+        routing = torch.rand(tokens, len(sizes), 3), torch.randint(-1, 4, (tokens, len(sizes), 3), dtype=torch.int32)
+        for p in problems:
+            p.num_experts_per_tok = 3
+        for backward in (False, True):
+            layer = functools.partial(smile_linear, backend=backend)
+            check_parts(problems, ranks, layer, backward=backward, routing=routing)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("tokens", [1, 90])
+def test_one_part_is_the_layer_itself(backend, tokens):
+    p = Problem.random(tokens, 65, 70, 5, 6, 4, 2)
+    q = Problem(**{**vars(p), "vh": p.vh[None], "s": p.s[None]})
+    assert torch.equal(call(q, backend=backend, parts=[70]), call(p, backend=backend))
+
+
+def test_singular_values_of_zero_cost_nothing_and_change_nothing():
+    p = Problem.random(50, 65, 70, 5, 16, 4, 2)
+    p.s[:, 9:], p.s[2] = 0, 0
+    ids = reference.route(p.x, p.rows(), 2)[1]
+    assert_close("y", call(p), *expectations(p, ids)["y"])
+
+
+def test_weights_over_the_experts_of_each_part():
+    sizes, ranks = PARTS["three, one dense"]
+    problems = problems_of_parts(sizes, ranks, 9, 33, 4, 4, 2)
+    scores = torch.rand(9, 3, 4)
+    options = {"num_experts_per_tok": 2, "rank_of_router": 4, "parts": sizes, "rank_of_parts": ranks}
+    arguments = problems[0].x, *side_by_side(problems, ranks).values()
+    weights, ids = scores.sort(-1, descending=True)
+    routing = weights[..., :2] / weights[..., :2].sum(-1, keepdim=True), ids[..., :2]
+    got = smile_linear(*arguments, **options, routing_weights=scores)
+    torch.testing.assert_close(got, smile_linear(*arguments, **options, routing=routing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_under_autocast_vmap_and_any_leading_shape(dtype):
+    sizes, ranks = PARTS["four"]
+    problems = problems_of_parts(sizes, ranks, 6, 33, 4, 4, 2)
+    options = {"num_experts_per_tok": 2, "rank_of_router": 4, "parts": sizes, "rank_of_parts": ranks}
+    tensors = side_by_side(problems, ranks).values()
+    want = smile_linear(problems[0].x, *tensors, **options)
+    got = smile_linear(problems[0].x.view(2, 3, 33), *tensors, **options)
+    torch.testing.assert_close(got, want.view(2, 3, -1))
+    mapped = torch.func.vmap(lambda x: smile_linear(x, *tensors, **options))(problems[0].x)
+    torch.testing.assert_close(mapped, want)
+    with torch.autocast("cpu", dtype):
+        cast = smile_linear(problems[0].x, *tensors, **options)
+    low = [t if t is None or i == 3 else t.to(dtype) for i, t in enumerate(tensors)]
+    assert cast.dtype == dtype
+    assert torch.equal(cast, smile_linear(problems[0].x.to(dtype), *low, **options))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_parts_and_deltas_compile_and_export(backend):
+    sizes, ranks = PARTS["three, one dense"]
+    problems = problems_of_parts(sizes, ranks, 12, 33, 4, 4, 2)
+    tensors = [t.nan_to_num() for t in side_by_side(problems, ranks).values() if t is not None]
+    options = {"num_experts_per_tok": 2, "rank_of_router": 4, "backend": backend}
+    parts = {"parts": sizes, "rank_of_parts": ranks, **options}
+
+    def f(x, tensors):
+        return smile_linear(x, *tensors, **parts)
+
+    def g(x, tensors):
+        weight, bias, *experts = tensors
+        y = torch.nn.functional.linear(x, weight, bias)
+        return smile_delta(
+            smile_delta(y, x, *experts, **parts), x, *experts, **parts, inplace=not torch.is_grad_enabled()
+        )
+
+    for function in (f, g):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(problems[0].x, tensors), function(problems[0].x, tensors))
+            if function is f:
+                program = torch.export.export(_Module(function), (problems[0].x, tensors))
+                torch.testing.assert_close(program.module()(problems[0].x, tensors), function(problems[0].x, tensors))
+        results = []
+        for called in (compiled, function):
+            leaves = [t.clone().requires_grad_() for t in (problems[0].x, *tensors)]
+            results.append(torch.autograd.grad(called(leaves[0], leaves[1:]).square().sum(), leaves))
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, tensors):
+        return self.function(x, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": (5, 4)}, r"parts: is \(5, 4\), 9 together; expected the 10 outputs of the layer"),
+        ({"parts": (4, 0, 6)}, "parts: is 0; expected 1 or more"),
+        ({"parts": ()}, "parts: is empty; expected the number of outputs of each part"),
+        ({"parts": (2, 3, 5)}, r"s: has shape \[2, 3, 4\]; expected \[3, N, r\]"),
+        ({"parts": None}, r"s: has shape \[2, 3, 4\]; expected \[N, r\]"),
+        ({"parts": None, "rank_of_parts": (1, 1)}, "rank_of_parts: is .*, and parts is None"),
+        ({"rank_of_parts": (1,)}, r"rank_of_parts: is \(1,\); expected 2 numbers, one for each part"),
+        ({"rank_of_parts": (1, 5)}, "rank_of_parts: is 5; expected 0 to 4, the ranks of s"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(change, message):
+    problems = problems_of_parts((4, 6), (4, 4), 5, 12, 3, 2, 1)
+    options = {"num_experts_per_tok": 1, "rank_of_router": 2, "parts": (4, 6), **change}
+    with pytest.raises(sk.SmileError, match=message):
+        smile_linear(problems[0].x, *side_by_side(problems, (4, 4)).values(), **options)

@@ -119,3 +119,149 @@ def test_random_layers_equal_fusion_bench(data):
     clear = torch.ones(tokens, dtype=torch.bool) if m == n else scores[:, m - 1] - scores[:, m] > 1e-4
     torch.testing.assert_close(ours(x)[clear], theirs(x)[clear], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours(x)[clear], theirs(x[None])[0][clear], rtol=1e-4, atol=1e-5)
+
+
+def projections(dense: bool = True, **options) -> list[torch.nn.Linear]:
+    """Layers that read one x: of several sizes and ranks, and one without experts."""
+    sizes = {"in_features": 23, "num_local_experts": 4, "rank_of_router": 3, "num_experts_per_tok": 2, **options}
+    layers = [
+        sk.SmileLinear(out_features=70, rank_of_expert=5, **sizes),
+        torch.nn.Linear(23, 9, dtype=options.get("dtype")),
+        sk.SmileLinear(out_features=8, rank_of_expert=2, **{**sizes, "bias": False}),
+        sk.SmileLinear(out_features=33, rank_of_expert=1, **{**sizes, "expert_bias": False}),
+    ]
+    return layers if dense else [layers[0], *layers[2:]]
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("options", [{}, {"router": True}, {"router_prior": True, "bias": False}], ids=str)
+def test_a_merged_layer_is_its_parts_side_by_side(options, tokens):
+    layers = projections(dtype=torch.float64, **options)
+    merged = sk.SmileLinear.merge(layers)
+    x = torch.randn(2, tokens, 23, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), torch.cat([layer(x) for layer in layers], -1))
+    want, got = torch.cat([layer(x) for layer in layers], -1), merged(x)
+    torch.testing.assert_close(got, want)
+    dy = torch.randn_like(want)
+    names = [(i, name) for i, layer in enumerate(layers) for name, _ in layer.named_parameters()]
+    own = torch.autograd.grad(want, [x, *(p for layer in layers for p in layer.parameters())], dy)
+    whole = dict(merged.named_parameters())
+    gradients = torch.autograd.grad(got, [x, *whole.values()], dy)
+    torch.testing.assert_close(gradients[0], own[0])
+    pieces = {name: list(merged._pieces(name, g)) for name, g in zip(whole, gradients[1:])}
+    for (i, name), gradient in zip(names, own[1:]):
+        torch.testing.assert_close(pieces[name][i], gradient)
+
+
+@pytest.mark.parametrize("router", [False, True], ids=["tied", "own-router"])
+def test_split_is_the_inverse_of_merge(router):
+    layers = projections(router=router, router_prior=True)
+    layers[2].router_prior.copy_(torch.randn(4))
+    parts = sk.SmileLinear.merge(layers).split()
+    assert [type(part) for part in parts] == [type(layer) for layer in layers]
+    for part, layer in zip(parts, layers):
+        got, want = part.state_dict(), layer.state_dict()
+        assert all(torch.equal(got[name], t) for name, t in want.items())
+        assert not any(t.any() for name, t in got.items() if name not in want), "a bias that was none is not 0"
+    x = torch.randn(5, 23)
+    again = sk.SmileLinear.merge(parts)
+    assert torch.equal(again(x), sk.SmileLinear.merge(layers)(x))
+    with pytest.raises(ValueError, match=r"parts: is None; expected a layer that SmileLinear\.merge has made"):
+        layers[0].split()
+
+
+def test_a_merged_layer_is_copied_cast_stored_and_compiled():
+    merged = sk.SmileLinear.merge(projections()).requires_grad_(False)
+    sizes = {"parts": merged.parts, "rank_of_parts": merged.rank_of_parts}
+    other = sk.SmileLinear(23, merged.out_features, 4, 5, 3, 2, **sizes)
+    other.load_state_dict(merged.state_dict())
+    other.requires_grad_(False)
+    x = torch.randn(6, 23)
+    for twin in (other, copy.deepcopy(merged), pickle.loads(pickle.dumps(merged))):
+        assert torch.equal(twin(x), merged(x))
+    assert "parts=(70, 9, 8, 33), rank_of_parts=(5, 0, 2, 1)" in repr(merged)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(merged, fullgraph=True, backend="aot_eager")(x), merged(x))
+    low = merged.to(torch.bfloat16)
+    assert low.s.dtype == torch.float32
+    assert (low(x.bfloat16()).float() - other(x)).abs().mean() < 0.02 * other(x).abs().mean()
+
+
+class Attention(torch.nn.Module):
+    """Projections of one x, apart or merged."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x):
+        x = torch.nn.functional.normalize(x, dim=-1)
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        sk.RoutingPolicy("causal", accumulate=True),
+        sk.RoutingPolicy("sequence", num_experts_per_tok=1),
+        sk.RoutingPolicy("token", calibrated=True),
+    ],
+    ids=str,
+)
+def test_the_parts_of_a_merged_layer_keep_their_routing_policy(policy):
+    model = Attention(projections(router_prior=True))
+    for layer in (model.layers[0], *model.layers[2:]):
+        layer.router_prior.copy_(torch.randn(4))
+    x = torch.randn(2, 7, 23)
+    published = model(x)
+    sk.set_routing(model, policy)
+    want = model(x)
+    assert not torch.allclose(want, published), "this policy chooses as the published routing does: no test"
+    layers = list(model.layers)
+    model.layers = torch.nn.ModuleList([sk.SmileLinear.merge(layers)])
+    torch.testing.assert_close(model(x), want)
+    parts = model.layers[0].split()
+    model.layers = torch.nn.ModuleList(parts)
+    torch.testing.assert_close(model(x), want)
+    assert [getattr(part, "router_policy", None) for part in parts] == [
+        getattr(layer, "router_policy", None) for layer in layers
+    ]
+
+
+def test_what_cannot_be_merged_is_named():
+    merge, layer = sk.SmileLinear.merge, projections(dense=False)[0]
+
+    def other(**options):
+        sizes = {"in_features": 23, "out_features": 8, "num_local_experts": 4, "rank_of_expert": 2}
+        return sk.SmileLinear(**{**sizes, "rank_of_router": 3, "num_experts_per_tok": 2, **options})
+
+    class Own(sk.SmileLinear):
+        pass
+
+    with_hook, frozen = other(), other()
+    with_hook.register_forward_hook(lambda *_: None)
+    frozen.u.requires_grad_(False)
+    for layers, message in (
+        ([], "layers: have no SmileLinear among them"),
+        ([torch.nn.Linear(23, 4)], "layers: have no SmileLinear among them"),
+        ([layer, Own(23, 8, 4, 2, 3, 2)], "layers: number 1 is a Own; expected SmileLinear or nn.Linear"),
+        ([merge([layer])], "layers: number 0 is merged itself"),
+        ([layer, with_hook], "layers: number 1 has hooks"),
+        ([layer, other(in_features=22)], "layers: differ in in_features, 23 and 22"),
+        ([layer, other(num_local_experts=3)], "layers: differ in num_local_experts, 4 and 3"),
+        ([layer, other(rank_of_router=2)], "layers: differ in rank_of_router, 3 and 2"),
+        ([layer, other(num_experts_per_tok=1)], "layers: differ in num_experts_per_tok, 2 and 1"),
+        ([layer, other(router=True)], "layers: differ in having a router, False and True"),
+        ([layer, other(router_prior=True)], "layers: differ in having a router_prior, False and True"),
+        ([layer, other(dtype=torch.float64)], "layers: differ in weight.dtype, torch.float32 and torch.float64"),
+        ([layer, frozen], "layers: differ in u.requires_grad, True and False"),
+    ):
+        with pytest.raises(sk.SmileError, match=message):
+            merge(layers)
+    model = torch.nn.Sequential(merge([layer]))
+    for use in (lambda: sk.set_routing(model, sk.RoutingPolicy("sequence")), lambda: sk.calibrate(model)):
+        with pytest.raises(
+            sk.SmileError, match=r"model: 0 is a merged layer; expected the layers of its parts \(split\)"
+        ):
+            use()

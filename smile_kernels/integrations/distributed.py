@@ -57,6 +57,8 @@ class ColwiseSmile(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, SmileLinear):
             raise SmileError(f"module: is a {type(module).__name__}; {type(self).__name__} expects a SmileLinear")
+        if module.parts is not None:
+            raise SmileError("module: is a merged layer; expected the layers of its parts (split)")
         if device_mesh.ndim != 1:
             raise SmileError(f"device_mesh: has {device_mesh.ndim} dimensions; expected one, such as mesh['tp']")
         for name, p in module.named_parameters(recurse=False):

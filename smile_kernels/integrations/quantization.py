@@ -6,25 +6,27 @@
 Whatever turns `nn.Linear` into something smaller (torchao, bitsandbytes) then does so to the shared weights alone.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SmileError
-from ..functional import router_scores, select_experts
-from ..nn import SmileLinear, smile_layers
+from ..functional import smile_delta
+from ..nn import KeepsSingularValues, SmileLinear, smile_layers
 from ..versions import warn_if_newer
 
 __all__ = ["SmileBesideLinear", "split_base"]
 
 
-class SmileBesideLinear(nn.Module):
+class SmileBesideLinear(KeepsSingularValues):
     """The experts of a SmileLinear beside `base`, the linear module of its shared weight.
 
         y = base(x) + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 
-    The expert half is two products over all N experts, with those not selected set to zero in between: as quick as
-    one dense layer of width N r. Parameters are the layer's own, in its dtype; shapes as in `SmileLinear`.
+    Parameters are the layer's own, in its dtype; shapes as in `SmileLinear`. It is routed as the layer was, by the
+    routing policy of its model where that has one.
 
     Args:
         layer: the layer; its tensors are shared, not copied.
@@ -32,6 +34,8 @@ class SmileBesideLinear(nn.Module):
 
     expert_bias: nn.Parameter | None
     router: nn.Parameter | None
+    router_prior: Tensor | None
+    router_policy: Callable[[Any, Tensor], tuple[Tensor, Tensor] | None] | None
 
     def __init__(self, layer: SmileLinear):
         super().__init__()
@@ -41,38 +45,48 @@ class SmileBesideLinear(nn.Module):
         self.vh, self.s, self.u = layer.vh, layer.s, layer.u
         self.register_parameter("expert_bias", layer.expert_bias)
         self.register_parameter("router", layer.router)
-        self.rank_of_router, self.num_experts_per_tok = layer.rank_of_router, layer.num_experts_per_tok
+        self.register_buffer("router_prior", layer.router_prior)
+        self.num_local_experts, self.rank_of_router = layer.num_local_experts, layer.rank_of_router
+        self.num_experts_per_tok, self._own = layer.num_experts_per_tok, layer.own_num_experts_per_tok()
+        self.router_policy = layer.router_policy
+
+    def own_num_experts_per_tok(self) -> int:
+        """The number that the layer was made with, whatever a routing policy has set."""
+        return self._own
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., O]."""
-        n, r = self.s.shape
-        rows = self.vh if self.router is None else self.router
-        scores = router_scores(x, rows, rank_of_router=self.rank_of_router)
-        weights, ids = select_experts(scores, self.num_experts_per_tok)
-        routing = torch.zeros_like(scores).scatter(-1, ids.long(), weights)
-        h = F.linear(x, self.vh[:, :r].flatten(0, 1)).unflatten(-1, (n, r))
-        z = (h * self.s * routing[..., None]).to(x.dtype)
-        y = self.base(x) + F.linear(z.flatten(-2), self.u.transpose(0, 1).flatten(1))
-        return y if self.expert_bias is None else y + routing.to(x.dtype) @ self.expert_bias
+        routing = None if self.router_policy is None else self.router_policy(self, x)
+        y = self.base(x)
+        # What a hook has seen of the base's output stays as it was.
+        apart = torch.is_grad_enabled() or bool(self.base._forward_hooks) or not y.is_contiguous()
+        return smile_delta(
+            y if y.dtype == x.dtype else y.to(x.dtype),
+            x,
+            self.vh,
+            self.s,
+            self.u,
+            self.expert_bias,
+            self.router,
+            num_experts_per_tok=self.num_experts_per_tok,
+            rank_of_router=self.rank_of_router,
+            routing=routing,
+            inplace=not apart,
+        )
 
 
 def split_base(model: nn.Module) -> nn.Module:
     """Swaps every SmileLinear of `model` for a SmileBesideLinear, in place; returns the model, or the swapped layer.
 
+    A routing policy of the model goes on. `set_routing` comes before this: it finds SmileLinear alone.
+
     Raises:
-        ValueError: the model holds no SmileLinear, or one that follows a routing policy, which a SmileBesideLinear
-            cannot. Nothing is changed then.
+        ValueError: the model holds no SmileLinear. Nothing is changed then.
     """
     warn_if_newer("torchao")
     layers = smile_layers(model)
     if not layers:
         raise SmileError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
-    for name, layer in layers.items():
-        if layer.router_policy is not None:
-            raise SmileError(
-                f"model: {name or 'it'} follows a routing policy, which a split layer cannot; expected published "
-                "routing (set_routing(model, RoutingPolicy()))"
-            )
     for name, layer in layers.items():
         split = SmileBesideLinear(layer).train(layer.training)
         if not name:

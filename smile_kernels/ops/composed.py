@@ -126,6 +126,17 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
     return y, _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save)
 
 
+@registration.by_part
+def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save):
+    """Add the experts to y in place -> weights and ids where it chose them, and h."""
+    if ids is not None:
+        _check_ids(ids, s.shape[0])
+        return s.new_empty(0), ids.new_empty(0), _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save)
+    weights, ids = route(x, router_rows(vh, router, rank_of_router), num_experts_per_tok)
+    w = weights if num_experts_per_tok > 1 else None
+    return weights, ids, _add_experts(y, x, vh, s, u, expert_bias, w, ids, save)
+
+
 def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
     """Add the selected experts to y in place and return h.
 
@@ -193,8 +204,11 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
 
 
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
-    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so."""
-    dx = dy @ weight if needs[0] else None
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
+
+    Without a weight dx is that of the experts alone.
+    """
+    dx = (torch.zeros_like(x) if weight is None else dy @ weight) if needs[0] else None
     dweight = dy.T @ x if needs[1] else None
     dbias = dy.sum(0) if needs[2] else None
     acc, (tokens, m) = s.dtype, ids.shape

@@ -23,9 +23,9 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
     if device_type == "cuda" and num_experts > 256:
         return f"its kernels take up to 256 experts, not {num_experts}"
     reason = unavailable(device_type)
-    key = f"{_LIBRARY.ns}::apply_backward", device_type.upper()
-    if reason is None and training and not torch._C._dispatch_has_kernel_for_dispatch_key(*key):
-        return f"its {device_type} library was built from older sources, which had no backward; build it again"
+    key = f"{_LIBRARY.ns}::delta_", device_type.upper()
+    if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(*key):
+        return f"its {device_type} library was built from older sources, which had no operator delta_; build it again"
     return reason
 
 
@@ -59,7 +59,7 @@ def unavailable(device_type: str) -> str | None:
 def _load(path: Path) -> None:
     torch.ops.load_library(path)
     if path.name == "_extension_cpu.so":
-        for name in ("route", "apply", "linear"):
+        for name in ("route", "apply", "linear", "delta", "delta_"):
             registration.register(_LIBRARY, name, getattr(registration, f"fake_{name}"))
 
 
@@ -91,6 +91,31 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     return torch.ops.smile_kernels_ext.linear.default(
         x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save
     )
+
+
+def delta_(
+    y,
+    x,
+    vh,
+    s,
+    u,
+    expert_bias,
+    router,
+    weights,
+    ids,
+    num_experts_per_tok,
+    rank_of_router,
+    save,
+    parts=(),
+    rank_of_parts=(),
+):
+    """Add the experts to y in place -> weights and ids where it chose them, and h."""
+    _require(x.device.type)
+    own = torch.ops.smile_kernels_ext.delta_.default
+    experts = x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save
+    if x.device.type == "cpu":
+        return own(y, *experts, parts, rank_of_parts)
+    return registration.by_part(own)(y, *experts, parts, rank_of_parts)
 
 
 def route_backward(dweights, x, router, weights, ids, needs):

@@ -1,14 +1,18 @@
 """The operators `smile_kernels::*`: schemas, kernels, autograd, and the choice of a backend.
 
-Six operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
+Nine operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
 
     route           x, router -> weights, ids                           the routing half
     apply           x, parameters, weights, ids -> y, h                 the expert half
     linear          both in one pass -> y, weights, ids, h
-    route_backward, apply_backward, linear_backward                     their closed-form gradients
+    delta           y, x, experts -> y + experts, weights, ids, h       onto a base product made by anyone
+    delta_          the same in place -> weights, ids, h
+    route_backward, apply_backward, linear_backward, delta_backward     their closed-form gradients
 
-A backend is a module with these six as functions over 2-D x. `h` [T, m, r] is what the backward needs of the forward
-(V^T x of the selected experts); it has no elements unless `save` is set, nor has a gradient that is not needed.
+A backend is a module with these as functions over 2-D x, but for `delta` and its backward, which follow from others.
+`h` [T, m, r] is what the backward needs of the forward (V^T x of the selected experts); it has no elements unless
+`save` is set, nor has a gradient that is not needed. `delta` routes where no weights and ids are given, and takes
+layers of several parts, whose shapes `functional.smile_linear` has; h is [T, P, m, r] then.
 """
 
 import functools
@@ -172,6 +176,35 @@ _linear = _define(
     lambda *args: _implementation(args[-1]).linear(*args[:-1]),
     _any_backend(registration.fake_linear),
 )
+_EXPERTS = (
+    "Tensor x, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor? router, Tensor? weights, Tensor? ids, "
+    "int num_experts_per_tok, int rank_of_router, bool save, int[] parts, int[] rank_of_parts"
+)
+
+
+def _add_experts_to_copy(y, *args):
+    y = y.clone(memory_format=torch.contiguous_format)
+    return y, *_implementation(args[-1]).delta_(y, *args[:-1])
+
+
+_delta = _define("delta", f"Tensor y, {_EXPERTS}", 4, _add_experts_to_copy, _any_backend(registration.fake_delta))
+_delta_in_place = _define(
+    "delta_",
+    f"Tensor(a!) y, {_EXPERTS}",
+    3,
+    lambda *args: _implementation(args[-1]).delta_(*args[:-1]),
+    _any_backend(registration.fake_delta_),
+)
+_delta_backward = _define(
+    "delta_backward",
+    "Tensor dy, Tensor x, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor? router, Tensor weights, "
+    "Tensor ids, Tensor h, int rank_of_router, bool routes, bool[] needs, int[] parts, int[] rank_of_parts",
+    7,
+    lambda *args: _defined(registration.delta_backward(_implementation(args[-1]), *args[:-1]), args[0]),
+    lambda dy, x, vh, s, u, expert_bias, router, weights, ids, h, g, routes, needs, parts, ranks, backend: (
+        _fake_gradients([x if t is None else t for t in (x, vh, s, u, expert_bias, router, weights)], needs)
+    ),
+)
 _linear_backward = _define(
     "linear_backward",
     "Tensor dy, Tensor x, Tensor weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor? router, "
@@ -249,6 +282,31 @@ class _Linear(torch.autograd.Function):
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None, None)
 
 
+class _Delta(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, parts, rank_of_parts, backend):
+        return _delta(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, True, parts, rank_of_parts, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, vh, s, u, expert_bias, router, weights, ids, _, *ctx.options = inputs
+        ctx.routes = ids is None
+        routing = output[1:3] if ctx.routes else (weights, ids)
+        ctx.save_for_backward(x, vh, s, u, expert_bias, router, *routing, output[3])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        needs, (g, parts, rank_of_parts, backend) = list(ctx.needs_input_grad[1:8]), ctx.options
+        gradients: Sequence[Tensor | None] = [None] * 7
+        if any(needs):
+            gradients = _delta_backward(dy, *ctx.saved_tensors, g, ctx.routes, needs, parts, rank_of_parts, backend)
+        return (dy, *(g if needed else None for g, needed in zip(gradients, needs)), *[None] * 6)
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -309,3 +367,44 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     if _compiled(backend, x):
         return torch.ops.smile_kernels_ext.linear.default(*arguments, num_experts_per_tok, rank_of_router, False)[0]
     return _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[0]
+
+
+def linear_of_parts(
+    x, weight, bias, vh, s, u, expert_bias, router, weights, ids, m, g, parts, rank_of_parts, backend
+) -> Tensor:
+    """A layer of several parts -> y [T, O], differentiable; routed by weights and ids [T, P, m] if these are given."""
+    experts = x, vh, s, u, expert_bias, router, weights
+    training = _needs_gradient(weight, bias, *experts)
+    backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[1]), training)
+    if backend == "cpu" and not training:
+        layer, ext = (x, weight, bias, vh, s, u, expert_bias), torch.ops.smile_kernels_ext
+        if ids is None:
+            return ext.linear.default(*layer, router, m, g, False, parts, rank_of_parts)[0]
+        return ext.apply.default(*layer, weights, ids, False, parts, rank_of_parts)[0]
+    y = torch.nn.functional.linear(x, weight, bias)
+    return delta(y, *experts, ids, m, g, parts, rank_of_parts, backend, inplace=not training)
+
+
+def delta(
+    y, x, vh, s, u, expert_bias, router, weights, ids, m, g, parts, rank_of_parts, backend, *, inplace=False
+) -> Tensor:
+    """y + the experts -> [T, O], differentiable; routed by weights and ids where these are given.
+
+    inplace: y itself, which takes no gradient.
+    """
+    experts = x, vh, s, u, expert_bias, router, weights
+    training = _needs_gradient(y, *experts)
+    backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[-2]), training)
+    if training:
+        return _Delta.apply(y, *experts, ids, m, g, parts, rank_of_parts, backend)[0]
+    arguments = y, *experts, ids, m, g, False, parts, rank_of_parts
+    compiled = backend == "cpu" and not is_traceable_wrapper_subclass(x)
+    if inplace:
+        if compiled:
+            torch.ops.smile_kernels_ext.delta_.default(*arguments)
+        else:
+            _delta_in_place(*arguments, backend)
+        return y
+    if compiled:
+        return torch.ops.smile_kernels_ext.delta.default(*arguments)[0]
+    return _delta(*arguments, backend)[0]

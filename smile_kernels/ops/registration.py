@@ -6,11 +6,13 @@ The operators of `library` and the compiled ones of `extension`, whose arguments
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import SmileError
 from .reference import accumulate_dtype, router_rows
 
 
@@ -19,15 +21,58 @@ def fake_route(x, router, num_experts_per_tok):
     return x.new_empty(shape, dtype=accumulate_dtype(x)), x.new_empty(shape, dtype=torch.int32)
 
 
-def fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
-    h = (*ids.shape, s.shape[1]) if save else (0,)
+def fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, parts=(), rank_of_parts=()):
+    h = (*ids.shape, s.shape[-1]) if save else (0,)
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
 
 
-def fake_linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
-    weights, ids = fake_route(x, vh, num_experts_per_tok)
+def fake_linear(
+    x,
+    weight,
+    bias,
+    vh,
+    s,
+    u,
+    expert_bias,
+    router,
+    num_experts_per_tok,
+    rank_of_router,
+    save,
+    parts=(),
+    rank_of_parts=(),
+):
+    shape = (x.shape[0], *([len(parts)] if parts else []), num_experts_per_tok)
+    weights, ids = x.new_empty(shape, dtype=accumulate_dtype(x)), x.new_empty(shape, dtype=torch.int32)
     y, h = fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
     return y, weights, ids, h
+
+
+def fake_delta_(
+    y,
+    x,
+    vh,
+    s,
+    u,
+    expert_bias,
+    router,
+    weights,
+    ids,
+    num_experts_per_tok,
+    rank_of_router,
+    save,
+    parts=(),
+    rank_of_parts=(),
+):
+    of_parts = (len(parts),) if parts else ()
+    chosen = (x.shape[0], *of_parts, num_experts_per_tok) if ids is None else (0,)
+    slots = num_experts_per_tok if ids is None else ids.shape[-1]
+    h = (x.shape[0], *of_parts, slots, s.shape[-1]) if save else (0,)
+    acc = accumulate_dtype(x)
+    return x.new_empty(chosen, dtype=acc), x.new_empty(chosen, dtype=torch.int32), x.new_empty(h, dtype=acc)
+
+
+def fake_delta(y, *args):
+    return torch.empty_like(y, memory_format=torch.contiguous_format), *fake_delta_(y, *args)
 
 
 def register(library: torch.library.Library, name: str, fake: Callable) -> Callable:
@@ -40,8 +85,10 @@ def register(library: torch.library.Library, name: str, fake: Callable) -> Calla
     return op
 
 
-def _vmap(op: Callable, info, in_dims: Sequence[int | None], *args) -> tuple:
+def _vmap(op: Any, info, in_dims: Sequence[int | None], *args) -> tuple:
     """One call per batch entry: right for any mix of batched arguments."""
+    if op._schema.is_mutable and in_dims[0] is None:
+        raise SmileError("y: is not mapped by vmap, and what is added to it is; expected inplace=False")
     calls = [
         op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)))
         for i in range(info.batch_size)
@@ -60,7 +107,7 @@ def linear_backward(
     route_backward: Callable,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     vh: Tensor,
     s: Tensor,
     u: Tensor,
@@ -88,3 +135,104 @@ def linear_backward(
         elif needs_rows:
             gradients[3][:, :rank_of_router] += drows
     return (*gradients, drouter)
+
+
+# One part of a layer: (its number, its outputs, the ranks its experts have).
+Part = tuple[int, slice, int]
+
+
+def parts_with_experts(parts: Sequence[int], rank_of_parts: Sequence[int], rank: int) -> Iterator[Part]:
+    """The parts of a layer in order, without the dense ones; each has rank `rank` where rank_of_parts is empty."""
+    end = 0
+    for part, features in enumerate(parts):
+        end += features
+        own = rank_of_parts[part] if rank_of_parts else rank
+        if own:
+            yield part, slice(end - features, end), own
+
+
+def by_part(add: Callable) -> Callable:
+    """A backend's `delta_` from one that takes a single part: each part in turn adds to its own columns of y."""
+
+    def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
+        if not parts:
+            return add(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save)
+        shape, r = (x.shape[0], len(parts), m if ids is None else ids.shape[-1]), s.shape[-1]
+        chosen = s.new_zeros(shape if ids is None else 0)
+        chosen_ids = torch.full(chosen.shape, -1, dtype=torch.int32, device=x.device)
+        h = s.new_zeros((*shape, r) if save else 0)
+        for part, o, own in parts_with_experts(parts, rank_of_parts, r):
+            bias = None if expert_bias is None else expert_bias[:, o]
+            routing = (None, None) if ids is None else (weights[:, part].contiguous(), ids[:, part].contiguous())
+            rows = router if router is None else router[part]
+            factors = vh[part], s[part, :, :own], u[:, o, :own], bias, rows
+            w, i, own_h = add(y[:, o], x, *factors, *routing, m, g, save)
+            if ids is None:
+                chosen[:, part], chosen_ids[:, part] = w, i
+            if save:
+                h[:, part, :, :own] = own_h
+        return chosen, chosen_ids, h
+
+    return delta_
+
+
+def delta_backward(
+    backend,
+    dy: Tensor,
+    x: Tensor,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    router: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    h: Tensor,
+    rank_of_router: int,
+    routes: bool,
+    needs: Sequence[bool],
+    parts: Sequence[int] = (),
+    rank_of_parts: Sequence[int] = (),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, vh, s, u, expert_bias, router and weights, each part by a backend's other backwards.
+
+    routes: the weights were chosen by the layer itself; their gradient goes on to the router.
+    """
+    of_layer = [needs[0], False, False, *needs[1:5]]
+
+    def one(dy, vh, s, u, expert_bias, router, weights, ids, h):
+        factors = dy, x, None, vh, s, u, expert_bias
+        if routes:
+            gradients = backend.linear_backward(
+                *factors, router, weights, ids, h, rank_of_router, [*of_layer, needs[5]]
+            )
+            return gradients[0], *gradients[3:], None
+        gradients = backend.apply_backward(*factors, weights, ids, h, [*of_layer, needs[6]])
+        return gradients[0], *gradients[3:7], None, gradients[7]
+
+    if not parts:
+        return one(dy, vh, s, u, expert_bias, router, weights, ids, h)
+    like = x, vh, s, u, expert_bias, router, weights
+    total = [
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if needed and t is not None else None
+        for t, needed in zip(like, needs)
+    ]
+    dx, dvh, ds, du, dexpert_bias, drouter, dweights = total
+    for part, o, own in parts_with_experts(parts, rank_of_parts, s.shape[-1]):
+        bias, rows = None if expert_bias is None else expert_bias[:, o], None if router is None else router[part]
+        factors = dy[:, o], vh[part], s[part, :, :own], u[:, o, :own], bias, rows
+        routing = (t.contiguous() for t in (weights[:, part], ids[:, part], h[:, part, :, :own]))
+        gradients = one(*factors, *routing)
+        into = (
+            dx,
+            dvh if dvh is None else dvh[part],
+            ds if ds is None else ds[part, :, :own],
+            du if du is None else du[:, o, :own],
+            dexpert_bias if dexpert_bias is None else dexpert_bias[:, o],
+            drouter if drouter is None else drouter[part],
+            dweights if dweights is None else dweights[:, part],
+        )
+        for gradient, to in zip(gradients, into):
+            if gradient is not None and to is not None:
+                to += gradient
+    return tuple(total)

@@ -1,10 +1,12 @@
 """SMILE experts beside a quantised shared weight."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from smile_kernels import RoutingPolicy, SmileLinear, set_routing
+from smile_kernels import RoutingPolicy, SmileLinear, calibrate, set_routing
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
 from smile_kernels.nn import smile_layers
 from tests.integrations.tiny_models import build, fine_tuned, fuse, output
@@ -60,12 +62,42 @@ def test_torchao(bits):
     torch.testing.assert_close(got, want, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * want.abs().max().item())
 
 
-def test_a_routing_policy_is_refused():
+POLICIES = [
+    RoutingPolicy("sequence"),
+    RoutingPolicy("causal", accumulate=True, lock_after=1),
+    RoutingPolicy("token", calibrated=True, num_experts_per_tok=2),
+    RoutingPolicy("prompt", accumulate=True, calibrated=True),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_routing_policy_holds(policy):
     base = build("LlamaForCausalLM")
-    model = fuse(base, [fine_tuned(base, seed) for seed in (1, 2)])
-    set_routing(model, RoutingPolicy("sequence"))
-    with pytest.raises(ValueError, match=r"model: \S+ follows a routing policy, which a split layer cannot"):
-        split_base(model)
-    assert not any(isinstance(m, SmileBesideLinear) for m in model.modules())
-    set_routing(model, RoutingPolicy())
-    assert any(isinstance(m, SmileBesideLinear) for m in split_base(model).modules())
+    model = fuse(base, [fine_tuned(base, seed) for seed in (1, 2, 3)])
+    published = output(model)
+    if policy.calibrated:
+        calibrate(model)
+    set_routing(model, policy)
+    want = output(model)
+    assert not torch.equal(want, published), "this policy chooses as the published routing does: no test"
+    split = split_base(model)
+    assert not smile_layers(split)
+    torch.testing.assert_close(output(split), want)
+    torch.testing.assert_close(output(copy.deepcopy(split)), want)
+
+
+def test_the_singular_values_stay_float32_when_a_split_layer_is_cast():
+    layer = SmileLinear(24, 16, 3, 4, 2, router_prior=True)
+    split = split_base(layer).to(torch.bfloat16)
+    assert (split.s.dtype, split.router_prior.dtype, split.vh.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert split(torch.randn(3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_hook_of_the_base_sees_its_output_alone():
+    split, seen = split_base(SmileLinear(24, 16, 3, 4, 2)), []
+    x = torch.randn(5, 24)
+    split.base.register_forward_hook(lambda module, args, y: seen.append(y))
+    with torch.no_grad():
+        y = split(x)
+        assert torch.equal(seen[0], split.base(x))
+    assert not torch.equal(y, seen[0])

@@ -350,8 +350,8 @@ def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRo
     ("parts", "policy", "op"),
     [
         (1, None, "smile_kernels.linear"),
-        (3, None, "smile_kernels.apply"),
-        (3, RoutingPolicy("causal", accumulate=True, lock_after=2, calibrated=True), "smile_kernels.apply"),
+        (3, None, "smile_kernels.delta_"),
+        (3, RoutingPolicy("causal", accumulate=True, lock_after=2, calibrated=True), "smile_kernels.delta_"),
     ],
     ids=["one", "merged", "causal"],
 )
@@ -362,10 +362,11 @@ def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypa
     routing = policy and remembered(policy, 16, parts)
     entry = SmileModuleConfig(4, 2, expert_bias=True)
     method = SmileLinearMethod({f"part{i}": entry for i in range(parts)}, 3, 2, routing)
-    method.first, layer, n, graphs = 0, nn.Module(), 3 * parts, []
-    shapes = {"weight": (64, 32), "vh": (n, 4, 32), "u": (n, 64, 4), "expert_bias": (n, 64)}
-    layer.__dict__ |= {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    layer.__dict__ |= {"s": torch.empty(n, 4), "router": None, "router_prior": torch.zeros(parts, 3)}
+    method.first, method.rows, layer, graphs = 0, [64] if parts == 1 else [40, 16, 8], nn.Module(), []
+    shapes = {"weight": (64, 32), "vh": (parts, 3, 4, 32), "u": (3, 64, 4), "expert_bias": (3, 64)}
+    layer.__dict__ |= {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    layer.__dict__ |= {"s": torch.zeros(parts, 3, 4), "router": None, "router_prior": torch.zeros(parts, 3)}
+    method._find_router(layer)
 
     def record(graph, inputs):
         graphs.append(graph.graph)
@@ -382,7 +383,8 @@ def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypa
     names = [str(call.target).removesuffix(".default") for call in calls]
     assert names == (["vllm.smile_running_sums"] if policy else []) + [op]
     assert calls[-1].args[-1] == "triton"
-    y = calls[-1].meta["example_value"][0]
+    ((y,),) = graph.output_node().args
+    y = y.meta["example_value"]
     assert isinstance(y.shape[0], torch.SymInt)
     assert y.shape[1] == 64
 

@@ -27,7 +27,27 @@ def test_operators_pass_opcheck(shape, backend):
         (ops.route_backward, (torch.randn_like(weights), x, p.rows(), weights, ids, [True, False])),
         (ops.apply_backward, (dy, x, weight, vh, s, u, expert_bias, weights, ids, h, [True, False] * 4)),
         (ops.linear_backward, (dy, x, weight, vh, s, u, expert_bias, None, weights, ids, h, g, [True, False] * 4)),
+        (ops.delta, (dy, x, vh, s, u, expert_bias, None, None, None, m, g, True, [], [])),
+        (ops.delta_, (dy, x, vh, s, u, expert_bias, None, weights, ids, m, g, False, [], [])),
+        (
+            ops.delta_backward,
+            (dy, x, vh, s, u, expert_bias, None, weights, ids, h, g, True, [True, False] * 3 + [False], [], []),
+        ),
     ]
+    parts, ranks = (3, weight.shape[0] - 3), (2, 0)
+    vh, s, ids, weights = (
+        torch.stack([vh, vh]),
+        torch.stack([s, s]),
+        ids[:, None].repeat(1, 2, 1),
+        weights[:, None].repeat(1, 2, 1),
+    )
+    h = torch.randn(*ids.shape, s.shape[-1])
+    for routing in ((None, None), (weights, ids)):
+        arguments = dy, x, vh, s, u, expert_bias, None, *routing, m, g
+        cases.append((ops.delta, (*arguments, False, parts, ranks)))
+        cases.append((ops.delta_, (*arguments, True, parts, ranks)))
+    backward = dy, x, vh, s, u, expert_bias, None, weights, ids, h, g
+    cases.append((ops.delta_backward, (*backward, False, [True] * 5 + [False, True], parts, ranks)))
     for op, arguments in cases:
         torch.library.opcheck(op.default, (*arguments, backend))
 

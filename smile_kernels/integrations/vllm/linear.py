@@ -1,8 +1,7 @@
 """SMILE layers in vLLM, for any architecture built of vLLM's linear layers.
 
-vLLM merges the projections that read one x (q, k and v; gate and up) into one layer of P parts. Each part keeps its own
-router: the merged layer is a SMILE layer of P x N experts, of which each part selects m, and whose `u` and
-`expert_bias` are zero outside their part's rows.
+vLLM merges the projections that read one x (q, k and v; gate and up) into one layer of P parts, which the kernels take
+as one (`functional.smile_linear`, parts): each part keeps its own router and experts, or has none.
 """
 
 import functools
@@ -19,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig
 from ...errors import SmileError
-from ...functional import router_projections, select_experts, smile_linear
+from ...functional import select_experts, smile_linear
 from .routing import RememberedRouting
 
 
@@ -87,9 +86,11 @@ class SmileLinearMethod(UnquantizedLinearMethod):
     ):
         super().__init__()
         self.names, self.parts = list(parts), list(parts.values())
+        self.merged = len(parts) > 1
         self.n, self.m, self.routing = num_local_experts, num_experts_per_tok, routing
         self.present = {i: part for i, part in enumerate(self.parts) if part}
-        self.r = max(part.rank_of_expert for part in self.present.values())
+        self.ranks = [part.rank_of_expert if part else 0 for part in self.parts]
+        self.r = max(self.ranks)
         self.g = max(part.rank_of_router for part in self.present.values())
 
     def create_weights(
@@ -155,7 +156,6 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         load(parameter, loaded, *shard)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        n = self.n
         expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
         ends = torch.tensor(self.rows).cumsum(0).tolist()
         missing = []
@@ -175,65 +175,81 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                     missing.append(f"{self.names[i]}.{name}")
         if missing:
             raise SmileError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
-        tensors = {name: getattr(layer, name)[list(self.present)].flatten(0, 1) for name in ("vh", "s")}
+        self._find_router(layer)
+
+    def _find_router(self, layer: LinearBase) -> None:
+        """The router's rows of all parts, where vh does not begin with them; those that `_route` reads, in float32."""
+        for name in ("expert_bias", "router", "router_prior"):
+            if not hasattr(layer, name):
+                layer.register_parameter(name, None)
         if any(part.router or part.rank_of_router != self.g for part in self.present.values()):
-            routers = layer.vh.new_zeros(len(self.present), n, self.g, layer.vh.shape[-1])
-            for to, (i, part) in zip(routers, self.present.items(), strict=True):
-                own = layer.router[i] if part.router else layer.vh[i]
-                to[:, : part.rank_of_router] = own[:, : part.rank_of_router]
-            tensors["router"] = routers.flatten(0, 1)
-        for name in ("u", "expert_bias"):
-            if name in expected:
-                t = expected[name]
-                spread = t.new_zeros(len(self.present), *t.shape)
-                for to, i in zip(spread, self.present, strict=True):
-                    to[:, ends[i] - self.rows[i] : ends[i]] = t[:, ends[i] - self.rows[i] : ends[i]]
-                tensors[name] = spread.flatten(0, 1)
-        if "router_prior" in expected:
-            tensors["router_prior"] = layer.router_prior[list(self.present)]
-        for name in ("vh", "s", "u", "expert_bias", "router", "router_prior"):
-            kept = tensors.get(name)
-            kept = None if kept is None else nn.Parameter(kept.contiguous(), requires_grad=False)
-            layer.register_parameter(name, kept)
+            if layer.router is None:
+                rows = layer.vh.new_zeros(*layer.vh.shape[:2], self.g, layer.vh.shape[-1])
+                layer.router = nn.Parameter(rows, requires_grad=False)
+            for i, part in self.present.items():
+                if not part.router:
+                    layer.router[i, :, : part.rank_of_router] = layer.vh[i, :, : part.rank_of_router]
+        scored, scored_rows = list(self.present), None
+        if self.routing is not None:
+            scored = scored[: self.routing.count(self.first, len(scored))]
+        if scored and not self._routes_itself(layer):
+            rows = layer.vh[:, :, : self.g] if layer.router is None else layer.router
+            scored_rows = rows[scored].flatten(0, 2).float()
+        layer.register_buffer("scored_rows", scored_rows, persistent=False)
+
+    def _routes_itself(self, layer: LinearBase) -> bool:
+        """Whether the kernel routes: it has no policy to follow, and x is whole."""
+        return self.routing is None and not (isinstance(layer, RowParallelLinear) and layer.tp_size > 1)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
-        alone = self.routing is None and len(self.present) == 1 and not split  # then the kernel routes by itself
+        alone = self._routes_itself(layer)
+        vh, s, router = layer.vh, layer.s, layer.router if alone else None
+        if not self.merged:
+            vh, s, router = vh[0], s[0], None if router is None else router[0]
         return smile_linear(
             x,
             layer.weight,
             bias,
-            layer.vh,
-            layer.s,
+            vh,
+            s,
             layer.u,
             layer.expert_bias if not split or layer.tp_rank == 0 else None,
-            layer.router if alone else None,
+            router,
             num_experts_per_tok=self.m,
             rank_of_router=self.g if alone else 1,
             routing=None if alone else self._route(layer, x, split),
+            parts=self.rows if self.merged else None,
+            rank_of_parts=self.ranks if self.merged else None,
         )
 
     def _route(self, layer: LinearBase, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
-        """The choices of all the layer's routers, side by side: weights and ids [..., P x m]."""
+        """The choices of the layer's routers: weights and ids [..., P, m], or [..., m] where it is not merged."""
         p = len(self.present)
-        scored = p if self.routing is None else self.routing.count(self.first, p)
-        if scored:
-            rows = slice(scored * self.n)
-            router = None if layer.router is None else layer.router[rows]
-            projections = router_projections(x, layer.vh[rows], router, rank_of_router=self.g)
+        if layer.scored_rows is not None:
+            projections = F.linear(x.float(), layer.scored_rows)
             if split:
                 # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
                 projections = tensor_model_parallel_all_reduce(projections)
-            scores = torch.linalg.vector_norm(projections, dim=-1).unflatten(-1, (scored, self.n))
+            scores = torch.linalg.vector_norm(projections.unflatten(-1, (-1, self.n, self.g)), dim=-1)
         else:
-            scores = x.new_empty(*x.shape[:-1], 0, self.n)
+            scores = x.new_empty(*x.shape[:-1], 0, self.n, dtype=torch.float32)
         if self.routing is None:
             weights, ids = select_experts(scores, self.m)
         else:
-            weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p, layer.router_prior)
-        first = torch.arange(0, p * self.n, self.n, device=x.device, dtype=ids.dtype)
-        shape = (*x.shape[:-1], p * self.m)
-        return weights.reshape(shape), (ids + first[:, None]).reshape(shape)
+            prior = layer.router_prior
+            if prior is not None and p < len(prior):
+                prior = prior[list(self.present)]
+            weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p, prior)
+        shape = (*x.shape[:-1], p, self.m)
+        weights, ids = weights.reshape(shape), ids.reshape(shape)
+        if not self.merged:
+            return weights[..., 0, :], ids[..., 0, :]
+        if p == len(self.parts):
+            return weights, ids
+        where = [list(self.present).index(i) if part else p for i, part in enumerate(self.parts)]
+        weights, ids = F.pad(weights, (0, 0, 0, 1)), F.pad(ids, (0, 0, 0, 1), value=-1)  # what a dense part takes
+        return weights[..., where, :], ids[..., where, :]
 
 
 def _index(parts: int, shard: Any = None) -> int:

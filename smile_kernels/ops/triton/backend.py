@@ -119,16 +119,52 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
         return expand(device, x, weight, bias, tail, u, expert_bias, path), h
 
 
+@registration.by_part
+def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save):
+    """Add the experts to y [T, O], of any rows, in place -> weights and ids where it chose them, and h."""
+    (tokens, d), (n, o, r), m, g = x.shape, u.shape, num_experts_per_tok, rank_of_router
+    routes, device = ids is None, configs.device_of(x.device)
+    m = m if routes else ids.shape[1]
+    none = s.new_empty(0), s.new_empty(0, dtype=torch.int32)
+    if tokens == 0:
+        return *(empty_routing(x, m) if routes else none), s.new_empty((0, m, r) if save else 0)
+    x = _rows(x)
+    s, weights, ids = _contiguous(s, weights, ids)
+    if expert_bias is not None:
+        expert_bias = _rows(expert_bias)
+    gates, linear_path = expert_bias is not None, "route_first"
+    if routes and router is None:
+        linear_path = configs.linear_path(device, x.dtype, tokens, d, o, n, vh.shape[1], g, r, m, save)
+    with torch.cuda.device_of(x):
+        if linear_path != "route_first":
+            weights, ids = empty_routing(x, m)
+            partial = shrink(device, x, vh)
+            tail, h = scale(device, partial, s, weights, ids, x.dtype, rank_of_router=g, gates=gates, save=save)
+            expand(device, x, None, None, tail, u, expert_bias, "delta", y)
+            return weights, ids, h
+        if routes:
+            weights, ids = route(x, router_rows(vh, router, g), m)
+        if configs.apply_path(device, x.dtype, tokens, d, o, n, r, m) == "grouped":
+            given = (weights, ids) if routes else grouped.none_as_first(weights, ids, n)[:2]
+            _, h = grouped.apply(device, x, None, None, vh, s, u, expert_bias, *given, save, y)
+        else:
+            partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None, overlaps=routes)
+            tail, h = scale(device, partial, s, weights, ids, x.dtype, gates=gates, save=save)
+            expand(device, x, None, None, tail, u, expert_bias, "delta", y)
+    return *((weights, ids) if routes else none), h
+
+
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
 
     With rank_of_router, the weights come from the first rank_of_router products in h, and their gradient goes on there.
+    Without a weight dx is that of the experts alone.
     """
     if x.shape[0] == 0:
-        like = (x, weight, weight[:, 0], vh, s, u, expert_bias, weights)
+        like = (x, weight, dy[0:1].sum(0), vh, s, u, expert_bias, weights)
         return tuple(torch.zeros_like(t) if needed else None for t, needed in zip(like, needs))
     dy, x = _rows(dy), _rows(x)
-    vh, s, u, expert_bias, weights, ids = _contiguous(vh, s, u, expert_bias, weights, ids)
+    vh, s, u, expert_bias, weights, ids, h = _contiguous(vh, s, u, expert_bias, weights, ids, h)
     device, factors = configs.device_of(x.device), (vh, s, u, expert_bias)
     with torch.cuda.device_of(x):
         return backward.apply_backward(device, dy, x, weight, *factors, weights, ids, h, needs, rank_of_router)

@@ -284,10 +284,11 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     if needs_weights and groups and not rank_of_router:
         dweights = torch.where(real, dweights, 0)
     if needs_x and groups:
-        dx = grouped.expand(device, dh, vh[:, :r], groups).addmm_(dy, weight)
+        dx = grouped.expand(device, dh, vh[:, :r], groups)
     elif needs_x:
-        tail = Tail(dh, None, present, config["BLOCK_T"])
-        dx = expand(device, dy, weight.T, None, tail, vh[:, :r].mT, None, "delta")
+        dx = expand(device, dy, None, None, Tail(dh, None, present, config["BLOCK_T"]), vh[:, :r].mT, None, "delta")
+    if needs_x and weight is not None:
+        dx.addmm_(dy, weight)
     if needs_vh and groups:
         dvh = torch.empty_like(vh) if vh.shape[1] == r else torch.zeros_like(vh)
         outer(device, dh, x, groups, dvh[:, :r])

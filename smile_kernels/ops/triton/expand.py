@@ -36,8 +36,11 @@ def _expand(
     u_stride_n,
     U_STRIDE_O: tl.constexpr,
     u_stride_r,
+    expert_bias_stride_n,
+    y_stride_t,
     # meta-parameters
     BASE: tl.constexpr,
+    ADD: tl.constexpr,
     TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_EXPERT_BIAS: tl.constexpr,
@@ -113,13 +116,17 @@ def _expand(
         for first in range(0, N, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
             a = tl.load(gates + t[:, None] * N + e[None, :], mask=t_inside & (e[None, :] < N), other=0.0)
-            b = tl.load(expert_bias + e[:, None] * O + o[None, :], mask=(e[:, None] < N) & o_inside, other=0.0)
+            bias_ptrs = expert_bias + e[:, None] * (expert_bias_stride_n if ADD else O) + o[None, :]
+            b = tl.load(bias_ptrs, mask=(e[:, None] < N) & o_inside, other=0.0)
             acc = dot(a, b, acc, PRECISION)
     if OWN:
         acc += base
     if HAS_BIAS:
         acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + t[:, None] * O + o[None, :], cast(acc, y.dtype.element_ty), mask=t_inside & o_inside)
+    y_ptrs = y + t[:, None] * (y_stride_t if ADD else O) + o[None, :]
+    if ADD:
+        acc += tl.load(y_ptrs, mask=t_inside & o_inside, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, cast(acc, y.dtype.element_ty), mask=t_inside & o_inside)
 
 
 def _describable(t: Tensor) -> bool:
@@ -132,28 +139,31 @@ def _describable(t: Tensor) -> bool:
 def expand(
     device: configs.Device,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     tail: Tail,
     u: Tensor,
     expert_bias: Tensor | None,
     path: configs.ApplyPath,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
 
-    x [T, D], weight [O, D], bias [O], u [N, O, r] of any strides, expert_bias [N, O]. `path` is how the base product is
-    made: "fused" in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator
-    unless their alignment forbids it; "delta" by cuBLAS on top of the rest.
+    x [T, D], weight [O, D] or None for no base product, bias [O], u [N, O, r] of any strides, expert_bias [N, O] of any
+    rows. `onto` [T, O] of any rows is added to in place, instead of x W^T + b. `path` is how the base product is made:
+    "fused" in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator unless
+    their alignment forbids it; "delta" by cuBLAS on top of the rest.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
-    tma = path == "tma" and _describable(x) and _describable(weight)
-    precision, strides = configs.precision(x.dtype, device), (x.stride(0), *u.stride())
+    tma = path == "tma" and weight is not None and _describable(x) and _describable(weight)
+    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device) if onto is None else onto
+    bias_stride = 0 if expert_bias is None else expert_bias.stride(0)
+    precision, strides = configs.precision(x.dtype, device), (x.stride(0), *u.stride(), bias_stride, y.stride(0))
     launches = _plan(
         device, config, precision, configs.rank_block(r, x.dtype), tokens, d, o, n, r, tail.tokens_per_block, strides,
-        path != "delta", tma, bias is not None, expert_bias is not None,
+        path != "delta", onto is not None, tma, bias is not None, expert_bias is not None,
     )  # fmt: skip
-    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
     base = x, weight
     if tma:
         base = (
@@ -161,19 +171,19 @@ def expand(
             TensorDescriptor.from_tensor(weight, [config["BLOCK_O"], config["BLOCK_D"]]),
         )
     run(launches, *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y)
-    return y.addmm_(x, weight.T) if path == "delta" else y
+    return y.addmm_(x, weight.T) if path == "delta" and weight is not None else y
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    device, config, precision, block_r, tokens, d, o, n, r, seen, strides, base, tma, bias, expert_bias
+    device, config, precision, block_r, tokens, d, o, n, r, seen, strides, base, add, tma, bias, expert_bias
 ) -> tuple[Launch, ...]:
     block_n = next_power_of_2(n)
     return (
         Launch(
             _expand, (cdiv(tokens, config["BLOCK_T"]) * cdiv(o, config["BLOCK_O"]),),
             (tokens, d, o, n, r, seen, *strides),
-            BASE=base, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
+            BASE=base, ADD=add, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
             BLOCK_N=block_n, BLOCK_S=min(config["BLOCK_T"] // seen, max(1, 4096 // block_n)),
             BLOCK_E=max(16, min(config["BLOCK_D"], 64, block_n)), BLOCK_R=min(config["BLOCK_D"], block_r),
             **config, **device.launch(),

@@ -286,6 +286,8 @@ def _expand(
     factors_stride_n,
     factors_stride_r,
     factors_stride_o,
+    expert_bias_stride_n,
+    y_stride_t,
     # meta-parameters
     ADD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -316,10 +318,15 @@ def _expand(
             acc = dot(a, b, acc, PRECISION)
         if HAS_EXPERT_BIAS:
             w = tl.load(weights + t * M + j, mask=real, other=0.0)
-            acc += w[:, None] * tl.load(expert_bias + expert * O + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+            acc += (
+                w[:, None]
+                * tl.load(expert_bias + expert * expert_bias_stride_n + o, mask=o < O, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            )
         if HAS_BIAS:
             acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-        y_ptrs = y + t[:, None] * O + o[None, :]
+        y_ptrs = y + t[:, None] * y_stride_t + o[None, :]
         if ADD:
             acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptrs, cast(acc, y.dtype.element_ty), mask=mask)
@@ -333,21 +340,25 @@ def expand(
     weights: Tensor | None = None,
     expert_bias: Tensor | None = None,
     bias: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """y [T, O] = bias + sum over slots of (scaled_j factors_i + weights_j expert_bias_i), i the expert of slot j.
 
-    scaled [T, m, r], factors [N, r, O] of any strides, weights [T, m], expert_bias [N, O], bias [O].
+    scaled [T, m, r], factors [N, r, O] of any strides, weights [T, m], expert_bias [N, O] of any rows, bias
+    [O]. `onto` [T, O] of any rows is added to in place, instead of the bias.
     """
     (tokens, m, r), (n, _, o) = scaled.shape, factors.shape
-    y = torch.empty(tokens, o, dtype=scaled.dtype, device=scaled.device)
+    y = torch.empty(tokens, o, dtype=scaled.dtype, device=scaled.device) if onto is None else onto
+    bias_stride = 0 if expert_bias is None else expert_bias.stride(0)
     config = configs.tile("scatter", device, scaled.dtype, groups.block, o, r)
     schedule = groups.experts.shape[1]
     for j in range(m):
         launch(
             _expand, (schedule * cdiv(o, config["BLOCK_O"]),),
             (scaled, factors, weights, expert_bias, bias, *groups[:4], y),
-            (j, tokens, o, schedule, n, r, m, *factors.stride()),
-            ADD=j > 0, HAS_BIAS=bias is not None and j == 0, HAS_EXPERT_BIAS=expert_bias is not None,
+            (j, tokens, o, schedule, n, r, m, *factors.stride(), bias_stride, y.stride(0)),
+            ADD=j > 0 or onto is not None, HAS_BIAS=bias is not None and j == 0,
+            HAS_EXPERT_BIAS=expert_bias is not None,
             PRECISION=configs.precision(scaled.dtype, device), **config, **device.launch(),
         )  # fmt: skip
     return y
@@ -375,9 +386,12 @@ def scale(
     return scaled, h
 
 
-def apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save):
-    """As the backend's `apply`, for experts whose rows together are too many to form every product."""
+def apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save, onto=None):
+    """As the backend's `apply`, for experts whose rows together are too many to form every product.
+
+    `onto` [T, O] of any rows is added to in place, instead of x W^T + b.
+    """
     groups = group(device, ids, s.shape[0], x.dtype)
     scaled, h = scale(device, shrink(device, x, vh[:, : s.shape[1]], groups), s, weights, ids, x.dtype, save)
-    y = expand(device, scaled, u.mT, groups, weights, expert_bias, bias)
-    return y.addmm_(x, weight.T), h
+    y = expand(device, scaled, u.mT, groups, weights, expert_bias, bias, onto)
+    return y if onto is not None else y.addmm_(x, weight.T), h

@@ -49,6 +49,20 @@ def check_forward(ops, problem: Problem) -> None:
     assert_close("h of apply", h_apply, exact, error)
     assert ops.linear(*p.arguments(), m, p.rank_of_router, False)[3].numel() == 0
 
+    base = torch.nn.functional.linear(p.x, p.weight, p.bias)
+    experts = p.x, p.vh, p.s, p.u, p.expert_bias, p.router
+    for routing in ((None, None), (weights, ids)):
+        onto = torch.full((base.shape[0], base.shape[1] + 3), torch.nan, dtype=base.dtype)[:, 1:-2].copy_(base)
+        own_weights, own_ids, h_delta = ops.delta_(onto, *experts, *routing, m, p.rank_of_router, True)
+        assert_close("y of delta_", onto, *expectations(p, ids, weights=weights)["y"])
+        assert_close("h of delta_", h_delta, exact, error)
+        if routing[1] is None:
+            assert torch.equal(own_weights, weights)
+            assert torch.equal(own_ids, ids)
+        apart = ops.delta(base, *experts, *routing, m, p.rank_of_router, False)
+        assert torch.equal(apart[0], onto)
+        assert apart[3].numel() == 0
+
 
 def check_backward(ops, problem: Problem) -> None:
     """apply_backward under fixed weights, and with route_backward added through the router, against the reference."""

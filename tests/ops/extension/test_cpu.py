@@ -11,6 +11,7 @@ from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close, expectations
 from tests.ops.extension.builds import SANITIZERS, cpu_library, run_sanitized
 from tests.ops.extension.cases import DTYPES, SHAPES, check_backward, check_forward
+from tests.problems import problems_of_parts, side_by_side
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 COMPILED = torch.ops.smile_kernels_ext
@@ -230,12 +231,44 @@ def test_opcheck():
         torch.library.opcheck(ops.linear.default, (*p.arguments(), 2, 2, save), test_utils=utils)
         routing = ops.route(p.x, p.rows(), 2)
         torch.library.opcheck(ops.apply.default, (*p.arguments()[:7], *routing, save), test_utils=utils)
+        y, experts = torch.randn(5, 16), (p.x, p.vh, p.s, p.u, p.expert_bias, p.router)
+        for given in ((None, None), routing):
+            torch.library.opcheck(ops.delta.default, (y, *experts, *given, 2, 2, save), test_utils=utils)
+            torch.library.opcheck(ops.delta_.default, (y, *experts, *given, 2, 2, save), test_utils=utils)
+
+
+def test_opcheck_of_parts():
+    problems = problems_of_parts((5, 3), (4, 2), 6, 24, 3, 2, 2)
+    x, layer, ops = problems[0].x, side_by_side(problems, (4, 2)), torch.ops.smile_kernels_ext
+    layer, parts = {name: None if t is None else t.nan_to_num() for name, t in layer.items()}, ((5, 3), (4, 2))
+    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(ops.linear.default, (x, *layer.values(), 2, 2, True, *parts), test_utils=utils)
+    _, weights, ids, _ = ops.linear(x, *layer.values(), 2, 2, False, *parts)
+    arguments = x, *list(layer.values())[:6]
+    torch.library.opcheck(ops.apply.default, (*arguments, weights, ids, True, *parts), test_utils=utils)
+    with pytest.raises(RuntimeError, match="parts: have 8 outputs together; expected those of u, 5"):
+        ops.linear(x, *{**layer, "u": layer["u"][:, :5], "expert_bias": None}.values(), 2, 2, False, *parts)
+    with pytest.raises(RuntimeError, match="rank_of_parts: holds 5; expected 0 to 4"):
+        ops.linear(x, *layer.values(), 2, 2, False, (5, 3), (4, 5))
+
+
+def test_same_bits_of_parts_on_any_number_of_threads():
+    problems = problems_of_parts((300, 70, 130), (16, 0, 9), 70, 300, 8, 16, 2)
+    layer, before, results = side_by_side(problems, (16, 0, 9)), torch.get_num_threads(), []
+    y = torch.randn(70, 500)
+    experts = problems[0].x, *list(layer.values())[2:]
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(COMPILED.delta(y, *experts, None, None, 2, 16, True, (300, 70, 130), (16, 0, 9)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def test_a_library_of_older_sources_is_named(monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
-    assert extension.why_not("cpu", torch.float32, 4, training=False) is None
-    assert "built from older sources" in extension.why_not("cpu", torch.float32, 4, training=True)
+    for training in (False, True):
+        assert "built from older sources" in extension.why_not("cpu", torch.float32, 4, training=training)
 
 
 @pytest.mark.parametrize("training", [False, True])

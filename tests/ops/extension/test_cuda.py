@@ -11,9 +11,11 @@ import pytest
 import torch
 import triton
 
+from smile_kernels.ops import registration
 from smile_kernels.testing import Problem, assert_close, expectations
 from tests.ops.extension.builds import CSRC, EMULATION, HERE, SANITIZERS, cached, emulated_library, run_sanitized
 from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
+from tests.problems import PARTS, check_parts, problems_of_parts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = [
@@ -28,8 +30,28 @@ def ops():
     """The operators of the CUDA library, on CPU tensors."""
     torch.ops.load_library(emulated_library("-O2"))
     namespace = torch.ops.smile_kernels_emulated
-    names = ("route", "apply", "linear", "route_backward", "apply_backward")
+    names = ("route", "apply", "linear", "delta", "delta_", "route_backward", "apply_backward")
     return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
+
+
+@pytest.mark.parametrize("layout", ["two", "three, one dense"])
+@pytest.mark.parametrize("tokens", [3, 70], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_match_reference(ops, layout, tokens, dtype):
+    sizes, ranks = PARTS[layout]
+    problems = problems_of_parts(sizes, ranks, tokens, 33, 4, 4, 2, dtype=dtype)
+    delta_ = registration.by_part(ops.delta_)
+
+    def layer(x, weight, bias, *experts, parts, rank_of_parts, routing, num_experts_per_tok, rank_of_router):
+        y, routing = torch.nn.functional.linear(x, weight, bias), routing or (None, None)
+        delta_(y, x, *experts, *routing, num_experts_per_tok, rank_of_router, False, parts, rank_of_parts)
+        return y
+
+    check_parts(problems, ranks, layer, backward=False)
+    for p in problems:
+        p.num_experts_per_tok = 3
+    routing = torch.rand(tokens, len(sizes), 3), torch.randint(-1, 4, (tokens, len(sizes), 3), dtype=torch.int32)
+    check_parts(problems, ranks, layer, backward=False, routing=routing)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """Every kernel, forward and backward, against the float64 reference: on the GPU if there is one, else interpreted."""
 
+import functools
+
 import pytest
 import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smile_kernels.functional import smile_linear
+from smile_kernels.functional import smile_delta, smile_linear
 from smile_kernels.ops import reference
 from smile_kernels.ops.triton import backend, configs
 from smile_kernels.testing import Problem, assert_close, expectations
+from tests.problems import PARTS, check_parts, problems_of_parts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LINEAR_PATHS, APPLY_PATHS = configs.LINEAR_PATHS, configs.APPLY_PATHS
@@ -37,6 +40,35 @@ def check(p: Problem, *, backward: bool) -> None:
         for name, gradient in zip(leaves, torch.autograd.grad(y, leaves.values(), dy)):
             assert gradient.dtype == leaves[name].dtype
             assert_close(f"d{name}", gradient, *expected[name])
+
+
+@pytest.mark.parametrize("path", ["one_product", "route_first", "grouped"])
+@pytest.mark.parametrize("layout", ["two", "three, one dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_match_reference(path, layout, dtype, device, take):
+    take("route_first" if path == "grouped" else path, path if path == "grouped" else "fused")
+    sizes, ranks = PARTS[layout]
+    problems = problems_of_parts(sizes, ranks, 21, 33, 4, 4, 2, dtype=dtype, device=device)
+    layer = functools.partial(smile_linear, backend="triton")
+    check_parts(problems, ranks, layer, backward=True)
+    shape = 21, len(sizes), 2
+    routing = torch.rand(shape, device=device), torch.randint(-1, 4, shape, dtype=torch.int32, device=device)
+    check_parts(problems, ranks, layer, backward=path != "one_product", routing=routing)
+
+
+@pytest.mark.parametrize("path", ["one_product", "grouped"])
+@pytest.mark.parametrize("tokens", [0, 1, 21])
+def test_delta_onto_outputs_among_others(path, tokens, device, take):
+    take("route_first" if path == "grouped" else path, path if path == "grouped" else "fused")
+    p = Problem.random(tokens, 33, 40, 4, 6, 3, 2, device=device)
+    base = torch.nn.functional.linear(p.x, p.weight, p.bias)
+    into = torch.full((tokens, 49), torch.nan, device=device)
+    into[:, 4:-5] = base
+    options = {"num_experts_per_tok": 2, "rank_of_router": 3, "backend": "triton", "inplace": True}
+    y = smile_delta(into[:, 4:-5], p.x, p.vh, p.s, p.u, p.expert_bias, **options)
+    assert_close("y", y, *expectations(p, reference_ids(p))["y"])
+    assert into[:, :4].isnan().all()
+    assert into[:, -5:].isnan().all(), "outputs of others are written"
 
 
 def possible(dtype: torch.dtype, device: str) -> list[str]:
