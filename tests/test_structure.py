@@ -31,6 +31,7 @@ BACKENDS = ("composed", "extension", "triton")
 # What a module of ops/ may not import: a backend neither another nor what chooses among them.
 APART = {"reference": (*BACKENDS, "library"), **dict.fromkeys(BACKENDS, (*BACKENDS, "library"))}
 INSTALLS = r"pip install [^\n`]*smile[-_]kernels"
+CHANGES = ("add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update")
 LONGEST = 80  # lines of a function, its docstring aside
 
 
@@ -98,6 +99,53 @@ def test_modules_import_from_below(file):
 )
 def test_an_import_from_above_is_found(module, source):
     assert len(wrong_imports(source, tuple(module.split("/")))) == 1
+
+
+def changed_state(source: str) -> list[str]:
+    """Names of a module that its functions rebind, or whose dict, list or set they change."""
+    tree = ast.parse(source)
+    assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    targets = [target for node in assigned for target in getattr(node, "targets", None) or [node.target]]
+    held = {target.id for target in targets if isinstance(target, ast.Name)}
+    changed = []
+    for node in ast.walk(tree):
+        owner = None
+        if isinstance(node, ast.Global):
+            changed += node.names
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            owner = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            owner = node.func.value
+        if isinstance(owner, ast.Name) and owner.id in held:
+            changed.append(owner.id)
+    return changed
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda file: file.stem)
+def test_no_module_of_ops_has_mutable_state(file):
+    """Caches by functools.cache and lru_cache hold what follows from their arguments alone."""
+    assert changed_state(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "seen = {}\ndef f(x):\n    seen[x] = 1",
+        "seen = list()\ndef f(x):\n    seen.append(x)",
+        "seen: set = set()\ndef f(x):\n    seen.add(x)",
+        "seen = None\ndef f(x):\n    global seen\n    seen = x",
+    ],
+)
+def test_mutable_state_is_found(source):
+    assert changed_state(source) == ["seen"]
+
+
+def test_the_plan_of_rooms_names_every_module():
+    plan = (ROOT / "CONTRIBUTING.md").read_text().split("```")[3]
+    modules = [file for file in PACKAGE.rglob("*.py") if not file.name.startswith("__")]
+    inside = {"triton", "vllm", "benchmark"}  # these folders are named as one
+    assert [f.name for f in modules if not inside & {*f.parts} and f.name not in plan] == []
+    assert [name for name in re.findall(r"\w+\.py\b", plan) if not list(PACKAGE.rglob(name))] == []
 
 
 @pytest.mark.parametrize("folder", ["smile_kernels", "bench", "studies"])
