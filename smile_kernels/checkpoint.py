@@ -19,9 +19,9 @@ from .errors import SmileError
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
-from .nn import replace_linear, smile_layers
+from .nn import SmileLinear, all_or_nothing, replace_linear, smile_layers
 from .publishing import MANIFEST, check_folder, output_folder, write_text
-from .routing import CalibrationReport, RoutingPolicy, calibrate, set_routing, user_turn_ids
+from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
 from .schema import check_arguments, parse
 from .storage import (
     StoredTensor,
@@ -353,8 +353,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
     """Swaps the config's layers into the model and loads the tensors into it."""
     if any(p.is_meta for p in model.parameters()):
         raise SmileError("model: has parameters on the meta device; expected one that can hold weights")
-    experts_only = config.base_model_name_or_path is not None
-    layers = {}
+    layers: dict[str, SmileLinear] = {}
     for name, entry in config.modules.items():
         try:
             linear: Any = model.get_submodule(name)
@@ -369,7 +368,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             )
         transposed = type(linear).__name__ == "Conv1D"
         weight, bias = linear.weight.T if transposed else linear.weight, getattr(linear, "bias", None)
-        layer = entry.build(
+        layers[name] = entry.build(
             weight.shape[1],
             weight.shape[0],
             config.num_local_experts,
@@ -378,28 +377,47 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             expert_names=config.expert_names,
             device="meta",
             dtype=weight.dtype,
-        ).to_empty(device=weight.device)
-        # The very parameters of the linear layer: what was tied to them stays tied.
-        layer.weight = nn.Parameter(weight.contiguous()) if transposed else linear.weight
-        layer.bias = bias
-        layers[name] = layer.train(linear.training)
-        key = f"{name}.weight"
-        if entry.fan_in_fan_out and key in tensors:
+        ).train(linear.training)
+        if entry.fan_in_fan_out and (key := f"{name}.weight") in tensors:
             tensors = {**tensors, key: tensors[key].T}
-    for name, layer in layers.items():
-        replace_linear(model, name, layer)
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise SmileError(f"checkpoint: does not fit {type(model).__name__}: {error}") from None
+    _check_tensors(model, layers, tensors, config)
+    priors = all(entry.router_prior for entry in config.modules.values())
+    check_routing(model, config.routing, dict.fromkeys(layers, config.num_local_experts), calibrating=priors)
+    with all_or_nothing(model):
+        for name, layer in layers.items():
+            linear = model.get_submodule(name)
+            layer = layer.to_empty(device=linear.weight.device)
+            # The very parameters of the linear layer: what was tied to them stays tied.
+            transposed = type(linear).__name__ == "Conv1D"
+            layer.weight = nn.Parameter(linear.weight.T.contiguous()) if transposed else linear.weight
+            layer.bias = getattr(linear, "bias", None)
+            replace_linear(model, name, layer)
+        set_routing(model, config.routing)
+        guard_weights(model)
+        describe_as_smile(model)
+        model.load_state_dict(tensors, strict=False)  # last, since values are not put back
+
+
+def _check_tensors(
+    model: nn.Module, layers: Mapping[str, SmileLinear], tensors: Mapping[str, Tensor], config: SmileConfig
+) -> None:
+    """Raises ValueError unless the tensors are those of the model with these layers, in name and shape."""
     state = model.state_dict(keep_vars=True)
+    places = tuple(f"{name}." for name in layers)
+    expected = {name: tensor for name, tensor in state.items() if not name.startswith(places)}
+    expected |= {
+        f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()
+    }
     loaded = {id(state[name]) for name in tensors if name in state}
-    missing = [name for name in missing if id(state[name]) not in loaded]
-    if experts_only:
-        missing = [name for name in missing if name in _factor_names(config)]
-    if missing or unexpected:
-        problem, name = ("missing", missing[0]) if missing else ("unexpected", unexpected[0])
-        raise SmileError(f"checkpoint: tensor {name!r} is {problem} for {type(model).__name__}")
-    set_routing(model, config.routing)
-    guard_weights(model)
-    describe_as_smile(model)
+    needed = expected if config.base_model_name_or_path is None else _factor_names(config)
+    for name in needed:
+        tied = name in state and id(state[name]) in loaded
+        if name in expected and name not in tensors and not tied:
+            raise SmileError(f"checkpoint: tensor {name!r} is missing for {type(model).__name__}")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise SmileError(f"checkpoint: tensor {name!r} is unexpected for {type(model).__name__}")
+        if tensor.shape != expected[name].shape:
+            raise SmileError(
+                f"checkpoint: tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}"
+            )

@@ -350,7 +350,8 @@ def _given_routing(
     if ids.shape[-1] == 0:
         return weights, ids
     shape = (-1, *of_parts, ids.shape[-1])
-    return weights.reshape(shape).to(s.dtype), ids.reshape(shape).int()
+    # One choice for a whole sequence comes as an expanded view.
+    return weights.reshape(shape).to(s.dtype).contiguous(), ids.reshape(shape).int().contiguous()
 
 
 def _check_in_place(y: Tensor, x: Tensor, tensors: Sequence[tuple[str, Tensor | None]]) -> None:

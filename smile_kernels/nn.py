@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -457,6 +458,34 @@ def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
         if layer.parts is not None:
             raise SmileError(f"model: {name or 'it'} is a merged layer; expected the layers of its parts (split)")
     return layers
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Puts the modules, parameters, hooks and config of a model back as they were if the block raises.
+
+    Args:
+        model: the model.
+        overwritten: the tensors whose values the block changes; they are copied.
+    """
+    config = getattr(model, "config", None)
+    before = [
+        (one, dict(vars(one)), [(held, held.copy()) for held in vars(one).values() if isinstance(held, dict)])
+        for one in (*model.modules(), *([config] if hasattr(config, "__dict__") else []))
+    ]
+    values = [(tensor, tensor.detach().clone()) for tensor in overwritten]
+    try:
+        yield
+    except BaseException:
+        for one, attributes, dicts in before:
+            vars(one).clear()
+            vars(one).update(attributes)
+            for held, entries in dicts:  # in place: the handles of hooks refer to them
+                held.clear()
+                held.update(entries)
+        for tensor, value in values:
+            tensor.data.copy_(value)
+        raise
 
 
 def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:

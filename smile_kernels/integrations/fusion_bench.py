@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..errors import SmileError
-from ..nn import SmileLinear
+from ..nn import SmileLinear, all_or_nothing
 from ..schema import check_arguments
 from ..versions import warn_if_newer
 
@@ -44,19 +44,20 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
         The same model; where `model` is itself such a layer, the new layer.
 
     Raises:
-        ValueError: no such layer was found.
+        ValueError: no such layer was found, or one with a tensor missing. Nothing is changed then.
     """
     warn_if_newer("fusion-bench")
     layers = {name: module for name, module in model.named_modules() if _is_smile(module)}
     if not layers:
         raise SmileError(f"model: {type(model).__name__} holds no SMILE layer of fusion_bench; expected at least one")
-    for name, module in layers.items():
-        layer = _convert_layer(
-            module.state_dict(), num_experts_per_tok=getattr(module, _MODULES[type(module).__name__])
-        ).train(module.training)
-        if not name:
-            return layer
-        model.set_submodule(name, layer)
+    with all_or_nothing(model):
+        for name, module in layers.items():
+            layer = _convert_layer(
+                module.state_dict(), num_experts_per_tok=getattr(module, _MODULES[type(module).__name__])
+            ).train(module.training)
+            if not name:
+                return layer
+            model.set_submodule(name, layer)
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..functional import smile_delta
-from ..nn import KeepsSingularValues, SmileLinear, smile_layers
+from ..nn import KeepsSingularValues, SmileLinear, all_or_nothing, smile_layers
 from ..versions import warn_if_newer
 
 __all__ = ["SmileBesideLinear", "split_base"]
@@ -87,9 +87,10 @@ def split_base(model: nn.Module) -> nn.Module:
     layers = smile_layers(model)
     if not layers:
         raise SmileError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
-    for name, layer in layers.items():
-        split = SmileBesideLinear(layer).train(layer.training)
-        if not name:
-            return split
-        model.set_submodule(name, split)
+    with all_or_nothing(model):
+        for name, layer in layers.items():
+            split = SmileBesideLinear(layer).train(layer.training)
+            if not name:
+                return split
+            model.set_submodule(name, split)
     return model

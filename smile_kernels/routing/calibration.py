@@ -119,7 +119,7 @@ def calibrate(
     if not any(count for _, count in shares.values()):
         raise SmileError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
 
-    report = []
+    report, priors = [], {}
     for name, layer in layers.items():
         total, count = shares[name]
         mean = total / max(count, 1)
@@ -127,7 +127,9 @@ def calibrate(
         prior = torch.where(present, mean.clamp_min(torch.finfo(torch.float32).tiny).log(), 0)
         spread = (prior - prior[present].mean())[present] if bool(present.any()) else prior
         report.append(LayerBias(name, prior.tolist(), float(spread.square().mean().sqrt()), count))
-        layer.router_prior = prior.to(layer.s.device, layer.s.dtype)
+        priors[name] = prior.to(layer.s.device, layer.s.dtype)
+    for name, layer in layers.items():
+        layer.router_prior = priors[name]
     return CalibrationReport(source, report)
 
 

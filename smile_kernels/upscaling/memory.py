@@ -13,7 +13,7 @@ from ..errors import SmileError
 from ..guard import guard_weights
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
-from ..nn import SmileLinear, replace_linear
+from ..nn import SmileLinear, all_or_nothing, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from ..schema import check_arguments
@@ -137,22 +137,26 @@ def upscale(
     if routing is not None:
         check_routing(model, routing, dict.fromkeys(factors, len(finetuned)), calibrating=calibrate)
     model = model if inplace else copy.deepcopy(model)
-    resize(model, added, base)
+    values = [base[layer.weight] for layer in taken] + [base[layer.bias] for layer in taken if layer.bias in base]
     if remaining == "average":
-        _average_remaining(model, {id(base[name]) for name in held if name in base}, base, sources)
-    for layer in taken:
-        _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
-    for name, linear in linear_layers(model).items():
-        if name in factors:
-            _replace(model, linear, factors[name], names, rank_of_router, num_experts_per_tok)
-    report = UpscaleReport(reports, lost, expert_names=names or ())
-    if calibrate:
-        report = replace(report, calibration=calibrate_model(model))
-        routing = routing or RoutingPolicy.recommended(model)
-    if routing is not None:
-        set_routing(model, routing)
-    guard_weights(model)
-    describe_as_smile(model)
+        values += [tensor for name, tensor in base.items() if name not in held]
+    with all_or_nothing(model, values if inplace else ()):
+        resize(model, added, base)
+        if remaining == "average":
+            _average_remaining(model, {id(base[name]) for name in held if name in base}, base, sources)
+        for layer in taken:
+            _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
+        for name, linear in linear_layers(model).items():
+            if name in factors:
+                _replace(model, linear, factors[name], names, rank_of_router, num_experts_per_tok)
+        report = UpscaleReport(reports, lost, expert_names=names or ())
+        if calibrate:
+            report = replace(report, calibration=calibrate_model(model))
+            routing = routing or RoutingPolicy.recommended(model)
+        if routing is not None:
+            set_routing(model, routing)
+        guard_weights(model)
+        describe_as_smile(model)
     report.warn(remaining)
     return model, report
 

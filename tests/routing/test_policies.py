@@ -48,8 +48,17 @@ from tests.routing.definition import (
     ],
 )
 def test_bad_policies_are_named(name, values):
-    with pytest.raises(ValueError, match=f"^{name}:"):
+    with pytest.raises(ValueError, match=rf"^(routing: )?{name}: "):
         RoutingPolicy.from_dict(values)
+
+
+@by_name({name: POLICIES[name] for name in ("sequence+layers, m 2", "causal+layers, lock 1, m 2")})
+def test_one_sequence_alone_goes_where_it_goes_in_a_batch(policy):
+    model, ids = bert().double(), tokens(2, 5)
+    set_routing(model, policy)
+    both = logits(model, input_ids=ids)
+    for i in range(2):
+        torch.testing.assert_close(logits(model, input_ids=ids[i : i + 1]), both[i : i + 1])
 
 
 def test_models_that_cannot_follow_are_refused_unchanged():
