@@ -278,6 +278,7 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
                         piece.copy_(own)
                 sources = [getattr(layer, name, None) for layer in layers]
                 whole.requires_grad_(any(own is not None and own.requires_grad for own in sources))
+        merged.expert_names = first.expert_names
         policies = [getattr(layer, "router_policy", None) for layer in layers]
         if any(policy is not None for policy in policies):
             merged.router_policy = _PoliciesOfParts(policies)
@@ -325,8 +326,10 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
             if isinstance(layer, SmileLinear):
                 layer.router_policy = policy
         for layer in layers:
-            if isinstance(layer, SmileLinear) and self.num_experts_per_tok != layer.num_experts_per_tok:
-                layer.set_num_experts_per_tok(self.num_experts_per_tok)
+            if isinstance(layer, SmileLinear):
+                layer.expert_names = self.expert_names
+                if self.num_experts_per_tok != layer.num_experts_per_tok:
+                    layer.set_num_experts_per_tok(self.num_experts_per_tok)
             layer.train(self.training)
         return layers
 
@@ -437,7 +440,7 @@ def _check_mergeable(layers: Sequence[nn.Linear]) -> None:
         same(name, layers, operator.attrgetter(name))
     biased = [layer for layer in layers if layer.bias is not None]
     same("bias.requires_grad", biased, operator.attrgetter("bias.requires_grad"))
-    for name in ("num_local_experts", "num_experts_per_tok", "rank_of_router"):
+    for name in ("num_local_experts", "num_experts_per_tok", "rank_of_router", "expert_names"):
         same(name, smile, operator.attrgetter(name))
     same("num_experts_per_tok", smile, SmileLinear.own_num_experts_per_tok)
     same("having a router", smile, lambda layer: layer.router is not None)

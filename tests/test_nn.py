@@ -158,7 +158,10 @@ def test_a_merged_layer_is_its_parts_side_by_side(options, tokens):
 def test_split_is_the_inverse_of_merge(router):
     layers = projections(router=router, router_prior=True)
     layers[2].router_prior.copy_(torch.randn(4))
+    for layer in (layers[0], *layers[2:]):
+        layer.expert_names = ("a", "b", "c", "d")
     parts = sk.SmileLinear.merge(layers).split()
+    assert parts[2].expert_names == ("a", "b", "c", "d")
     assert [type(part) for part in parts] == [type(layer) for layer in layers]
     for part, layer in zip(parts, layers):
         got, want = part.state_dict(), layer.state_dict()

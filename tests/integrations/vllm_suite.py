@@ -119,7 +119,9 @@ def make_parts_differ(model: nn.Module, base: nn.Module) -> None:
             g, changed = 1, {"router": factors["vh"].flip(0)[:, :1]}
         else:
             g, changed = 3, {"u": factors["u"][..., :2], "s": factors["s"][:, :2], "vh": factors["vh"][:, :3]}
+        names = layer.expert_names
         layer = SmileLinear.from_factors(layer.weight, layer.bias, {**factors, **changed}, rank_of_router=g)
+        layer.expert_names = names
         setattr(attention, name, layer)
     attention.v_proj = base.model.layers[0].self_attn.v_proj
     model.config.quantization_config = SmileConfig.from_layers(smile_layers(model)).to_dict()
