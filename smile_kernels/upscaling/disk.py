@@ -44,7 +44,7 @@ from ..storage import (
 from .decompose import decompose, in_threads
 from .layers import (
     Layer,
-    check_layer_ranks,
+    check_layers,
     embedding_weights,
     fused_experts,
     layers_of_checkpoint,
@@ -125,7 +125,7 @@ class _Job:
             elif isinstance(source, CheckpointSource):
                 mean = remaining == "average"
                 source.check(self.by_name, self.chosen.values(), average=mean, cast=dtype is not None)
-        check_layer_ranks(self.layers, self.by_name, config.rank_of_expert, config.rank_of_router)
+        check_layers(self.layers, self.by_name, config.rank_of_expert, config.rank_of_router)
         check_fit("base", self.unfit, self.tensors, self.sources, strict=strict)
 
     def _added_tokens(self, expert: int | str, model: nn.Module | None) -> AddedTokens:

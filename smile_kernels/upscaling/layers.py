@@ -103,7 +103,7 @@ def layers_of_checkpoint(
     """The linear layers of a checkpoint, by their names in the model.
 
     Where the architecture is known, its layers count as for `layers_of_model`. Without it each two-dimensional
-    floating-point `<layer>.weight` is one, unless its name says that it is looked up.
+    `<layer>.weight` is one, unless its name says that it is looked up.
 
     Args:
         folder: the checkpoint, for messages.
@@ -123,9 +123,7 @@ def layers_of_checkpoint(
             f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
         )
     plain = [
-        name.removesuffix(".weight")
-        for name, t in tensors.items()
-        if name.endswith(".weight") and len(t.shape) == 2 and t.dtype.is_floating_point and t.dtype.itemsize > 1
+        name.removesuffix(".weight") for name, t in tensors.items() if name.endswith(".weight") and len(t.shape) == 2
     ]
     plain.sort(key=lambda name: [part.rjust(9, "0") if part.isdigit() else part for part in name.split(".")])
     return {name: Layer(name, stored=name) for name in plain if not _LOOKED_UP.fullmatch(name)}
@@ -200,16 +198,22 @@ def select_layers(
     return chosen
 
 
-def check_layer_ranks(
+def check_layers(
     layers: Collection[Layer],
     base: Mapping[str, Tensor] | Mapping[str, StoredTensor],
     rank_of_expert: int | float,
     rank_of_router: int,
 ) -> None:
-    """Raises ValueError, naming the layer, unless both ranks are in range for its shape."""
+    """Raises ValueError, naming the layer, unless its dtype can be computed with and both ranks fit its shape."""
     for layer in layers:
         if layer.unfit:
             continue
+        dtype = base[layer.weight].dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:  # without a scale such a weight says nothing
+            raise SmileError(
+                f"base: tensor {layer.weight!r} is {dtype}; expected float16, bfloat16, float32 or float64 "
+                f"(exclude=[{layer.name!r}] leaves the layer alone)"
+            )
         try:
             check_ranks(rank_of_expert, rank_of_router, base[layer.weight].shape)
         except ValueError as error:

@@ -20,7 +20,7 @@ from ..schema import check_arguments
 from .decompose import decompose, in_threads
 from .layers import (
     Layer,
-    check_layer_ranks,
+    check_layers,
     embedding_weights,
     fused_experts,
     is_conv1d,
@@ -114,7 +114,7 @@ def upscale(
     unfit = [layer for layer in chosen.values() if layer.unfit]
     sources, added = _sources(finetuned, embeddings_from, names, model, base, every)
     _check_sources(sources, model, base, chosen, average=remaining == "average")
-    check_layer_ranks(layers.values(), base, rank_of_expert, rank_of_router)
+    check_layers(layers.values(), base, rank_of_expert, rank_of_router)
     check_fit("model", unfit, base, sources, strict=strict)
     check_finite("model", base)
 

@@ -137,7 +137,7 @@ def lost_changes(
             sizes, reason = [float(name in source.may_change) for source in sources], NEW
         else:
             plain, kept = base[name], result(name)
-            unit = torch.linalg.vector_norm(plain, dtype=torch.float64).item()
+            unit = torch.linalg.vector_norm(plain.double()).item()
             for source in sources:
                 tensor = source.tensor(name) if name in source.may_change else plain
                 if tensor is None or tensor.shape != kept.shape:

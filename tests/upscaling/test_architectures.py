@@ -229,9 +229,9 @@ def outcome(base: nn.Module, tune, folder) -> str:
         return f"PEFT: {type(error).__name__}"
     base.save_pretrained(folder / "base")
     ranks = {"rank_of_expert": -1, "rank_of_router": 1}
-    given = adapter_deltas(folder / "expert", base) if tune is tune_lora else expert
     folders = folder / "base", [folder / "expert"], folder / "out"
     try:
+        given = adapter_deltas(folder / "expert", base) if tune is tune_lora else expert
         in_memory, first = sk.upscale(base, [given], progress=False, **ranks)
     except ValueError as error:
         refusal = str(error).partition(":")[0]

@@ -1,0 +1,289 @@
+"""Models, adapters and folders as people have them: the fused model is the fine-tuned one, or the rest is listed."""
+
+import copy
+import shutil
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+import smile_kernels as sk
+from smile_kernels.integrations.peft import adapter_deltas
+from smile_kernels.storage import read_tensors
+from tests.upscaling.test_architectures import enliven, put_in
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+LLAMA = {**TEXT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "pad_token_id": 0}
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+CLIP |= {"patch_size": 16, "projection_dim": 16, "model_type": "clip_vision_model"}
+ROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+MODELS = {
+    "Llama": ("LlamaForCausalLM", LLAMA),
+    "tied Llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
+    "Qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "GPT2": ("GPT2LMHeadModel", GPT2),
+    "GPT2 classifier": ("GPT2ForSequenceClassification", GPT2),
+    "Bert classifier": ("BertForSequenceClassification", TEXT),
+    "Llava": (
+        "LlavaForConditionalGeneration",
+        {"text_config": {**LLAMA, "model_type": "llama"}, "vision_config": CLIP, "image_token_index": 95},
+    ),
+    "Qwen2-VL": (
+        "Qwen2VLForConditionalGeneration",
+        {"text_config": {**LLAMA, **ROPE}, "vision_config": VISION, "image_token_id": 91, "video_token_id": 92},
+    ),
+}
+RANKS = {"rank_of_expert": -1, "rank_of_router": 2}
+IDS = torch.arange(3, 17).view(2, 7)
+EMBEDDING = {"model.embed_tokens.weight"}
+ADAPTERS = {
+    "embedding and head saved whole": ("Llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, EMBEDDING),
+    "norm saved whole": ("Llama", {"modules_to_save": ["model.norm"]}, {"model.norm.weight"}),
+    "LoRA of an embedding": ("Llama", {"target_modules": ["q_proj", "embed_tokens"]}, EMBEDDING),
+    "rows of an embedding": ("Llama", {"trainable_token_indices": [4, 9]}, EMBEDDING),
+    "LoRA of a tied head": ("tied Llama", {"target_modules": ["q_proj", "lm_head"]}, set()),
+    "a tied head saved whole": ("tied Llama", {"modules_to_save": ["lm_head"]}, set()),
+    "DoRA of Conv1D": ("GPT2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}, set()),
+    "rsLoRA of square Conv1D": ("GPT2", {"target_modules": ["c_proj"], "use_rslora": True}, set()),
+    "Conv1D and Linear": ("GPT2 classifier", {"target_modules": ["c_attn", "c_proj", "score"]}, set()),
+    "DoRA of Conv1D and Linear": ("GPT2 classifier", {"target_modules": ["c_proj", "score"], "use_dora": True}, set()),
+    "every bias": ("Qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}, set()),
+    "patterns": ("Qwen2", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5}}, set()),
+    "a head saved whole": ("Bert classifier", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, set()),
+    "a name of before, Llava": ("Llava", {"target_modules": ["q_proj", "v_proj"]}, set()),
+    "a name of before, Qwen2-VL": ("Qwen2-VL", {"target_modules": ["q_proj", "v_proj"]}, set()),
+}
+
+
+def build(kind: str, **options) -> nn.Module:
+    torch.manual_seed(0)
+    architecture, config = MODELS[kind]
+    cls = getattr(transformers, architecture)
+    model = cls(cls.config_class(**{**config, **options})).eval()
+    enliven(model)
+    return model
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters(name, tmp_path):
+    kind, options, lost = ADAPTERS[name]
+    base = build(kind)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(**{"r": 3, "init_lora_weights": False, "target_modules": ["q_proj"], **options})
+    tuned = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for parameter, p in tuned.named_parameters():
+            if p.requires_grad and "lora_A" not in parameter and "lora_B" not in parameter:
+                p += 0.3 * torch.rand_like(p)
+    want = output(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    deltas = adapter_deltas(tmp_path / "adapter", base)
+    in_memory, first = sk.upscale(base, [deltas], progress=False, **RANKS)
+    second = sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", **RANKS)
+    assert {one.name for one in first.lost} == {one.name for one in second.lost} == lost
+    merged = tuned.merge_and_unload()
+    assert (output(base) - want).norm() > 0.01 * want.norm()
+    for model in (in_memory, type(base).from_pretrained(tmp_path / "out")):
+        verdicts = [v.verdict for v in sk.verify(model, base, [deltas])] if not lost else []
+        assert verdicts == ["exact"] * (not lost)
+        put_in(model, merged, first.lost)
+        torch.testing.assert_close(output(model), want, rtol=1e-3, atol=1e-4)
+
+
+def single(folder, model) -> None:
+    model.save_pretrained(folder)
+
+
+def sharded(folder, model) -> None:
+    model.save_pretrained(folder, max_shard_size="30KB")
+
+
+def pickled(folder, model) -> None:
+    folder.mkdir(exist_ok=True)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+FOLDERS = {
+    "an old index": (sharded, single),
+    "an old single file": (single, sharded),
+    "an old pickle": (pickled, single),
+    "an old pickle beside shards": (pickled, sharded),
+    "old safetensors beside a new pickle": (single, pickled),
+}
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_a_folder_saved_over_is_read_as_transformers_reads_it(what, tmp_path):
+    models = [build("Llama"), build("Llama")]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.add_(1)
+    aside = tmp_path / "aside"
+    for write, model in zip(FOLDERS[what], models):
+        write(tmp_path / "model", model)  # save_pretrained deletes what it wrote before: it is put back
+        if aside.exists():
+            for file in aside.iterdir():
+                if not (tmp_path / "model" / file.name).exists():
+                    shutil.copy(file, tmp_path / "model")
+        else:
+            shutil.copytree(tmp_path / "model", aside)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in read_tensors(tmp_path / "model").items():
+        assert torch.equal(tensor.load(), loaded[name]), name
+
+
+class Carried(nn.Module):
+    """A linear layer, and buffers of dtypes that no layer computes with."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("freqs_cis", torch.randn(4, 2, dtype=torch.complex64))
+        for dtype in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "bool"):
+            self.register_buffer(dtype, torch.randint(0, 2, (3,)).to(getattr(torch, dtype)))
+        self.register_buffer("scale", torch.randn(3).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["kept", "bf16"])
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_dtypes_that_are_carried_along(form, dtype, tmp_path):
+    base = Carried()
+    expert = copy.deepcopy(base)
+    expert.layer.weight.data += torch.randn(8, 8)
+    for name, model in (("base", base), ("expert", expert)):
+        (tmp_path / name).mkdir()
+        if form == "bin":
+            torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
+        else:
+            save_file(model.state_dict(), tmp_path / name / "model.safetensors")
+    sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", dtype=dtype, **RANKS)
+    written = read_tensors(tmp_path / "out")
+    for name, tensor in base.named_buffers():
+        kept = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+        assert written[name].dtype == kept.dtype
+        assert torch.equal(written[name].load().view(torch.uint8), kept.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (
+            torch.randn(3, dtype=torch.complex128),
+            r"'extra' is torch\.strided torch\.complex128; expected a dense",
+        ),
+        (torch.eye(3).to_sparse(), r"'extra' is torch\.sparse_coo"),
+        (torch.randn(3).to(torch.float8_e4m3fnuz), r"'extra' is torch\.strided torch\.float8_e4m3fnuz"),
+    ],
+    ids=["complex128", "sparse", "fp8 of another kind"],
+)
+def test_what_cannot_be_written_is_refused_when_it_is_opened(tensor, message, tmp_path):
+    base, expert = nn.ModuleDict({"layer": nn.Linear(8, 8)}), nn.ModuleDict({"layer": nn.Linear(8, 8)})
+    for name, model, more in (("base", base, {"extra": tensor}), ("expert", expert, {})):
+        (tmp_path / name).mkdir()
+        torch.save({**model.state_dict(), **more}, tmp_path / name / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=message):
+        sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("side", ["base", "expert"])
+def test_linear_layers_of_eight_bits_are_refused_before_work(side, dtype, tmp_path):
+    """Also where another dtype is asked for: without its scale such a weight says nothing."""
+    for name in ("base", "expert"):
+        state = nn.ModuleDict({"layer": nn.Linear(8, 8), "other": nn.Linear(8, 8)}).state_dict()
+        if name == side:
+            state["layer.weight"] = state["layer.weight"].to(dtype)
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layer\.weight"):
+        sk.upscale_checkpoints(
+            tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", dtype=torch.bfloat16, include=["*"], **RANKS
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+class Plain(nn.Module):
+    """A GPT as a book writes it, whose embeddings have names of their own."""
+
+    def __init__(self, tokens: str = "tok_emb", positions: str = "pos_emb"):
+        super().__init__()
+        self.add_module(tokens, nn.Embedding(20, 16))
+        self.add_module(positions, nn.Embedding(8, 16))
+        self.ff, self.out_head = nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.names = tokens, positions
+
+    def forward(self, ids):
+        tokens, positions = (self.get_submodule(name) for name in self.names)
+        return self.out_head(self.ff(tokens(ids) + positions(torch.arange(ids.shape[1]))).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+@pytest.mark.parametrize("names", [("tok_emb", "pos_emb"), ("wte", "wpe"), ("token_embedding_table", "embedding_pos")])
+@pytest.mark.parametrize(
+    "prefixes", [("", "_orig_mod."), ("module.", ""), ("module._orig_mod.", "_orig_mod.")], ids=str
+)
+def test_hand_written_checkpoints(names, prefixes, tmp_path):
+    base = Plain(*names)
+    expert = copy.deepcopy(base)
+    for p in expert.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    for name, model, prefix in (("base", base, prefixes[0]), ("expert", expert, prefixes[1])):
+        (tmp_path / name).mkdir()
+        save_file({prefix + key: t for key, t in model.state_dict().items()}, tmp_path / name / "model.safetensors")
+    report = sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+    assert {layer.name for layer in report.layers} == {"ff", "out_head"}
+    assert {lost.name for lost in report.lost} == {f"{name}.weight" for name in names}
+    loaded = sk.load_pretrained(tmp_path / "out", Plain(*names))
+    put_in(loaded, expert, report.lost)
+    ids = torch.randint(20, (2, 5))
+    torch.testing.assert_close(loaded(ids), expert(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "disk"])
+def test_another_number_of_labels_with_its_head_excluded(stored, tmp_path):
+    base, expert = build("Bert classifier"), build("Bert classifier", num_labels=5)
+    with torch.no_grad():
+        for name, p in expert.named_parameters():
+            if "query" in name:
+                p += torch.randn_like(p)
+    for name, model in (("base", base), ("expert", expert)):
+        model.save_pretrained(tmp_path / name)
+    folders = tmp_path / "base", [tmp_path / "expert"], tmp_path / "out"
+    with pytest.raises(ValueError, match=r"classifier\.weight' has shape \[5, 32\]; expected the base's, \[2, 32\]"):
+        sk.upscale_checkpoints(*folders, **RANKS)
+    if stored:
+        report = sk.upscale_checkpoints(*folders, exclude=["classifier"], **RANKS)
+    else:
+        _, report = sk.upscale(base, [expert], exclude=["classifier"], progress=False, **RANKS)
+    assert {lost.name for lost in report.lost} >= {"classifier.weight"}
+    assert all(lost.reason.startswith("of shape") for lost in report.lost if "classifier" in lost.name)
+
+
+def test_a_trainer_saves_what_opens_again(tmp_path):
+    base = build("Llama")
+    expert = copy.deepcopy(base)
+    for name, p in expert.named_parameters():
+        p.data += 0.3 * torch.randn_like(p) * ("proj" in name)
+    model, _ = sk.upscale(base, [expert], progress=False, **RANKS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = transformers.TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True)
+        transformers.Trainer(model, arguments).save_model(tmp_path / "saved")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert [verdict.verdict for verdict in sk.verify(loaded, base, [expert])] == ["exact"]
