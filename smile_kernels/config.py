@@ -2,7 +2,7 @@
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .nn import SmileLinear
 from .publishing import write_text
 from .routing import RoutingPolicy, get_routing
 from .schema import KNOWN_KEYS_ONLY, parse
-from .storage import read_json
+from .storage import StoredTensor, read_json
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
@@ -198,6 +198,33 @@ def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> t
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise SmileError(f"expert_names: {twice[0]!r} stands there twice; expected different names")
     return tuple(names)
+
+
+def check_tensors(config: SmileConfig, stored: Iterable[StoredTensor]) -> None:
+    """Raises ValueError, naming file and tensor, where a tensor has other experts or ranks than the config says."""
+    for tensor in stored:
+        layer, _, factor = tensor.name.rpartition(".")
+        entry = config.modules.get(layer)
+        if entry is None or factor not in FACTORS:
+            continue
+        n, r, g = config.num_local_experts, entry.rank_of_expert, entry.rank_of_router
+        expected: dict[str, tuple[int | str, ...]] = {
+            "vh": (n, r if entry.router else max(r, g), "in_features"),
+            "s": (n, r),
+            "u": (n, "out_features", r),
+            "expert_bias": (n, "out_features"),
+            "router": (n, g, "in_features"),
+            "router_prior": (n,),
+        }
+        want = expected[factor]
+        fits = len(want) == len(tensor.shape) and all(
+            isinstance(size, str) or size == own for size, own in zip(want, tensor.shape)
+        )
+        if not fits:
+            raise SmileError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}; expected "
+                f"[{', '.join(map(str, want))}], as quantization_config says"
+            )
 
 
 def check_rank_of_expert(rank: int | float) -> None:

@@ -16,8 +16,10 @@ import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -25,15 +27,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm.config import CompilationConfig
+from vllm import SamplingParams
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from smile_kernels import RoutingPolicy, SmileLinear, get_routing
+from smile_kernels import RoutingPolicy, SmileLinear, get_routing, routing_override
 from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
-from smile_kernels.integrations.vllm import kv_sums, routing
+from smile_kernels.integrations.vllm import kv_sums, requests, routing
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.nn import smile_layers
@@ -240,6 +243,121 @@ def test_routing_that_remembers(architecture, policy, options, served, tmp_path)
     assert in_vllm(tmp_path, prompts=LONG, **options) == [want]
 
 
+def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple[list, list, str]:
+    """Greedy tokens of one batch whose requests ask for experts, twice; what the second had in its cache; an error."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256, **options)
+
+    def sampling(expert):
+        extra = None if expert is None else {"expert": expert}
+        return SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
+
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers, cached = [], []
+    for _ in range(2):
+        outputs = engine.generate(given, [sampling(expert) for expert in asked])
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        cached.append([output.num_cached_tokens for output in outputs])
+    with pytest.raises(ValueError, match="expert: is") as error:
+        engine.generate(given[:1], sampling("maths"))
+    (after,) = engine.generate(given[:1], sampling(asked[0]))  # the engine goes on
+    assert list(after.outputs[0].token_ids) == answers[0][0]
+    return answers, cached, str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "policy", "options"),
+    [
+        ("LlamaForCausalLM", RoutingPolicy(), {"enforce_eager": True}),
+        ("LlamaForCausalLM", RoutingPolicy(), {"additional_config": {"smile_expert_per_request": True}}),
+        ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"enforce_eager": True}),
+    ],
+    ids=["eager", "compiled", "causal"],
+)
+def test_each_request_its_expert(architecture, policy, options, served, tmp_path):
+    """One long prompt under different experts, and others, mixed in one batch; the cache of none serves another."""
+    case = served(architecture)
+    model = with_routing(case.folder, tmp_path, policy)
+    asked = ["m1", None, "m3", 1, [0.5, 0.0, 0.75], {}, {"m1": 0.5, "m2": 0.5}]
+    prompts = [LONG[3], LONG[3], LONG[3], LONG[0], LONG[3], LONG[2], LONG[3]]
+    python = [dict(enumerate(expert)) if isinstance(expert, list) else expert for expert in asked]
+    want = []
+    for expert, prompt in zip(python, prompts):
+        with routing_override(model, expert):
+            want.append(greedy(model, prompt))
+    assert len({tuple(tokens) for tokens, prompt in zip(want, prompts) if prompt is LONG[3]}) > 2
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        answers, cached, error = pool.submit(by_request, tmp_path, asked, prompts, options).result()
+    assert answers == [want, want]
+    assert cached[0] == [0] * len(asked)
+    assert [count >= BLOCK for count in cached[1]] == [prompt is LONG[3] for prompt in prompts]
+    assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error
+
+
+@pytest.mark.parametrize("policy", [None, RoutingPolicy(accumulate=True)], ids=["published", "layers"])
+@pytest.mark.parametrize("names", [("o",), ("q", "k", "v")], ids=["one", "merged"])
+@torch.no_grad()
+def test_a_layer_takes_what_the_requests_of_a_pass_ask_for(names, policy):
+    """Three requests of 2, 1 and 3 tokens and padding at the end; the second one's experts are the router's."""
+    p, n, r, o, d = len(names), 3, 4, 6, 10
+    routing = policy and remembered(policy, 16, p)
+    asking = requests.RequestedExperts(n, ("math", "code", "chat"))
+    entry = SmileModuleConfig(r, 2, expert_bias=True)
+    method = SmileLinearMethod(dict.fromkeys(names, entry), n, 2, routing, asking)
+    method.rows, method.first, layer = [o] * p, 0, nn.Module()
+    shapes = {"weight": (p * o, d), "vh": (p, n, r, d), "s": (p, n, r), "u": (n, p * o, r), "expert_bias": (n, p * o)}
+    for name, shape in shapes.items():
+        layer.register_parameter(name, nn.Parameter(torch.randn(shape), requires_grad=False))
+    weight, factors = (
+        layer.weight.clone(),
+        [layer.vh.clone(), layer.s.clone(), layer.u.clone(), layer.expert_bias.clone()],
+    )
+    method.process_weights_after_loading(layer)
+    x, want = torch.randn(8, d), []
+    own = method.compute(layer, x, None)
+    asked = [asking.check(expert) for expert in ({"code": 0.5, 0: 0.25, 2: 2.0}, [0.0, 0.0, 1.0])]
+    asking.begin([asked[0], None, asked[1]], np.array([2, 1, 3]), x.device)
+    got = method.compute(layer, x, None)
+    for weights in ({1: 0.5, 0: 0.25, 2: 2.0}, {2: 1.0}):
+        y = x @ weight.T
+        for i, w in weights.items():
+            vh, s, u, bias = factors
+            parts = [(x @ vh[j, i].T * s[j, i]) @ u[i, j * o : (j + 1) * o].T for j in range(p)]
+            y = y + w * (torch.cat(parts, -1) + bias[i])
+        want.append(y)
+    want = torch.cat([want[0][:2], own[2:3], want[1][3:6], own[6:]])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    asking.begin([None, None], np.array([5, 3]), x.device)
+    torch.testing.assert_close(method.compute(layer, x, None), own)
+    asking.begin([asked[1], None], np.array([5, 1]), x.device)
+    with pytest.raises(RuntimeError, match="a SMILE layer has 5 tokens in a pass of 6; expected as many"):
+        method.compute(layer, x[:5], None)
+
+
+def test_requests_cannot_choose_in_an_engine_that_was_compiled_without(served, tmp_path):
+    config = SimpleNamespace(
+        use_v2_model_runner=False,
+        model_config=SimpleNamespace(is_multimodal_model=False, is_encoder_decoder=False),
+        parallel_config=SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE, mode=CompilationMode.VLLM_COMPILE),
+        additional_config={},
+        quant_config=vllm_config(),
+    )
+    params = SamplingParams(extra_args={"expert": 1})
+    with pytest.raises(ValueError, match=r"expert: is 1, and the model is compiled .* --additional-config"):
+        requests._admit(SimpleNamespace(sampling_params=params), config.quant_config.requests, config)
+    config.additional_config = {"smile_expert_per_request": True}
+    request = SimpleNamespace(sampling_params=params, cache_salt="mine")
+    requests._admit(request, config.quant_config.requests, config)
+    assert request.cache_salt == "mine|expert=[(1, 1.0)]"
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    assert "--enforce-eager" in requests.why_not(config)
+    config.use_v2_model_runner = True
+    assert "V2 model runner" in requests.why_not(config)
+
+
 @pytest.mark.parametrize("policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True)], ids=["token", "causal"])
 def test_the_same_tokens_with_and_without_a_lora_adapter(policy, served, tmp_path):
     case = served("LlamaForCausalLM")
@@ -424,6 +542,29 @@ def test_layers_in_another_order_than_they_were_built_are_refused():
         assert not routing.evidence.isnan().any()
     with pytest.raises(RuntimeError, match="routing: router 1 runs where router 3 is due"):
         routing.choose(torch.rand(4, 1, 3), 1, 1)
+
+
+def test_files_are_held_against_the_config_before_weights_are_read(tmp_path):
+    module = SmileModuleConfig(4, 2, expert_bias=True, router=True)
+    config = SmileQuantizationConfig(SmileConfig(3, 1, 4, 2, {"a.q_proj": module}))
+    shapes = {"vh": (3, 4, 8), "s": (3, 4), "u": (3, 6, 4), "expert_bias": (3, 6), "router": (3, 2, 8)}
+    wrong = {"vh": (3, 8, 8), "s": (4, 4), "u": (3, 6, 8), "expert_bias": (4, 6), "router": (3, 3, 8)}
+    file = tmp_path / "model-00001.safetensors"
+
+    def write(shapes):
+        save_file({f"a.q_proj.{name}": torch.zeros(shape) for name, shape in shapes.items()}, file)
+
+    write(shapes)
+    config.maybe_update_config(str(tmp_path))
+    config.maybe_update_config("org/of-the-hub")
+    for name, shape in wrong.items():
+        write({**shapes, name: shape})
+        found = rf"{file}: tensor 'a.q_proj.{name}' has shape {re.escape(str(list(shape)))}; expected \[3, .*as quantiz"
+        with pytest.raises(ValueError, match=found):
+            config.maybe_update_config(str(tmp_path))
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=f"{file}: is not a whole safetensors file"):
+        config.maybe_update_config(str(tmp_path))
 
 
 def test_experts_without_their_base_are_refused():

@@ -6,20 +6,27 @@ as one (`functional.smile_linear`, parts): each part keeps its own router and ex
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig
+from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig, check_tensors
 from ...errors import SmileError
 from ...functional import select_experts, smile_linear
+from ...ops import library
+from ...storage import read_safetensors
+from .requests import RequestedExperts, admit_requests
 from .routing import RememberedRouting
+
+logger = init_logger("vllm.smile_kernels")  # vLLM shows its own loggers alone
 
 
 class SmileQuantizationConfig(QuantizationConfig):
@@ -33,6 +40,12 @@ class SmileQuantizationConfig(QuantizationConfig):
         self.routing = None
         if not config.routing.is_published:
             self.routing = RememberedRouting(config.routing, config.num_local_experts, self.num_experts_per_tok)
+        self.requests = RequestedExperts(config.num_local_experts, config.expert_names)
+        admit_requests()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        admit_requests()  # in another process
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -58,6 +71,11 @@ class SmileQuantizationConfig(QuantizationConfig):
             )
         return cls(smile)
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        # Called before any weight is read: vLLM itself names neither a file that is cut short nor a misshapen tensor.
+        for file in sorted(Path(model_name).glob("*.safetensors")):
+            check_tensors(self.config, read_safetensors(file))
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
@@ -71,7 +89,9 @@ class SmileQuantizationConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise SmileError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
-        return SmileLinearMethod(parts, self.config.num_local_experts, self.num_experts_per_tok, self.routing)
+        return SmileLinearMethod(
+            parts, self.config.num_local_experts, self.num_experts_per_tok, self.routing, self.requests
+        )
 
 
 class SmileLinearMethod(UnquantizedLinearMethod):
@@ -83,8 +103,10 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         num_local_experts: int,
         num_experts_per_tok: int,
         routing: RememberedRouting | None = None,
+        requests: RequestedExperts | None = None,
     ):
         super().__init__()
+        self.requests = requests
         self.names, self.parts = list(parts), list(parts.values())
         self.merged = len(parts) > 1
         self.n, self.m, self.routing = num_local_experts, num_experts_per_tok, routing
@@ -116,6 +138,8 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         )
         d, o, p = input_size_per_partition, sum(output_partition_sizes), len(self.parts)
         self.rows = [o] if p == 1 else output_partition_sizes
+        if self.requests is not None:
+            self.requests = self.requests.attach(layer, self.names[0])
         present = list(self.present.values())
         if self.routing is not None:
             self.first = self.routing.add([self.names[i] for i in self.present])
@@ -156,6 +180,14 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         load(parameter, loaded, *shard)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
+        logger.info_once(
+            "SMILE layers: %d experts, %d per token, routing %s; backend %s; %s",
+            self.n,
+            self.m,
+            "published" if self.routing is None else str(self.routing.policy),
+            library.choose_backend(None, layer.weight.device.type, layer.weight.dtype, self.n, False),
+            "requests cannot choose their experts" if self.requests is None else "requests may choose their experts",
+        )
         expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
         ends = torch.tensor(self.rows).cumsum(0).tolist()
         missing = []
@@ -193,17 +225,28 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         if self.routing is not None:
             scored = scored[: self.routing.count(self.first, len(scored))]
         if scored and not self._routes_itself(layer):
-            rows = layer.vh[:, :, : self.g] if layer.router is None else layer.router
-            scored_rows = rows[scored].flatten(0, 2).float()
+            scored_rows = self._rows(layer, scored)
         layer.register_buffer("scored_rows", scored_rows, persistent=False)
+
+    def _rows(self, layer: LinearBase, parts: list[int]) -> Tensor:
+        """The router's rows of some parts in float32, [parts x N x g, D]."""
+        rows = layer.vh[:, :, : self.g] if layer.router is None else layer.router
+        return rows[parts].flatten(0, 2).float()
 
     def _routes_itself(self, layer: LinearBase) -> bool:
         """Whether the kernel routes: it has no policy to follow, and x is whole."""
         return self.routing is None and not (isinstance(layer, RowParallelLinear) and layer.tp_size > 1)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.requests is None:
+            return self.compute(layer, x, bias)
+        return torch.ops.vllm.smile_layer(x, bias, self.names[0], sum(self.rows))
+
+    def compute(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y of the layer, which reads what the requests of this pass ask for where they can."""
         split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
-        alone = self._routes_itself(layer)
+        asked = self.requests is not None and self.requests.rows is not None
+        alone = self._routes_itself(layer) and not asked
         vh, s, router = layer.vh, layer.s, layer.router if alone else None
         if not self.merged:
             vh, s, router = vh[0], s[0], None if router is None else router[0]
@@ -226,8 +269,11 @@ class SmileLinearMethod(UnquantizedLinearMethod):
     def _route(self, layer: LinearBase, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
         """The choices of the layer's routers: weights and ids [..., P, m], or [..., m] where it is not merged."""
         p = len(self.present)
-        if layer.scored_rows is not None:
-            projections = F.linear(x.float(), layer.scored_rows)
+        rows = layer.scored_rows
+        if rows is None and self.routing is None:  # the kernel routes where no request asks for experts
+            rows = self._rows(layer, list(self.present))
+        if rows is not None:
+            projections = F.linear(x.float(), rows)
             if split:
                 # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
                 projections = tensor_model_parallel_all_reduce(projections)
@@ -241,7 +287,9 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             if prior is not None and p < len(prior):
                 prior = prior[list(self.present)]
             weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p, prior)
-        shape = (*x.shape[:-1], p, self.m)
+        if self.requests is not None:
+            weights, ids = self.requests.merge(weights.flatten(0, -3), ids.flatten(0, -3))
+        shape = (*x.shape[:-1], p, ids.shape[-1])
         weights, ids = weights.reshape(shape), ids.reshape(shape)
         if not self.merged:
             return weights[..., 0, :], ids[..., 0, :]

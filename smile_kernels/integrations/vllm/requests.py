@@ -1,0 +1,205 @@
+"""Experts that a request asks for: `vllm_xargs: {"expert": ...}` over HTTP, SamplingParams.extra_args in Python.
+
+The front end checks what is asked, and salts the request's prefix cache with it: keys and values of other experts are
+never shared. Before each pass the model runner says which tokens belong to which request; the layers take that instead
+of their routers' choice, one operator a layer, so that what is asked is read as the pass runs, not as it was compiled.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.engine import EngineCoreRequest
+
+from ...errors import SmileError
+from ...routing.override import expert_weights
+from ...versions import expect
+
+KEY = "expert"
+FLAG = "smile_expert_per_request"  # in --additional-config: layers are built for it in a compiled model, too
+
+Asked = list[tuple[int, float]]  # (expert, weight), as it travels with the request
+
+
+def why_not(config: VllmConfig) -> str | None:
+    """Why the requests of an engine cannot choose their experts; None: they can."""
+    compilation, model, parallel = config.compilation_config, config.model_config, config.parallel_config
+    if config.use_v2_model_runner:
+        return "the V2 model runner does not tell layers whose tokens they have; expected VLLM_USE_V2_MODEL_RUNNER=0"
+    if model.is_multimodal_model or model.is_encoder_decoder:
+        return "the parts of this model have tokens of their own; expected a language model"
+    if parallel.use_ubatching or parallel.prefill_context_parallel_size > 1:
+        return "the tokens of a pass are split; expected no dual-batch overlap and no prefill context parallelism"
+    if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        return "CUDA graphs replay what they were captured with; expected --enforce-eager, or cudagraph_mode NONE"
+    if compilation.mode != CompilationMode.NONE and not (config.additional_config or {}).get(FLAG):
+        return f"the model is compiled without it; expected --additional-config '{{\"{FLAG}\": true}}'"
+    return None
+
+
+class RequestedExperts:
+    """What the requests of one engine ask for; its layers look here in each pass."""
+
+    def __init__(self, num_local_experts: int, expert_names: Sequence[str] | None):
+        self.n, self.names = num_local_experts, expert_names
+        self.rows: tuple[Tensor, Tensor, Tensor] | None = None  # weights, ids [T, k] and whether the policy chooses [T]
+
+    def attach(self, layer: nn.Module, name: str) -> "RequestedExperts | None":
+        """Has a layer that is being built found by its name in a pass; None where requests cannot choose."""
+        config = get_current_vllm_config()
+        if why_not(config) is not None:
+            return None
+        follow_passes()
+        config.compilation_config.static_forward_context[name] = layer
+        return self
+
+    def check(self, expert: Any) -> Asked:
+        """What a request asks for, by experts' indices; a list has one weight for each expert.
+
+        Raises:
+            ValueError: an unknown expert, or weights that do not fit.
+        """
+        if isinstance(expert, (list, tuple)) and all(isinstance(e, (list, tuple)) for e in expert) and expert:
+            expert = dict(map(tuple, expert))  # checked before
+        elif isinstance(expert, (list, tuple)):
+            if len(expert) != self.n:
+                raise SmileError(f"{KEY}: has {len(expert)} weights; expected {self.n}, one for each expert")
+            expert = dict(enumerate(expert))
+        return list(expert_weights(expert, self.n, self.names, KEY).items())
+
+    def begin(self, asked: Sequence[Asked | None], tokens: np.ndarray, device: torch.device) -> None:
+        """A pass begins: what its requests ask for, and how many tokens of it each has, in the batch's order."""
+        self.rows = None
+        if all(one is None for one in asked):
+            return
+        width = max(1, *(len(one or ()) for one in asked))
+        shape = len(asked), width
+        weights: np.ndarray = np.zeros(shape, np.float32)
+        ids: np.ndarray = np.full(shape, -1, np.int32)
+        for row, one in enumerate(asked):
+            for i, (expert, weight) in enumerate(one or ()):
+                weights[row, i], ids[row, i] = weight, expert
+        own = np.array([one is None for one in asked])
+        rows = (torch.from_numpy(np.repeat(each, tokens, axis=0)) for each in (weights, ids, own))
+        weights_of, ids_of, own_of = (t.to(device) for t in rows)
+        self.rows = weights_of, ids_of, own_of
+
+    def merge(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer's P routers chose, [T, P, m], with what the requests ask for in its place, [T, P, max(m, k)].
+
+        Raises:
+            RuntimeError: a layer that runs on fewer tokens than the pass has.
+        """
+        if self.rows is None:
+            return weights, ids
+        asked, asked_ids, own = self.rows
+        more = len(ids) - len(own)  # vLLM pads a batch at its end
+        if more < 0:
+            raise RuntimeError(f"{KEY}: a SMILE layer has {len(ids)} tokens in a pass of {len(own)}; expected as many")
+        width = max(ids.shape[-1], asked_ids.shape[-1])
+        keep = F.pad(own, (0, more), value=True)[:, None, None]
+        asked = F.pad(asked, (0, width - asked.shape[-1], 0, more))[:, None]
+        asked_ids = F.pad(asked_ids, (0, width - asked_ids.shape[-1], 0, more), value=-1)[:, None]
+        weights = F.pad(weights, (0, width - weights.shape[-1]))
+        ids = F.pad(ids, (0, width - ids.shape[-1]), value=-1)
+        return torch.where(keep, weights, asked), torch.where(keep, ids, asked_ids)
+
+
+def admit_requests() -> None:
+    """Has vLLM's front end check what requests of SMILE models ask for; those of other models pass as they are."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    expect("vllm", callable(getattr(InputProcessor, "process_inputs", None)), "InputProcessor.process_inputs")
+    process = InputProcessor.process_inputs
+    if getattr(process, "admits_experts", False):
+        return
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
+        requests = requests_of(self.vllm_config)
+        if requests is not None:
+            _admit(request, requests, self.vllm_config)
+        return request
+
+    process_inputs.admits_experts = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+
+
+def follow_passes() -> None:
+    """Has vLLM's model runner say, before each pass, what the requests in it ask for."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for name in ("_prepare_inputs", "execute_model"):
+        expect("vllm", callable(getattr(GPUModelRunner, name, None)), f"GPUModelRunner.{name}")
+    prepare, execute = GPUModelRunner._prepare_inputs, GPUModelRunner.execute_model
+    if getattr(prepare, "follows_experts", False):
+        return
+
+    @functools.wraps(prepare)
+    def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        requests = requests_of(self.vllm_config)
+        if requests is not None:
+            asked = (_extra_args(self.requests[name].sampling_params).get(KEY) for name in self.input_batch.req_ids)
+            checked = [None if one is None else requests.check(one) for one in asked]
+            requests.begin(checked, num_scheduled_tokens, self.device)
+        return prepare(self, scheduler_output, num_scheduled_tokens)
+
+    @functools.wraps(execute)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return execute(self, *args, **kwargs)
+        finally:
+            requests = requests_of(self.vllm_config)
+            if requests is not None:
+                requests.rows = None
+
+    prepare_inputs.follows_experts = True  # type: ignore[attr-defined]
+    GPUModelRunner._prepare_inputs = prepare_inputs  # type: ignore[method-assign]
+    GPUModelRunner.execute_model = execute_model  # type: ignore[method-assign]
+
+
+def requests_of(config: VllmConfig) -> RequestedExperts | None:
+    """What the requests of an engine ask for; None where its model is not a SMILE checkpoint."""
+    return getattr(config.quant_config, "requests", None)
+
+
+def _extra_args(params: Any) -> Mapping[str, Any]:
+    return getattr(params, "extra_args", None) or {}
+
+
+def _admit(request: EngineCoreRequest, requests: RequestedExperts, config: VllmConfig) -> None:
+    """Checks what a request asks for, and keeps its prefix cache apart from that of other experts.
+
+    Raises:
+        ValueError: an unknown expert, or an engine whose requests cannot choose.
+    """
+    params = request.sampling_params
+    expert = _extra_args(params).get(KEY)
+    if params is None or expert is None:
+        return
+    asked = requests.check(expert)
+    if (reason := why_not(config)) is not None:
+        raise SmileError(f"{KEY}: is {expert!r}, and {reason}")
+    params.extra_args = {**_extra_args(params), KEY: asked or [(0, 0.0)]}
+    request.cache_salt = f"{request.cache_salt or ''}|{KEY}={asked}"
+
+
+def smile_layer(x: Tensor, bias: Tensor | None, name: str, rows: int) -> Tensor:
+    """The SMILE layer `name` of the engine whose pass is under way: x [..., D] -> [..., rows]."""
+    layer: Any = get_forward_context().no_compile_layers[name]
+    return layer.quant_method.compute(layer, x, bias)
+
+
+def _smile_layer_like(x: Tensor, bias: Tensor | None, name: str, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+direct_register_custom_op("smile_layer", smile_layer, fake_impl=_smile_layer_like)
