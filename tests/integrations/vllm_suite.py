@@ -6,6 +6,7 @@ there is one engine for each architecture and number of ranks, and each of them 
 
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -28,10 +29,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm import SamplingParams
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing, routing_override
 from smile_kernels.checkpoint import add_calibration
@@ -68,6 +70,7 @@ PROMPTS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0
 LONG = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 40, 3, 150, 21)]
 LONG.append(LONG[3][:100] + LONG[1])
 BLOCK = 128  # tokens, in vLLM's KV cache on a CPU
+PER_REQUEST = {"additional_config": {"smile_expert_per_request": True}}
 CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 3, "block_size": 32, "max_model_len": 256}
 
 
@@ -270,9 +273,9 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
 @pytest.mark.parametrize(
     ("architecture", "policy", "options"),
     [
-        ("LlamaForCausalLM", RoutingPolicy(), {"enforce_eager": True}),
-        ("LlamaForCausalLM", RoutingPolicy(), {"additional_config": {"smile_expert_per_request": True}}),
-        ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"enforce_eager": True}),
+        ("LlamaForCausalLM", RoutingPolicy(), {"enforce_eager": True, **PER_REQUEST}),
+        ("LlamaForCausalLM", RoutingPolicy(), PER_REQUEST),
+        ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"enforce_eager": True, **PER_REQUEST}),
     ],
     ids=["eager", "compiled", "causal"],
 )
@@ -294,6 +297,54 @@ def test_each_request_its_expert(architecture, policy, options, served, tmp_path
     assert cached[0] == [0] * len(asked)
     assert [count >= BLOCK for count in cached[1]] == [prompt is LONG[3] for prompt in prompts]
     assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error
+
+
+def admitted(folder: str, options: dict) -> tuple:
+    """What the front end makes of requests, without an engine: what each asks for and its salt, and two errors."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import EngineArgs, SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    config = EngineArgs(folder, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
+    front = InputProcessor(pickle.loads(pickle.dumps(config)))  # as another process has it
+
+    def ask(**extra):
+        prompt = {"type": "token", "prompt_token_ids": [3, 4, 5]}
+        params = SamplingParams(extra_args=extra or None)
+        return front.process_inputs("0", prompt, params, supported_tasks=("generate",))
+
+    found, errors = [], []
+    for expert in ("m2", 0, [0.5, 0.0, 2.0], {"m3": 1.0, 0: -1.0}, {}):
+        try:
+            request = ask(expert=expert)
+            found.append((request.sampling_params.extra_args["expert"], request.cache_salt))
+        except ValueError as error:
+            errors.append(str(error))
+    for expert in ("maths", [1.0]):
+        with pytest.raises(ValueError, match="expert: ") as error:
+            ask(expert=expert)
+        errors.append(str(error.value))
+    plain = ask(), ask(other=1)
+    assert [request.cache_salt for request in plain] == [None, None]
+    return found, errors
+
+
+def test_the_front_end_checks_what_requests_ask_for(served):
+    """In a configuration of vLLM's own, which has gone to another process."""
+    folder = str(served("LlamaForCausalLM").folder)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found, errors = pool.submit(admitted, folder, PER_REQUEST).result()
+        none, refused = pool.submit(admitted, folder, {}).result()
+    asked = [[(1, 1.0)], [(0, 1.0)], [(2, 2.0), (0, 0.5)], [(2, 1.0), (0, -1.0)], [(0, 0.0)]]
+    assert [expert for expert, _ in found] == asked
+    assert [salt for _, salt in found] == [f"|expert={each}" for each in [*asked[:4], []]]
+    assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in errors[0]
+    assert "expert: has 1 weights; expected 3, one for each expert" in errors[1]
+    assert none == []
+    assert (
+        "expert: is 'm2'; expected none, since this engine's layers do not look for it (with --additional-config"
+        in refused[0]
+    )
 
 
 @pytest.mark.parametrize("policy", [None, RoutingPolicy(accumulate=True)], ids=["published", "layers"])
@@ -336,26 +387,73 @@ def test_a_layer_takes_what_the_requests_of_a_pass_ask_for(names, policy):
         method.compute(layer, x[:5], None)
 
 
-def test_requests_cannot_choose_in_an_engine_that_was_compiled_without(served, tmp_path):
+def test_engines_whose_requests_cannot_choose_say_why():
     config = SimpleNamespace(
         use_v2_model_runner=False,
         model_config=SimpleNamespace(is_multimodal_model=False, is_encoder_decoder=False),
         parallel_config=SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE, mode=CompilationMode.VLLM_COMPILE),
-        additional_config={},
-        quant_config=vllm_config(),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        **PER_REQUEST,
     )
-    params = SamplingParams(extra_args={"expert": 1})
-    with pytest.raises(ValueError, match=r"expert: is 1, and the model is compiled .* --additional-config"):
-        requests._admit(SimpleNamespace(sampling_params=params), config.quant_config.requests, config)
-    config.additional_config = {"smile_expert_per_request": True}
-    request = SimpleNamespace(sampling_params=params, cache_salt="mine")
-    requests._admit(request, config.quant_config.requests, config)
+    assert requests.why_not(config) is None
+    request = SimpleNamespace(sampling_params=SamplingParams(extra_args={"expert": 1}), cache_salt="mine")
+    requests._admit(request, requests.RequestedExperts(3, None), config)
     assert request.cache_salt == "mine|expert=[(1, 1.0)]"
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     assert "--enforce-eager" in requests.why_not(config)
     config.use_v2_model_runner = True
     assert "V2 model runner" in requests.why_not(config)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_reads_what_the_runner_says_of_each_pass(monkeypatch):
+    """The very graph of one pass serves the next, whose requests ask for others; what follows asks for none."""
+    asking, (n, r, o, d) = requests.RequestedExperts(2, ("math", "code")), (2, 3, 5, 7)
+    method = SmileLinearMethod({"o": SmileModuleConfig(r, 2)}, n, 1, None, asking)
+    method.rows, layer = [o], nn.Module()
+    shapes = {"weight": (o, d), "vh": (1, n, r, d), "s": (1, n, r), "u": (n, o, r)}
+    for name, shape in shapes.items():
+        layer.register_parameter(name, nn.Parameter(torch.randn(shape), requires_grad=False))
+    method.process_weights_after_loading(layer)
+    layer.quant_method = method
+    context = SimpleNamespace(no_compile_layers={"o": layer})
+    monkeypatch.setattr(requests, "get_forward_context", lambda: context)
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(method.apply, fullgraph=True, backend=record), torch.randn(4, d)
+    torch._dynamo.mark_dynamic(x, 0)
+
+    def execute(self, tokens):
+        assert GPUModelRunner._prepare_inputs(self, None, np.array(tokens)) == "prepared"
+        return compiled(layer, x)
+
+    monkeypatch.setattr(GPUModelRunner, "_prepare_inputs", lambda self, output, tokens: "prepared")
+    monkeypatch.setattr(GPUModelRunner, "execute_model", execute)
+    requests.follow_passes()
+    requests.follow_passes()  # once more changes nothing
+    runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(quant_config=SimpleNamespace(requests=asking)),
+        input_batch=SimpleNamespace(req_ids=["b", "a"]),
+        device=x.device,
+    )
+
+    def run(a, b):
+        params = {name: SamplingParams(extra_args=e and {"expert": e}) for name, e in (("a", a), ("b", b))}
+        runner.requests = {name: SimpleNamespace(sampling_params=each) for name, each in params.items()}
+        return GPUModelRunner.execute_model(runner, [3, 1])  # "b" comes first in the batch, with 3 tokens
+
+    own = run(None, None)
+    experts = [x @ layer.weight.T + (x @ layer.vh[0, i].T * layer.s[0, i]) @ layer.u[i].T for i in range(n)]
+    torch.testing.assert_close(run([[1, 1.0]], [[0, 1.0]]), torch.cat([experts[0][:3], experts[1][3:]]))
+    torch.testing.assert_close(run([[0, 1.0]], None), torch.cat([own[:3], experts[0][3:]]))
+    torch.testing.assert_close(run(None, None), own)
+    assert asking.rows is None
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True)], ids=["token", "causal"])

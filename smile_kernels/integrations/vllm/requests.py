@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.engine import EngineCoreRequest
@@ -23,24 +23,24 @@ from ...routing.override import expert_weights
 from ...versions import expect
 
 KEY = "expert"
-FLAG = "smile_expert_per_request"  # in --additional-config: layers are built for it in a compiled model, too
+FLAG = "smile_expert_per_request"  # in --additional-config: without it layers cost what they cost
 
 Asked = list[tuple[int, float]]  # (expert, weight), as it travels with the request
 
 
 def why_not(config: VllmConfig) -> str | None:
     """Why the requests of an engine cannot choose their experts; None: they can."""
-    compilation, model, parallel = config.compilation_config, config.model_config, config.parallel_config
+    if not (isinstance(config.additional_config, dict) and config.additional_config.get(FLAG)):
+        return f"this engine's layers do not look for it (with --additional-config '{{\"{FLAG}\": true}}' they do)"
+    model, parallel = config.model_config, config.parallel_config
     if config.use_v2_model_runner:
-        return "the V2 model runner does not tell layers whose tokens they have; expected VLLM_USE_V2_MODEL_RUNNER=0"
+        return "the V2 model runner does not tell layers whose tokens they have (VLLM_USE_V2_MODEL_RUNNER=0 takes V1)"
     if model.is_multimodal_model or model.is_encoder_decoder:
-        return "the parts of this model have tokens of their own; expected a language model"
+        return "the parts of a multimodal or encoder-decoder model have tokens of their own"
     if parallel.use_ubatching or parallel.prefill_context_parallel_size > 1:
-        return "the tokens of a pass are split; expected no dual-batch overlap and no prefill context parallelism"
-    if compilation.cudagraph_mode != CUDAGraphMode.NONE:
-        return "CUDA graphs replay what they were captured with; expected --enforce-eager, or cudagraph_mode NONE"
-    if compilation.mode != CompilationMode.NONE and not (config.additional_config or {}).get(FLAG):
-        return f"the model is compiled without it; expected --additional-config '{{\"{FLAG}\": true}}'"
+        return "dual-batch overlap and prefill context parallelism split the tokens of a pass"
+    if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        return "CUDA graphs replay what they were captured with (--enforce-eager, or cudagraph_mode NONE, takes none)"
     return None
 
 
@@ -187,7 +187,7 @@ def _admit(request: EngineCoreRequest, requests: RequestedExperts, config: VllmC
         return
     asked = requests.check(expert)
     if (reason := why_not(config)) is not None:
-        raise SmileError(f"{KEY}: is {expert!r}, and {reason}")
+        raise SmileError(f"{KEY}: is {expert!r}; expected none, since {reason}")
     params.extra_args = {**_extra_args(params), KEY: asked or [(0, 0.0)]}
     request.cache_salt = f"{request.cache_salt or ''}|{KEY}={asked}"
 
