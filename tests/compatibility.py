@@ -49,6 +49,8 @@ def installed() -> list[tuple[str, str, str]]:
     found = {}
     for line in metadata.requires("smile-kernels") or ():
         requirement = Requirement(line)
+        if requirement.name == "smile-kernels":  # an extra that takes in another
+            continue
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:

@@ -105,7 +105,14 @@ def test_commands(fused):
     assert out == [""]
     assert said == [said[0]]
     assert said[0].startswith("/help: unknown command; ")
-    assert "/reset" in said[0]
+    assert "/expert" in said[0]
+
+
+def test_one_expert_can_be_asked(fused):
+    _, said = chat(fused, "/expert code\nHi\n/expert 0\nHi\n/expert poetry\nHi\n/expert\nHi\n")
+    assert [said[i] for i in (0, 1, 3)] == ["[code 100%]", "[math 100%]", "[math 100%]"], said
+    assert said[2].startswith("expert: is 'poetry'; expected")
+    assert re.fullmatch(r"\[(math|code) 100%\]", said[4])
 
 
 def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):

@@ -43,7 +43,7 @@ def run(program: str) -> subprocess.CompletedProcess:
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    return [Requirement(line) for line in lines]
+    return [Requirement(line) for line in lines if not line.startswith("smile-kernels[")]
 
 
 def test_a_build_of_another_name_is_found(tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ def test_constraints_hold_one_exact_version_within_the_bounds():
             pinned.setdefault(requirement.name, []).append(str(requirement.specifier)[2:])
     for requirement in requirements():
         name = requirement.name.replace("_", "-")
-        if name != "triton":  # which the Makefile names
+        if name not in ("triton", "vllm"):  # which the Makefile names
             assert pinned[name], name
             assert all(version in requirement.specifier for version in pinned[name]), requirement
 
