@@ -138,7 +138,7 @@ def build(kind: str, target: Path, folder: Path) -> None:
         run([cxx, *stub])
         linker = f"{nvcc} -shared --cudart static -Xlinker --no-as-needed,--strip-all -L{folder} -ltorch_cuda"
     else:
-        sources = ["cpu.cpp", "bindings.cpp"]
+        sources = ["cpu.cpp", "evidence.cpp", "bindings.cpp"]
         strip = "" if sys.platform == "darwin" else " -Wl,--strip-all"
         linker = f"{cxx} -shared{strip}"
         compiler = f"{cxx} {flags} -fPIC -fvisibility=hidden -Wno-psabi"

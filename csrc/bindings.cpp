@@ -422,6 +422,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta(
   return {out, chosen, chosen_ids, h};
 }
 
+#if !defined(SMILE_CUDA)
+// `given` as doubles or floats beside x; null where there is none.
+const void* optional_real(const char* name, const std::optional<Tensor>& given, Call& call, std::initializer_list<int64_t> shape) {
+  if (!given) return nullptr;
+  check(name, *given, call.x, real_of(call.x), shape);
+  return call.keep(*given);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> evidence(
+    const Tensor& x, const Tensor& router, const std::optional<Tensor>& prior, const std::optional<Tensor>& real,
+    const std::optional<Tensor>& factors, const std::optional<Tensor>& before, const std::optional<Tensor>& below,
+    int64_t num_experts_per_tok, int64_t rank_of_router, int64_t sequences, int64_t scope, bool accumulates) {
+  Call call(x, {}, {});
+  call.set_router("router", router, rank_of_router, num_experts_per_tok);
+  STD_TORCH_CHECK(sequences >= 1 && call.p.n.tokens % sequences == 0, "sequences: is ", sequences, "; expected a divisor of ",
+                  call.p.n.tokens, ", the tokens");
+  STD_TORCH_CHECK(scope >= 0 && scope <= 2, "scope: is ", scope, "; expected 0 (token), 1 (causal) or 2 (sequence)");
+  smile::Evidence p{};
+  p.sequences = sequences;
+  p.tokens = call.p.n.tokens / sequences;
+  p.num_experts = call.p.n.num_experts;
+  p.num_experts_per_tok = num_experts_per_tok;
+  p.scope = static_cast<smile::Scope>(scope);
+  p.accumulates = accumulates;
+  const int64_t rows = p.scope == smile::Scope::sequence ? 1 : p.tokens, n = p.num_experts, m = num_experts_per_tok;
+  if (real) {
+    check("real", *real, x, ScalarType::Bool, {sequences, p.tokens});
+    p.real = static_cast<const bool*>(call.keep(*real));
+  }
+  if (factors) {
+    const bool fits = factors->dim() == 2 && (factors->size(0) == 1 || factors->size(0) == sequences) &&
+                      (factors->size(1) == 1 || factors->size(1) == p.tokens) && factors->scalar_type() == ScalarType::Float;
+    STD_TORCH_CHECK(fits, "factors: expected a float32 tensor [1 or ", sequences, ", 1 or ", p.tokens, "]");
+    p.factors = static_cast<const float*>(call.keep(*factors));
+    p.factor_strides[0] = factors->size(0) == 1 ? 0 : factors->size(1);
+    p.factor_strides[1] = factors->size(1) == 1 ? 0 : 1;
+  }
+  p.before = optional_real("before", before, call, {sequences, n});
+  p.prior = optional_real("prior", prior, call, {n});
+  p.below = optional_real("below", below, call, {sequences, rows, n});
+
+  const ScalarType real_type = real_of(x);
+  const Tensor energies = empty(x, real_type, {call.p.n.tokens, n}), sums = empty(x, real_type, {sequences, rows, n});
+  const Tensor logs = empty(x, real_type, {sequences, rows, n}), weights = empty(x, real_type, {sequences, rows, m});
+  const Tensor ids = empty(x, ScalarType::Int, {sequences, rows, m});
+  call.p.energies = p.energies = energies.mutable_data_ptr();
+  p.sums = sums.mutable_data_ptr();
+  p.evidence = logs.mutable_data_ptr();
+  p.weights = weights.mutable_data_ptr();
+  p.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  run(call.x, call.p);
+  smile::cpu_evidence(real_type == ScalarType::Double, p, parallel_for);
+  return {weights, ids, logs, sums};
+}
+#endif
+
 // ---- backward ----
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
@@ -550,6 +606,9 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
       "int num_experts_per_tok, int rank_of_router, bool save, int[] parts=[], int[] rank_of_parts=[]";
   m.def(("delta(Tensor y, " + experts + ") -> (Tensor y, Tensor weights, Tensor ids, Tensor h)").c_str());
   m.def(("delta_(Tensor(a!) y, " + experts + ") -> (Tensor weights, Tensor ids, Tensor h)").c_str());
+  m.def("evidence(Tensor x, Tensor router, Tensor? prior, Tensor? real, Tensor? factors, Tensor? before, Tensor? below, "
+        "int num_experts_per_tok, int rank_of_router, int sequences, int scope, bool accumulates) -> "
+        "(Tensor weights, Tensor ids, Tensor evidence, Tensor sums)");
   m.def("apply_backward(Tensor dy, Tensor x, Tensor? weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
         "Tensor weights, Tensor ids, Tensor h, int needs) -> "
         "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dvh, Tensor ds, Tensor du, Tensor dexpert_bias, Tensor dweights)");
@@ -560,6 +619,9 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
   m.impl("apply_backward", TORCH_BOX(&apply_backward));
+#if !defined(SMILE_CUDA)
+  m.impl("evidence", TORCH_BOX(&evidence));
+#endif
   m.impl("route_backward", TORCH_BOX(&route_backward));
   m.impl("route", TORCH_BOX(&route));
   m.impl("apply", TORCH_BOX(&apply));

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "choose.h"
 #include "smile.h"
 
 #if defined(__x86_64__)

@@ -463,24 +463,6 @@ template <class R> R norm(const R* q, int64_t count) {
   return largest * std::sqrt(sum);
 }
 
-// Top-m of the scores, ties to the lower index, and the softmax over them. NaN ranks last, and an infinite score counts
-// as the largest finite one, so that it cannot spoil the weights of the others.
-template <class R> void choose(const R* scores, int64_t count, int64_t m, R* weights, int32_t* ids) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    using limits = std::numeric_limits<R>;
-    const R score = scores[i] != scores[i] ? limits::lowest() : std::min(scores[i], limits::max());
-    if (kept == m && !(score > weights[m - 1])) continue;
-    int64_t at = kept < m ? kept++ : m - 1;
-    for (; at > 0 && score > weights[at - 1]; --at) weights[at] = weights[at - 1], ids[at] = ids[at - 1];
-    weights[at] = score, ids[at] = int32_t(i);
-  }
-  const R best = weights[0];
-  R sum = 0;
-  for (int64_t j = 0; j < m; ++j) sum += weights[j] = std::exp(weights[j] - best);
-  for (int64_t j = 0; j < m; ++j) weights[j] /= sum;
-}
-
 // entries[first[i] : first[i + 1]] become the places e where expert_at(e) is i, in order; -1 stands for no expert.
 template <class ExpertAt>
 void sort_by_expert(const ExpertAt& expert_at, int64_t count, int64_t num_experts, std::vector<int64_t>& first,
@@ -719,6 +701,11 @@ template <class T> class Chunk {
         }
         const R* own = &q[row / num_parts * q_columns() + first_q[part] * n.rank_of_router];
         for (int64_t i = 0; i < n.num_experts; ++i) scores[i] = norm(own + i * n.rank_of_router, n.rank_of_router);
+        if (p.energies) {
+          R* energies = static_cast<R*>(p.energies) + (begin * num_parts + row) * n.num_experts;
+          for (int64_t i = 0; i < n.num_experts; ++i) energies[i] = scores[i] * scores[i];
+          continue;
+        }
         choose(scores.data(), n.num_experts, m, weights + row * m, ids + row * m);
       }
     });

@@ -50,6 +50,7 @@ struct Forward {
   const void* router;            // [P, N, g, D]; null: weights and ids are given, not written
   int64_t router_expert_stride;  // elements from one expert's router rows to the next one's
   bool tied_router;              // the router rows are the first rows of vh
+  void* energies;                // [T, P, N] real, squared scores, in place of weights and ids; null: not wanted. CPU only
   void* weights;                 // [T, P, m] real
   int32_t* ids;                  // [T, P, m]
   void* h;                       // [T, P, m, r] real; null: not wanted (on a GPU it is always there)
@@ -101,6 +102,28 @@ void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for);
 
 void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for);
 void cpu_route_backward(DType dtype, const RouteBackward& p, ParallelFor parallel_for);
+
+// Whose shares count for a token: its own, those of the tokens up to it, or those of its whole sequence.
+enum class Scope { token, causal, sequence };
+
+// One step of a routing policy, on B sequences of S tokens, with R = 1 row for each sequence in scope sequence, else S.
+struct Evidence {
+  int64_t sequences, tokens, num_experts, num_experts_per_tok;
+  Scope scope;
+  bool accumulates;
+  void* energies;             // [B, S, N] real, overwritten by the shares
+  const bool* real;           // [B, S], false on padding; null: all true
+  const float* factors;       // [B, S], element (b, t) at b * factor_strides[0] + t * factor_strides[1]: what is left of
+  int64_t factor_strides[2];  // the sum before a token (causal), or how much its share counts (sequence); null: 1
+  const void* before;         // [B, N] real, the causal sums before; null: 0
+  const void* prior;          // [N] real, log Pbar; null: 0
+  const void* below;          // [B, R, N] real, the evidence of the layers below; null: 0
+  void* sums;                 // [B, R, N] real
+  void* evidence;             // [B, R, N] real
+  void* weights;              // [B, R, m] real
+  int32_t* ids;               // [B, R, m]
+};
+void cpu_evidence(bool is_double, const Evidence& p, ParallelFor parallel_for);
 
 // So few tokens that the base product is best computed here: it is bound by reading W, which a call of
 // PyTorch's before this one does no faster, at a cost of its own that a small layer feels.

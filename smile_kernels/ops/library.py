@@ -342,6 +342,36 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     return _apply(*arguments, ids, False, backend)[0]
 
 
+def evidence(
+    x, router, prior, real, factors, before, below, num_experts_per_tok, rank_of_router, sequences, scope, accumulates
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """One step of a routing policy by the extension's operator; None where it does not serve.
+
+    x [..., D] of B sequences of S tokens, router [N, rows, D], prior [N], real [B, S], factors [1 or B, 1 or S], before
+    [B, N], below [B, R, N], scope 0 (token), 1 (causal) or 2 (sequence: R = 1, else R = S) -> weights, ids [B, R, m],
+    evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
+    """
+    d = x.shape[-1]
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_traceable_wrapper_subclass(x):
+        return None
+    if choose_backend(None, "cpu", x.dtype, router.shape[0], False) != "cpu":
+        return None
+    return torch.ops.smile_kernels_ext.evidence.default(
+        x.reshape(-1, d),
+        router,
+        prior,
+        real,
+        factors,
+        before,
+        below,
+        num_experts_per_tok,
+        rank_of_router,
+        sequences,
+        scope,
+        accumulates,
+    )
+
+
 def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:
     """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None where it is not so.
 

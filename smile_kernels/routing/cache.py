@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .policy import Routing, running_sums
+from .policy import Routing
 from .tokens import Tokens, is_cache
 
 __all__ = ["Memory", "cache_in"]
@@ -82,21 +82,20 @@ class Memory:
             )
         return found
 
-    def extend(self, key: Key, shares: Tensor, factors: Tensor | None, past: int | Tensor) -> Tensor:
-        """Shares [B, S, N] of this pass's tokens -> their running sums from the first token on, which are kept."""
-        if key not in self.sums and self.established:
-            raise RuntimeError(
-                "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
-            )
-        before = None
-        if not isinstance(past, int):
-            known = self._buffer(key, shares, past)
-            before = torch.where(past > 0, known.index_select(1, (past.reshape(1) - 1).clamp_min(0))[:, 0], 0)
-        elif past > 0:
-            before = self._buffer(key, shares, past)[:, past - 1]
-        sums = running_sums(shares, factors, before)
-        self.write(key, sums, past)
-        return sums
+    def before(self, key: Key, batch: int, past: int | Tensor) -> Tensor | None:
+        """The running sums [B, N] at the last token in the cache; None: there is none."""
+        buffer = self.sums.get(key)
+        if buffer is None:
+            if self.established:
+                raise RuntimeError(
+                    "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
+                )
+            return None
+        if buffer.shape[0] != batch:
+            raise RuntimeError(f"cache: holds {buffer.shape[0]} sequences; expected {batch}, as in the input")
+        if isinstance(past, int):
+            return buffer[:, past - 1] if past > 0 else None
+        return torch.where(past > 0, buffer.index_select(1, (past.reshape(1) - 1).clamp_min(0))[:, 0], 0)
 
     def write(self, key: Key, values: Tensor, past: int | Tensor) -> None:
         """Keep values [B, S, ...] of this pass's tokens at their positions in the cache."""

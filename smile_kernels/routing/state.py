@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..functional import route, select_experts
 from ..nn import SmileLinear
+from ..ops import library
 from .cache import PROMPT, Key, Memory, cache_in
 from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, router_energies, running_sums
 from .tokens import Tokens
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .override import Override
 
 __all__ = ["LayerPolicy", "RootRouting"]
+
+
+_SCOPES = {"token": 0, "causal": 1, "sequence": 2, "prompt": 2}  # as the operator `evidence` numbers them
 
 
 class _HasVoted(Exception):
@@ -249,8 +253,9 @@ class ForwardPass:
         if self.policy.scope != "token" and self.tokens.starts is None and caches:
             self.memory = Memory.beside(self.tokens, serial, self.root_name)
         self.held = self.memory is not None and bool(self.memory.choices)
-        self.evidence: Tensor | None = None  # L, [B, N] or [B, S, N]
-        self.choice: Routing | None = None  # of the last scored layer, [B, m] or [B, S, m]
+        self.pools = self.policy.scope in ("sequence", "prompt") and self.tokens.starts is None
+        self.evidence: Tensor | None = None  # L, [B, 1 or S, N]
+        self.choice: Routing | None = None  # of the last scored layer, [B, 1 or S, m]
         if self.policy.scope != "token" and not self.held:
             history = None
             if self.policy.restart_at is not None and self.memory is not None and self.policy.scope == "causal":
@@ -283,8 +288,7 @@ class ForwardPass:
         scores = policy.lock_after is None or block < policy.lock_after
         if self.voting:
             if scores:
-                self._add(layer, self._pool(key, self._shares(layer, x)), x)
-                self.m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
+                self.choice = self._score(key, layer, x)
             elif not torch.compiler.is_compiling():
                 raise _HasVoted
             off = x.new_zeros((*x.shape[:-1], 0), dtype=torch.float32)
@@ -319,10 +323,9 @@ class ForwardPass:
         except _HasVoted:
             pass
         self.voting = False
-        if self.evidence is None:
+        if self.choice is None:
             raise RuntimeError(f"routing: no SMILE layer of {self.root_name} has run on the prompt; expected some")
         self.calls = {}
-        self.choice = select_experts(self.evidence, self.m)
         if self.memory is not None:
             self.memory.choices[PROMPT], self.memory.last = self.choice, PROMPT
 
@@ -343,46 +346,56 @@ class ForwardPass:
                 self.memory.attach(cache)
 
     def _score(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
-        logs = self._add(layer, self._pool(key, self._shares(layer, x)), x)
-        return select_experts(logs, self.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
-
-    def _shares(self, layer: SmileLinear, x: Tensor) -> Tensor:
-        """p [B, S, N] of the layer's input x [..., D], 0 on padding."""
-        rows = layer.vh if layer.router is None else layer.router
+        """The choice at a layer that runs now; its evidence L is kept for those above."""
+        tokens, policy = self.tokens, self.policy
+        m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
+        prior = layer.router_prior if policy.calibrated else None
+        batch, length = tokens.shape(x)
+        below = self.evidence if policy.accumulate else None
+        rows = 1 if self.pools else length
+        if below is not None and below.shape != (batch, rows, layer.num_local_experts):
+            raise RuntimeError(
+                f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)} after layers with evidence "
+                f"{list(below.shape)}; expected the same tokens at every layer"
+            )
+        router, g = layer.vh if layer.router is None else layer.router, layer.rank_of_router
         # Autocast leaves some inputs in another dtype than the parameters: the router works in the latter.
-        energies = router_energies(x.detach().to(rows.dtype), rows[:, : layer.rank_of_router])
-        shares = energy_shares(energies).view(*self.tokens.shape(x), layer.num_local_experts)
-        real = self.tokens.real_of(x)
-        return shares if real is None else torch.where(real[..., None].to(shares.device), shares, 0)
-
-    def _add(self, layer: SmileLinear, sums: Tensor, x: Tensor) -> Tensor:
-        """Sums [..., N] of the layer -> the evidence L with those of the layers below, which is kept."""
-        prior = layer.router_prior if self.policy.calibrated else None
-        logs = log_evidence(sums, self.policy.accumulate, prior)
-        if self.policy.accumulate and self.evidence is not None:
-            if self.evidence.shape != logs.shape:
-                raise RuntimeError(
-                    f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)} after layers with evidence "
-                    f"{list(self.evidence.shape)}; expected the same tokens at every layer"
-                )
-            logs = logs + self.evidence.to(logs.device)
+        inputs, real = x.detach().to(router.dtype), tokens.real_of(x)
+        if tokens.starts is None and batch > 0:
+            factors = tokens.last_votes(length) if self.pools else tokens.factors
+            before = None
+            if policy.scope == "causal" and self.memory is not None:
+                before = self.memory.before(key, batch, tokens.past)
+            options = (m, g, batch, _SCOPES[policy.scope], policy.accumulate)
+            step = library.evidence(inputs, router, prior, real, factors, before, below, *options)
+            if step is not None:
+                *routing, self.evidence, sums = step
+                if policy.scope == "causal" and self.memory is not None:
+                    self.memory.write(key, sums, tokens.past)
+                return tuple(routing)
+        shares = energy_shares(router_energies(inputs, router[:, :g])).view(batch, length, -1)
+        if real is not None:
+            shares = torch.where(real[..., None].to(shares.device), shares, 0)
+        logs = log_evidence(self._pool(key, shares), policy.accumulate, prior)
+        if below is not None:
+            logs = logs + below.to(logs.device)
             logs = logs - logs.amax(-1, keepdim=True)  # the softmax does not see it; sums over many layers stay exact
         self.evidence = logs
-        return logs
+        return select_experts(logs, m)
 
     def _pool(self, key: Key, shares: Tensor) -> Tensor:
-        """S of shares [B, S, N] over each token's scope: [B, N] for whole sequences, else [B, S, N].
+        """S of shares [B, S, N] over each token's scope: [B, 1, N] for whole sequences, else [B, S, N].
 
         Sums serve for means: their quotient is the same for all experts.
         """
         tokens, scope = self.tokens, self.policy.scope
         if scope == "token":
             return shares
-        if scope in ("sequence", "prompt") and tokens.starts is None:
-            if tokens.factors is not None and shares.shape[1] == (tokens.length or shares.shape[1]):
-                votes = tokens.last_votes(shares.shape[1]).to(shares.device, shares.dtype)
-                shares = shares * votes[..., None]
-            return shares.sum(1)
+        if self.pools:
+            votes = tokens.last_votes(shares.shape[1])
+            if votes is not None:
+                shares = shares * votes[..., None].to(shares.device, shares.dtype)
+            return shares.sum(1, keepdim=True)
         if (
             tokens.starts is not None
             and tokens.ends is not None
@@ -402,7 +415,9 @@ class ForwardPass:
                 ends = tokens.ends.to(shares.device).expand(len(shares), -1)
                 sums = sums.gather(1, ends[..., None].expand_as(shares))
             return sums
-        return self.memory.extend(key, shares, factors, tokens.past)
+        sums = running_sums(shares, factors, self.memory.before(key, len(shares), tokens.past))
+        self.memory.write(key, sums, tokens.past)
+        return sums
 
     def _spread(self, choice: Routing, x: Tensor) -> Routing:
         """One choice a sequence, or a token, as one for each row of x."""
@@ -414,8 +429,8 @@ class ForwardPass:
         length = self.tokens.shape(x)[1]
 
         def spread(t: Tensor) -> Tensor:
-            if t.dim() == 2:
-                t = t[:, None].expand(-1, length, -1)
+            if t.shape[1] == 1:
+                t = t.expand(-1, length, -1)
             elif t.shape[1] != length:
                 raise RuntimeError(
                     f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)} where each of "

@@ -130,9 +130,10 @@ class Tokens:
             factors = torch.where(self.starts == at, 0.0, factors.to(at.device))
         self.factors = factors if self.real is None else torch.where(self.real, factors.to(self.real.device), 1.0)
 
-    def last_votes(self, length: int) -> Tensor:
-        """[B or 1, S] float: how much each of S tokens counts in the causal sum at the last one."""
-        assert self.factors is not None
+    def last_votes(self, length: int) -> Tensor | None:
+        """[B or 1, S] float: how much each of a layer's S tokens counts in the causal sum at the last; None: all do."""
+        if self.factors is None or length != (self.length or length):  # one row for a whole sequence has all its votes
+            return None
         if self._votes is None or self._votes.shape[1] != length:
             left = F.pad(self.factors.expand(-1, length)[:, 1:], (0, 1), value=1.0)
             self._votes = left.flip(1).cumprod(1).flip(1)

@@ -144,7 +144,7 @@ def test_restarts_need_ids():
     ],
 )
 def test_bad_policies_are_named(name, values):
-    with pytest.raises(ValueError, match=f"^{name}:"):
+    with pytest.raises(ValueError, match=rf"^(routing: )?{name}\b"):
         RoutingPolicy.from_dict(values)
 
 

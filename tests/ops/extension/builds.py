@@ -41,7 +41,7 @@ def cached(name: str, command: Sequence[str | Path]) -> Path:
 
 
 def cpu_library(*flags: str) -> Path:
-    sources = (CSRC / "cpu.cpp", CSRC / "bindings.cpp")
+    sources = (CSRC / "cpu.cpp", CSRC / "evidence.cpp", CSRC / "bindings.cpp")
     common = ("c++", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi")
     return cached("cpu.so", (*common, *flags, *STABLE_ABI, *sources, *LINK, "-o"))
 

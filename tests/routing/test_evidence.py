@@ -1,0 +1,173 @@
+"""The operator `evidence`, one step of a policy: against loops in float64, and beside the composition it stands for."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from smile_kernels.ops import extension, library
+from smile_kernels.routing import RoutingPolicy, set_routing
+from smile_kernels.routing.policy import energy_shares, log_evidence, router_energies, running_sums
+from smile_kernels.testing import Problem, assert_close
+from tests.routing.definition import POLICIES, by_name, llama, logits, tokens
+
+pytestmark = pytest.mark.skipif(extension.unavailable("cpu") is not None, reason="needs the CPU extension")
+
+TOKEN, CAUSAL, SEQUENCE = range(3)
+TINY = 1e-30
+
+
+def sums_of(x, rows, real, factors, before, scope):
+    """S [B, R, N] by the equations of routing/policy.py, number by number."""
+    batch, length, n = *x.shape[:2], len(rows)
+    sums = torch.zeros(batch, 1 if scope == SEQUENCE else length, n, dtype=torch.float64)
+    for b in range(batch):
+        total = [0.0] * n if before is None else before[b].tolist()
+        for t in range(length):
+            energies = [float((rows[i].double() @ x[b, t].double()).square().sum()) for i in range(n)]
+            energies = [e if real is None or real[b, t] else 0.0 for e in energies]
+            share = [max(e / sum(energies), TINY) if e > 0 else 0.0 for e in energies]
+            factor = 1.0 if factors is None else float(factors.expand(batch, length)[b, t])
+            for i in range(n):
+                total[i] = {
+                    TOKEN: share[i],
+                    CAUSAL: factor * total[i] + share[i],
+                    SEQUENCE: total[i] + factor * share[i],
+                }[scope]
+            sums[b, t if scope != SEQUENCE else 0] = torch.tensor(total, dtype=torch.float64)
+    return sums
+
+
+def evidence_of(sums, prior, below, accumulates):
+    """L [B, R, N] of sums, number by number."""
+    evidence = torch.zeros(sums.shape, dtype=torch.float64)
+    for b, row in itertools.product(*map(range, sums.shape[:2])):
+        values = sums[b, row].tolist()
+        priors = [0.0] * len(values) if prior is None else prior.tolist()
+        logs = [math.log(max(value, TINY)) - constant for value, constant in zip(values, priors)]
+        if accumulates:
+            present = [log for log, value in zip(logs, values) if value > 0]
+            mean = sum(present) / len(present) if present else 0.0
+            logs = [log if value > 0 else mean for log, value in zip(logs, values)]
+        if below is not None:
+            logs = [log + float(other) for log, other in zip(logs, below[b, row])]
+            logs = [log - max(logs) for log in logs]
+        evidence[b, row] = torch.tensor(logs, dtype=torch.float64)
+    return evidence
+
+
+def composed_sums(x, rows, real, factors, before, scope):
+    """S by plain PyTorch in x's own precision."""
+    shares = energy_shares(router_energies(x, rows))
+    shares = shares if real is None else torch.where(real[..., None], shares, 0)
+    if scope == CAUSAL:
+        return running_sums(shares, factors, before)
+    shares = shares if factors is None or scope == TOKEN else shares * factors[..., None].to(shares.dtype)
+    return shares.sum(1, keepdim=True) if scope == SEQUENCE else shares
+
+
+CASES = {  # batch, tokens, D, N, g, m: one token, primes, more tokens than a panel, many experts
+    "one": (1, 1, 1, 1, 1, 1),
+    "decode": (3, 1, 37, 5, 3, 2),
+    "prompt": (2, 29, 45, 6, 4, 1),
+    "long": (1, 131, 64, 3, 2, 3),
+    "experts": (5, 7, 33, 67, 1, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scope", [TOKEN, CAUSAL, SEQUENCE])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_step_follows_the_equations(case, scope, dtype):
+    batch, length, d, n, g, m = case
+    real_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for given in (False, True):
+        p = Problem.random(batch * length, d, 8, n, 1, g, dtype=dtype, seed=torch.seed() % 2**31)
+        x = p.x.view(batch, length, d)
+        x[0, 0] = 0  # no vote
+        if n > 2:
+            p.vh[1] = 0  # an expert that did not change the layer
+        kept = 1 if scope == SEQUENCE else length
+        prior, real, factors, before, below = None, None, None, None, None
+        if given:
+            prior, before = torch.randn(n, dtype=real_dtype), torch.rand(batch, n, dtype=real_dtype)
+            before = before if scope == CAUSAL else None
+            below = torch.randn(batch, kept, n, dtype=real_dtype)
+            real = torch.rand(batch, length) > 0.3
+            factors = torch.rand(batch if length > 1 else 1, length)
+        options = (prior, real, factors, before, below)
+        got = library.evidence(x, p.vh, *options, m, g, batch, scope, given)
+        assert all(t.dtype == real_dtype for t in (got[0], *got[2:]))
+        inputs = x, p.vh[:, :g], real, factors, before, scope
+        want = sums_of(*inputs)
+        assert_close("sums", got[3], want, (composed_sums(*inputs) - want).abs().max())
+        want = evidence_of(
+            got[3], prior, below, given
+        )  # of its own sums: a small share's logarithm shows every rounding
+        plain = log_evidence(got[3], given, prior)
+        plain = plain if below is None else (plain + below) - (plain + below).amax(-1, keepdim=True)
+        assert_close("evidence", got[2], want, (plain - want).abs().max())
+        # The choice is exactly that of its own evidence, whose last digits decide where experts are nearly equal.
+        best, ids = got[2].sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(got[1].long(), ids[..., :m])
+        torch.testing.assert_close(got[0], best[..., :m].softmax(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_energies_that_overflow_or_are_no_number():
+    x = torch.tensor([[1e30, 0.0], [float("nan"), 1.0], [1e-25, 0.0], [0.0, 0.0]]).view(1, 4, 2)
+    router = torch.eye(2)[:, None].contiguous()
+    _, ids, evidence, sums = library.evidence(x, router, None, None, None, None, None, 1, 1, 1, TOKEN, False)
+    assert bool(evidence.isfinite().all())
+    assert sums[0, 0].tolist() == [1.0, 0.0]
+    assert sums[0, 1].tolist() == [0.0, 0.0], "both products of a row with NaN are NaN"
+    assert ids[0, :, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_bad_arguments_are_named():
+    x, router = torch.randn(6, 4), torch.randn(3, 2, 4)
+
+    def call(prior=None, real=None, factors=None, before=None, below=None, m=1, g=2, batch=2, scope=CAUSAL, x=x):
+        return library.evidence(x, router, prior, real, factors, before, below, m, g, batch, scope, True)
+
+    for wrong, says in (
+        ({"prior": torch.zeros(2)}, "prior: has shape"),
+        ({"prior": torch.zeros(3).double()}, "prior: has another dtype"),
+        ({"real": torch.ones(2, 2, dtype=torch.bool)}, "real: has shape"),
+        ({"factors": torch.ones(2, 2)}, "factors: expected"),
+        ({"factors": torch.ones(2, 3).double()}, "factors: expected"),
+        ({"before": torch.zeros(1, 3)}, "before: has shape"),
+        ({"below": torch.zeros(2, 1, 3)}, "below: has shape"),
+        ({"m": 4}, "num_experts_per_tok: is 4"),
+        ({"g": 3}, "router: has 3"),
+        ({"batch": 4}, "sequences: is 4"),
+        ({"scope": 3}, "scope: is 3"),
+        ({"x": torch.randn(6, 5)}, "router: has shape"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            call(**wrong)
+
+
+@by_name(
+    POLICIES | {"prompt": RoutingPolicy("prompt", restart_at=(7,)), "half-life": RoutingPolicy("sequence", half_life=2)}
+)
+def test_the_composition_follows_the_same_policy(policy, monkeypatch):
+    """What serves other devices: plain PyTorch."""
+    model, ids = llama(), tokens(3, 7)
+    set_routing(model, policy)
+    mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    compiled = logits(model, input_ids=ids, attention_mask=mask)
+    monkeypatch.setenv("SMILE_KERNELS_BACKEND", "torch")
+    assert library.evidence(torch.randn(1, 1, 4), torch.randn(2, 1, 4), *[None] * 5, 1, 1, 1, TOKEN, True) is None
+    composed = logits(model, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(compiled[mask.bool()], composed[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck():
+    x, router = torch.randn(6, 4), torch.randn(3, 2, 4)
+    options = (torch.zeros(3), torch.ones(2, 3, dtype=torch.bool), torch.rand(2, 3), torch.rand(2, 3))
+    library.evidence(x, router, *[None] * 5, 1, 2, 2, TOKEN, True)  # loads the library
+    for scope, rows in ((CAUSAL, 3), (SEQUENCE, 1)):
+        arguments = (x, router, *options, torch.randn(2, rows, 3), 2, 2, 2, scope, True)
+        utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(torch.ops.smile_kernels_ext.evidence.default, arguments, test_utils=utils)
