@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -375,10 +376,13 @@ def evidence(
 def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:
     """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None where it is not so.
 
-    The operator checks what it is given: a layer of a few tokens feels what Python would do before.
+    The operator checks what it is given: a layer of a few tokens feels what Python would do before. m = 0: the shared
+    layer alone.
     """
     (o, d), m, kind = weight.shape, ids.shape[-1], x.device.type
-    if m == 0 or x.shape[-1] != d or x.dtype != weight.dtype or weights.dtype != s.dtype:
+    if m == 0:
+        return F.linear(x, weight, bias)
+    if s.dim() != 2 or x.shape[-1] != d or x.dtype != weight.dtype or weights.dtype != s.dtype:
         return None
     if torch.is_autocast_enabled(kind) or not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
         return None

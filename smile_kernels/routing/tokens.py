@@ -167,7 +167,7 @@ class Tokens:
         """Which rows of x are no padding, [B, S] bool; None: all. One row for a whole sequence is never padding."""
         if self._is_encoders(x):
             return self.encoder_real
-        return self.real if self.shape(x)[1] == self.length else None
+        return self.real if self.real is not None and self.shape(x)[1] == self.length else None
 
     def _is_encoders(self, x: Tensor) -> bool:
         return self.encoder_states is not None and x is self.encoder_states
