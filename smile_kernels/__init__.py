@@ -5,7 +5,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, integrations
+from . import analysis, functional, integrations
 from .checkpoint import calibrate_checkpoint, load_pretrained, save_pretrained
 from .errors import SmileError
 from .integrations.fusion_bench import from_fusion_bench
@@ -26,6 +26,7 @@ __all__ = [
     "RoutingPolicy",
     "SmileError",
     "SmileLinear",
+    "analysis",
     "backends",
     "calibrate",
     "calibrate_checkpoint",

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -378,6 +377,48 @@ def inspect(
 
 
 @app.command()
+def analyze(
+    base: Annotated[str, typer.Option(help="Pre-trained checkpoint: a folder or an id on the Hub.")],
+    expert: Annotated[
+        list[str], typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; give one or more.")
+    ],
+    rank_of_expert: Annotated[int, typer.Option(help="r, at which the changes are cut off.")] = 16,
+    scale: Annotated[float, typer.Option(help="Of the sum of the changes, as in task arithmetic.")] = 0.3,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of layers.  [default: all]")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print every layer, not one row for a kind of layer.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it there: .png, .svg or .pdf.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Layers at a time.  [default: one a core, at most 4]")] = None,
+) -> None:
+    """Show how fine-tuning changed the linear layers: where the changes lie, their rank, and how tasks interfere.
+
+    The subspace analysis of the SMILE paper. A few layers are in memory at a time; nothing is written but what --plot
+    and --json ask for.
+
+    \b
+    Example:
+      smile-kernels analyze --base mistral --expert math --expert code --plot zones.png --json zones.json
+    """
+    with _errors():
+        for name, file in (("plot", plot), ("json", json_path)):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
+        if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+            raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
+        from .analysis import analyze as run
+
+        options: dict[str, Any] = {"include": include, "exclude": exclude, "workers": workers}
+        with _progress() as advance:
+            analysis = run(base, expert, rank_of_expert=rank_of_expert, scale=scale, progress=advance, **options)
+        print(analysis.table() if table else analysis)
+        if json_path:
+            analysis.save(json_path)
+        if plot:
+            analysis.plot(plot)
+
+
+@app.command()
 def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; give one or more.")
@@ -686,6 +727,8 @@ def _dtype(torch: Any, name: Any) -> Any:
 
 
 def _show(description: dict[str, Any], console: Console, every: bool) -> None:
+    from .upscaling.report import kind_of
+
     smile = description["config"]
     console.print(
         f"{description['folder']}: {len(description['layers'])} SMILE layers, {smile['num_local_experts']} experts, "
@@ -703,7 +746,7 @@ def _show(description: dict[str, Any], console: Console, every: bool) -> None:
         console.print(f"  experts only; the base is {base}", markup=False, highlight=False, soft_wrap=True)
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for layer in description["layers"]:
-        name = layer["name"] if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
+        name = layer["name"] if every else kind_of(layer["name"])
         shape = f"{layer['out_features']}x{layer['in_features']}" if layer["out_features"] else "?"
         kinds.setdefault((name, shape), []).append(layer)
     longest = max((len(name) for name, _ in kinds), default=0)

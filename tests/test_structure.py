@@ -13,7 +13,7 @@ PACKAGE = ROOT / "smile_kernels"
 ROOMS = (
     ("__init__", "__main__"),
     ("cli",),
-    ("benchmark", "chat", "selftest"),
+    ("analysis", "benchmark", "chat", "selftest"),
     ("upscaling",),
     ("checkpoint",),
     ("integrations",),

@@ -80,7 +80,7 @@ __all__ = ["upscale_checkpoints"]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
-class _Job:
+class Job:
     """What is to be done, opened and checked: constructing it reads headers only, and writes nothing."""
 
     def __init__(
@@ -397,7 +397,7 @@ def upscale_checkpoints(
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
-    job = _Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from)
+    job = Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from)
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
@@ -423,7 +423,7 @@ def upscale_checkpoints(
 
 
 def _write(
-    job: _Job,
+    job: Job,
     output: OutputFolder,
     processes: tuple[int, int, Callable[[], Any]],
     experts_only: bool,

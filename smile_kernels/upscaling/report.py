@@ -1,6 +1,7 @@
 """What an upscaling reports: what became of each layer, and what the result does not hold."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -165,6 +166,11 @@ class UpscaleReport:
             if self.lost:
                 console.print(lost)
         return text.get().rstrip("\n") + (f"\n{self.calibration}" if self.calibration else "")
+
+
+def kind_of(layer: str) -> str:
+    """The kind of a layer, whatever its block: model.layers.*.mlp.up_proj."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
 
 
 def _sizes(lost: LostChange) -> str:
