@@ -107,7 +107,9 @@ class SmileQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        _expect_call(model.save_pretrained, "get_state_dict_and_metadata")
+        from transformers import PreTrainedModel  # which imports this module
+
+        _expect_call(PreTrainedModel.save_pretrained, "get_state_dict_and_metadata")
         if getattr(model.config, "distributed_config", None) is not None:
             raise SmileError(
                 "distributed_config: transformers' own tensor parallelism does not know SMILE layers; "

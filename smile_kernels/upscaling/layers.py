@@ -72,9 +72,16 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def embedding_weights(model: nn.Module) -> set[str]:
-    """The names of the weights that are looked up, not multiplied by."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    """The names of the weights that are looked up, not multiplied by: of embeddings, and of what a layer is tied to."""
+    linear = linear_layers(model).values()
+    layers, weights = {id(layer) for layer in linear}, {id(layer.weight) for layer in linear}
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) not in layers
+        for parameter, p in module._parameters.items()
+        if p is not None and (id(p) in weights or (isinstance(module, nn.Embedding) and parameter == "weight"))
+    }
 
 
 def layers_of_model(model: nn.Module) -> dict[str, Layer]:

@@ -238,3 +238,34 @@ def test_torch_save_opens_again_as_smile_or_is_refused(way, tmp_path):
     assert sum(isinstance(module, sk.SmileLinear) for module in loaded.modules()) == 8
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(ids).logits, expert(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+class Lookup(nn.Module):
+    """An embedding of its own kind."""
+
+    def __init__(self, table: nn.Parameter):
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids):
+        return self.table[ids]
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+@pytest.mark.parametrize("kind", ["nn.Embedding", "subclass", "own class"])
+def test_what_a_head_is_tied_to_is_listed_whatever_it_is(kind):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 20, bias=False)
+    embedding = Lookup(head.weight) if kind == "own class" else nn.Embedding(20, 8)
+    if kind != "own class":
+        embedding.__class__ = nn.Embedding if kind == "nn.Embedding" else type("Scaled", (nn.Embedding,), {})
+        embedding.weight = head.weight
+    base = nn.Sequential(embedding, nn.Linear(8, 8), head)
+    expert = tuned(base)
+    model, report = sk.upscale(base, [expert], **RANKS)
+    assert [lost.name for lost in report.lost] == ["0.table" if kind == "own class" else "0.weight"]
+    for name in ("table", "weight"):
+        if name in model[0]._parameters:
+            setattr(model[0], name, nn.Parameter(expert[2].weight.detach().clone()))
+    ids = torch.arange(5)
+    torch.testing.assert_close(model(ids), expert(ids), rtol=1e-4, atol=1e-5)
