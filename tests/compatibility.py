@@ -83,30 +83,39 @@ def record(outcomes: Outcomes) -> str:
 
 
 def architectures(outcomes: Outcomes) -> str:
-    """A row for each architecture that was tried, and the names of those that could not be."""
-    tried = [row for row in outcomes.architectures if "class" in row]
-    transformers = metadata.version("transformers")
-    equal = sum(row.get(way, "").startswith("equal") for row in tried for way in ("full", "lora"))
-    refused = sum(row.get(way, "").startswith("refused") for row in tried for way in ("full", "lora"))
+    """A row for each architecture that was tried, and the names of those that could not be.
+
+    Of the model types that these tests left out, the rows that the document has stay.
+    """
+    cells = {row["model_type"]: _cells(row) for row in outcomes.architectures}
+    block = DOCUMENT.read_text().partition("<!-- tested:architectures -->")[2]
+    before = {row[0]: row for row in re.findall("^" + r"\| ([^|]*?) " * 6 + r"\|$", block, re.MULTILINE)[2:]}
+    skipped = re.search(r"^Not tried: (.*)\.$", block, re.MULTILINE)
+    before |= {name: None for name in skipped[1].split(", ")} if skipped and skipped[1] != "none" else {}
+    rows = dict(sorted({**before, **cells}.items()))
+    tried = [row for row in rows.values() if row is not None]
+    ends = [end.partition(" ")[0].rstrip(":;") for row in tried for end in row[3:5]]
     lines = [
-        f"transformers {transformers}: {len(tried)} architectures were made tiny and run, each fine-tuned in full and "
-        f"by LoRA: {equal} equal to the fine-tuned model, {refused} refused by name. The other "
-        f"{len(outcomes.architectures) - len(tried)} model types have no tiny model that runs on random inputs here.",
+        f"transformers {metadata.version('transformers')}: {len(tried)} architectures were made tiny and run, each "
+        f"fine-tuned in full and by LoRA: {ends.count('equal')} times equal, {ends.count('refused')} times refused by "
+        f"name, {ends.count('PEFT')} times no adapter that PEFT makes, {ends.count('failed')} times failed. The other "
+        f"{len(rows) - len(tried)} model types have no tiny model that runs on random inputs here.",
         "",
         "| model type | class | linear layers | full | LoRA | layers that hold no experts, since |",
         "| --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in tried),
+        "",
+        f"Not tried: {', '.join(name for name, row in rows.items() if row is None) or 'none'}.",
     ]
-    for row in tried:
-        cells = [
-            row["model_type"],
-            row["class"],
-            str(row["layers"]),
-            row.get("full", "failed"),
-            row.get("lora", "failed"),
-        ]
-        lines.append(f"| {' | '.join([*cells, '; '.join(row['unfit'])])} |")
-    skipped = [row["model_type"] for row in outcomes.architectures if "class" not in row]
-    return "\n".join([*lines, "", f"Not tried: {', '.join(skipped) or 'none'}."])
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...] | None:
+    """The cells of an architecture's row; None where it was not tried."""
+    if "class" not in row:
+        return None
+    ends = (str(row.get(way, "failed")).replace("|", "/") for way in ("full", "lora"))
+    return row["model_type"], row["class"], str(row["layers"]), *ends, "; ".join(row["unfit"]) or "none"
 
 
 def write(name: str, text: str) -> None:

@@ -25,6 +25,7 @@ from smile_kernels.integrations.distributed import (
     tensor_parallel_plan,
 )
 from smile_kernels.nn import smile_layers
+from smile_kernels.upscaling import verify
 from tests.integrations.tiny_models import build, fine_tuned, fuse, inputs
 
 
@@ -93,7 +94,10 @@ def check_pair(mesh) -> None:
 def check_model(mesh, architecture: str) -> None:
     """A transformers model by its own plan: logits, gradients and greedy tokens."""
     base = build(architecture)
-    want = fuse(base, [fine_tuned(base, seed) for seed in (1, 2, 3)], num_experts_per_tok=2).double()
+    experts = [fine_tuned(base, seed) for seed in (1, 2, 3)]
+    want = fuse(base, experts, num_experts_per_tok=2)
+    assert {verdict.verdict for verdict in verify(want, base, experts)} == {"exact"}
+    want = want.double()
     got = copy.deepcopy(want)
     plan = tensor_parallel_plan(got)
     assert set(smile_layers(got)) < set(plan)

@@ -16,6 +16,7 @@ from torch import nn
 from smile_kernels import SmileLinear, load_pretrained, save_pretrained
 from smile_kernels.integrations.fusion_bench import convert_state_dict, from_fusion_bench, holds_fusion_bench_layers
 from smile_kernels.nn import smile_layers
+from smile_kernels.upscaling import verify
 from tests.integrations.tiny_models import GROUPED, SPECIAL, build, fine_tuned, linear_layers
 
 D, O, N = 20, 28, 3
@@ -172,6 +173,11 @@ def test_language_models(name, tmp_path):
         assert len(layers) == 14
         assert all(layer.router is None for layer in layers)
         torch.testing.assert_close(ours(ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+    biased = [key for key, layer in smile_layers(loaded).items() if layer.bias is not None]
+    for key in biased:  # fusion_bench adds an expert's whole bias to the base's, which verify finds
+        torch.testing.assert_close(loaded.get_submodule(key).expert_bias[0], experts[0].get_submodule(key).bias)
+    for verdict in verify(loaded, base, experts):
+        assert (verdict.verdict, verdict.module) == (("off", biased[0]) if biased else ("exact", ""))
     save_pretrained(loaded, tmp_path / "ours")
     assert torch.equal(load_pretrained(tmp_path / "ours")(ids).logits, loaded(ids).logits)
 

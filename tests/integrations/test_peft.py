@@ -193,6 +193,7 @@ def test_one_adapter_is_exactly_the_merged_model(architecture, options, tmp_path
     for model in (in_memory, from_disk):
         assert smile_layers(model)
         torch.testing.assert_close(output(model), output(merged), rtol=1e-3, atol=1e-4)
+        assert [verdict.verdict for verdict in sk.verify(model, base, [merged])] == ["exact"]
     assert (output(base) - output(merged)).abs().max() > 0.05
 
 
@@ -221,3 +222,4 @@ def test_a_mixed_pool(tmp_path):
     from_disk = type(base).from_pretrained(tmp_path / "fused")
     assert set(smile_layers(from_disk)) == set(smile_layers(in_memory))
     torch.testing.assert_close(output(from_disk), output(in_memory), rtol=1e-4, atol=1e-4)
+    assert {verdict.verdict for verdict in sk.verify(tmp_path / "fused")} <= {"exact", "truncated"}

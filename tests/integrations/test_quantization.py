@@ -9,6 +9,7 @@ from torch import nn
 from smile_kernels import RoutingPolicy, SmileLinear, calibrate, set_routing
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
 from smile_kernels.nn import smile_layers
+from smile_kernels.upscaling import verify
 from tests.integrations.tiny_models import build, fine_tuned, fuse, output
 
 
@@ -28,7 +29,10 @@ def test_the_same_layer_in_two_parts(router, num_experts_per_tok):
 
 def test_bfloat16_keeps_the_singular_values():
     base = build("LlamaForCausalLM")
-    model = fuse(base, [fine_tuned(base, seed) for seed in (1, 2)]).to(torch.bfloat16)
+    experts = [fine_tuned(base, seed) for seed in (1, 2)]
+    model = fuse(base, experts)
+    assert {verdict.verdict for verdict in verify(model, base, experts)} == {"exact"}
+    model = model.to(torch.bfloat16)
     want = output(model)
     layers = len(smile_layers(model))
     split = split_base(model)

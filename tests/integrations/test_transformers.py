@@ -85,6 +85,10 @@ def test_made_by_upscale_from_folders(architecture, tmp_path):
         fused = [layer.name for layer in report.layers if layer.skipped == "fused experts of a mixture, left alone"]
         mixture = [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
         assert fused == (mixture if architecture == "MixtralForCausalLM" else [])
+    lost = {lost.name.rpartition(".")[0] for lost in on_disk.lost}  # a classifier, which is excluded
+    for verdict in sk.verify(tmp_path / "out"):
+        assert verdict.verdict == ("off" if lost else "exact"), verdict
+        assert verdict.module in (lost or {""})
 
 
 def test_with_and_without_the_import(fused, tmp_path):

@@ -43,7 +43,7 @@ from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuant
 from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.nn import smile_layers
 from smile_kernels.ops import library
-from smile_kernels.upscaling import upscale_checkpoints
+from smile_kernels.upscaling import upscale_checkpoints, verify
 from tests.integrations import tiny_models
 from tests.integrations.tiny_models import build, fine_tuned
 
@@ -100,6 +100,7 @@ def served(tmp_path_factory):
                 num_experts_per_tok=2 if "Mistral" in architecture else 1,
                 exclude=["lm_head"],
             )
+            assert {verdict.verdict for verdict in verify(folder)} <= {"exact", "truncated"}
             model = type(base).from_pretrained(folder)
             if "Qwen2" in architecture:
                 make_parts_differ(model, base)
