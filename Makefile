@@ -19,7 +19,7 @@ demo-llm: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(SELECTED) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15 $(SELECTED) $(TESTS)
 
 test-all: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
