@@ -133,7 +133,7 @@ def build(kind: str, target: Path, folder: Path) -> None:
         sources = ["forward.cu", "backward.cu", "bindings.cpp"]
         flags += f" -DUSE_CUDA -DSMILE_CUDA{gencode(architectures(nvcc))}"
         compiler = f"{nvcc} {flags} -Xcompiler -fPIC,-fvisibility=hidden"
-        # Where PyTorch has no libtorch_cuda.so an empty one stands in for it while linking.
+        # Where PyTorch has no libtorch_cuda.so an empty one replaces it while linking.
         stub = ["-shared", "-Wl,-soname,libtorch_cuda.so", "-o", folder / "libtorch_cuda.so", "-xc", os.devnull]
         run([cxx, *stub])
         linker = f"{nvcc} -shared --cudart static -Xlinker --no-as-needed,--strip-all -L{folder} -ltorch_cuda"

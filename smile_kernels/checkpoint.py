@@ -1,6 +1,6 @@
 """SMILE checkpoints: the base checkpoint plus `vh`, `s`, `u`, `expert_bias` and `router` beside each converted weight.
 
-What was converted stands in `config.json` under `quantization_config`, where transformers and vLLM look for it. A
+What was converted is listed in `config.json` under `quantization_config`, where transformers and vLLM look for it. A
 checkpoint is whole, or holds the experts only, beside the path of its base.
 """
 
@@ -34,7 +34,7 @@ from .storage import (
 
 __all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrained"]
 
-REPORT = "smile_report.json"  # what became of each layer, beside a checkpoint that was upscaled
+REPORT = "smile_report.json"  # the result for each layer, beside a checkpoint that was upscaled
 
 
 @check_arguments

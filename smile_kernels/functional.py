@@ -232,7 +232,7 @@ def router_projections(x: Tensor, vh: Tensor, router: Tensor | None = None, *, r
 def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
     """score_i(x) = ||vh[i, :g] x||_2 for every expert: x [..., D], vh [N, >= g, D] -> [..., N] float32.
 
-    The one seam for every routing policy: feed what a policy makes of it to `select_experts`, and that to
+    For routing policies of your own: pass what a policy makes of it to `select_experts`, and that to
     `smile_linear(routing=...)`. float64 where x is float64. Differentiable.
     """
     return torch.linalg.vector_norm(router_projections(x, vh, rank_of_router=rank_of_router), dim=-1)

@@ -492,7 +492,7 @@ def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iter
 
 
 def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
-    """Put a SMILE layer at the place `name` of a model, where PyTorch must not read its weight past the experts.
+    """Put a SMILE layer at the place `name` of a model, and disable PyTorch fast paths that bypass the experts.
 
     nn.TransformerEncoder(Layer) in eval mode takes a fast path that does: it is switched off.
 

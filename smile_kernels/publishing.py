@@ -95,7 +95,7 @@ class OutputFolder:
         """Make the finished `output` the folder, and remove the work folder.
 
         Raises:
-            FileExistsError: something else now stands in `folder`; `output` is kept.
+            FileExistsError: something else is now at `folder`; `output` is kept.
         """
         _write_manifest(self.output, self.settings)
         old = self.folder.with_name(f".{self.folder.name}.old-{uuid.uuid4().hex[:12]}")

@@ -68,7 +68,7 @@ def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, nois
             for the smallest r that holds this share of ||a||_F^2.
         rank_of_router: g; the first g rows of vh are converged as a subspace of their own.
         noise_floor: where fewer than g singular values are larger, the others are taken for noise: they are null, so
-            that they do not vote. Those that rounding in float32 (float64 for a float64 `a`) makes are null always.
+            that they do not count. Those that rounding in float32 (float64 for a float64 `a`) makes are null always.
 
     Raises:
         ValueError: `a` is no matrix or not finite, or a rank is out of range.

@@ -20,7 +20,7 @@ T, D, O, N, R, G, M = 5, 12, 10, 3, 4, 2, 2
 
 
 def wrong_tensors(tensor: Tensor) -> list[Any]:
-    """What may stand in a tensor's place and must not be taken."""
+    """What may be passed in place of a tensor and must be refused."""
     other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
     wrong = [
         "x", 3, [1.0], tensor.to("meta"), tensor.to(torch.complex64), tensor.to(torch.int64), tensor.bool(),

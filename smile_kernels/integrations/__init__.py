@@ -42,7 +42,7 @@ def _register_with_transformers() -> None:
 
 
 def _check_quantizers(spec: importlib.machinery.ModuleSpec | None) -> None:
-    """The finder waits for a module: where there is none of that name it would wait for ever, without a word."""
+    """The finder waits for a module; without one of that name it would wait silently and for good."""
     if spec is None or spec.origin is None:  # installed in a way that only its own finder knows
         return
     try:

@@ -40,7 +40,7 @@ def _expect_parameters(function: Callable, *names: str) -> None:
 
 
 def _expect_call(caller: Callable, hook: str) -> None:
-    """A hook of HfQuantizer that is not called any more would be lost without a word."""
+    """A hook of HfQuantizer that transformers stopped calling would be lost silently."""
     called = hook in inspect.unwrap(caller).__code__.co_names
     expect("transformers", called, f"{caller.__qualname__} to call HfQuantizer.{hook}")
 
@@ -208,7 +208,7 @@ def _as_stored(model: Any, entries: Mapping[str, SmileModuleConfig]) -> dict[str
 
 
 def _keep_layers_apart(model: Any) -> None:
-    """Has `save_pretrained` store the weights of SMILE layers as they are: fused with others, they would lose them."""
+    """Have `save_pretrained` store SMILE layers unfused: conversions that fuse weights would drop the experts."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)

@@ -234,7 +234,7 @@ def _backward_pass() -> int:
 
 
 class ForwardPass:
-    """The state of one forward pass: evidence so far, the last choice, and what a KV cache remembers."""
+    """The state of one forward pass: evidence so far, the last choice, and what is kept beside a KV cache."""
 
     def __init__(self, root: RootRouting, arguments: dict[str, Any]):
         self.policy, serial = root.plan

@@ -379,7 +379,7 @@ def upscale_checkpoints(
     check_request("experts", experts, num_experts_per_tok, remaining)
     if routing is not None and routing.calibrated and not calibrate:
         raise SmileError("routing: is calibrated; expected calibrate, without which no layer has a router_prior")
-    # Ranks and counts are checked as the config they will stand in.
+    # Ranks and counts are checked as the config that will hold them.
     config = SmileConfig(
         num_local_experts=len(experts),
         num_experts_per_tok=num_experts_per_tok,

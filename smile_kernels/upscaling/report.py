@@ -1,4 +1,4 @@
-"""What an upscaling reports: what became of each layer, and what the result does not hold."""
+"""What an upscaling reports: the result for each layer, and what the result does not hold."""
 
 import json
 import re

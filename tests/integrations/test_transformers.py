@@ -236,7 +236,7 @@ def test_generate(architecture, fused, tmp_path):
 
 
 def test_continuous_batching(fused):
-    """A paged cache; routing that remembers has no place in it, and each request says so."""
+    """A paged cache; it cannot hold a policy's sums, and each request raises."""
     _, model = fused("LlamaForCausalLM")
     model = copy.deepcopy(model)
     prompts = [[5, 6, 7, 8], [9, 10, 11]]

@@ -239,7 +239,7 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
     ],
     ids=["preempted", "locked-tp2", "half-life", "transformers", "parts-tp2", "sliding-window"],
 )
-def test_routing_that_remembers(architecture, policy, options, served, tmp_path):
+def test_routing_policies_with_sums(architecture, policy, options, served, tmp_path):
     case = served(architecture)
     model = with_routing(case.folder, tmp_path, policy)
     want = [greedy(model, prompt) for prompt in LONG]

@@ -138,7 +138,7 @@ class RememberedRouting:
 
 
 def _check_compilation(compilation: object) -> None:
-    """Raises ImportError where vLLM no longer has what carries the sums: they would be lost without a word."""
+    """Raises ImportError where vLLM no longer has what carries the sums: they would be lost silently."""
     forward = getattr(compilation, "static_forward_context", None)
     expect("vllm", isinstance(forward, dict), "CompilationConfig.static_forward_context, a dict of layers by name")
     ops = getattr(compilation, "splitting_ops", 0)
