@@ -9,7 +9,16 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "bench/*.md", "docs/*.md", "docs/*.png", "bench/results/**/*.svg", "examples/*.py", "LICENSE")
+PAGES = (
+    "*.md",
+    "bench/*.md",
+    "docs/*.md",
+    "docs/*.png",
+    "docs/*.css",
+    "bench/results/**/*.svg",
+    "examples/*.py",
+    "LICENSE",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

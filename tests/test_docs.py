@@ -37,6 +37,8 @@ def test_the_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path)
 def test_the_reference_has_every_public_name():
     listed = set(re.findall(r"^::: smile_kernels\.(\w+)", page("api.md"), re.MULTILINE))
     assert set(smile_kernels.__all__) - listed == set()
+    functions = set(re.findall(r"^::: smile_kernels\.functional\.(\w+)", page("api.md"), re.MULTILINE))
+    assert set(smile_kernels.functional.__all__) == functions
 
 
 def messages() -> Iterator[str]:
