@@ -72,7 +72,7 @@ def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, nois
 
     Raises:
         ValueError: `a` is no matrix or not finite, or a rank is out of range.
-        TypeError: `a` is not floating point, or a rank is no number.
+        TypeError: `a` is not floating point, or a rank is not a number.
     """
     peak = check_matrix("a", a)
     rank, g = check_ranks(rank, rank_of_router, a.shape, layer=False)
@@ -123,7 +123,7 @@ def lora_svd(
 
     Raises:
         ValueError: shapes that do not fit, entries that are not finite, or a rank out of range.
-        TypeError: factors that are not floating point, or a rank that is no number.
+        TypeError: factors that are not floating point, or a rank that is not a number.
     """
     check_matrix("b_factor", b_factor)
     check_matrix("a_factor", a_factor)

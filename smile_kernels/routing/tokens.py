@@ -210,7 +210,7 @@ _KNOWN = frozenset(
     )
 )
 
-# Arguments whose first dimension is no batch of inputs.
+# Arguments whose first dimension is not a batch of inputs.
 _ASIDE = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position", "labels")
 
 

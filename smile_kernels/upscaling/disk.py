@@ -260,7 +260,7 @@ class Job:
         return torch.zeros_like(self.tensors[name]) if tensor is None else tensor  # a bias that the expert lacks
 
     def _split(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's tensors that a parameter is a part of, where it is no tensor of its own."""
+        """The checkpoint's tensors that a parameter is a part of, where it is not a tensor of its own."""
         keys = self.origins.get(name, ())
         alone = len(keys) == 1 and [keys] == [other for other in self.origins.values() if other[0] == keys[0]]
         return () if alone and self.stored[keys[0]].read is self.by_name[name].read else keys

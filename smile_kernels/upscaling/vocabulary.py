@@ -81,7 +81,7 @@ def find_added_tokens(
     """The tokens that an expert has beyond those of the base, whose model and tensors these are.
 
     Raises:
-        ValueError: `model` is no transformers model, or the expert has no tokens beyond the base's.
+        ValueError: `model` is not a transformers model, or the expert has no tokens beyond the base's.
     """
     embedding = model.get_input_embeddings() if hasattr(model, "resize_token_embeddings") else None
     name = next((f"{n}.weight" for n, m in model.named_modules() if m is embedding), "") if model else ""

@@ -1,4 +1,4 @@
-"""What the compiled operators are held to, whichever library they come from: used by the tests and by sanitize.py."""
+"""What compiled operators are checked against, whichever library they come from; sanitize.py uses it too."""
 
 import torch
 
