@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from . import analysis, functional, integrations
 from .checkpoint import calibrate_checkpoint, load_pretrained, save_pretrained
 from .errors import SmileError
+from .integrations.arrow import from_peft_arrow
 from .integrations.fusion_bench import from_fusion_bench
 from .nn import SmileLinear, warmup
 from .ops.library import backends
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate",
     "calibrate_checkpoint",
     "from_fusion_bench",
+    "from_peft_arrow",
     "functional",
     "get_routing",
     "load_pretrained",

@@ -1,0 +1,110 @@
+"""PEFT's Arrow models on SMILE layers: adapters routed token by token, by each one's leading direction.
+
+Arrow scores adapter i by abs(v_i^T x) / temperature, where v_i is the first right singular vector of its change, takes
+the softmax over the top_k best, and adds their changes up. That is a SMILE layer whose router has the one row v_i^T /
+temperature for each expert.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SmileError
+from ..nn import SmileLinear, replace_linear
+from ..svd import lora_svd
+from . import describe_as_smile
+
+__all__ = ["from_peft_arrow"]
+
+
+@torch.no_grad()
+def from_peft_arrow(model: nn.Module) -> nn.Module:
+    """A model made by PEFT's `create_arrow_model`, with a SmileLinear in place of each layer that Arrow routes.
+
+    Its outputs are PEFT's, in evaluation mode: prototypes are taken as PEFT has or would have made them, general
+    adapters are subtracted as it does. Adapters may differ in rank and in target modules: where one has no change its
+    score is 0. The adapters' names become those of the experts. Factors are cast to the layer's dtype.
+
+    Args:
+        model: the PeftModel, its Arrow adapter active; it is taken apart.
+
+    Returns:
+        The base model, changed in place, without PEFT's wrappers.
+
+    Raises:
+        ValueError: no layer that Arrow routes, other adapters active or merged, modules saved whole, or a layer that is
+            not linear. Nothing is changed then, but that PEFT's own preparation for the first forward pass is done.
+
+    Source: Arrow, arXiv 2405.11157; PEFT's peft.tuners.lora.arrow.
+    """
+    get_base = getattr(model, "get_base_model", None)
+    base: Any = model if get_base is None else get_base()
+    wrapped = {name: module for name, module in base.named_modules() if hasattr(module, "base_layer")}
+    arrows = {name: module for name, module in wrapped.items() if len(getattr(module, "lora_arrow", ()))}
+    if not arrows:
+        raise SmileError(f"model: {type(model).__name__} has no layer that Arrow routes; expected create_arrow_model's")
+    if saved := next((n for n, m in base.named_modules() if hasattr(m, "modules_to_save")), None):
+        raise SmileError(f"model: {saved} is saved whole by an adapter; expected adapters of linear layers alone")
+    names = list(dict.fromkeys(name for module in arrows.values() for name in _arrow(module).task_adapter_names))
+    # PEFT's router may lie on layers that no adapter changes.
+    layers = {
+        name: _layer(name, module, names)
+        for name, module in arrows.items()
+        if not module.lora_A.keys().isdisjoint(names)
+    }
+    for name, module in wrapped.items():
+        if name in layers:
+            replace_linear(base, name, layers[name].train(module.training))
+        else:
+            base.set_submodule(name, module.base_layer)
+    vars(base).pop("peft_config", None)
+    describe_as_smile(base)
+    return base
+
+
+def _arrow(module: Any) -> Any:
+    """The router of a layer whose Arrow adapter alone is active."""
+    active = list(module.active_adapters)
+    if len(active) != 1 or active[0] not in module.lora_arrow or module.merged or module.disable_adapters:
+        raise SmileError(f"model: its active adapters are {active}; expected the Arrow router alone, not merged")
+    return module.lora_arrow[active[0]]
+
+
+def _layer(name: str, module: Any, adapters: list[str]) -> SmileLinear:
+    """The SMILE layer of one layer that Arrow routes."""
+    arrow, linear = _arrow(module), module.base_layer
+    transposed = type(linear).__name__ == "Conv1D"
+    if not (isinstance(linear, nn.Linear) or transposed) or not linear.weight.is_floating_point():
+        raise SmileError(f"model: {name} is a {type(linear).__name__}; expected a linear layer in floating point")
+    weight: Tensor = linear.weight.T.contiguous() if transposed else linear.weight
+    present = [adapter for adapter in adapters if adapter in module.lora_A]
+    arrow.gen_know_sub(module.lora_A, module.lora_B)
+    if present == list(arrow.task_adapter_names):
+        arrow.build_prototypes(module.lora_A, module.lora_B)
+        rows = dict(zip(present, arrow.prototypes))
+    else:  # as PEFT finds one, which it does for adapters of one shape only
+        find = arrow.top_right_singular_vec_from_BA
+        rows = {a: find(module.lora_A[a].weight, module.lora_B[a].weight) for a in present}
+    r = min(max(module.lora_A[adapter].weight.shape[0] for adapter in present), *weight.shape)
+    n, (o, d) = len(adapters), weight.shape
+    factors: dict[str, Tensor | None] = {
+        "vh": weight.new_zeros(n, r, d),
+        "s": weight.new_zeros(n, r, dtype=torch.promote_types(weight.dtype, torch.float32)),
+        "u": weight.new_zeros(n, o, r),
+        "router": weight.new_zeros(n, 1, d),
+    }
+    for i, adapter in enumerate(adapters):
+        if adapter in present:
+            b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+            part = lora_svd(b, a, float(module.scaling[adapter]), min(a.shape[0], r))
+            k = len(part.s)
+            factors["vh"][i, :k], factors["s"][i, :k], factors["u"][i, :, :k] = part.vh[:k], part.s, part.u  # type: ignore[index]
+            factors["router"][i, 0] = rows[adapter] / arrow.temperature  # type: ignore[index]
+    layer = SmileLinear.from_factors(
+        weight, linear.bias, factors, rank_of_router=1, num_experts_per_tok=int(arrow.top_k)
+    )
+    if not transposed:
+        layer.weight = linear.weight  # what was tied to it stays tied
+    layer.bias, layer.expert_names = linear.bias, tuple(adapters)
+    return layer
