@@ -82,10 +82,10 @@ def record(outcomes: Outcomes) -> str:
     return "\n".join(lines)
 
 
-def architectures(outcomes: Outcomes) -> str:
-    """A row for each architecture that was tried, and the names of those that could not be.
+def architectures(how: str, outcomes: Outcomes) -> str:
+    """How the tests ran, a row for each architecture that was tried, and the names of those that could not be.
 
-    Of the model types that these tests left out, the rows that the document has stay.
+    Of the model types that these tests left out, the rows that the document has stay, and how they came there.
     """
     cells = {row["model_type"]: _cells(row) for row in outcomes.architectures}
     block = DOCUMENT.read_text().partition("<!-- tested:architectures -->")[2]
@@ -93,9 +93,13 @@ def architectures(outcomes: Outcomes) -> str:
     skipped = re.search(r"^Not tried: (.*)\.$", block, re.MULTILINE)
     before |= {name: None for name in skipped[1].split(", ")} if skipped and skipped[1] != "none" else {}
     rows = dict(sorted({**before, **cells}.items()))
+    if before.keys() - cells.keys():
+        how = f"{block.partition('transformers ')[0].strip()}\n\nAfterwards {', '.join(sorted(cells))}: {how}"
     tried = [row for row in rows.values() if row is not None]
     ends = [end.partition(" ")[0].rstrip(":;") for row in tried for end in row[3:5]]
     lines = [
+        how,
+        "",
         f"transformers {metadata.version('transformers')}: {len(tried)} architectures were made tiny and run, each "
         f"fine-tuned in full and by LoRA: {ends.count('equal')} times equal, {ends.count('refused')} times refused by "
         f"name, {ends.count('PEFT')} times no adapter that PEFT makes, {ends.count('failed')} times failed. The other "
@@ -137,8 +141,8 @@ def main() -> int:
     outcomes, started = Outcomes(), time.monotonic()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     status = pytest.main([*arguments], plugins=[outcomes])
-    table = architectures(outcomes) if name == "architectures" else record(outcomes)
-    write(name, f"{ran(commit, arguments, outcomes, time.monotonic() - started)}\n\n{table}")
+    how = ran(commit, arguments, outcomes, time.monotonic() - started)
+    write(name, architectures(how, outcomes) if name == "architectures" else f"{how}\n\n{record(outcomes)}")
     return int(status)
 
 
