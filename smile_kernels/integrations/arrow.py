@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..nn import SmileLinear, replace_linear
+from ..schema import check_arguments
 from ..svd import lora_svd
 from . import describe_as_smile
 
 __all__ = ["from_peft_arrow"]
 
 
+@check_arguments
 @torch.no_grad()
 def from_peft_arrow(model: nn.Module) -> nn.Module:
     """A model made by PEFT's `create_arrow_model`, with a SmileLinear in place of each layer that Arrow routes.

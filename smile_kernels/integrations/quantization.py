@@ -48,7 +48,7 @@ class SmileBesideLinear(KeepsSingularValues):
         self.register_buffer("router_prior", layer.router_prior)
         self.num_local_experts, self.rank_of_router = layer.num_local_experts, layer.rank_of_router
         self.num_experts_per_tok, self._own = layer.num_experts_per_tok, layer.own_num_experts_per_tok()
-        self.router_policy = layer.router_policy
+        self.router_policy, self.expert_names = layer.router_policy, layer.expert_names
 
     def own_num_experts_per_tok(self) -> int:
         """The number that the layer was made with, whatever a routing policy has set."""

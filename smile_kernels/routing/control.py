@@ -5,6 +5,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ __all__ = [
     "get_routing",
     "refuse_override",
     "release_idle",
+    "routed_layers",
     "set_routing",
     "watch_routing",
     "watch_tokens",
@@ -172,6 +174,14 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     return found.pop() if found else RoutingPolicy()
 
 
+def routed_layers(model: nn.Module) -> dict[str, SmileLinear]:
+    """The SMILE layers of a model by name, and what stands for one: all that ask a `router_policy`."""
+    smile_layers(model)  # refuses merged layers
+    return {
+        name: cast(SmileLinear, module) for name, module in model.named_modules() if hasattr(module, "router_policy")
+    }
+
+
 def attached_roots(model: nn.Module) -> list[RootRouting]:
     """What follows the forward passes of each part of `model`; made, with the layers' own routing, where nothing does.
 
@@ -179,7 +189,7 @@ def attached_roots(model: nn.Module) -> list[RootRouting]:
         ValueError: layers outside the parts, or a layer whose policy stands on another part or is none of
             `set_routing`'s. Nothing is changed then.
     """
-    layers = smile_layers(model)
+    layers = routed_layers(model)
     _check_parts(model, {name: layer.num_local_experts for name, layer in layers.items()})
     parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
     for root, members in parts.items():
@@ -205,7 +215,7 @@ def release_idle(layers: Iterable[SmileLinear]) -> None:
 
 def refuse_override(model: nn.Module) -> None:
     """Raises ValueError where a routing_override is open on layers of `model`."""
-    for layer in smile_layers(model).values():
+    for layer in routed_layers(model).values():
         if (attached := _root_routing(layer)) is not None:
             _refuse_override(attached)
 

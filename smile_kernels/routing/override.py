@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..functional import route
-from ..nn import SmileLinear, smile_layers
-from .control import attached_roots, release_idle
+from ..nn import SmileLinear
+from .control import attached_roots, release_idle, routed_layers
 from .policy import Routing
 from .tokens import Tokens
 
@@ -47,7 +47,9 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
             weight that is not finite, or a part of a model whose policy stands on the whole. In a forward pass: a batch
             of another size than the list.
     """
-    layers = smile_layers(model)
+    if not isinstance(model, nn.Module):
+        raise SmileError(f"model: is {model!r}; expected a model with SMILE layers")
+    layers = routed_layers(model)
     if not layers:
         raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
     kinds = {(layer.num_local_experts, layer.expert_names) for layer in layers.values()}
@@ -58,9 +60,9 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
         if not expert:
             raise SmileError(f"expert: is {expert!r}; expected one entry for each row of the batch")
         rows = [None if e is None else expert_weights(e, n, names, f"expert[{i}]") for i, e in enumerate(expert)]
-        override = Override(rows, {layer.weight.device for layer in layers.values()})
+        override = Override(rows, {layer.vh.device for layer in layers.values()})
     elif expert is not None:
-        override = Override(expert_weights(expert, n, names), {layer.weight.device for layer in layers.values()})
+        override = Override(expert_weights(expert, n, names), {layer.vh.device for layer in layers.values()})
     return _opened(model, layers.values(), None if expert is None else override)
 
 

@@ -114,3 +114,5 @@ def test_what_is_not_arrow_is_refused_and_stays(tmp_path):
     assert torch.equal(logits(model), want)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no layer that Arrow routes"):
         sk.from_peft_arrow(base())
+    with pytest.raises(ValueError, match="model: is 3"):
+        sk.from_peft_arrow(3)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from smile_kernels import SmileLinear, calibrate, routing_override
+from smile_kernels.integrations.quantization import split_base
 from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
 from tests.routing.definition import POLICIES, N, albert, bert, by_name, llama, logits, mistral, t5, tokens
@@ -198,6 +199,21 @@ def test_compiled_models_follow_it():
                 close(logits(compiled, input_ids=ids, use_cache=False), want)
 
 
+@by_name({"published": RoutingPolicy(), "sequence+layers": POLICIES["sequence+layers"]})
+def test_experts_beside_a_base_of_another_make(policy):
+    model, ids = named(llama()), tokens(2, 4)
+    set_routing(model, policy)
+    own, want = logits(model, input_ids=ids), logits(dense(model, {1: 1.0}), input_ids=ids)
+    split_base(model)
+    with routing_override(model, "code"):
+        close(logits(model, input_ids=ids), want)
+    with routing_override(model, [1, None]):
+        got = logits(model, input_ids=ids)
+    close(got[0], want[0])
+    close(got[1], own[1])
+    close(logits(model, input_ids=ids), own)
+
+
 def test_watched_counts():
     model, ids = named(llama()), tokens(3, 4)
     with watch_routing(model) as counts, routing_override(model, ["code", {}, {0: 0.1, 2: 0.9}]):
@@ -252,6 +268,8 @@ def test_models_and_batches_that_do_not_fit_are_named():
         ValueError, match="expert: is 'math', and the experts have no names; expected an index from 0 to 3"
     ):
         routing_override(model, "math")
+    with pytest.raises(ValueError, match="model: is 'llama'; expected a model with SMILE layers"):
+        routing_override("llama", 0)
     with pytest.raises(ValueError, match="model: Linear has no SmileLinear"):
         routing_override(nn.Linear(2, 2), 0)
     with (
