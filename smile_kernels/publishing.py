@@ -141,7 +141,7 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         ValueError: an empty path, a mount point, or a folder that overlaps with an input.
         FileExistsError: a file of that name.
     """
-    if not str(folder).strip():
+    if not str(folder).strip() or "\0" in str(folder):
         raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write")
     path = Path(os.path.realpath(folder))
     if path.exists() and not path.is_dir():

@@ -222,6 +222,7 @@ def test_the_command_shows_a_table_and_keeps_every_sample(tmp_path):
         ({"setting": Setting(0, 4, 4, 0)}, "is 0; expected 1"),
         ({"dtype": "int8"}, "dtype: is 'int8'; expected one of float32"),
         ({"device": "tpu"}, "device: is 'tpu'; expected one of cpu"),
+        ({"seconds": float("nan")}, "seconds: is nan; expected a number above 0"),
         ({"peers": ["mine"]}, "peers: 'mine' is unknown"),
         ({"json_file": Path("no-such-folder/r.json")}, "json: is 'no-such-folder/r.json'; expected a file in a folder"),
         ({"graph": True}, "graph: CUDA graphs need device 'cuda'"),

@@ -174,6 +174,7 @@ def test_damaged_settings_are_refused_and_force_starts_anew(tmp_path):
     ("out", "message"),
     [
         ("", "expected the path of a folder"),
+        ("a\0b", "expected the path of a folder"),
         ("base", "is base"),
         (".", "contains base"),
         ("base/fused", "lies inside base"),

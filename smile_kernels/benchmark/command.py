@@ -59,6 +59,8 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     _check(layers, tokens, setting, dtype, device, peers, graph)
+    if not 0 < seconds < float("inf"):
+        raise SmileError(f"seconds: is {seconds}; expected a number above 0")
     for name, file in (("json", json_file), ("plot", plot_file)):
         if file is not None and not file.parent.is_dir():
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")

@@ -137,6 +137,8 @@ def adapter_deltas(
     if isinstance(base, nn.Module):
         base = base.state_dict(keep_vars=True)
     modules = _by_module(directory, _tensors(directory))
+    if not modules:
+        raise SmileError(f"{directory}: holds no tensors; expected the factors of a LoRA adapter")
     located = _in_base(directory, modules, base, names)
     deltas: dict[str, ModuleDelta] = {}
     for module, tensors in modules.items():

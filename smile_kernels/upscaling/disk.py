@@ -31,7 +31,7 @@ from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..publishing import OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
-from ..schema import check_arguments
+from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
     parse_size,
@@ -448,13 +448,20 @@ def _write(
         done += world
         progress("layers", min(done, len(job.layers)), len(job.layers))
     barrier()
-    reports = [LayerReport(**read_json(layers / f"{i}.json")) for i in range(len(job.layers))]
+    files = [layers / f"{i}.json" for i in range(len(job.layers))]
+    reports = [parse(LayerReport, read_json(file), str(file)) for file in files]
     factors = {
         layer.name: read_safetensors(layers / f"{i}.safetensors")
         for i, layer in enumerate(job.layers)
         if not reports[i].skipped
     }
-    check_changed("experts", [*reports, *unfit_layers(job.unfit, job.taken)], job.taken)
+    try:
+        check_changed("experts", [*reports, *unfit_layers(job.unfit, job.taken)], job.taken)
+    except ValueError:
+        barrier()
+        if rank == 0:
+            output.discard()  # no run with these inputs ever ends otherwise
+        raise
     stem = "experts" if experts_only else "model"
     shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
     for i, (name, shard) in enumerate(shards.items()):

@@ -223,3 +223,36 @@ def test_a_mixed_pool(tmp_path):
     assert set(smile_layers(from_disk)) == set(smile_layers(in_memory))
     torch.testing.assert_close(output(from_disk), output(in_memory), rtol=1e-4, atol=1e-4)
     assert {verdict.verdict for verdict in sk.verify(tmp_path / "fused")} <= {"exact", "truncated"}
+
+
+A, B = "base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"
+FACTORS = {A: torch.ones(2, 6), B: torch.ones(5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({}, {}, "holds no tensors; expected the factors"),
+        ({A: torch.ones(0, 6), B: torch.ones(5, 0)}, {}, r"torch.float32 \[0, 6\]; expected floating-point numbers"),
+        ({name: t.int() for name, t in FACTORS.items()}, {}, "torch.int32"),
+        ({name: t.to(torch.complex64) for name, t in FACTORS.items()}, {}, "torch.complex64"),
+        (FACTORS | {B: torch.ones(5)}, {}, r"lora_B \[5\] does not fit lora_A"),
+        (FACTORS | {"base_model.model.0.alpha": torch.ones(2)}, {}, r"alpha has shape \[2\]; expected 1 numbers"),
+        (FACTORS | {"base_model.model.0.lora_magnitude_vector": torch.ones(3)}, {}, "lora_magnitude_vector has shape"),
+        (FACTORS | {"base_model.model.0.lora_B.bias": torch.ones(3)}, {}, "lora_B.bias has shape"),
+        (FACTORS, {"lora_alpha": "8"}, "lora_alpha: is '8'; expected a number"),
+        (FACTORS, {"lora_alpha": True}, "lora_alpha: is True; expected a number"),
+        (FACTORS, {"lora_alpha": 1e300}, "lora_alpha: is 1e"),
+        (FACTORS, {"alpha_pattern": {"(": 1}}, "is not a regular expression"),
+        (FACTORS, {"alpha_pattern": {"0": -1}}, "alpha_pattern.0: is -1"),
+        (FACTORS, {"use_rslora": "yes"}, "use_rslora: is 'yes'; expected a boolean"),
+        (FACTORS, {"init_lora_weights": [1]}, "init_lora_weights: is"),
+        (FACTORS, {"trainable_token_indices": [-1]}, r"trainable_token_indices.0: is -1"),
+    ],
+)
+def test_malformed_adapters_are_named(tmp_path, tensors, config, message):
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(sk.SmileError, match=message):
+        adapter_deltas(tmp_path, torch.nn.Sequential(torch.nn.Linear(6, 5)))

@@ -498,3 +498,11 @@ def test_an_upscaling_killed_at_every_file_operation_is_finished_to_the_same_bit
     print(f"{operation} kill points")
     assert [contents(folder) for folder in folders] == inputs
     assert operation > 50
+
+
+def test_experts_that_change_nothing_leave_nothing(tmp_path, folders, models):
+    same = save(tmp_path / "same", models[0])
+    with pytest.raises(ValueError, match="experts: change no layer that can hold experts"):
+        upscale_checkpoints(folders[0], [same], tmp_path / "out", **RANKS)
+    assert [path.name for path in tmp_path.glob("*out*")] == []
+    upscale_checkpoints(folders[0], [folders[1]], tmp_path / "out", **RANKS)
