@@ -172,15 +172,15 @@ def test_a_transformers_without_the_module_that_is_waited_for_is_named(tmp_path)
     assert "cannot be loaded" not in done.stderr
 
 
-def test_a_save_that_asks_no_quantizer_is_refused():
+def test_a_save_that_asks_no_quantizer_is_refused(monkeypatch):
     """The routing policy of a loaded model would be lost in transformers' own save_pretrained."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from smile_kernels.integrations.transformers import SmileQuantizer
 
     class Model(transformers.PreTrainedModel):  # the class itself would keep what transformers caches of its models
-        def save_pretrained(self, folder):
-            pass
+        pass
 
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda self, folder: None)
     model = Model(transformers.PretrainedConfig())
     with pytest.raises(ImportError, match=r"to call HfQuantizer\.get_state_dict_and_metadata"):
         SmileQuantizer.__new__(SmileQuantizer)._process_model_before_weight_loading(model)
