@@ -1,5 +1,6 @@
 """Watches the first forward pass of a SMILE model: code that reads a weight outside its layer misses the experts."""
 
+import inspect
 import sys
 from types import FrameType
 from typing import Any
@@ -89,8 +90,10 @@ class _Watch(TorchFunctionMode):
             first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
             owner = frame.f_locals.get(first)
             if isinstance(owner, nn.Module) and any(p is weight for p in owner._parameters.values()):
-                return  # the layer itself, or the embedding that its weight is tied to
-            if isinstance(owner, nn.Module) and not reader:
+                method = inspect.unwrap(getattr(type(owner), frame.f_code.co_name, _Watch))
+                if getattr(method, "__code__", None) is frame.f_code:
+                    return  # a method of the layer itself, or of the embedding that its weight is tied to
+            if isinstance(owner, nn.Module) and owner is not layer and not reader:
                 reader = f"{type(owner).__name__}.{frame.f_code.co_name}"
             frame = frame.f_back
         self.found = True

@@ -150,6 +150,8 @@ REFUSED = r"layer: its weight is read by Hidden.*exclude=\['layer'\]"
         "x @ model.layer.weight.T",
         "x @ model.layer.weight.data",
         "x @ next(model.layer.parameters())",
+        "(lambda layer: x @ layer.weight)(model.layer)",
+        "x @ dict(model.named_parameters())['layer.weight']",
     ],
 )
 def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
