@@ -238,15 +238,34 @@ def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
     return torch.linalg.vector_norm(router_projections(x, vh, rank_of_router=rank_of_router), dim=-1)
 
 
-def select_experts(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
-    """The m largest of scores [..., N], ties to the lower index -> their softmax [..., m] and ids [..., m] int32."""
+def select_experts(scores: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The m largest of scores [..., N], ties to the lower index -> their softmax [..., m] and ids [..., m] int32.
+
+    Args:
+        scores: [..., N], floating point.
+        num_experts_per_tok: m, 1 <= m <= N.
+        top_p: in (0, 1]: of the m, the fewest whose weights add up to top_p are kept, their weights divided by their
+            sum; the others have weight 0 and id -1, for which `smile_linear(routing=...)` does no work.
+
+    Raises:
+        ValueError: an argument out of range, or scores that are no floating-point tensor.
+    """
     _check_tensor("scores", scores)
     if scores.dim() < 1:
         raise _shape_error("scores", scores, ("...", "N"))
     if scores.dtype not in _DTYPES:
         raise SmileError(f"scores: is {scores.dtype}; expected one of {_DTYPES}")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, scores.shape[-1], "the number of experts")
-    return reference.select(scores, num_experts_per_tok)
+    if isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
+        raise SmileError(f"top_p: is {top_p!r}; expected a number above 0, at most 1")
+    weights, ids = reference.select(scores, num_experts_per_tok)
+    if top_p == 1:
+        return weights, ids
+    # The weights come the largest first: one is kept where those before it do not reach top_p.
+    before = weights.detach().cumsum(-1) - weights.detach()
+    kept = before < top_p
+    weights = torch.where(kept, weights, 0)
+    return weights / weights.sum(-1, keepdim=True), torch.where(kept, ids, -1)
 
 
 def _autocasts(x: Tensor) -> bool:

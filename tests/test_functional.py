@@ -410,3 +410,41 @@ def test_parts_that_do_not_fit_are_named(change, message):
     options = {"num_experts_per_tok": 1, "rank_of_router": 2, "parts": (4, 6), **change}
     with pytest.raises(sk.SmileError, match=message):
         smile_linear(problems[0].x, *side_by_side(problems, (4, 4)).values(), **options)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.999, 1.0, 1])
+def test_the_fewest_experts_whose_weights_reach_top_p(top_p):
+    scores = (3 * torch.randn(40, 6, dtype=torch.float64)).requires_grad_()
+    scores.data[0, :] = 1.0  # all alike
+    weights, ids = select_experts(scores, 4, top_p)
+    counts = set()
+    for t in range(len(scores)):
+        order = sorted(range(6), key=lambda i: (-float(scores[t, i]), i))[:4]
+        p = torch.tensor([float(scores[t, i]) for i in order]).double().softmax(0)
+        count = next((k for k in range(1, 4) if float(p[:k].sum()) >= top_p), 4) if top_p < 1 else 4
+        counts.add(count)
+        assert ids[t].tolist() == order[:count] + [-1] * (4 - count)
+        torch.testing.assert_close(weights[t, :count], p[:count] / p[:count].sum())
+        assert not weights[t, count:].any()
+    assert len(counts) > 1 or top_p in (0.05, 1)
+    if 0.05 < top_p < 1:
+        assert torch.autograd.gradcheck(
+            lambda s: select_experts(s, 4, top_p)[0], (scores[1:5].detach().requires_grad_(),)
+        )
+
+
+def test_experts_beyond_top_p_do_no_work():
+    p = problem("top-2")
+    n = p.s.shape[0]
+    scores = router_scores(p.x, p.vh, rank_of_router=1) * 3
+    weights, ids = select_experts(scores, n, 0.6)
+    assert (ids < 0).any()
+    dense = torch.zeros_like(scores).scatter_add(-1, ids.clamp_min(0).long(), weights)
+    want = call(p, routing=(dense, torch.arange(n).expand(len(dense), -1)))
+    torch.testing.assert_close(call(p, routing=(weights, ids)), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0, 1.5, -0.1, float("nan"), True, "0.5", None])
+def test_top_p_out_of_range_is_named(top_p):
+    with pytest.raises(ValueError, match=r"top_p: is .*; expected a number above 0, at most 1"):
+        select_experts(torch.rand(2, 3), 2, top_p)
