@@ -16,7 +16,7 @@ import torch
 from smile_kernels.benchmark.command import write_json
 from smile_kernels.benchmark.measure import Record, limits, machine
 
-from . import construction, folder_of, models, problems, routing, streaming, svd
+from . import construction, folder_of, merged, models, problems, routing, streaming, svd
 
 PARTS = {"models": models.plan, "construction": construction.plan}
 # On a GPU bench.gpu measures the layers. What comes after them takes longer: only if asked for.
@@ -26,6 +26,7 @@ PARTS_ON_CPU = {
     "streaming": streaming.plan,
     "routing": routing.plan,
     "routing_costs": routing.plan_costs,
+    "merged": merged.plan,
 }
 
 

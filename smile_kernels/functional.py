@@ -98,19 +98,21 @@ def smile_linear(
     if weight.dim() != 2:
         raise _shape_error("weight", weight, ("O", "D"))
     _check_tensor("s", s)
-    of_parts = check_parts(parts, rank_of_parts, weight.shape[0], s.shape[-1] if s.dim() else 0)
-    experts = vh, s, u, expert_bias, router
     o, d = weight.shape
-    _check(x, weight, o, d, bias, *experts, num_experts_per_tok, rank_of_router, len(of_parts[0]))
+    if parts is not None or rank_of_parts is not None:
+        parts, rank_of_parts = check_parts(parts, rank_of_parts, o, s.shape[-1] if s.dim() else 0)
+    _check(x, weight, o, d, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, len(parts or ()))
     leading = x.shape[:-1]
     is_flat = x.dim() == 2  # a view costs a microsecond, a small layer tens of them
     tokens = x if is_flat else x.reshape(-1, x.shape[-1])
-    weights, ids = _given_routing(x, s, routing, routing_weights, num_experts_per_tok)
-    if ids is not None and ids.shape[-1] == 0:
-        return F.linear(x, weight, bias)
+    weights = ids = None
+    if routing is not None or routing_weights is not None:
+        weights, ids = _given_routing(x, s, routing, routing_weights, num_experts_per_tok)
+        if ids.shape[-1] == 0:
+            return F.linear(x, weight, bias)
     layer = tokens, weight, bias, vh, s, u, expert_bias
     if parts is not None:
-        options = num_experts_per_tok, rank_of_router, *of_parts
+        options = num_experts_per_tok, rank_of_router, parts, rank_of_parts
         y = library.linear_of_parts(*layer, router if ids is None else None, weights, ids, *options, backend)
     elif ids is None:
         y = library.linear(*layer, router, num_experts_per_tok, rank_of_router, backend)
@@ -175,9 +177,11 @@ def smile_delta(
     _check_device("y", y, x)
     if y.dtype != x.dtype:
         raise SmileError(f"y: is {y.dtype}; expected x's dtype, {x.dtype}")
-    weights, ids = _given_routing(x, s, routing, routing_weights, num_experts_per_tok)
-    if ids is not None and ids.shape[-1] == 0:
-        return y if inplace else y.clone()
+    weights = ids = None
+    if routing is not None or routing_weights is not None:
+        weights, ids = _given_routing(x, s, routing, routing_weights, num_experts_per_tok)
+        if ids.shape[-1] == 0:
+            return y if inplace else y.clone()
     if inplace:
         given = (("y", y), ("x", x), ("vh", vh), ("s", s), ("u", u), ("expert_bias", expert_bias), ("router", router))
         _check_in_place(y, x, (*given, ("routing", weights)))
@@ -337,8 +341,8 @@ def _given_routing(
     routing: tuple[Tensor, Tensor] | None,
     routing_weights: Tensor | None,
     num_experts_per_tok: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Routing given from outside, as the operators take it: weights and ids [T, m], or [T, P, m]; None without it."""
+) -> tuple[Tensor, Tensor]:
+    """Routing given from outside, one of the two, as the operators take it: weights and ids [T, m], or [T, P, m]."""
     of_parts = tuple(s.shape[:-2])
     leading = (*x.shape[:-1], *of_parts)
     if routing_weights is not None:
@@ -349,8 +353,6 @@ def _given_routing(
             raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[-2]))
         # The softmax over log-weights divides the selected weights by their sum.
         routing = select_experts(routing_weights.to(s.dtype).log(), num_experts_per_tok)
-    if routing is None:
-        return None, None
     if not isinstance(routing, (tuple, list)) or len(routing) != 2:
         raise SmileError(f"routing: is {reprlib.repr(routing)}; expected (weights, ids)")
     weights, ids = routing
@@ -402,10 +404,10 @@ def _check(
     """Raises where tensors of a layer do not fit: `like`, its weight or x, has their dtype."""
     for name, tensor in (("vh", vh), ("s", s), ("u", u)):
         _check_tensor(name, tensor)
-    of_parts = (parts,) if parts else ()
+    of_parts: tuple[int, ...] = (parts,) if parts else ()
     _check_device("weight", like, x)
     _check_device("s", s, x)
-    if s.dim() != len(of_parts) + 2 or s.shape[:-2] != of_parts or 0 in s.shape:
+    if s.dim() != len(of_parts) + 2 or (parts and s.shape[0] != parts) or not s.numel():
         raise _shape_error("s", s, (*of_parts, "N", "r"))
     n, r = s.shape[-2:]
     check_integer("rank_of_router", rank_of_router, 1, d, "in_features")

@@ -13,6 +13,7 @@ from smile_kernels.testing import Problem, assert_close, expectations
 PARTS = {
     "one": ((70,), (3,)),
     "two": ((7, 1), (4, 4)),
+    "three": ((70, 3, 130), (5, 5, 5)),
     "three, one dense": ((70, 3, 130), (6, 0, 2)),
     "four": ((64, 64, 33, 9), (5, 2, 1, 5)),
 }

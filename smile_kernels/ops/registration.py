@@ -1,6 +1,7 @@
 """What PyTorch must know of an operator besides its kernels: the tensors it returns, its vmap and autocast rules.
 
-And how the backward of `linear` follows from those of its halves.
+And what follows from a backend's other operators: the backward of `linear` from those of its halves, and layers of
+several parts from layers of one.
 
 The operators of `library` and the compiled ones of `extension`, whose arguments are the same, share them.
 """

@@ -3,6 +3,8 @@
 T tokens, D in_features, O out_features, N experts, m experts a token, r rank of an expert, g rank of the router.
 """
 
+import itertools
+
 import numpy
 import torch
 import triton
@@ -119,9 +121,42 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
         return expand(device, x, weight, bias, tail, u, expert_bias, path), h
 
 
+def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
+    """Add the experts to y [T, O], of any rows, in place -> weights and ids where it chose them, and h.
+
+    Up to four parts of one rank are added together, others each by itself.
+    """
+    experts = vh, s, u, expert_bias, router, weights, ids, m, g, save
+    uniform = all(rank == s.shape[-1] for rank in rank_of_parts)
+    if 1 < len(parts) <= 4 and uniform and len(x):
+        (tokens, d), (n, o, r) = x.shape, u.shape
+        if configs.apply_path(configs.device_of(x.device), x.dtype, tokens, d, o, n, r, m) != "grouped":
+            return _add_parts(y, x, *experts, tuple(itertools.accumulate(parts)))
+    return _add_each_part(y, x, *experts, parts, rank_of_parts)
+
+
+def _add_parts(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save, ends):
+    """All parts at once: one product of x with the rows of all, one choice, one pass over y."""
+    routes, device, x = ids is None, configs.device_of(x.device), _rows(x)
+    vh, s, router, weights, ids = _contiguous(vh, s, router, weights, ids)
+    if expert_bias is not None:
+        expert_bias = _rows(expert_bias)
+    with torch.cuda.device_of(x):
+        tied = routes and router is None
+        if tied:
+            weights, ids = empty_routing(x, len(ends), num_experts_per_tok)
+        elif routes:
+            weights, ids = _route(device, x, router, num_experts_per_tok)
+        rows = vh.flatten(0, 1) if tied else vh.flatten(0, 1)[:, : s.shape[-1]]
+        options = {"rank_of_router": rank_of_router if tied else None, "gates": expert_bias is not None, "save": save}
+        tail, h = scale(device, shrink(device, x, rows), s, weights, ids, x.dtype, **options)
+        expand(device, x, None, None, tail, u, expert_bias, "delta", y, ends)
+    return *((weights, ids) if routes else (s.new_empty(0), s.new_empty(0, dtype=torch.int32))), h
+
+
 @registration.by_part
-def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save):
-    """Add the experts to y [T, O], of any rows, in place -> weights and ids where it chose them, and h."""
+def _add_each_part(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save):
+    """As `delta_`, one part at a time."""
     (tokens, d), (n, o, r), m, g = x.shape, u.shape, num_experts_per_tok, rank_of_router
     routes, device = ids is None, configs.device_of(x.device)
     m = m if routes else ids.shape[1]

@@ -38,6 +38,11 @@ def _expand(
     u_stride_r,
     expert_bias_stride_n,
     y_stride_t,
+    # where the parts but the last end
+    end_0,
+    end_1,
+    end_2,
+    PARTS: tl.constexpr,  # of a layer; N are the experts of all of them, u and expert_bias hold N / PARTS
     # meta-parameters
     BASE: tl.constexpr,
     ADD: tl.constexpr,
@@ -100,6 +105,11 @@ def _expand(
         seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
         some = tl.load(present + seen[:, None] * N + n[None, :], mask=seen_inside, other=0).to(tl.int32)
         here = tl.maximum(here, tl.max(some, 0))
+    # The experts of a part have outputs in its own columns alone; a border may lie inside a tile.
+    PART: tl.constexpr = N // PARTS
+    if PARTS > 1:
+        part_of = (o >= end_0).to(tl.int32) + (o >= end_1).to(tl.int32) + (o >= end_2).to(tl.int32)
+        here = tl.where((n // PART >= tl.min(part_of)) & (n // PART <= tl.max(tl.where(o < O, part_of, 0))), here, 0)
     k = tl.arange(0, BLOCK_R)
     expert = -1
     chunks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -109,15 +119,22 @@ def _expand(
         rank = (i % chunks) * BLOCK_R + k
         a_ptrs = scaled + t[:, None] * (N * R) + expert * R + rank[None, :]
         a = tl.load(a_ptrs, mask=t_inside & (rank[None, :] < R), other=0.0)
-        u_ptrs = u + tl.cast(expert, tl.int64) * u_stride_n + o[None, :] * U_STRIDE_O + rank[:, None] * u_stride_r
-        b = tl.load(u_ptrs, mask=o_inside & (rank[:, None] < R), other=0.0)
+        own, of_part = o_inside, expert
+        if PARTS > 1:
+            own, of_part = o_inside & (part_of == expert // PART)[None, :], expert % PART
+        u_ptrs = u + tl.cast(of_part, tl.int64) * u_stride_n + o[None, :] * U_STRIDE_O + rank[:, None] * u_stride_r
+        b = tl.load(u_ptrs, mask=own & (rank[:, None] < R), other=0.0)
         acc = dot(a, b, acc, PRECISION)
     if HAS_EXPERT_BIAS:
         for first in range(0, N, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
             a = tl.load(gates + t[:, None] * N + e[None, :], mask=t_inside & (e[None, :] < N), other=0.0)
+            own = o_inside & (e[:, None] < N)
+            if PARTS > 1:
+                own = own & (part_of[None, :] == (e // PART)[:, None])
+                e = e % PART
             bias_ptrs = expert_bias + e[:, None] * (expert_bias_stride_n if ADD else O) + o[None, :]
-            b = tl.load(bias_ptrs, mask=(e[:, None] < N) & o_inside, other=0.0)
+            b = tl.load(bias_ptrs, mask=own, other=0.0)
             acc = dot(a, b, acc, PRECISION)
     if OWN:
         acc += base
@@ -146,13 +163,15 @@ def expand(
     expert_bias: Tensor | None,
     path: configs.ApplyPath,
     onto: Tensor | None = None,
+    ends: tuple[int, ...] = (),
 ) -> Tensor:
     """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
 
     x [T, D], weight [O, D] or None for no base product, bias [O], u [N, O, r] of any strides, expert_bias [N, O] of any
     rows. `onto` [T, O] of any rows is added to in place, instead of x W^T + b. `path` is how the base product is made:
     "fused" in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator unless
-    their alignment forbids it; "delta" by cuBLAS on top of the rest.
+    their alignment forbids it; "delta" by cuBLAS on top of the rest. `ends`: where each part of a layer of up to four
+    ends in O; the tail then has the experts of each part in turn.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
@@ -162,7 +181,7 @@ def expand(
     precision, strides = configs.precision(x.dtype, device), (x.stride(0), *u.stride(), bias_stride, y.stride(0))
     launches = _plan(
         device, config, precision, configs.rank_block(r, x.dtype), tokens, d, o, n, r, tail.tokens_per_block, strides,
-        path != "delta", onto is not None, tma, bias is not None, expert_bias is not None,
+        path != "delta", onto is not None, ends, tma, bias is not None, expert_bias is not None,
     )  # fmt: skip
     base = x, weight
     if tma:
@@ -176,13 +195,15 @@ def expand(
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    device, config, precision, block_r, tokens, d, o, n, r, seen, strides, base, add, tma, bias, expert_bias
+    device, config, precision, block_r, tokens, d, o, n, r, seen, strides, base, add, ends, tma, bias, expert_bias
 ) -> tuple[Launch, ...]:
+    parts = max(1, len(ends))
+    n *= parts
     block_n = next_power_of_2(n)
     return (
         Launch(
             _expand, (cdiv(tokens, config["BLOCK_T"]) * cdiv(o, config["BLOCK_O"]),),
-            (tokens, d, o, n, r, seen, *strides),
+            (tokens, d, o, n, r, seen, *strides, *(*ends[:-1], o, o, o)[:3], parts),
             BASE=base, ADD=add, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
             BLOCK_N=block_n, BLOCK_S=min(config["BLOCK_T"] // seen, max(1, 4096 // block_n)),
             BLOCK_E=max(16, min(config["BLOCK_D"], 64, block_n)), BLOCK_R=min(config["BLOCK_D"], block_r),

@@ -95,6 +95,7 @@ def _route(
     G: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
+    PARTS: tl.constexpr,  # of a layer; T, N and M stand for T PARTS, PARTS N and PARTS M in the shapes above
     # meta-parameters
     ROUTE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -111,10 +112,15 @@ def _route(
     t = (block_t * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     slot = tl.arange(0, BLOCK_M)[None, :]
-    split_stride = T.to(tl.int64) * (N * K)
+    split_stride = T.to(tl.int64) * (PARTS * N * K)
+    real = t < T
+    inside = real & (n < N)
+    slot_inside = real & (slot < M)
+    if PARTS > 1:  # each part of a token is a row of its own
+        block_t = block_t * PARTS + tl.program_id(1)
+        t = t * PARTS + tl.program_id(1)
+        s += tl.program_id(1) * (N * R)
     rows = t * (N * K) + n * K
-    inside = (t < T) & (n < N)
-    slot_inside = (t < T) & (slot < M)
 
     wait_for_previous_kernel(PDL)
     if ROUTE:
@@ -150,7 +156,7 @@ def _route(
                 row = t * (N * K) + of_slot(e, slot, j) * K
                 for first in range(0, R, BLOCK_K):
                     k = first + tl.arange(0, BLOCK_K)[None, :]
-                    mask = (t < T) & (k < R)
+                    mask = real & (k < R)
                     value = sum_splits(partial, row + k, mask, SPLITS, split_stride)
                     tl.store(h + (t * M + j) * R + k, value, mask=mask)
 
@@ -165,37 +171,41 @@ class Tail(NamedTuple):
 
 
 def _launch(device, partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
-    (splits, tokens, n, k), m = partial.shape, ids.shape[1]
-    r = 0 if s is None else s.shape[1]
+    splits, tokens, n, k = partial.shape
+    parts, m = ids.shape[1:] if ids.dim() == 3 else (1, ids.shape[1])
+    n, r = n // parts, 0 if s is None else s.shape[-1]
     scaled, gates, present, _ = tail or (None, None, None, None)
-    launches = _plan(device, tokens, splits, n, k, g, r, m, routes, tail is not None, gates is not None, h is not None)
+    outputs = tail is not None, gates is not None, h is not None
+    launches = _plan(device, tokens, splits, n, k, g, r, m, parts, routes, *outputs)
     run(launches, partial, weights, ids, s, scaled, gates, present, h)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(device, tokens, splits, n, k, g, r, m, routes, scales, gates, save) -> tuple[Launch, ...]:
+def _plan(device, tokens, splits, n, k, g, r, m, parts, routes, scales, gates, save) -> tuple[Launch, ...]:
     config = configs.route_blocks(n, m, max(g, r))
     return (
         Launch(
-            _route, (cdiv(tokens, config["BLOCK_T"]),), (tokens, splits, n, k, g, r, m),
+            _route, (cdiv(tokens, config["BLOCK_T"]), parts), (tokens, splits, n, k, g, r, m, parts),
             ROUTE=routes, SCALE=scales, GATES=gates, SAVE=save, **config, **device.launch(),
         ),
     )  # fmt: skip
 
 
-def empty_routing(x: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
-    """Room for weights [T, m] float32 and ids [T, m] int32."""
-    shape, device = (x.shape[0], num_experts_per_tok), x.device
+def empty_routing(x: Tensor, *of_token: int) -> tuple[Tensor, Tensor]:
+    """Room for weights [T, m] float32 and ids [T, m] int32, or [T, P, m]."""
+    shape, device = (x.shape[0], *of_token), x.device
     return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def route(device: configs.Device, x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """The m experts with the largest ||router_i x||_2 and the softmax of their scores.
 
-    x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32.
+    x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32; router [P, N, g, D] of P parts: [T, P, m].
     """
-    weights, ids = empty_routing(x, num_experts_per_tok)
-    _launch(device, shrink(device, x, router), weights, ids, None, router.shape[1], None, None, routes=True)
+    weights, ids = empty_routing(x, *router.shape[:-3], num_experts_per_tok)
+    _launch(
+        device, shrink(device, x, router.flatten(0, -3)), weights, ids, None, router.shape[-2], None, None, routes=True
+    )
     return weights, ids
 
 
@@ -213,18 +223,19 @@ def scale(
 ) -> tuple[Tail, Tensor]:
     """The scaled products w_i s_i h_i of all tokens, and h [T, m, r] of the chosen experts if `save`.
 
-    partial [splits, T, N, k] is what `shrink` gives; s [N, r], weights and ids [T, m]. With rank_of_router, weights and
+    partial [splits, T, N, k] is what `shrink` gives; s [N, r], weights and ids [T, m]; or for P parts
+    [splits, T, P N, k], [P, N, r] and [T, P, m], and h [T, P, m, r]. With rank_of_router, weights and
     ids are outputs: the choice made from the first rank_of_router products of each expert.
     """
-    (_, tokens, n, _), r, m = partial.shape, s.shape[1], ids.shape[1]
+    (_, tokens, n, _), r, m = partial.shape, s.shape[-1], ids.shape[-1]
     g = rank_of_router or 0
-    block = configs.route_blocks(n, m, max(g, r))["BLOCK_T"]
+    block = configs.route_blocks(s.shape[-2], m, max(g, r))["BLOCK_T"]
     tail = Tail(
         scaled=torch.empty(tokens, n, r, dtype=dtype, device=s.device),
         gates=torch.empty(tokens, n, dtype=dtype, device=s.device) if gates else None,
         present=torch.empty(cdiv(tokens, block), n, dtype=torch.int8, device=s.device),
         tokens_per_block=block,
     )
-    h = torch.empty((tokens, m, r) if save else 0, dtype=torch.float32, device=s.device)
+    h = torch.empty((*ids.shape, r) if save else 0, dtype=torch.float32, device=s.device)
     _launch(device, partial, weights, ids, s, g, tail, h if save else None, routes=rank_of_router is not None)
     return tail, h

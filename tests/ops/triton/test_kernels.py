@@ -1,6 +1,7 @@
 """Every kernel, forward and backward, against the float64 reference: on the GPU if there is one, else interpreted."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from smile_kernels.functional import smile_delta, smile_linear
 from smile_kernels.ops import reference
 from smile_kernels.ops.triton import backend, configs
 from smile_kernels.testing import Problem, assert_close, expectations
-from tests.problems import PARTS, check_parts, problems_of_parts
+from tests.problems import PARTS, check_parts, problems_of_parts, side_by_side
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LINEAR_PATHS, APPLY_PATHS = configs.LINEAR_PATHS, configs.APPLY_PATHS
@@ -43,7 +44,7 @@ def check(p: Problem, *, backward: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["one_product", "route_first", "grouped"])
-@pytest.mark.parametrize("layout", ["two", "three, one dense"])
+@pytest.mark.parametrize("layout", ["two", "three", "three, one dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parts_match_reference(path, layout, dtype, device, take):
     take("route_first" if path == "grouped" else path, path if path == "grouped" else "fused")
@@ -54,6 +55,21 @@ def test_parts_match_reference(path, layout, dtype, device, take):
     shape = 21, len(sizes), 2
     routing = torch.rand(shape, device=device), torch.randint(-1, 4, shape, dtype=torch.int32, device=device)
     check_parts(problems, ranks, layer, backward=path != "one_product", routing=routing)
+
+
+def test_parts_of_one_rank_take_three_launches(device, take, monkeypatch):
+    take("one_product")
+    sizes, ranks = PARTS["three"]
+    problems = problems_of_parts(sizes, ranks, 5, 33, 4, 4, 2, device=device)
+    launched = []
+    for name in ("shrink", "route", "expand"):
+        module = importlib.import_module(f"smile_kernels.ops.triton.{name}")
+        monkeypatch.setattr(
+            module, "run", lambda launches, *_, run=module.run: launched.extend(launches) or run(launches, *_)
+        )
+    options = {"num_experts_per_tok": 2, "rank_of_router": 4, "parts": sizes, "backend": "triton"}
+    smile_linear(problems[0].x, *side_by_side(problems, ranks).values(), **options)
+    assert len(launched) == 3
 
 
 @pytest.mark.parametrize("path", ["one_product", "grouped"])
