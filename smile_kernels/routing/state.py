@@ -369,10 +369,10 @@ class ForwardPass:
             options = (m, g, batch, _SCOPES[policy.scope], policy.accumulate)
             step = library.evidence(inputs, router, prior, real, factors, before, below, *options)
             if step is not None:
-                *routing, self.evidence, sums = step
+                weights, ids, self.evidence, sums = step
                 if policy.scope == "causal" and self.memory is not None:
                     self.memory.write(key, sums, tokens.past)
-                return tuple(routing)
+                return weights, ids
         shares = energy_shares(router_energies(inputs, router[:, :g])).view(batch, length, -1)
         if real is not None:
             shares = torch.where(real[..., None].to(shares.device), shares, 0)
