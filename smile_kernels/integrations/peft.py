@@ -77,13 +77,13 @@ class LowRankDelta:
     magnitude: Tensor | None = None
 
     def dense(self, weight: Tensor) -> Tensor:
-        """The change of `weight` [O, D] in float32."""
-        change = self.scale * (self.b.float() @ self.a.float())
+        """The change of `weight` [O, D] in float32 (float64 where a factor or the weight is)."""
+        change = self.scale * (wide(self.b) @ wide(self.a))
         if self.magnitude is None:
             return change
-        before = weight.float()
+        before = wide(weight)
         v = before + change
-        return self.magnitude.float().view(-1, 1) * v / torch.linalg.vector_norm(v, dim=1, keepdim=True) - before
+        return wide(self.magnitude).view(-1, 1) * v / torch.linalg.vector_norm(v, dim=1, keepdim=True) - before
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class ModuleDelta:
     weight: LowRankDelta | Tensor | None = None
     bias: Tensor | None = None
     whole: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or float64 where it is: differences are taken there."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -241,7 +246,7 @@ def _module_delta(
             lacks = other if one in tensors else one
             raise SmileError(f"{directory}: {module} has no {lacks}; expected both factors of its change")
     if "lora_A" in tensors and tensors["lora_A"].dim() != 2:
-        b, a = (tensors[name].reshape(*(tensors[name].shape[:1] or (1,)), -1).float() for name in ("lora_B", "lora_A"))
+        b, a = (wide(tensors[name]).reshape(*(tensors[name].shape[:1] or (1,)), -1) for name in ("lora_B", "lora_A"))
         if b.shape[-1] != a.shape[0] or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
             raise SmileError(f"{directory}: {module}: its factors are those of no linear layer; expected matrices")
         full = b @ a
@@ -256,7 +261,7 @@ def _module_delta(
         start = plain if own is None else own
         weight = _new_rows(directory, module, tensors["trainable_tokens_delta"], config, start)
         if start.shape != plain.shape:
-            tensors, weight = {**tensors, "weight": start.float() + weight}, None
+            tensors, weight = {**tensors, "weight": wide(start) + weight}, None
     for name, tensor in tensors.items():
         if name in _PARTS or name in ("lora_magnitude_vector", "lora_B.bias", "alpha"):
             continue
@@ -266,10 +271,10 @@ def _module_delta(
         if before is None or before.shape != tensor.shape or name not in ("weight", "bias"):
             whole[name] = tensor
         elif name == "bias":
-            change = tensor.float() - before.float()
+            change = wide(tensor) - wide(before)
             bias = change if bias is None else bias + change
         elif weight is None:
-            weight = tensor.float() - before.float()
+            weight = wide(tensor) - wide(before)
     return ModuleDelta(weight, bias, whole)
 
 
@@ -339,7 +344,7 @@ def _low_rank(module: str, tensors: Mapping[str, Tensor], config: _Config) -> tu
     scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
-    return delta, None if bias is None else bias.float() * scale
+    return delta, None if bias is None else wide(bias) * scale
 
 
 def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weight: Tensor) -> Tensor:
@@ -352,6 +357,7 @@ def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weigh
         raise SmileError(
             f"trainable_token_indices: does not fit {module} in {directory}; expected {len(rows)} of {len(weight)} rows"
         )
-    change = torch.zeros(weight.shape)
-    change[indices] = rows.float() - weight[indices].float()
+    new = wide(rows) - wide(weight[indices])
+    change = torch.zeros(weight.shape, dtype=new.dtype)
+    change[indices] = new
     return change

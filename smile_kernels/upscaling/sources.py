@@ -179,7 +179,8 @@ class AdapterSource(ExpertSource):
         """Raises ValueError unless every change fits the base and is in finite numbers."""
         for name, delta in self.deltas.items():
             parts: dict[str, Tensor | None] = {"bias": delta.bias, **delta.whole}
-            if f"{name}.weight" not in shapes and not delta.whole:
+            unknown = not any(f"{name}.{part}" in shapes for part in ("weight", "bias"))
+            if unknown and not delta.whole:
                 raise SmileError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
             if isinstance(delta.weight, LowRankDelta):
                 parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SmileError, check_integer
-from ..integrations.peft import LowRankDelta, ModuleDelta
+from ..integrations.peft import LowRankDelta, ModuleDelta, wide
 from ..storage import StoredTensor
 from .layers import Layer
 from .sources import AdapterSource, ExpertSource, WholeSource
@@ -132,20 +132,20 @@ def _grown_delta(module: str, delta: ModuleDelta, added: AddedTokens, base: Mapp
         extra = added.after - added.before
         own = whole.pop("weight") if "weight" in whole and whole["weight"].shape == plain.shape else None
         if own is not None and not isinstance(weight, LowRankDelta):
-            weight = own.float() - plain.float()
+            weight = wide(own) - wide(plain)
         elif own is not None and isinstance(weight, LowRankDelta) and not torch.equal(own.to(plain), plain):
-            weight = own.float() + weight.dense(own) - plain.float()  # LoRA of a weight that is saved whole beside it
+            weight = wide(own) + weight.dense(own) - wide(plain)  # LoRA of a weight that is saved whole beside it
         elif isinstance(weight, LowRankDelta) and len(weight.b) == added.before:
             zeros, magnitude = weight.b.new_zeros(extra, weight.b.shape[1]), weight.magnitude
             if magnitude is not None:
-                new = torch.linalg.vector_norm(plain[added.before :].float(), dim=1)
+                new = torch.linalg.vector_norm(wide(plain[added.before :]), dim=1)
                 magnitude = torch.cat([magnitude.flatten(), new.to(magnitude)])
             weight = replace(weight, b=torch.cat([weight.b, zeros]), magnitude=magnitude)
         elif isinstance(weight, Tensor) and added.lacks(name, weight.shape):
             weight = torch.cat([weight, weight.new_zeros(extra, *weight.shape[1:])])
     if f"{module}.bias" in added.dims:
         if "bias" in whole and whole["bias"].shape == base[f"{module}.bias"].shape:
-            bias = whole.pop("bias").float() - base[f"{module}.bias"].detach().float()
+            bias = wide(whole.pop("bias")) - wide(base[f"{module}.bias"].detach())
         elif bias is not None and len(bias) == added.before:
             bias = torch.cat([bias, bias.new_zeros(added.after - added.before)])
     return ModuleDelta(weight, bias, whole)

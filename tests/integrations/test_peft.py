@@ -1,5 +1,6 @@
 """LoRA adapters as PEFT writes them, against what PEFT itself merges."""
 
+import copy
 import json
 import warnings
 
@@ -16,7 +17,7 @@ from smile_kernels.integrations.peft import LowRankDelta, adapter_deltas, is_ada
 from smile_kernels.nn import smile_layers
 from smile_kernels.svd import lora_svd
 from smile_kernels.upscaling import upscale_checkpoints
-from tests.integrations.tiny_models import build, fine_tuned, output
+from tests.integrations.tiny_models import build, fine_tuned, inputs, output
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -195,6 +196,31 @@ def test_one_adapter_is_exactly_the_merged_model(architecture, options, tmp_path
         torch.testing.assert_close(output(model), output(merged), rtol=1e-3, atol=1e-4)
         assert [verdict.verdict for verdict in sk.verify(model, base, [merged])] == ["exact"]
     assert (output(base) - output(merged)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Qwen2ForCausalLM"])  # without biases, and with some
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"bias": "all", "use_dora": True}], ids=str
+)
+@pytest.mark.filterwarnings("ignore:.*DoRA rescales rows")
+def test_trained_biases_in_double_precision(architecture, options, tmp_path):
+    base = build(architecture).double()
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **options)
+    tuned = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(0.1 * torch.randn_like(p) * p.requires_grad)
+    tuned.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    ranks = {"rank_of_expert": -1, "rank_of_router": 2}
+    deltas = adapter_deltas(tmp_path / "adapter", base.state_dict())
+    in_memory, report = sk.upscale(base, [deltas], **ranks, progress=False)
+    on_disk = upscale_checkpoints(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "fused", **ranks)
+    assert not report.lost + on_disk.lost
+    for model in (in_memory, type(base).from_pretrained(tmp_path / "fused")):
+        want = tuned(**inputs(base)).logits
+        torch.testing.assert_close(model(**inputs(base)).logits, want, rtol=1e-12, atol=1e-12)
 
 
 def test_a_mixed_pool(tmp_path):

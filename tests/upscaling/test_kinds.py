@@ -30,6 +30,7 @@ MODELS = {
     "GPT2": ("GPT2LMHeadModel", GPT2),
     "GPT2 classifier": ("GPT2ForSequenceClassification", GPT2),
     "Bert classifier": ("BertForSequenceClassification", TEXT),
+    "Bert masked": ("BertForMaskedLM", TEXT),
     "Llava": (
         "LlavaForConditionalGeneration",
         {"text_config": {**LLAMA, "model_type": "llama"}, "vision_config": CLIP, "image_token_index": 95},
@@ -56,6 +57,11 @@ ADAPTERS = {
     "every bias": ("Qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}, set()),
     "patterns": ("Qwen2", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 5}}, set()),
     "a head saved whole": ("Bert classifier", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, set()),
+    "a head saved whole, whose bias is tied": (
+        "Bert masked",
+        {"target_modules": ["query"], "modules_to_save": ["cls"]},
+        {f"cls.predictions.transform.LayerNorm.{part}" for part in ("weight", "bias")},
+    ),
     "a name of before, Llava": ("Llava", {"target_modules": ["q_proj", "v_proj"]}, set()),
     "a name of before, Qwen2-VL": ("Qwen2-VL", {"target_modules": ["q_proj", "v_proj"]}, set()),
 }
