@@ -55,6 +55,7 @@ class _Parameters:
 
     rank_of_expert: int | float | None = None
     rank_of_router: int | None = None
+    router: str | None = None
     num_experts_per_tok: int | None = None
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
@@ -106,7 +107,10 @@ def upscale(
     rank_of_expert: Annotated[
         str | None, typer.Option(help="r; -1 for full rank (exact); a fraction such as 0.9 for the energy to hold.")
     ] = None,
-    rank_of_router: Annotated[int | None, typer.Option(help="g.")] = None,
+    rank_of_router: Annotated[int | None, typer.Option(help="g, for router smile.")] = None,
+    router: Annotated[
+        str | None, typer.Option(help="How experts are scored: smile, arrow or norm.  [default: smile]")
+    ] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="m, experts per token.  [default: 1]")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to upscale.  [default: all]")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone.")] = None,
@@ -162,6 +166,7 @@ def upscale(
             **_named(expert),
             "rank_of_expert": None if rank_of_expert is None else _number("rank_of_expert", rank_of_expert),
             "rank_of_router": rank_of_router,
+            "router": router,
             "num_experts_per_tok": num_experts_per_tok,
             "include": include,
             "exclude": exclude,
@@ -677,7 +682,10 @@ def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> di
         if name in settings:
             raise SmileError(f"{name}: is given as an option and in {config}; expected one of the two")
     settings |= given
-    for name in ("base", "experts", "rank_of_expert", "rank_of_router"):
+    needed = ["base", "experts", "rank_of_expert"]
+    if settings.get("router", "smile") == "smile":  # the others set it
+        needed.append("rank_of_router")
+    for name in needed:
         if name not in settings:
             option = {"experts": "expert"}.get(name, name).replace("_", "-")
             raise SmileError(f"{name}: is not given; expected --{option}, or a YAML file that sets it")

@@ -14,6 +14,31 @@ from .layers import Layer
 from .report import LayerReport
 from .sources import ExpertSource
 
+ROUTERS = ("smile", "arrow", "norm")
+
+
+def check_router(router: str, rank_of_router: int | None) -> int:
+    """The rows of vh that a router of this kind needs: g, or 1 where g is not asked for.
+
+    Raises:
+        ValueError: an unknown router, or a rank_of_router that is missing, or given where the router sets it.
+    """
+    if router not in ROUTERS:
+        raise SmileError(f"router: is {router!r}; expected one of {', '.join(map(repr, ROUTERS))}")
+    if router == "smile":
+        if rank_of_router is None:
+            raise SmileError("rank_of_router: is not given; expected g, an integer of 1 or more")
+        return rank_of_router
+    if rank_of_router is not None:
+        rows = "one row" if router == "arrow" else "as many rows as an expert has ranks"
+        raise SmileError(f"rank_of_router: is {rank_of_router} with router {router!r}, which has {rows}; expected None")
+    return 1
+
+
+def norm_rows(vh: Tensor, s: Tensor) -> Tensor:
+    """The rows of router "norm", s_i * V_i^T: vh [N, >= r, D], s [N, r] -> [N, r, D] in vh's dtype."""
+    return (s[..., None] * vh[:, : s.shape[1]].to(s.dtype)).to(vh.dtype)
+
 
 class _Weights(Sequence[Any]):
     """The experts' weights of one layer, each read when its turn comes."""
@@ -36,14 +61,16 @@ def decompose(
     *,
     rank_of_expert: int | float,
     rank_of_router: int,
+    router: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor | None], LayerReport]:
-    """The factors of a layer, as `svd.decompose_linear` returns them, and its report.
+    """The factors of a layer, as `svd.decompose_linear` returns them and `router` where it is "norm", and its report.
 
     Args:
         layer, base, sources: the layer, the base's tensors and the experts.
-        rank_of_expert, rank_of_router: r and g.
+        rank_of_expert, rank_of_router: r and g, as `check_router` returned it.
+        router: one of ROUTERS.
         device, dtype: where and in which dtype the weights are compared; by default as the base's is.
 
     Raises:
@@ -68,6 +95,11 @@ def decompose(
         )
     except ValueError as error:
         raise SmileError(f"{layer.name}: {error}") from error
+    if router == "norm":
+        vh, s = factors["vh"], factors["s"]
+        assert vh is not None
+        assert s is not None
+        factors["router"] = norm_rows(vh, s)
     return factors, LayerReport.of(layer.name, factors, certificates, time.perf_counter() - start)
 
 

@@ -41,7 +41,7 @@ from ..storage import (
     write_index,
     write_shard,
 )
-from .decompose import decompose, in_threads
+from .decompose import check_router, decompose, in_threads
 from .layers import (
     Layer,
     check_layers,
@@ -95,7 +95,9 @@ class Job:
         device: str,
         strict: bool,
         embeddings_from: int | str | None,
+        router: str = "smile",
     ):
+        self.router = router
         self.base, self.experts = Path(base), [Path(folder) for folder in experts]
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
         self.stored = read_plain("base", base)
@@ -156,6 +158,7 @@ class Job:
             "experts": [str(folder.resolve()) for folder in folders[1:]],
             **{key: value for key, value in self.config.to_dict().items() if key != "modules"},
             "layers": [layer.name for layer in self.layers],
+            "router": self.router,
             "remaining": self.remaining,
             "embeddings_from": self.embeddings_from,
             "dtype": str(self.dtype),
@@ -199,6 +202,7 @@ class Job:
             self.sources,
             rank_of_expert=self.config.rank_of_expert,
             rank_of_router=self.config.rank_of_router,
+            router=self.router,
             device=self.device,
             dtype=common,
         )
@@ -293,13 +297,16 @@ class Job:
         for layer in self.layers:
             shapes = {tensor.name: tensor.shape for tensor in factors.get(layer.name, ())}
             if shapes:
+                router = shapes.get(f"{layer.stored}.router")
                 modules[layer.stored] = SmileModuleConfig(
                     rank_of_expert=shapes[f"{layer.stored}.s"][1],
-                    rank_of_router=self.config.rank_of_router,
+                    rank_of_router=self.config.rank_of_router if router is None else router[1],
                     expert_bias=f"{layer.stored}.expert_bias" in shapes,
+                    router=router is not None,
                     fan_in_fan_out=layer.fan_in_fan_out,
                 )
-        config = replace(self.config, modules=modules)
+        g = max((module.rank_of_router for module in modules.values()), default=self.config.rank_of_router)
+        config = replace(self.config, modules=modules, rank_of_router=g)
         _copy_beside(self.base, folder)
         base_config = read_config(self.base)
         if self.added is not None:
@@ -324,7 +331,8 @@ def upscale_checkpoints(
     out: str | Path,
     *,
     rank_of_expert: int | float,
-    rank_of_router: int,
+    rank_of_router: int | None = None,
+    router: str = "smile",
     num_experts_per_tok: int = 1,
     expert_names: Sequence[str | None] | None = None,
     include: Sequence[str] | None = None,
@@ -348,8 +356,7 @@ def upscale_checkpoints(
         base: checkpoint of the pre-trained model: a folder, or the id of a Hub repository, which may end in @revision.
         experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; as `base`.
         out: new or empty.
-        rank_of_expert, rank_of_router, num_experts_per_tok, include, exclude, strict: as in
-            `upscale`.
+        rank_of_expert, rank_of_router, router, num_experts_per_tok, include, exclude, strict: as in `upscale`.
         expert_names: N names, by which the experts can be asked for. None, for all or in a name's place: the folder's,
             with as much of its path as makes the names differ.
         remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
@@ -384,7 +391,7 @@ def upscale_checkpoints(
         num_local_experts=len(experts),
         num_experts_per_tok=num_experts_per_tok,
         rank_of_expert=rank_of_expert,
-        rank_of_router=rank_of_router,
+        rank_of_router=check_router(router, rank_of_router),
         modules={},
         base_model_name_or_path=os.path.abspath(base) if experts_only else None,
         routing=RoutingPolicy() if calibrate or routing is None else routing,  # calibration sets it
@@ -397,7 +404,7 @@ def upscale_checkpoints(
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
-    job = Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from)
+    job = Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from, router)
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
@@ -472,7 +479,8 @@ def _write(
     reports = [*reports, *unfit_layers(job.unfit, job.taken), *job.fused]
     folders = str(job.base.resolve()), [str(folder.resolve()) for folder in job.experts]
     lost = job.lost(reports) if rank == 0 else []
-    report = UpscaleReport(reports, lost, *folders, expert_names=job.config.expert_names or ())
+    names = job.config.expert_names or ()
+    report = UpscaleReport(reports, lost, *folders, expert_names=names, router=job.router)
     if rank == 0:
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)

@@ -17,7 +17,7 @@ from ..nn import SmileLinear, all_or_nothing, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from ..schema import check_arguments
-from .decompose import decompose, in_threads
+from .decompose import check_router, decompose, in_threads
 from .layers import (
     Layer,
     check_layers,
@@ -52,7 +52,8 @@ def upscale(
     finetuned: Sequence[nn.Module | Mapping[str, ModuleDelta]],
     *,
     rank_of_expert: int | float,
-    rank_of_router: int,
+    rank_of_router: int | None = None,
+    router: str = "smile",
     num_experts_per_tok: int = 1,
     expert_names: Sequence[str] | None = None,
     include: Sequence[str] | None = None,
@@ -78,7 +79,10 @@ def upscale(
         finetuned: N models of the same architecture, or LoRA adapters as `integrations.peft.adapter_deltas` reads them.
         rank_of_expert: r; -1 for full rank (exact); or a fraction in (0, 1): per layer, the smallest rank that holds
             this share of the energy.
-        rank_of_router: g.
+        rank_of_router: g, for router "smile"; None for the others.
+        router: the rows R_i of score_i = ||R_i x||_2. "smile": V_i[:, :g]^T. "arrow": v_1^T of V_i, so g = 1 (Arrow,
+            arXiv 2405.11157). "norm": s_i * V_i^T, so g = r and the score is the size of the change, ||U_i (s_i *
+            V_i^T x)||_2; its rows are stored and computed beside those of the experts.
         num_experts_per_tok: m.
         expert_names: N names, by which the experts can be asked for (`routing_override`) and reports call them.
         include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
@@ -97,11 +101,12 @@ def upscale(
         The upscaled model and the report.
 
     Raises:
-        ValueError: no experts, another architecture, a shape or dtype that differs, NaN or inf, a rank out of range,
-            num_experts_per_tok > N, patterns that leave no layer, or no layer that an expert changes. Nothing is
-            changed then.
+        ValueError: no experts, another architecture, a shape or dtype that differs, NaN or inf, an unknown router, a
+            rank out of range or that does not go with the router, num_experts_per_tok > N, patterns that leave no
+            layer, or no layer that an expert changes. Nothing is changed then.
     """
     check_request("finetuned", finetuned, num_experts_per_tok, remaining)
+    g = check_router(router, rank_of_router)
     names = check_expert_names(expert_names, len(finetuned))
     if isinstance(model, nn.Linear):
         raise SmileError(
@@ -114,11 +119,11 @@ def upscale(
     unfit = [layer for layer in chosen.values() if layer.unfit]
     sources, added = _sources(finetuned, embeddings_from, names, model, base, every)
     _check_sources(sources, model, base, chosen, average=remaining == "average")
-    check_layers(layers.values(), base, rank_of_expert, rank_of_router)
+    check_layers(layers.values(), base, rank_of_expert, g)
     check_fit("model", unfit, base, sources, strict=strict)
     check_finite("model", base)
 
-    ranks = {"rank_of_expert": rank_of_expert, "rank_of_router": rank_of_router}
+    ranks = {"rank_of_expert": rank_of_expert, "rank_of_router": g, "router": router}
     decomposed = list(_track(_decomposed(list(layers.values()), base, sources, **ranks), len(layers), progress))
     factors = {report.name: factors for factors, report in decomposed if not report.skipped}
     taken = layers_to_take(unfit, base, base, sources)
@@ -148,8 +153,8 @@ def upscale(
             _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
         for name, linear in linear_layers(model).items():
             if name in factors:
-                _replace(model, linear, factors[name], names, rank_of_router, num_experts_per_tok)
-        report = UpscaleReport(reports, lost, expert_names=names or ())
+                _replace(model, linear, factors[name], names, g, num_experts_per_tok)
+        report = UpscaleReport(reports, lost, expert_names=names or (), router=router)
         if calibrate:
             report = replace(report, calibration=calibrate_model(model))
             routing = routing or RoutingPolicy.recommended(model)
@@ -243,7 +248,9 @@ def _replace(
 ) -> None:
     """Puts a SmileLinear wherever the model holds `linear`."""
     weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
-    options = {"rank_of_router": rank_of_router, "num_experts_per_tok": num_experts_per_tok}
+    own = factors.get("router")
+    g = rank_of_router if own is None else own.shape[1]
+    options = {"rank_of_router": g, "num_experts_per_tok": num_experts_per_tok}
     layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
     layer.expert_names = expert_names
     # The very parameters of the linear layer: what was tied to them stays tied.

@@ -93,6 +93,7 @@ class UpscaleReport:
         lost: what fine-tuning changed beside the upscaled layers, the largest change first.
         base, experts: the folders that were fused; empty for models in memory.
         expert_names: the experts' names; empty where they have none.
+        router: how the experts are scored, as in `upscale`.
     """
 
     layers: list[LayerReport]
@@ -101,6 +102,7 @@ class UpscaleReport:
     experts: Sequence[str] = ()
     calibration: CalibrationReport | None = None
     expert_names: Sequence[str] = ()
+    router: str = "smile"
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON; the file appears whole or not at all."""
@@ -133,6 +135,8 @@ class UpscaleReport:
         if done:
             worst = max(done, key=lambda layer: max(layer.error))
             lines[0] += f"; the largest error of a change is {max(worst.error):.4f}, in {worst.name}"
+        if self.router != "smile":
+            lines[0] += f"; router: {self.router}"
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.skipped:
