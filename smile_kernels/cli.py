@@ -124,6 +124,9 @@ def upscale(
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
     half_life: Annotated[float | None, typer.Option(help="Tokens after which a token's share counts half.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="The fewest of the m experts whose weights reach it, in (0, 1].")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Calibrate the routers; without --routing, take the recommended policy.")
     ] = False,
@@ -173,36 +176,41 @@ def upscale(
             "remaining": remaining,
             "embeddings_from": embeddings_from,
             "dtype": dtype,
-            "routing": _policy(routing, accumulate, lock_after, half_life, calibrate),
+            "routing": _policy(routing, accumulate, lock_after, half_life, top_p, calibrate),
             "calibrate": calibrate or None,
         }
         settings = _settings(config, {name: value for name, value in given.items() if value is not None}, out)
-        import torch
+        _fuse(
+            settings,
+            table,
+            strict=strict,
+            experts_only=experts_only,
+            max_shard_size=out_shard_size,
+            device=device,
+            workers=workers,
+            force=force,
+        )
 
-        from .routing import RoutingPolicy
-        from .upscaling import upscale_checkpoints
 
-        if "routing" in settings:
-            settings["routing"] = RoutingPolicy.from_dict(settings["routing"])
-        if "dtype" in settings:
-            settings["dtype"] = _dtype(torch, settings["dtype"])
-        first = int(os.environ.get("RANK", 0)) == 0
-        if first:
-            _say(f"{settings['out']}: appears when it is whole; an interrupted run is continued by the same command")
-        with _progress(first) as advance:
-            report = upscale_checkpoints(
-                **settings,
-                strict=strict,
-                experts_only=experts_only,
-                max_shard_size=out_shard_size,
-                device=device,
-                workers=workers,
-                force=force,
-                progress=advance,
-            )
-        if first:
-            print(report.table() if table else report)
-            print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+def _fuse(settings: dict[str, Any], table: bool, **options: Any) -> None:
+    """Run `upscale_checkpoints` with its settings as files and options give them, and print its report."""
+    import torch
+
+    from .routing import RoutingPolicy
+    from .upscaling import upscale_checkpoints
+
+    if "routing" in settings:
+        settings["routing"] = RoutingPolicy.from_dict(settings["routing"])
+    if "dtype" in settings:
+        settings["dtype"] = _dtype(torch, settings["dtype"])
+    first, out = int(os.environ.get("RANK", 0)) == 0, settings["out"]
+    if first:
+        _say(f"{out}: appears when it is whole; an interrupted run is continued by the same command")
+    with _progress(first) as advance:
+        report = upscale_checkpoints(**settings, **options, progress=advance)
+    if first:
+        print(report.table() if table else report)
+        print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
 
 
 def _named(experts: list[str] | None) -> dict[str, Any]:
@@ -257,10 +265,16 @@ def _say(text: str) -> None:
 
 
 def _policy(
-    scope: str | None, accumulate: bool, lock_after: int | None, half_life: float | None, calibrated: bool
+    scope: str | None,
+    accumulate: bool,
+    lock_after: int | None,
+    half_life: float | None,
+    top_p: float | None,
+    calibrated: bool,
 ) -> dict[str, Any] | None:
     """The fields of the routing policy that options set; None where they set none."""
     policy = {"scope": scope, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
+    policy["top_p"] = top_p
     policy = {name: value for name, value in policy.items() if value is not None}
     return policy | ({"calibrated": True} if calibrated else {}) if policy else None
 
@@ -274,6 +288,9 @@ def calibrate(
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
     half_life: Annotated[float | None, typer.Option(help="Tokens after which a token's share counts half.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="The fewest of the m experts whose weights reach it, in (0, 1].")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the text that the model writes.")] = 0,
     device_map: Annotated[str | None, typer.Option(help="As in transformers, for a model that does not fit.")] = None,
 ) -> None:
@@ -289,7 +306,7 @@ def calibrate(
         from .checkpoint import calibrate_checkpoint
         from .routing import RoutingPolicy
 
-        policy = _policy(routing, accumulate, lock_after, half_life, calibrated=True)
+        policy = _policy(routing, accumulate, lock_after, half_life, top_p, calibrated=True)
         options = {} if device_map is None else {"device_map": device_map}
         chosen = None if policy is None else RoutingPolicy.from_dict(policy)
         _say(f"{folder}: is replaced when the result is whole; the model reads text that it writes first")

@@ -260,12 +260,21 @@ def select_experts(scores: Tensor, num_experts_per_tok: int, top_p: float = 1.0)
     if scores.dtype not in _DTYPES:
         raise SmileError(f"scores: is {scores.dtype}; expected one of {_DTYPES}")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, scores.shape[-1], "the number of experts")
+    check_top_p(top_p)
+    return keep_top_p(*reference.select(scores, num_experts_per_tok), top_p)
+
+
+def check_top_p(top_p: float) -> None:
+    """Raises ValueError unless it is a number in (0, 1]."""
     if isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
         raise SmileError(f"top_p: is {top_p!r}; expected a number above 0, at most 1")
-    weights, ids = reference.select(scores, num_experts_per_tok)
+
+
+def keep_top_p(weights: Tensor, ids: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """A choice, weights [..., m] that add up to 1, the largest first, and ids, without what `top_p` does not need."""
     if top_p == 1:
         return weights, ids
-    # The weights come the largest first: one is kept where those before it do not reach top_p.
+    # One is kept where those before it do not reach top_p.
     before = weights.detach().cumsum(-1) - weights.detach()
     kept = before < top_p
     weights = torch.where(kept, weights, 0)

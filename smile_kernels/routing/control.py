@@ -58,7 +58,7 @@ def check_routing(
         bare = [name for name in layers if name not in found or found[name].router_prior is None]
         if bare:
             raise SmileError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
-    if not policy.is_published:
+    if not policy.is_alone:
         _check_parts(model, layers)
 
 

@@ -8,7 +8,8 @@ With E_i(t, l) = ||V_i,l[:, :g]^T x_t||^2 for token t, expert i and SMILE layers
               = the causal sum at the last token of t's sequence (scope "sequence")
     P_i = S_i / sum_j S_j
     L_i(t, l) = log P_i(t, l) - log Pbar_i(l) (where calibrated)  + L_i(t, l - 1) (where the policy accumulates)
-    experts(t, l) = the m largest L_i(t, l), ties to the lower index, weighted by their softmax
+    experts(t, l) = the m largest L_i(t, l), ties to the lower index, weighted by their softmax w; with top_p below 1
+                    the fewest of them, the largest first, whose w add up to top_p, weighted by w over their sum
 
 log Pbar_i(l) is the layer's `router_prior`, the logarithm of the mean share of expert i on inputs of no task, read by
 the base model (`calibrate`). gamma is 2^(-1 / half_life), or 1 without half_life, and 0 where a token completes
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SmileError
+from ..functional import check_top_p
 from ..ops.reference import accumulate_dtype
 from ..schema import KNOWN_KEYS_ONLY, parse
 
@@ -67,6 +69,8 @@ class RoutingPolicy:
             scope "token".
         restart_at: token ids; the sums start anew where these stand one after another, at the last of them. Not with
             scope "token".
+        top_p: in (0, 1]; below 1 a token takes the fewest of its m experts whose weights add up to top_p, and the
+            others are not computed. Not with num_experts_per_tok 1.
 
     The default is the published routing: softmax over the token's own scores, inside the layer's kernel.
 
@@ -81,6 +85,7 @@ class RoutingPolicy:
     calibrated: bool = False
     half_life: float | None = None
     restart_at: tuple[int, ...] | None = None
+    top_p: float = 1.0
 
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
@@ -103,6 +108,9 @@ class RoutingPolicy:
                 object.__setattr__(self, "restart_at", tuple(self.restart_at))
             if not self.restart_at or not all(_is_integer(i, 0) for i in self.restart_at):
                 raise SmileError(f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more")
+        check_top_p(self.top_p)
+        if self.top_p < 1 and self.num_experts_per_tok == 1:
+            raise SmileError(f"top_p: is {self.top_p} with num_experts_per_tok 1; expected 1, since one expert is kept")
         if self.scope == "prompt":
             object.__setattr__(self, "accumulate", True)
         alone = self.scope == "token" and not self.accumulate
@@ -121,6 +129,11 @@ class RoutingPolicy:
     @property
     def is_published(self) -> bool:
         """Whether each layer routes by itself, by the published rule."""
+        return self.is_alone and self.top_p == 1
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether each layer chooses from a token's own scores, by the published rule and `top_p`: L is the score."""
         return self.scope == "token" and not self.accumulate and not self.calibrated
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import route, select_experts
+from ..functional import keep_top_p, route, select_experts
 from ..nn import SmileLinear
 from ..ops import library
 from .cache import PROMPT, Key, Memory, cache_in
@@ -51,20 +51,21 @@ class LayerPolicy:
             if root.began_before():
                 return _route_alone(layer, x, self.before)
             recomputed = bool(root.live) and _backward_pass() != -1
-            if root.policy.is_published and root.override is None and not recomputed:
-                return None
+            if root.policy.is_alone and root.override is None and not recomputed:
+                return _route_alone(layer, x, layer.num_experts_per_tok, root.policy.top_p)
         at = state or root.passed()
-        if at.policy.is_published and at.override is None:
+        if at.policy.is_alone and at.override is None:
             return at.route_alone(layer, x)
         return at.replay(self.index, x) if state is None else at.choose(self.index, layer, x)
 
 
-def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int) -> Routing | None:
+def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
     """The published routing to so many experts; None: that is the layer's own number, and it does so by itself."""
-    if num_experts_per_tok == layer.num_experts_per_tok:
+    if num_experts_per_tok == layer.num_experts_per_tok and top_p == 1:
         return None
     rows, g = layer.vh if layer.router is None else layer.router, layer.rank_of_router
-    return route(x.to(rows.dtype), rows, num_experts_per_tok=num_experts_per_tok, rank_of_router=g)
+    choice = route(x.to(rows.dtype), rows, num_experts_per_tok=num_experts_per_tok, rank_of_router=g)
+    return keep_top_p(*choice, top_p)
 
 
 class RootRouting:
@@ -246,7 +247,7 @@ class ForwardPass:
         self.choices: dict[int, Routing] = {}
         self.spread: tuple[Tensor, torch.Size, torch.device, Routing] | None = None  # a choice's ids, for which input
         self.devices: set[torch.device] = set()
-        if self.policy.is_published and (self.override is None or self.override.rows is None):
+        if self.policy.is_alone and (self.override is None or self.override.rows is None):
             return  # nothing depends on whose tokens there are
         self.tokens = Tokens(arguments, self.policy, self.root_name)
         caches = root.takes_cache or self.tokens.cache is not None
@@ -265,13 +266,14 @@ class ForwardPass:
 
     def route_alone(self, layer: SmileLinear, x: Tensor) -> Routing | None:
         """The published routing of a layer; None: it does so by itself."""
-        return _route_alone(layer, x, self.policy.num_experts_per_tok or layer.own_num_experts_per_tok())
+        m = self.policy.num_experts_per_tok or layer.own_num_experts_per_tok()
+        return _route_alone(layer, x, m, self.policy.top_p)
 
     def choose(self, index: int, layer: SmileLinear, x: Tensor) -> Routing:
         """(weights, ids) [..., m] for the input x [..., D] of layer `index`, which runs now."""
         key = (index, self.calls.get(index, 0))
         self.calls[index] = key[1] + 1
-        own = self.route_alone(layer, x) if self.policy.is_published else self._choose(key, layer, x)
+        own = self.route_alone(layer, x) if self.policy.is_alone else self._choose(key, layer, x)
         if self.override is None or self.voting:
             assert own is not None
             return own
@@ -372,7 +374,7 @@ class ForwardPass:
                 weights, ids, self.evidence, sums = step
                 if policy.scope == "causal" and self.memory is not None:
                     self.memory.write(key, sums, tokens.past)
-                return weights, ids
+                return keep_top_p(weights, ids, policy.top_p)
         shares = energy_shares(router_energies(inputs, router[:, :g])).view(batch, length, -1)
         if real is not None:
             shares = torch.where(real[..., None].to(shares.device), shares, 0)
@@ -381,7 +383,7 @@ class ForwardPass:
             logs = logs + below.to(logs.device)
             logs = logs - logs.amax(-1, keepdim=True)  # the softmax does not see it; sums over many layers stay exact
         self.evidence = logs
-        return select_experts(logs, m)
+        return select_experts(logs, m, policy.top_p)
 
     def _pool(self, key: Key, shares: Tensor) -> Tensor:
         """S of shares [B, S, N] over each token's scope: [B, 1, N] for whole sequences, else [B, S, N].

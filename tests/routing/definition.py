@@ -22,6 +22,7 @@ POLICIES = {
     "causal+layers": RoutingPolicy("causal", accumulate=True),
     "causal+layers, half-life 3": RoutingPolicy("causal", accumulate=True, half_life=3),
     "causal+layers, lock 1, m 2": RoutingPolicy("causal", accumulate=True, lock_after=1, num_experts_per_tok=2),
+    "causal+layers, m 3, top_p 0.6": RoutingPolicy("causal", accumulate=True, num_experts_per_tok=3, top_p=0.6),
 }
 SEQUENCE = {name: policy for name, policy in POLICIES.items() if policy.scope == "sequence"}
 CAUSAL = {name: policy for name, policy in POLICIES.items() if policy.scope == "causal"}
@@ -125,6 +126,15 @@ def restarts(ids, pattern, b, t):
     return pattern is not None and t + 1 >= len(pattern) and ids[b, t + 1 - len(pattern) : t + 1].tolist() == [*pattern]
 
 
+def fewest(weights, order, top_p):
+    """Of experts in the order of their weights the fewest whose weights add up to top_p; -1 for the others."""
+    count = (
+        next((k for k in range(1, len(order)) if sum(weights[:k]) >= top_p), len(order)) if top_p < 1 else len(order)
+    )
+    rest = len(order) - count
+    return [w / sum(weights[:count]) for w in weights[:count]] + [0.0] * rest, order[:count] + [-1] * rest
+
+
 def definition(calls, real, policy, groups=None, token_ids=None):
     """The equations, loop by loop: for each call the weights and ids [B, S, m], over tokens real [B][S] (bool).
 
@@ -165,7 +175,7 @@ def definition(calls, real, policy, groups=None, token_ids=None):
                 evidence[b, t] = [before[i] + math.log(pooled[i]) - prior[i] for i in range(N)]
                 order = sorted(range(N), key=lambda i: -evidence[b, t][i])[:m]
                 top = [math.exp(evidence[b, t][i] - evidence[b, t][order[0]]) for i in order]
-                choice[b, t] = [w / sum(top) for w in top], order
+                choice[b, t] = fewest([w / sum(top) for w in top], order, policy.top_p)
         nothing = [1 / m] * m, list(range(m))
         rows = [[choice.get((b, t), nothing) for t in range(length)] for b in range(batch)]
         out.append(

@@ -38,7 +38,7 @@ class SmileQuantizationConfig(QuantizationConfig):
         self.modules = config.modules
         self.num_experts_per_tok = config.routing.num_experts_per_tok or config.num_experts_per_tok
         self.routing = None
-        if not config.routing.is_published:
+        if not config.routing.is_alone:
             self.routing = RememberedRouting(config.routing, config.num_local_experts, self.num_experts_per_tok)
         self.requests = RequestedExperts(config.num_local_experts, config.expert_names)
         admit_requests()
@@ -90,7 +90,12 @@ class SmileQuantizationConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             raise SmileError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
         return SmileLinearMethod(
-            parts, self.config.num_local_experts, self.num_experts_per_tok, self.routing, self.requests
+            parts,
+            self.config.num_local_experts,
+            self.num_experts_per_tok,
+            self.routing,
+            self.requests,
+            top_p=self.config.routing.top_p,
         )
 
 
@@ -104,8 +109,10 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         num_experts_per_tok: int,
         routing: RememberedRouting | None = None,
         requests: RequestedExperts | None = None,
+        top_p: float = 1.0,
     ):
         super().__init__()
+        self.top_p = top_p
         self.requests = requests
         self.names, self.parts = list(parts), list(parts.values())
         self.merged = len(parts) > 1
@@ -184,7 +191,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             "SMILE layers: %d experts, %d per token, routing %s; backend %s; %s",
             self.n,
             self.m,
-            "published" if self.routing is None else str(self.routing.policy),
+            f"published, top_p {self.top_p}" if self.routing is None else str(self.routing.policy),
             library.choose_backend(None, layer.weight.device.type, layer.weight.dtype, self.n, False),
             "requests cannot choose their experts" if self.requests is None else "requests may choose their experts",
         )
@@ -234,8 +241,12 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         return rows[parts].flatten(0, 2).float()
 
     def _routes_itself(self, layer: LinearBase) -> bool:
-        """Whether the kernel routes: it has no policy to follow, and x is whole."""
-        return self.routing is None and not (isinstance(layer, RowParallelLinear) and layer.tp_size > 1)
+        """Whether the kernel routes: it has no policy to follow, m experts for each token, and x is whole."""
+        return (
+            self.routing is None
+            and self.top_p == 1
+            and not (isinstance(layer, RowParallelLinear) and layer.tp_size > 1)
+        )
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.requests is None:
@@ -281,7 +292,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         else:
             scores = x.new_empty(*x.shape[:-1], 0, self.n, dtype=torch.float32)
         if self.routing is None:
-            weights, ids = select_experts(scores, self.m)
+            weights, ids = select_experts(scores, self.m, self.top_p)
         else:
             prior = layer.router_prior
             if prior is not None and p < len(prior):

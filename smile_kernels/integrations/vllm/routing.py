@@ -127,7 +127,7 @@ class RememberedRouting:
                     logs = logs + self.evidence[:tokens, None]
                 logs = logs - logs.amax(-1, keepdim=True)
                 self.evidence[:tokens] = logs[:, -1]
-            weights, ids = select_experts(logs, self.m)
+            weights, ids = select_experts(logs, self.m, self.policy.top_p)
             if self.policy.lock_after is not None:
                 self.weights[:tokens], self.ids[:tokens] = weights[:, -1], ids[:, -1]
         else:
