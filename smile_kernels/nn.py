@@ -210,18 +210,18 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         return layer
 
     def forward(
-        self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
+        self, input: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
     ) -> Tensor:
-        """x [..., D] -> y [..., O]; `routing` and `routing_weights` as in `functional.smile_linear`."""
+        """x [..., D], named `input` as in nn.Linear -> y [..., O]; the rest as in `functional.smile_linear`."""
         m = self.num_experts_per_tok  # before the policy is asked: where it answers None, this is the number it knows
         if self.router_policy is not None and routing is None and routing_weights is None:
-            routing = self.router_policy(self, x)
+            routing = self.router_policy(self, input)
             if routing is not None and not torch.is_grad_enabled():
-                y = library.serve(x, *self._tensors()[:6], *routing)
+                y = library.serve(input, *self._tensors()[:6], *routing)
                 if y is not None:
                     return y
         return smile_linear(
-            x,
+            input,
             *self._tensors(),
             num_experts_per_tok=m,
             rank_of_router=self.rank_of_router,

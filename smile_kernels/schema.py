@@ -78,7 +78,8 @@ def _unread(hint: Any) -> Any:
     """An annotation whose mappings are not read: theirs may be tensors on disk."""
     import pydantic
 
-    origin, arguments = typing.get_origin(hint), tuple(map(_unread, typing.get_args(hint)))
+    origin: Any = typing.get_origin(hint)
+    arguments = tuple(map(_unread, typing.get_args(hint)))
     if origin is Mapping:
         return pydantic.InstanceOf[Mapping]
     if origin in (typing.Union, types.UnionType):

@@ -315,20 +315,27 @@ def _leading_rows(
         basis = _krylov(side, rank, g, count, total)
         if basis is not None:
             return _right_rows(x, basis), "krylov", True
-    method = "exact" if x.dtype == torch.float64 or small <= SMALL else "gram"
-    if method == "exact":
-        try:
-            s, vh = torch.linalg.svd(x.double(), full_matrices=False)[1:]
-        except torch.linalg.LinAlgError:  # LAPACK's divide and conquer gives up on some runs of equal singular values
-            method = "gram"
-    if method == "gram":
+    exact = _exact(x) if x.dtype == torch.float64 or small <= SMALL else None
+    method = "gram" if exact is None else "exact"
+    if exact is None:
         s, basis = _gram(side)
         vh = _right_rows(x, basis)
+    else:
+        s, vh = exact
     live = count(s)
     router = min(g, live)
     resolution = _gram_resolution(s, router) if method == "gram" else torch.finfo(torch.float64).eps
     keep = max(_rank(rank, s.square(), total**2) or live, g, 1)
     return vh[:keep].to(x.dtype), method, _separated(s, router, resolution, torch.finfo(x.dtype).eps)
+
+
+def _exact(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Singular values and right singular vectors as rows by LAPACK, in float64; None where it fails."""
+    try:
+        _, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    except torch.linalg.LinAlgError:  # its divide and conquer gives up on some runs of equal singular values
+        return None
+    return s, vh
 
 
 def _krylov(x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int], total: float) -> Tensor | None:
@@ -426,10 +433,8 @@ def _orthonormal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 def _outside(x: Tensor, rows: Tensor, energy: float, generator: torch.Generator) -> float:
     """The energy above `energy` that a random block finds outside the rows: 0 unless they miss leading directions."""
     z = _random(24, x, generator)
-    for _ in range(2):
-        z, _ = _orthonormal(z, rows)
-        y = z @ x.T
-        z = y @ x
+    y = _orthonormal(z, rows)[0] @ x.T
+    y = _orthonormal(y @ x, rows)[0] @ x.T
     found = torch.linalg.eigvalsh((y @ y.T).double()) - energy
     return found.clamp_min(0).sum().item() * max(1.0, len(rows) / len(y))
 

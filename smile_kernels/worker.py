@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class Worker:
 
     def __init__(self, work: Callable[[Any], Any], start_seconds: float = 120.0) -> None:
         self._work, self._start_seconds = work, start_seconds
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: BaseProcess | None = None
 
     def __enter__(self) -> "Worker":
         return self
@@ -58,8 +59,8 @@ class Worker:
     def _start(self) -> bool:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
-        self._process.start()
+        process = self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
+        process.start()
         theirs.close()
         return self._connection.poll(self._start_seconds) and self._connection.recv() is None
 

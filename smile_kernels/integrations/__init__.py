@@ -24,6 +24,8 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None  # transformers was found
+        assert spec.loader is not None
         execute = spec.loader.exec_module
 
         def execute_and_register(module):

@@ -162,7 +162,7 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
         scale = w[:, :, None] * s
-        one_product = _every_expert_pays(x, u)
+        one_product, z = _every_expert_pays(x, u), None
         if one_product and every_h is None:
             every_h = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
         if every_h is not None:

@@ -56,6 +56,7 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
     if len(kinds) > 1:
         raise SmileError(f"model: its layers have different experts, {sorted(map(str, kinds))}; expected the same")
     ((n, names),) = kinds
+    override = None
     if isinstance(expert, (list, tuple)):
         if not expert:
             raise SmileError(f"expert: is {expert!r}; expected one entry for each row of the batch")
@@ -63,7 +64,7 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
         override = Override(rows, {layer.vh.device for layer in layers.values()})
     elif expert is not None:
         override = Override(expert_weights(expert, n, names), {layer.vh.device for layer in layers.values()})
-    return _opened(model, layers.values(), None if expert is None else override)
+    return _opened(model, layers.values(), override)
 
 
 @contextmanager

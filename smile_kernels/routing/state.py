@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..functional import keep_top_p, route, select_experts
 from ..nn import SmileLinear
@@ -177,7 +178,7 @@ class RootRouting:
 
         if not hasattr(torch._C, "_current_graph_task_id"):
             return
-        for tensor in torch.utils._pytree.tree_leaves(output):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.register_hook(reached)
                 self.live.add(state)

@@ -4,6 +4,7 @@ T tokens, D in_features, O out_features, N experts, m experts a token, r rank of
 """
 
 import itertools
+from typing import Any
 
 import numpy
 import torch
@@ -56,7 +57,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 

@@ -4,6 +4,8 @@ As in the forward, either every expert takes every token, with zeros for those t
 grouped by expert.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -263,7 +265,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     if expert_bias is not None and (needs_weights or routed):
         partial_bias = products(expert_bias[:, None])
 
-    def empty(needed: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Tensor | None:
+    def empty(needed: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Any:
         return torch.empty(shape, dtype=dtype, device=x.device) if needed else None
 
     dh, scaled = empty(needs_h, tokens, columns, r), empty(needs_u, tokens, columns, r)

@@ -191,7 +191,8 @@ def _operands(device: Device, dtype: torch.dtype) -> str:
 class Tile(dict[str, int]):
     """Block sizes, num_warps and num_stages by name; there is one object for each tile, which is its hash."""
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
 
 
 @functools.cache
@@ -232,10 +233,12 @@ def _filling(kernel: str, fitting: tuple[Tile, ...], device: Device, rows: int, 
     if kernel in _SPLITTING:
         copies *= _MOST_SPLITS
     first, second, _ = BLOCKS[kernel]
-    for config in fitting:
-        if cdiv(rows, config[first]) * cdiv(columns, config[second]) * copies >= 0.9 * device.multiprocessors:
-            break
-    return config
+    fills = (
+        config
+        for config in fitting
+        if cdiv(rows, config[first]) * cdiv(columns, config[second]) * copies >= 0.9 * device.multiprocessors
+    )
+    return next(fills, fitting[-1])
 
 
 def split_depth(depth: int, block: int, programs: int, device: Device) -> tuple[int, int]:
