@@ -28,6 +28,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+// None where there are none: a program exported by PyTorch passes defaults on, and cannot pass an empty list on.
+using MaybeIntegers = std::optional<std::vector<int64_t>>;
 
 smile::DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -235,8 +237,8 @@ struct Call {
 
   std::vector<int64_t> parts, ranks;
 
-  Call(const Tensor& x_, const std::vector<int64_t>& parts_, const std::vector<int64_t>& ranks_)
-      : x(x_), parts(parts_), ranks(ranks_) {
+  Call(const Tensor& x_, const MaybeIntegers& parts_, const MaybeIntegers& ranks_)
+      : x(x_), parts(parts_.value_or(std::vector<int64_t>{})), ranks(ranks_.value_or(std::vector<int64_t>{})) {
     STD_TORCH_CHECK(x.dim() == 2, "x: has ", x.dim(), " dimensions; expected [tokens, in_features]");
     p.parts = {parts.empty() ? 1 : int64_t(parts.size()), parts.empty() ? nullptr : parts.data(), ranks.empty() ? nullptr : ranks.data()};
     STD_TORCH_CHECK(ranks.empty() || ranks.size() == parts.size(), "rank_of_parts: has ", ranks.size(), " numbers; expected ",
@@ -356,7 +358,7 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router, int64_t num_experts_per_tok) {
-  Call call(x, {}, {});
+  Call call(x, std::nullopt, std::nullopt);
   call.set_router("router", router, router.dim() == 3 ? router.size(1) : 0, num_experts_per_tok);
   run(call.x, call.p);
   return {*call.weights, *call.ids};
@@ -365,7 +367,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router, int64_t 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                  const Tensor& vh, const Tensor& s, const Tensor& u,
                                  const std::optional<Tensor>& expert_bias, const Tensor& weights, const Tensor& ids,
-                                 bool save, std::vector<int64_t> parts, std::vector<int64_t> rank_of_parts) {
+                                 bool save, MaybeIntegers parts, MaybeIntegers rank_of_parts) {
   Call call(x, parts, rank_of_parts);
   call.set_routing(weights, ids);
   call.set_experts(vh, s, u, expert_bias, save);
@@ -377,8 +379,8 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const Tensor& weight, const st
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& vh, const Tensor& s,
     const Tensor& u, const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router,
-    int64_t num_experts_per_tok, int64_t rank_of_router, bool save, std::vector<int64_t> parts,
-    std::vector<int64_t> rank_of_parts) {
+    int64_t num_experts_per_tok, int64_t rank_of_router, bool save, MaybeIntegers parts,
+    MaybeIntegers rank_of_parts) {
   Call call(x, parts, rank_of_parts);
   call.p.tied_router = !router;
   call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
@@ -393,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_in_place(
     const Tensor& y, const Tensor& x, const Tensor& vh, const Tensor& s, const Tensor& u,
     const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router, const std::optional<Tensor>& weights,
     const std::optional<Tensor>& ids, int64_t num_experts_per_tok, int64_t rank_of_router, bool save,
-    std::vector<int64_t> parts, std::vector<int64_t> rank_of_parts) {
+    MaybeIntegers parts, MaybeIntegers rank_of_parts) {
   Call call(x, parts, rank_of_parts);
   STD_TORCH_CHECK(weights.has_value() == ids.has_value(), "weights, ids: expected both or none");
   if (ids) {
@@ -413,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta(
     const Tensor& y, const Tensor& x, const Tensor& vh, const Tensor& s, const Tensor& u,
     const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router, const std::optional<Tensor>& weights,
     const std::optional<Tensor>& ids, int64_t num_experts_per_tok, int64_t rank_of_router, bool save,
-    std::vector<int64_t> parts, std::vector<int64_t> rank_of_parts) {
+    MaybeIntegers parts, MaybeIntegers rank_of_parts) {
   STD_TORCH_CHECK(y.dim() == 2, "y: has ", y.dim(), " dimensions; expected [tokens, out_features]");
   Tensor out = empty(y, y.scalar_type(), {y.size(0), y.size(1)});
   torch::stable::copy_(out, y);
@@ -434,7 +436,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence(
     const Tensor& x, const Tensor& router, const std::optional<Tensor>& prior, const std::optional<Tensor>& real,
     const std::optional<Tensor>& factors, const std::optional<Tensor>& before, const std::optional<Tensor>& below,
     int64_t num_experts_per_tok, int64_t rank_of_router, int64_t sequences, int64_t scope, bool accumulates) {
-  Call call(x, {}, {});
+  Call call(x, std::nullopt, std::nullopt);
   call.set_router("router", router, rank_of_router, num_experts_per_tok);
   STD_TORCH_CHECK(sequences >= 1 && call.p.n.tokens % sequences == 0, "sequences: is ", sequences, "; expected a divisor of ",
                   call.p.n.tokens, ", the tokens");
@@ -597,13 +599,13 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor&
 STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
   m.def("route(Tensor x, Tensor router, int num_experts_per_tok) -> (Tensor weights, Tensor ids)");
   m.def("apply(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
-        "Tensor weights, Tensor ids, bool save, int[] parts=[], int[] rank_of_parts=[]) -> (Tensor y, Tensor h)");
+        "Tensor weights, Tensor ids, bool save, int[]? parts=None, int[]? rank_of_parts=None) -> (Tensor y, Tensor h)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
-        "Tensor? router, int num_experts_per_tok, int rank_of_router, bool save, int[] parts=[], int[] rank_of_parts=[]) -> "
+        "Tensor? router, int num_experts_per_tok, int rank_of_router, bool save, int[]? parts=None, int[]? rank_of_parts=None) -> "
         "(Tensor y, Tensor weights, Tensor ids, Tensor h)");
   const std::string experts =
       "Tensor x, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, Tensor? router, Tensor? weights, Tensor? ids, "
-      "int num_experts_per_tok, int rank_of_router, bool save, int[] parts=[], int[] rank_of_parts=[]";
+      "int num_experts_per_tok, int rank_of_router, bool save, int[]? parts=None, int[]? rank_of_parts=None";
   m.def(("delta(Tensor y, " + experts + ") -> (Tensor y, Tensor weights, Tensor ids, Tensor h)").c_str());
   m.def(("delta_(Tensor(a!) y, " + experts + ") -> (Tensor weights, Tensor ids, Tensor h)").c_str());
   m.def("evidence(Tensor x, Tensor router, Tensor? prior, Tensor? real, Tensor? factors, Tensor? before, Tensor? below, "

@@ -376,7 +376,7 @@ class ForwardPass:
                 if policy.scope == "causal" and self.memory is not None:
                     self.memory.write(key, sums, tokens.past)
                 return keep_top_p(weights, ids, policy.top_p)
-        shares = energy_shares(router_energies(inputs, router[:, :g])).view(batch, length, -1)
+        shares = energy_shares(router_energies(inputs, router[:, :g])).view(batch, length, layer.num_local_experts)
         if real is not None:
             shares = torch.where(real[..., None].to(shares.device), shares, 0)
         logs = log_evidence(self._pool(key, shares), policy.accumulate, prior)

@@ -14,9 +14,9 @@ import smile_kernels as sk
 from smile_kernels import SmileLinear, functional
 from smile_kernels.cli import app
 from smile_kernels.integrations import distributed
-from smile_kernels.ops import composed
+from smile_kernels.ops import composed, library
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
-from smile_kernels.routing.policy import block_numbers, router_energies
+from smile_kernels.routing.policy import block_numbers
 from smile_kernels.testing import Problem, assert_close, expectations
 from tests.routing.definition import (
     POLICIES,
@@ -145,9 +145,8 @@ def test_command_line_sets_the_policy(tmp_path):
 def test_locked_layers_compute_no_scores(monkeypatch):
     model = bert()
     calls = []
-    monkeypatch.setattr(
-        "smile_kernels.routing.state.router_energies", lambda *a: calls.append(1) or router_energies(*a)
-    )
+    evidence = library.evidence  # asked first for each layer that scores
+    monkeypatch.setattr(library, "evidence", lambda *a: calls.append(1) or evidence(*a))
     set_routing(model, POLICIES["sequence+layers, lock 1"])
     logits(model, input_ids=tokens(2, 5))
     assert len(calls) == 6
