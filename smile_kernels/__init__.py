@@ -1,4 +1,4 @@
-"""Custom GPU kernels for SMILE layers: sparse mixtures of low-rank experts made of fine-tuned linear layers.
+"""SMILE for PyTorch: a base model and its fine-tuned versions as one sparse mixture of low-rank experts.
 
 `import smile_kernels` imports neither Triton nor the compiled extension; each is loaded by the first call that uses it.
 """

@@ -1,26 +1,26 @@
 """How fine-tuning changes linear layers: the subspace analysis of SMILE (arXiv 2408.10174, section 2).
 
 For a layer W [O, D] = U diag(sigma) V^T, q = min(O, D), and its fine-tuned version W_i, the change D_i = W_i - W has
-the coordinates d_ab = u_a^T D_i v_b. With k the fewest singular values that hold half of sigma_1 + ... + sigma_q,
+coordinates d_ab = u_a^T D_i v_b. k is the smallest number with sigma_1 + ... + sigma_k >= half of the whole sum:
 
-    zone I      a <= k and b <= k                 the directions that the pre-trained layer uses most
-    zone II     a > k and b > k, both <= q        those that it uses less
-    zone III    a > k and b > k, not in II        those that it does not use: a > q or b > q, where W is not square
+    zone I      a <= k and b <= k                 the directions with the largest singular values
+    zone II     a > k and b > k, both <= q        the directions with the smaller ones
+    zone III    a > k and b > k, not in II        the null space: a > q or b > q; empty where W is square
     mixed       the others: one index <= k, the other > k
 
-and the share of a zone is its part of ||D_i||_F^2. The zones are those of the published implementation (fusion_bench).
+The share of a zone is its part of ||D_i||_F^2. The zones are those of the published implementation (fusion_bench).
 
-Interference between N tasks. A merged layer W* is to do what each W_i does on the inputs of task i:
+Interference between N tasks. A merged layer W* should give the outputs of each W_i on the inputs of task i:
 
     minimise over W*:  L(W*) = sum_i E_x ||(W* - W_i) x||^2
 
-With no data, inputs have the identity as their covariance: E_x ||A x||^2 = ||A||_F^2. What is reported is
-L(W*) / L(W), 1 being the base as it is:
+There is no data, so inputs are assumed to have identity covariance: E_x ||A x||^2 = ||A||_F^2. The reported value is
+L(W*) / L(W), which is 1 for the unchanged base:
 
-    averaging          W* = W + 1/N sum_j D_j      the minimum of L over all W* of W's size
+    averaging          W* = W + 1/N sum_j D_j      the minimum of L over all W* of W's shape
     task arithmetic    W* = W + scale * sum_j D_j
-    expanded           W + D_i^(r) for inputs of task i: the best change of rank r, as a SMILE layer has it
-                       where its router chooses right; 0 at full rank
+    expanded           W + D_i^(r) for inputs of task i: the best rank-r approximation of D_i, which a
+                       SMILE layer computes with correct routing; 0 at full rank
 """
 
 import json
@@ -56,8 +56,8 @@ __all__ = [
 
 ZONES = ("I", "II", "III", "mixed")
 _LEGEND = """
-change: relative to the base's weight; zones: shares of the change. The last three columns: the distance of one layer
-from what all tasks want of it, in percent of the base's"""
+change: relative to the base's weight; zones: shares of the change. The last three columns: the remaining distance
+to all fine-tuned weights, in percent of the base's"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ChangeAnalysis:
         norm: ||D_i||_F.
         relative: ||D_i||_F / ||W||_F.
         zones: zone -> its share of ||D_i||_F^2; all 0 where nothing changed.
-        energy: the share of ||D_i||_F^2 that the best change of rank 1, 2, 4, ... holds, up to the full rank.
+        energy: the share of ||D_i||_F^2 captured at rank 1, 2, 4, ..., up to the full rank.
     """
 
     norm: float
@@ -82,8 +82,8 @@ class Interference:
     """L(W*) / L(W) of one layer; 0 where no expert changes it.
 
     Attributes:
-        average, task_arithmetic: of these merged weights.
-        expanded: of a SMILE layer whose router chooses right.
+        average, task_arithmetic: for the weight merged in this way.
+        expanded: for a SMILE layer with correct routing.
     """
 
     average: float
@@ -96,12 +96,12 @@ class LayerAnalysis:
     """One linear layer.
 
     Attributes:
-        name: the layer's.
+        name: name of the layer.
         shape: [O, D].
-        half_rank: k, the singular values that hold half of the base's.
-        changes: one an expert.
-        cosines: [N, N] <D_i, D_j> / (||D_i||_F ||D_j||_F); 0 where one is 0.
-        interference: the value of the problem above.
+        half_rank: k, as in the definition of the zones.
+        changes: one entry per expert.
+        cosines: [N, N] <D_i, D_j> / (||D_i||_F ||D_j||_F); 0 where a norm is 0.
+        interference: L(W*) / L(W), as in `Interference`.
     """
 
     name: str
@@ -114,12 +114,12 @@ class LayerAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Results for every layer; printed as a summary by kinds of layer, saved as JSON.
+    """Results for every layer. `print` shows a summary by kind of layer; `save` writes JSON.
 
     Attributes:
-        layers: the linear layers.
-        rank_of_expert, scale: as asked for.
-        base, experts: the folders.
+        layers: one entry per linear layer.
+        rank_of_expert, scale: the arguments of `analyze`.
+        base, experts: paths of the checkpoints.
     """
 
     layers: list[LayerAnalysis]
@@ -129,14 +129,14 @@ class Analysis:
     experts: Sequence[str] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON, atomically."""
+        """Write all results as JSON, atomically."""
         write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     def __str__(self) -> str:
         return self._table("layers", kind_of)
 
     def table(self) -> str:
-        """Every layer, one a row."""
+        """A table with one row per layer."""
         return self._table("layer", lambda name: name)
 
     def _table(self, title: str, group: Callable[[str], str]) -> str:
@@ -148,7 +148,7 @@ class Analysis:
         for layer in self.layers:
             groups.setdefault(group(layer.name), []).append(layer)
         longest = max(map(len, groups), default=0)
-        columns = ("shape", "change", *(f"zone {zone}" for zone in ZONES[:3]), "mixed", f"rank {r} holds")
+        columns = ("shape", "change", *(f"zone {zone}" for zone in ZONES[:3]), "mixed", f"in rank {r}")
         merged = ("average", f"sum x {self.scale:g}", f"SMILE r {r}")
         first = Column(title, no_wrap=True, min_width=longest)
         table = Table(first, *columns, *merged, box=None, pad_edge=False)
@@ -164,7 +164,7 @@ class Analysis:
         return text.get().rstrip("\n") + _LEGEND
 
     def plot(self, file: str | Path) -> None:
-        """Draw energy against rank and the zones' shares by kinds of layer: .png, .svg or .pdf."""
+        """Plot energy against rank and the zones' shares by kind of layer, as .png, .svg or .pdf."""
         from matplotlib.figure import Figure
 
         groups: dict[str, list[LayerAnalysis]] = {}
@@ -186,14 +186,14 @@ class Analysis:
             shares = [means_of(layers)[zone] for layers in groups.values()]
             right.barh(list(groups), shares, left=below, label=zone if zone == "mixed" else f"zone {zone}")
             below = [a + b for a, b in zip(below, shares)]
-        right.set(xlabel="share of the change", title="Where the change lies")
+        right.set(xlabel="share of the change", title="Change by zone")
         right.tick_params(axis="y", labelsize=7)
         right.legend(fontsize=7, ncols=len(ZONES), loc="upper center", bbox_to_anchor=(0.5, -0.12))
         figure.savefig(file)
 
 
 def means_of(layers: Sequence[LayerAnalysis]) -> dict[str, float]:
-    """Means over layers and experts, each weighted by ||D_i||_F^2: shares of the whole change."""
+    """Means over layers and experts, weighted by ||D_i||_F^2, so that shares are of the whole change."""
     changes = [change for layer in layers for change in layer.changes]
     total = sum(change.norm**2 for change in changes)
     weight = 1 / total if total else 0.0
@@ -208,24 +208,24 @@ def means_of(layers: Sequence[LayerAnalysis]) -> dict[str, float]:
 
 
 def half_rank(sigma: Tensor) -> int:
-    """k, the fewest leading singular values that hold half of their sum."""
+    """k, the smallest number of leading singular values that add up to half of the sum."""
     sums = sigma.cumsum(0)
     return min(int((sums < 0.5 * sums[-1]).sum()) + 1, len(sigma))
 
 
 @torch.no_grad()
 def zone(weight: Tensor, finetuned: Tensor, name: str) -> Tensor:
-    """The part of a layer's change that lies in one zone.
+    """The component of a layer's change in one zone.
 
     Args:
         weight, finetuned: W and W_i [O, D], in any floating-point dtype.
-        name: "I", "II", "III", "mixed", or several, joined by "+", as in "II+III".
+        name: "I", "II", "III", "mixed", or several joined by "+", as in "II+III".
 
     Returns:
         [O, D] in float32 (float64 for float64).
 
     Raises:
-        ValueError: another name; shapes that differ; NaN or inf.
+        ValueError: an unknown zone; shapes that differ; NaN or inf.
     """
     names = name.split("+")
     if unknown := [one for one in names if one not in ZONES]:
@@ -243,12 +243,12 @@ def _change(weight: Tensor, finetuned: Tensor) -> tuple[Tensor, Tensor]:
     weight, finetuned = weight.to(wide), finetuned.to(wide)
     for name, tensor in (("weight", weight), ("finetuned", finetuned)):
         if not tensor.isfinite().all():
-            raise SmileError(f"{name}: holds NaN or inf; expected finite numbers")
+            raise SmileError(f"{name}: contains NaN or inf; expected finite numbers")
     return weight, finetuned - weight
 
 
 def _parts(weight: Tensor, change: Tensor) -> dict[str, Tensor]:
-    """The change in its zones; they add up to it."""
+    """The components of the change by zone; their sum is the change."""
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k = half_rank(sigma)
     left, right = u[:, :k], vh[:k]
@@ -266,11 +266,11 @@ def analyze_layer(
     """The analysis of one layer.
 
     Args:
-        name: the layer's.
+        name: name of the layer.
         weight: W [O, D].
-        changes: D_i [O, D], one an expert.
-        rank_of_expert: r of the expanded space.
-        scale: of task arithmetic.
+        changes: D_i [O, D], one per expert.
+        rank_of_expert: r of `Interference.expanded`.
+        scale: factor of task arithmetic.
     """
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k, size = half_rank(sigma), torch.linalg.vector_norm(weight).item()
@@ -299,7 +299,7 @@ def analyze_layer(
 
 
 def _shares(u: Tensor, vh: Tensor, k: int, change: Tensor, total: float) -> dict[str, float]:
-    """The zones' shares, from the coordinates of the change."""
+    """The share of each zone, from the coordinates of the change."""
     if not total:
         return dict.fromkeys(ZONES, 0.0)
     inside = (u.T @ change @ vh.T).double().square()
@@ -331,22 +331,22 @@ def analyze(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Analysis:
-    """Analyzes checkpoints on disk, a few layers in memory at a time.
+    """Analyze checkpoints on disk, with a few layers in memory at a time.
 
     Args:
-        base: checkpoint of the pre-trained model: a folder, or the id of a Hub repository.
+        base: checkpoint of the pre-trained model: a folder or the id of a Hub repository.
         experts: checkpoints of the fine-tuned models, or PEFT adapters of the base.
-        rank_of_expert: r of the expanded space.
-        scale: of task arithmetic.
+        rank_of_expert: r of `Interference.expanded`.
+        scale: factor of task arithmetic.
         include, exclude: shell patterns of layer names, as in `upscale_checkpoints`.
-        workers: layers at a time; by default one a core, at most 4.
-        progress: called with the stage, how many layers are done, and how many there are.
+        workers: number of layers computed in parallel; by default the number of cores, at most 4.
+        progress: called with the stage, the number of finished layers and the number of layers.
 
     Returns:
-        The analysis; `print` shows it by kinds of layer.
+        The analysis; `print` shows a summary by kind of layer.
 
     Raises:
-        ValueError, FileNotFoundError: as `upscale_checkpoints`, before any layer is read.
+        ValueError, FileNotFoundError: as in `upscale_checkpoints`, before any layer is read.
     """
     if not experts:
         raise SmileError("experts: is empty; expected one fine-tuned model or more")
@@ -393,20 +393,20 @@ def keep_zone(
     exclude: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Keeps of a fine-tuned model's changes only what lies in a zone, in place: W + zone(W, W_i) in its linear layers.
+    """Reduce a fine-tuned model's changes to one zone, in place: its linear layers become W + zone(W, W_i).
 
-    Everything else, biases among it, stays fine-tuned, as in the published implementation. What a zone holds of a task
-    is the accuracy of the model so changed.
+    All other parameters, biases included, stay fine-tuned, as in the published implementation. The accuracy of the
+    resulting model measures how much of the task is in that zone.
 
     Args:
-        model: the pre-trained model; it does not change.
+        model: the pre-trained model; it is not changed.
         finetuned: a model of the same architecture.
         name: as in `zone`.
         include, exclude: shell patterns of layer names.
-        progress: called with how many layers are done, and how many there are.
+        progress: called with the number of finished layers and the number of layers.
 
     Raises:
-        ValueError: another name, another architecture, or patterns that leave no layer. Nothing is changed then.
+        ValueError: an unknown zone, a different architecture, or patterns that match no layer. Nothing is changed then.
     """
     theirs, ours = linear_layers(finetuned), linear_layers(model)
     layers = select_layers({one: Layer(one, is_conv1d(module)) for one, module in ours.items()}, include, exclude)

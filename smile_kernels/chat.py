@@ -16,23 +16,23 @@ from .routing import routing_override, watch_routing
 __all__ = ["chat"]
 
 HELP = (
-    "/reset starts a new conversation; /expert NAME has one expert answer, /expert lets the policy choose; /exit or "
-    "Ctrl-D ends the program; a backslash ends a line that goes on"
+    "/reset starts a new conversation; /expert NAME selects one expert, /expert returns to the policy; /exit or "
+    "Ctrl-D ends the program; a backslash at the end of a line continues it"
 )
 
 
 def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = None) -> None:
-    """Answers each line of standard input, under the checkpoint's own routing policy and generation config.
+    """Answer each line of standard input, under the checkpoint's routing policy and generation config.
 
-    Answers go to standard output as they are written, one after another; which experts served them to standard error.
+    Answers are streamed to standard output; the experts that served them are printed to standard error.
 
     Args:
         folder: a SMILE checkpoint of a causal language model, with a tokenizer that has a chat template.
-        max_new_tokens: the longest answer.
-        device: where the model runs; by default the GPU where there is one.
+        max_new_tokens: maximum length of an answer.
+        device: where the model runs; by default the GPU if there is one.
 
     Raises:
-        SmileError: not such a checkpoint, max_new_tokens below 1, or a device that is not there.
+        SmileError: not such a checkpoint, max_new_tokens below 1, or an unavailable device.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     try:
@@ -44,7 +44,7 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
     tokenizer = _tokenizer(Path(folder))
     model: Any = load_pretrained(folder, dtype="auto")
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise SmileError(f"{folder}: holds a {type(model).__name__}; expected a causal language model")
+        raise SmileError(f"{folder}: contains a {type(model).__name__}; expected a causal language model")
     model = model.to(device).eval()
     names = next(iter(smile_layers(model).values())).expert_names or ()
     if interactive:
@@ -85,12 +85,12 @@ def _tokenizer(folder: Path) -> Any:
         raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files beside the weights")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
-        raise SmileError(f"{folder}: its tokenizer has no chat template; expected one, as models tuned to chat have")
+        raise SmileError(f"{folder}: its tokenizer has no chat template; expected one, as chat models have")
     return tokenizer
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    """The lines of standard input; one that ends with a backslash goes on in the next."""
+    """The lines of standard input; a backslash at the end of a line continues it in the next."""
     begun = ""
     while True:
         try:
@@ -104,11 +104,11 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 @torch.inference_mode()
 def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int) -> tuple[str, Tensor]:
-    """Prints the answer while it is written; returns it, and how many of its tokens each expert served [N]."""
+    """Print the answer as it is generated; return it and the number of its tokens served by each expert [N]."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        of_prompt: Tensor | None = None  # tokens by expert, once the prompt is read
+        of_prompt: Tensor | None = None  # tokens by expert, from the end of the prompt on
 
         def put(self, value: Tensor) -> None:
             if self.of_prompt is None and not self.next_tokens_are_prompt:
@@ -122,7 +122,7 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
         tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
     served = torch.stack(list(counts.values())).sum(0)
     assert streamer.of_prompt is not None
-    if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, which the prompt's last one gives
+    if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, computed in the prompt's pass
         served -= streamer.of_prompt
     return tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(), served
 

@@ -1,7 +1,7 @@
 """SMILE checkpoints: the base checkpoint plus `vh`, `s`, `u`, `expert_bias` and `router` beside each converted weight.
 
-What was converted is listed in `config.json` under `quantization_config`, where transformers and vLLM look for it. A
-checkpoint is whole, or holds the experts only, beside the path of its base.
+`quantization_config` in `config.json`, which transformers and vLLM read, lists the converted layers. A checkpoint is
+complete, or contains only the experts and the path of its base.
 """
 
 import os
@@ -34,7 +34,7 @@ from .storage import (
 
 __all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrained"]
 
-REPORT = "smile_report.json"  # the result for each layer, beside a checkpoint that was upscaled
+REPORT = "smile_report.json"  # the result for each layer of an upscaled checkpoint
 
 
 @check_arguments
@@ -46,20 +46,20 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> None:
-    """Saves a model that holds SmileLinear layers: safetensors, config.json and a model card.
+    """Save a model with SmileLinear layers: safetensors, config.json and a model card.
 
-    A transformers model is saved by its own save_pretrained, with what is SMILE about it added to its config.
+    A transformers model is saved by its own save_pretrained; its config gets the SMILE settings.
 
     Args:
-        model: any module with SmileLinear layers, as `upscale` makes it.
-        folder: new or empty; it appears when it is whole.
-        base: folder of the base checkpoint: only the experts are stored, beside this path.
-        max_shard_size: of one file.
+        model: any module with SmileLinear layers, for example from `upscale`.
+        folder: new or empty; it is created atomically.
+        base: folder of the base checkpoint; if given, only the experts and this path are stored.
+        max_shard_size: maximum size of a file.
         force: replace a folder that smile-kernels wrote.
 
     Raises:
-        ValueError: no SmileLinear in the model, or a folder that is, holds or lies in `base`.
-        FileExistsError: the folder holds anything that may not be replaced, or another process writes it.
+        ValueError: no SmileLinear in the model, or a folder that is, contains or is inside `base`.
+        FileExistsError: the folder contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
     """
     config = SmileConfig.from_layers(smile_layers(model))
@@ -94,21 +94,21 @@ def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_s
 
 @check_arguments
 def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_pretrained: Any) -> nn.Module:
-    """Loads a SMILE checkpoint: what `save_pretrained`, `smile-kernels upscale` or fusion_bench wrote.
+    """Load a SMILE checkpoint written by `save_pretrained`, `smile-kernels upscale` or fusion_bench.
 
     Args:
         folder: the checkpoint.
-        model: the base model's architecture as a module; its linear layers are swapped in place and its parameters
-            overwritten, keeping their dtype. Where the checkpoint holds the experts only, the base's parameters are
-            taken from it. By default the transformers architecture that config.json names.
-        **from_pretrained: for transformers' from_pretrained, where `model` is not given: dtype, device_map, ...
+        model: a module with the base model's architecture. Its linear layers are replaced in place and its parameters
+            are overwritten, keeping their dtype; for a checkpoint with only the experts it must contain the base's
+            parameters. By default the transformers architecture named in config.json.
+        **from_pretrained: arguments of transformers' from_pretrained if `model` is not given: dtype, device_map, ...
 
     Returns:
-        The model, in evaluation mode where transformers made it.
+        The model; in evaluation mode if it was built by transformers.
 
     Raises:
-        ValueError: not a SMILE checkpoint, tensors missing, unexpected or misshapen, or NaN in them.
-        FileNotFoundError: no such folder, no weights in it, or the base of an experts-only checkpoint is not there.
+        ValueError: not a SMILE checkpoint, missing or unexpected tensors, wrong shapes, or NaN.
+        FileNotFoundError: the folder, its weights or the base of an experts-only checkpoint does not exist.
     """
     stored, config = read_tensors(folder), read_config(folder)
     if "quantization_config" in config:
@@ -133,20 +133,20 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
 def calibrate_checkpoint(
     folder: str | Path, *, routing: RoutingPolicy | None = None, seed: int = 0, **from_pretrained: Any
 ) -> CalibrationReport:
-    """Calibrates a SMILE checkpoint on disk: `calibrate`, whose `router_prior` of each layer is stored with the rest.
+    """Calibrate a SMILE checkpoint on disk (see `calibrate`) and store the `router_prior` of each layer in it.
 
-    The folder is replaced atomically; its other tensors and files stay as they are.
+    The folder is replaced atomically; its other tensors and files do not change.
 
     Args:
-        folder: a checkpoint that smile-kernels wrote.
-        routing: the policy that the loaded model is to follow; by default `RoutingPolicy.recommended`, whose votes
-            begin at the last user turn where the folder's tokenizer has a chat template.
+        folder: a checkpoint written by smile-kernels.
+        routing: the policy to store; by default `RoutingPolicy.recommended`, with evidence from the last user turn on
+            if the tokenizer in the folder has a chat template.
         seed: as in `calibrate`.
-        **from_pretrained: for transformers' from_pretrained: device_map, where the model does not fit, ...
+        **from_pretrained: arguments of transformers' from_pretrained, such as device_map.
 
     Raises:
-        ValueError: not a SMILE checkpoint, or a model that `calibrate` or the policy does not fit.
-        FileExistsError: the folder holds a file that smile-kernels did not write, or another process writes it.
+        ValueError: not a SMILE checkpoint, or a model that does not support `calibrate` or the policy.
+        FileExistsError: the folder contains a file not written by smile-kernels, or another process is writing it.
     """
     source = Path(folder)
     read_smile_config(source)
@@ -168,7 +168,7 @@ def calibrate_checkpoint(
 def add_calibration(
     folder: Path, routing: RoutingPolicy | None, seed: int, **from_pretrained: Any
 ) -> CalibrationReport:
-    """Adds `router_prior` and the policy to a checkpoint folder that is still being written."""
+    """Add `router_prior` and the policy to a checkpoint folder that is still being written."""
     config = read_smile_config(folder)
     model = load_pretrained(folder, **from_pretrained)
     report = calibrate(model, seed=seed)
@@ -188,7 +188,7 @@ def add_calibration(
 
 
 def _user_turn_ids(folder: Path) -> tuple[int, ...] | None:
-    """How a user's turn begins by the tokenizer of a checkpoint; None where it has none with a chat template."""
+    """Token ids that begin a user turn; None if the checkpoint has no tokenizer with a chat template."""
     if not (folder / "tokenizer_config.json").exists():
         return None
     from transformers import AutoTokenizer
@@ -204,22 +204,22 @@ class _LayerEnergies:
 
 @dataclass(frozen=True)
 class _Energies:
-    """What `describe` shows of a report."""
+    """The part of a report that `describe` returns."""
 
     layers: list[_LayerEnergies] = field(default_factory=list)
 
 
 @check_arguments
 def describe(folder: str | Path) -> dict[str, Any]:
-    """What is in a SMILE checkpoint, as `smile-kernels inspect` shows it; fits JSON.
+    """Contents of a SMILE checkpoint, as `smile-kernels inspect` shows them; can be stored as JSON.
 
     Returns:
-        folder; config, as in `SmileConfig`; bytes of the upscaled layers' base, of their experts and of other tensors;
-        layers: name, in_features, out_features, ranks and bytes of the experts; norm, the size ||s_i|| of each expert's
-        change; energy, the share it captures, empty without smile_report.json; s, the mean over experts.
+        A dict with `folder`; `config`, as in `SmileConfig`; `bytes` of the upscaled layers' base, of their experts and
+        of other tensors; and `layers`: name, in_features, out_features, ranks and bytes of the experts; norm, ||s_i||
+        of each expert; energy, the share each captures (empty without smile_report.json); s, the mean over experts.
 
     Raises:
-        ValueError, FileNotFoundError: no SMILE checkpoint, or a tensor missing from it.
+        ValueError, FileNotFoundError: not a SMILE checkpoint, or a tensor is missing.
     """
     stored, config = read_tensors(folder), read_smile_config(folder)
     report = Path(folder) / REPORT
@@ -252,7 +252,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 
 def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[str] = ()) -> str:
-    """README.md of a checkpoint: what it is, and what loads it."""
+    """README.md of a checkpoint: its contents and how to load it."""
     whole = config.base_model_name_or_path is None
     names = config.expert_names or range(config.num_local_experts)
     load = (
@@ -287,10 +287,10 @@ def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[s
     ]
     if whole:
         lines += [
-            f"Without `import smile_kernels`, transformers finds no weights: it looks for `{NO_WEIGHTS}`.",
+            f"Without `import smile_kernels`, transformers finds no weights and names `{NO_WEIGHTS}`.",
         ]
     else:
-        lines += [f"This folder holds the experts only; the base is read from `{config.base_model_name_or_path}`."]
+        lines += [f"This folder contains only the experts; the base is read from `{config.base_model_name_or_path}`."]
     return "\n".join(lines) + "\n"
 
 
@@ -299,7 +299,7 @@ def _factor_names(config: SmileConfig) -> list[str]:
 
 
 def _untied(model: nn.Module) -> list[str]:
-    """Names of the state dict, each piece of memory once: tied weights are stored under their first name."""
+    """Names in the state dict without duplicates: tied weights are stored under their first name."""
     seen, names = set(), []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -309,7 +309,7 @@ def _untied(model: nn.Module) -> list[str]:
 
 
 def transformers_class(config: Mapping[str, Any]) -> Any:
-    """The class of the architecture that a config.json names."""
+    """The class of the architecture named in a config.json."""
     architectures = config.get("architectures")
     if not architectures:
         raise SmileError("model: config.json names no architecture; expected the base model's module as `model`")
@@ -327,20 +327,20 @@ def _from_pretrained(cls: Any, folder: str | Path, options: dict[str, Any]) -> n
         return cls.from_pretrained(folder, **options)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # whatever a config that does not fit makes an architecture raise
+    except Exception as error:  # an architecture may raise anything on a config that does not fit
         raise SmileError(
             f"{folder}: transformers cannot load it as {cls.__name__} ({type(error).__name__}: {error})"
         ) from error
 
 
 def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
-    """The transformers model whose layers are about to be swapped."""
+    """The transformers model before its layers are replaced."""
     cls = transformers_class(config)
     if smile.base_model_name_or_path is not None:
         if not os.path.isdir(smile.base_model_name_or_path):
             raise FileNotFoundError(
-                f"base_model_name_or_path: is {smile.base_model_name_or_path!r}, no folder here; "
-                "expected the base checkpoint there, or the base model as `model`"
+                f"base_model_name_or_path: is {smile.base_model_name_or_path!r}, which is not a folder here; "
+                "expected the base checkpoint, or the base model as `model`"
             )
         return _from_pretrained(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
@@ -350,21 +350,21 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
 
 @torch.no_grad()
 def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Swaps the config's layers into the model and loads the tensors into it."""
+    """Replace the layers listed in the config and load the tensors."""
     if any(p.is_meta for p in model.parameters()):
-        raise SmileError("model: has parameters on the meta device; expected one that can hold weights")
+        raise SmileError("model: has parameters on the meta device; expected parameters with data")
     layers: dict[str, SmileLinear] = {}
     for name, entry in config.modules.items():
         try:
             linear: Any = model.get_submodule(name)
         except AttributeError:
             raise SmileError(
-                f"model: {type(model).__name__} has no layer {name!r}, which the checkpoint names"
+                f"model: {type(model).__name__} has no layer {name!r}; expected the layers in the checkpoint's config"
             ) from None
         if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Conv1D":
             raise SmileError(
-                f"model: {name!r} is a {type(linear).__name__}, for which the checkpoint has experts; expected a "
-                f"linear layer (upscale with exclude={[name]!r} where it is none)"
+                f"model: {name!r} is a {type(linear).__name__} and the checkpoint has experts for it; expected a "
+                f"linear layer (if it is not one, upscale with exclude={[name]!r})"
             )
         transposed = type(linear).__name__ == "Conv1D"
         weight, bias = linear.weight.T if transposed else linear.weight, getattr(linear, "bias", None)
@@ -387,7 +387,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
         for name, layer in layers.items():
             linear = model.get_submodule(name)
             layer = layer.to_empty(device=linear.weight.device)
-            # The very parameters of the linear layer: what was tied to them stays tied.
+            # The parameters of the linear layer themselves, so that tied weights stay tied.
             transposed = type(linear).__name__ == "Conv1D"
             layer.weight = nn.Parameter(linear.weight.T.contiguous()) if transposed else linear.weight
             layer.bias = getattr(linear, "bias", None)
@@ -395,13 +395,13 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
         set_routing(model, config.routing)
         guard_weights(model)
         describe_as_smile(model)
-        model.load_state_dict(tensors, strict=False)  # last, since values are not put back
+        model.load_state_dict(tensors, strict=False)  # last, since values are not restored
 
 
 def _check_tensors(
     model: nn.Module, layers: Mapping[str, SmileLinear], tensors: Mapping[str, Tensor], config: SmileConfig
 ) -> None:
-    """Raises ValueError unless the tensors are those of the model with these layers, in name and shape."""
+    """Raise ValueError unless the names and shapes of the tensors are those of the model with these layers."""
     state = model.state_dict(keep_vars=True)
     places = tuple(f"{name}." for name in layers)
     expected = {name: tensor for name, tensor in state.items() if not name.startswith(places)}

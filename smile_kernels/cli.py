@@ -30,7 +30,7 @@ from .errors import SmileError
 from .schema import KNOWN_KEYS_ONLY, parse
 
 app = typer.Typer(
-    help="SMILE layers: fuse fine-tuned models into a sparse mixture of low-rank experts, and run it fast.",
+    help="Fuse fine-tuned models into a sparse mixture of low-rank experts (SMILE), and run it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -97,15 +97,15 @@ def _main(
 
 @app.command()
 def upscale(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file, in place of the options that it sets.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write, new or empty.")] = None,
-    base: Annotated[str | None, typer.Option(help="Pre-trained checkpoint: a folder or an id on the Hub.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file that sets options.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output folder, new or empty.")] = None,
+    base: Annotated[str | None, typer.Option(help="Pre-trained checkpoint: a folder or a Hub id.")] = None,
     expert: Annotated[
         list[str] | None,
-        typer.Option(help="Fine-tuned checkpoint or PEFT adapter: FOLDER or NAME=FOLDER; give one or more."),
+        typer.Option(help="Fine-tuned checkpoint or PEFT adapter: FOLDER or NAME=FOLDER; repeatable."),
     ] = None,
     rank_of_expert: Annotated[
-        str | None, typer.Option(help="r; -1 for full rank (exact); a fraction such as 0.9 for the energy to hold.")
+        str | None, typer.Option(help="r; -1 for full rank (exact); a fraction such as 0.9 for the energy to keep.")
     ] = None,
     rank_of_router: Annotated[int | None, typer.Option(help="g, for router smile.")] = None,
     router: Annotated[
@@ -113,36 +113,37 @@ def upscale(
     ] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="m, experts per token.  [default: 1]")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to upscale.  [default: all]")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to skip.")] = None,
     remaining: Annotated[
-        str | None, typer.Option(help="Where other tensors come from: base or average.  [default: base]")
+        str | None, typer.Option(help="Source of other tensors: base or average.  [default: base]")
     ] = None,
-    embeddings_from: Annotated[str | None, typer.Option(help="Expert, by name, whose added tokens are kept.")] = None,
+    embeddings_from: Annotated[str | None, typer.Option(help="Name of the expert with added tokens.")] = None,
     routing: Annotated[
-        str | None, typer.Option(help="Whose scores count: token, sequence, causal or prompt.  [default: token]")
+        str | None, typer.Option(help="Scope of routing: token, sequence, causal or prompt.  [default: token]")
     ] = None,
-    accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
-    lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
-    half_life: Annotated[float | None, typer.Option(help="Tokens after which a token's share counts half.")] = None,
+    accumulate: Annotated[bool, typer.Option("--accumulate", help="Sum the evidence over layers.")] = False,
+    lock_after: Annotated[int | None, typer.Option(help="Reuse the choice of the first n blocks.")] = None,
+    half_life: Annotated[float | None, typer.Option(help="Tokens after which a weight is halved.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="The fewest of the m experts whose weights reach it, in (0, 1].")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Calibrate the routers; without --routing, take the recommended policy.")
+        bool,
+        typer.Option("--calibrate", help="Calibrate the routers; default policy: the recommended one."),
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse layers that cannot hold their experts.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Print every layer and every change that is lost.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print every layer and lost change.")] = False,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
-    out_shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where layers are decomposed.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Layers at a time.  [default: one a core, at most 4]")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that smile-kernels wrote.")] = False,
+    out_shard_size: Annotated[str, typer.Option(help="Maximum size of a file.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Device for the decompositions.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Layers in parallel.  [default: one per core, up to 4]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder written by smile-kernels.")] = False,
 ) -> None:
-    """Fuse a checkpoint and fine-tuned versions of it into one SMILE checkpoint.
+    """Fuse a base checkpoint and its fine-tuned versions into one SMILE checkpoint.
 
-    A few layers are in memory at a time, however large the model. Interrupted and started again, it goes on where it
-    stopped. Several processes share the work under torchrun: torchrun --nproc-per-node 4 -m smile_kernels upscale ...
+    Only a few layers are in memory at a time. The same command continues an interrupted run. Under torchrun, processes
+    share the work: torchrun --nproc-per-node 4 -m smile_kernels upscale ...
 
     \b
     Examples:
@@ -205,16 +206,16 @@ def _fuse(settings: dict[str, Any], table: bool, **options: Any) -> None:
         settings["dtype"] = _dtype(torch, settings["dtype"])
     first, out = int(os.environ.get("RANK", 0)) == 0, settings["out"]
     if first:
-        _say(f"{out}: appears when it is whole; an interrupted run is continued by the same command")
+        _say(f"{out}: is created when complete; the same command resumes an interrupted run")
     with _progress(first) as advance:
         report = upscale_checkpoints(**settings, **options, progress=advance)
     if first:
         print(report.table() if table else report)
-        print(f"\n{out}: complete. smile-kernels inspect {out} shows it; its README.md says how to load it.")
+        print(f"\n{out}: complete. `smile-kernels inspect {out}` shows its contents, its README.md how to load it.")
 
 
 def _named(experts: list[str] | None) -> dict[str, Any]:
-    """The settings of --expert NAME=FOLDER, or FOLDER, which may hold a = itself."""
+    """The settings of --expert NAME=FOLDER, or FOLDER, which may contain a = itself."""
     pairs: list[tuple[str | None, str]] = []
     for expert in experts or ():
         name, sign, folder = expert.partition("=")
@@ -226,14 +227,14 @@ def _named(experts: list[str] | None) -> dict[str, Any]:
 
 
 def _experts(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """The settings of experts with their names, None where one has none."""
+    """The settings of experts with their names, None for an expert without one."""
     names, folders = [name for name, _ in pairs], [folder for _, folder in pairs]
     return {"experts": folders} | ({} if names.count(None) == len(names) else {"expert_names": names})
 
 
 @contextmanager
 def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """Told of a stage, how many of its parts are done, and how many there are: bars on a terminal, else lines."""
+    """Shows progress by stage: finished parts and their total; bars on a terminal, otherwise plain lines."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(
@@ -254,7 +255,7 @@ def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _console() -> Console:
-    """For results: as wide as the terminal; wide enough for every row where there is none, so that no line wraps."""
+    """Console for results: as wide as the terminal; without a terminal, wide enough that no line wraps."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=240)
 
@@ -272,7 +273,7 @@ def _policy(
     top_p: float | None,
     calibrated: bool,
 ) -> dict[str, Any] | None:
-    """The fields of the routing policy that options set; None where they set none."""
+    """The fields of the routing policy set by options; None if none is set."""
     policy = {"scope": scope, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
     policy["top_p"] = top_p
     policy = {name: value for name, value in policy.items() if value is not None}
@@ -281,22 +282,22 @@ def _policy(
 
 @app.command()
 def calibrate(
-    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint that smile-kernels wrote.")],
+    folder: Annotated[Path, typer.Argument(help="SMILE checkpoint written by smile-kernels.")],
     routing: Annotated[
-        str | None, typer.Option(help="Whose scores count: token, sequence, causal or prompt.  [default: recommended]")
+        str | None, typer.Option(help="Scope of routing: token, sequence, causal or prompt.  [default: recommended]")
     ] = None,
-    accumulate: Annotated[bool, typer.Option("--accumulate", help="Add up the evidence of the layers below.")] = False,
-    lock_after: Annotated[int | None, typer.Option(help="Reuse the choice made after n blocks.")] = None,
-    half_life: Annotated[float | None, typer.Option(help="Tokens after which a token's share counts half.")] = None,
+    accumulate: Annotated[bool, typer.Option("--accumulate", help="Sum the evidence over layers.")] = False,
+    lock_after: Annotated[int | None, typer.Option(help="Reuse the choice of the first n blocks.")] = None,
+    half_life: Annotated[float | None, typer.Option(help="Tokens after which a weight is halved.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="The fewest of the m experts whose weights reach it, in (0, 1].")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the text that the model writes.")] = 0,
-    device_map: Annotated[str | None, typer.Option(help="As in transformers, for a model that does not fit.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for the text that the model generates.")] = 0,
+    device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:0, ...")] = None,
 ) -> None:
-    """Find the constant part of every router's shares, which calibrated routing policies subtract; no data is needed.
+    """Measure the constant part of every router's shares, which calibrated routing policies subtract. Needs no data.
 
-    A language model reads text that it writes itself. The folder is replaced once the result is whole.
+    A language model is calibrated on text that it generates itself. The folder is replaced atomically.
 
     \b
     Example:
@@ -309,25 +310,25 @@ def calibrate(
         policy = _policy(routing, accumulate, lock_after, half_life, top_p, calibrated=True)
         options = {} if device_map is None else {"device_map": device_map}
         chosen = None if policy is None else RoutingPolicy.from_dict(policy)
-        _say(f"{folder}: is replaced when the result is whole; the model reads text that it writes first")
+        _say(f"{folder}: is replaced when complete; the model first generates the text it is calibrated on")
         print(calibrate_checkpoint(folder, routing=chosen, seed=seed, **options))
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint, whole.")],
+    folder: Annotated[Path, typer.Argument(help="SMILE checkpoint (not experts only).")],
     base: Annotated[str | None, typer.Option(help="Folder of the base.  [default: from the report]")] = None,
     expert: Annotated[
-        list[str] | None, typer.Option(help="Folder of an expert; give each in order.  [default: from the report]")
+        list[str] | None, typer.Option(help="Folder of an expert; repeatable, in order.  [default: from the report]")
     ] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="Arguments of the forward: a safetensors file.  [default: random ones]")
+        Path | None, typer.Option(help="Safetensors file with the arguments of forward.  [default: random]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the random inputs.")] = 0,
 ) -> None:
-    """Compare a SMILE checkpoint with the fine-tuned models it was made of; exit with status 1 where it is off.
+    """Compare a SMILE checkpoint with the fine-tuned models it was made from. Exit status 1 if they differ.
 
-    Each expert is forced in turn, in float32. One model is in memory at a time.
+    Each expert is forced in turn, in float32. Only one model is in memory at a time.
 
     \b
     Example:
@@ -349,15 +350,15 @@ def verify(
 
 @app.command()
 def chat(
-    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint of a causal language model with a chat template.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: the GPU where there is one]")] = None,
+    folder: Annotated[Path, typer.Argument(help="SMILE checkpoint of a causal language model with a chat template.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU if there is one]")] = None,
 ) -> None:
-    """Talk to a SMILE checkpoint through transformers, and see which experts serve each answer.
+    """Chat with a SMILE checkpoint through transformers and see which experts serve each answer.
 
     Each line is a user turn, answered under the checkpoint's routing policy; a backslash at its end continues it.
-    /reset starts a new conversation. /expert NAME has one expert answer, /expert lets the policy choose again. /exit,
-    end of input and Ctrl-C end the program. Answers go to stdout, the experts that served them to stderr.
+    /reset starts a new conversation. /expert NAME selects one expert, /expert returns to the policy. /exit, end of
+    input and Ctrl-C end the program. Answers go to stdout, the experts that served them to stderr.
 
     \b
     Examples:
@@ -372,14 +373,12 @@ def chat(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A SMILE checkpoint.")],
-    table: Annotated[bool, typer.Option("--table", help="Print every layer, not one row for a kind of layer.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw energies and singular values there (.png, .svg, .pdf).")
-    ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write what is shown there.")] = None,
+    folder: Annotated[Path, typer.Argument(help="SMILE checkpoint.")],
+    table: Annotated[bool, typer.Option("--table", help="Print every layer instead of kinds of layers.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Plot energies and singular values (.png, .svg, .pdf).")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Show what is in a SMILE checkpoint: its layers, their ranks, sizes and energies.
+    """Show the contents of a SMILE checkpoint: layers, ranks, sizes and energies.
 
     \b
     Example:
@@ -400,23 +399,21 @@ def inspect(
 
 @app.command()
 def analyze(
-    base: Annotated[str, typer.Option(help="Pre-trained checkpoint: a folder or an id on the Hub.")],
-    expert: Annotated[
-        list[str], typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; give one or more.")
-    ],
-    rank_of_expert: Annotated[int, typer.Option(help="r, at which the changes are cut off.")] = 16,
-    scale: Annotated[float, typer.Option(help="Of the sum of the changes, as in task arithmetic.")] = 0.3,
+    base: Annotated[str, typer.Option(help="Pre-trained checkpoint: a folder or a Hub id.")],
+    expert: Annotated[list[str], typer.Option(help="Folder of a fine-tuned checkpoint or a PEFT adapter; repeatable.")],
+    rank_of_expert: Annotated[int, typer.Option(help="Rank of the truncated changes.")] = 16,
+    scale: Annotated[float, typer.Option(help="Factor of task arithmetic.")] = 0.3,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of layers.  [default: all]")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out.")] = None,
-    table: Annotated[bool, typer.Option("--table", help="Print every layer, not one row for a kind of layer.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw it there: .png, .svg or .pdf.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Layers at a time.  [default: one a core, at most 4]")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print every layer instead of kinds of layers.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Plot to this file: .png, .svg or .pdf.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Layers in parallel.  [default: one per core, up to 4]")] = None,
 ) -> None:
-    """Show how fine-tuning changed the linear layers: where the changes lie, their rank, and how tasks interfere.
+    """Show how fine-tuning changed the linear layers: subspaces and rank of the changes, interference between tasks.
 
-    The subspace analysis of the SMILE paper. A few layers are in memory at a time; nothing is written but what --plot
-    and --json ask for.
+    The subspace analysis of the SMILE paper. Only a few layers are in memory at a time. Files are written only with
+    --plot and --json.
 
     \b
     Example:
@@ -443,9 +440,9 @@ def analyze(
 @app.command()
 def bench(
     shape: Annotated[
-        list[str] | None, typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; give one or more.")
+        list[str] | None, typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; repeatable.")
     ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a call; give one or more.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens per call; repeatable.")] = None,
     num_local_experts: Annotated[int, typer.Option(help="N.")] = 8,
     rank_of_expert: Annotated[int, typer.Option(help="r.")] = 32,
     rank_of_router: Annotated[int, typer.Option(help="g.")] = 16,
@@ -453,17 +450,17 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [default: bfloat16 on a GPU, else float32]")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: the GPU where there is one]")] = None,
-    peers: Annotated[list[str] | None, typer.Option(help="What to compare; give one or more.  [default: all]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU if there is one]")] = None,
+    peers: Annotated[list[str] | None, typer.Option(help="What to compare; repeatable.  [default: all]")] = None,
     backward: Annotated[bool, typer.Option("--backward", help="Forward + backward.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Replay CUDA graphs instead of launching eagerly.")] = False,
-    seconds: Annotated[float, typer.Option(help="How long to measure each table.")] = 1.0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write every sample there.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time over F.linear there: .png, .svg or .pdf.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time to measure each table.")] = 1.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot time relative to F.linear: .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Show what a SMILE layer costs here, beside its peers, F.linear and the machine's own limits.
+    """Time a SMILE layer on this machine against F.linear, other implementations and the machine's limits.
 
-    Every peer runs on the same tensors, interleaved, after its result was checked against a float64 reference.
+    All implementations run interleaved on the same tensors; each is first checked against a float64 reference.
 
     \b
     Example:
@@ -491,15 +488,15 @@ def bench(
 
 @app.command()
 def tune(
-    shape: Annotated[list[str], typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; give one or more.")],
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a call.  [default: 1 4 16 64 512 2048]")] = None,
+    shape: Annotated[list[str], typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; repeatable.")],
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens per call.  [default: 1 4 16 64 512 2048]")] = None,
     num_local_experts: Annotated[int, typer.Option(help="N.")] = 8,
     rank_of_expert: Annotated[int, typer.Option(help="r.")] = 32,
     rank_of_router: Annotated[int, typer.Option(help="g.")] = 16,
     num_experts_per_tok: Annotated[int, typer.Option(help="m, experts per token.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
-    """Find the best launch of the Triton kernels on this GPU for given layers, and keep it for every later process.
+    """Find the fastest launch configuration of the Triton kernels for given layers on this GPU and store it.
 
     \b
     Example:
@@ -509,7 +506,7 @@ def tune(
         import torch
 
         if not torch.cuda.is_available():
-            raise SmileError("device: torch sees no GPU here; expected one, since launches are timed on it")
+            raise SmileError("device: torch sees no GPU here; expected one, to time launches on")
         from .benchmark.problems import layer_shape
         from .ops.triton import configs, tuning
         from .testing import Problem
@@ -552,17 +549,17 @@ def tune(
 @app.command()
 def doctor(
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare every path with the float64 reference; leave out what fails.")
+        bool, typer.Option("--verify", help="Compare every path with the float64 reference; exclude failures.")
     ] = False,
-    forget: Annotated[bool, typer.Option("--forget", help="Choose what failed again.")] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Clear the list of excluded paths.")] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Where --verify writes its results.  [default: in the cache folder]")
+        Path | None, typer.Option(help="File for the results of --verify.  [default: in the cache folder]")
     ] = None,
 ) -> None:
-    """Show versions, devices, which backend would run on each, and why the others would not.
+    """Show versions, devices, the backend chosen on each device, and why others cannot run.
 
-    --verify runs every path of this machine's backends, in processes that may crash or hang: seconds on a CPU; on a GPU
-    kernels are compiled first. Paths that fail are not chosen here again, until a new version, --verify or --forget.
+    --verify runs every path of this machine's backends in child processes: seconds on a CPU; on a GPU kernels are
+    compiled first. Paths that fail are excluded on this machine until a new version, --verify or --forget.
     """
     import torch
 
@@ -585,7 +582,7 @@ def doctor(
 
 
 def _verify(device_types: tuple[str, ...], report: Path | None, console: Console) -> bool:
-    """Run the selftest, write its results and what is left out from now on; whether anything failed."""
+    """Run the selftest, write its results and the excluded paths; return whether anything failed."""
     from contextlib import ExitStack
 
     from . import selftest
@@ -659,7 +656,7 @@ def _show_machine(console: Console) -> None:
 
 
 def _show_backends(device_type: str, console: Console) -> None:
-    """Which backend would run, why the others would not, and what --verify left out."""
+    """The backend chosen on each device, why the others cannot run, and the paths excluded by --verify."""
     import warnings
 
     import torch
@@ -676,7 +673,7 @@ def _show_backends(device_type: str, console: Console) -> None:
         title_justify="left",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is left out is shown below
+        warnings.simplefilter("ignore")  # excluded paths are shown below
         left_out = excluded.paths(excluded.device_name(device_type))
         try:
             chosen = choose_backend(None, device_type, torch.float32, 1, False)
@@ -693,7 +690,7 @@ def _show_backends(device_type: str, console: Console) -> None:
 
 
 def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> dict[str, Any]:
-    """The settings of the YAML file and those given as options, which set each at most once."""
+    """The settings of the YAML file and of the options; each may be set only once."""
     settings = _from_yaml(config) if config else {}
     for name in given:
         if name in settings:
@@ -712,7 +709,7 @@ def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> di
 
 
 def _from_yaml(file: Path) -> dict[str, Any]:
-    """Settings of `upscale_checkpoints` from a YAML file in mergekit's manner."""
+    """Settings of `upscale_checkpoints` from a YAML file similar to mergekit's."""
     import yaml
 
     from .storage import read_text
@@ -722,7 +719,7 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     text = read_text(file, limit=1 << 16)
     try:
         if alias := next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None):
-            raise SmileError(f"{file}: holds an alias, *{alias.anchor}; expected what it stands for")
+            raise SmileError(f"{file}: contains an alias, *{alias.anchor}; expected its value")
         content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise SmileError(f"{file}: is not YAML: {error}") from None
@@ -768,7 +765,7 @@ def _show(description: dict[str, Any], console: Console, every: bool) -> None:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
         console.print(f"  experts: {listed}", markup=False, highlight=False, soft_wrap=True)
     if base := smile.get("base_model_name_or_path"):
-        console.print(f"  experts only; the base is {base}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  experts only; base: {base}", markup=False, highlight=False, soft_wrap=True)
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for layer in description["layers"]:
         name = layer["name"] if every else kind_of(layer["name"])

@@ -1,4 +1,4 @@
-"""What is stored about a SMILE checkpoint in its config.json, under `quantization_config`."""
+"""SMILE settings of a checkpoint, stored in its config.json under `quantization_config`."""
 
 import json
 import reprlib
@@ -20,8 +20,8 @@ from .storage import StoredTensor, read_json
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
 QUANT_METHOD = "smile"
-# A whole checkpoint tells transformers that its weights are in this file alone, and our quantizer takes the name away:
-# where it does not run, no such file is found, instead of the base model being loaded with a warning.
+# The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
+# Without the quantizer, transformers then raises an error instead of loading the base model with a warning.
 NO_WEIGHTS = "needs_smile_kernels.safetensors"
 FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
 
@@ -31,7 +31,7 @@ class SmileModuleConfig:
     """One converted layer of a checkpoint.
 
     Args:
-        rank_of_expert: r; may differ from layer to layer.
+        rank_of_expert: r; may differ between layers.
         rank_of_router: g.
         expert_bias: whether `<layer>.expert_bias` is stored.
         router: whether `<layer>.router` is stored; without it the router's rows are the first g of `vh`.
@@ -68,7 +68,7 @@ class SmileModuleConfig:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> SmileLinear:
-        """The layer this entry describes, ready for its tensors to be loaded."""
+        """An uninitialised layer for this entry, into which its tensors can be loaded."""
         layer = SmileLinear(
             in_features,
             out_features,
@@ -94,15 +94,15 @@ class SmileConfig:
     Args:
         num_local_experts: N, the same in every layer.
         num_experts_per_tok: m, 1 to N.
-        rank_of_expert: as asked for: r, -1 for full rank, or a fraction in (0, 1), the energy to hold in each layer.
-        rank_of_router: g as asked for.
-        modules: every converted layer by its name, with its own ranks.
-        base_model_name_or_path: where the other tensors are, when the checkpoint holds the experts only.
-        routing: the policy that the loaded model follows; num_experts_per_tok is the one above.
-        expert_names: N different names, by which an expert can be asked for; None where the experts have none.
+        rank_of_expert: as requested: r, -1 for full rank, or a fraction in (0, 1), the energy to keep in each layer.
+        rank_of_router: g as requested.
+        modules: name of each converted layer -> its ranks and tensors.
+        base_model_name_or_path: path of the base for a checkpoint with only the experts, else None.
+        routing: the policy that the loaded model uses; num_experts_per_tok is the one above.
+        expert_names: N different names of the experts (see `routing_override`), or None.
 
     Raises:
-        ValueError: a key that is missing or unknown, or a value out of range; the message names it.
+        ValueError: a missing or unknown key, or a value out of range; the message names it.
     """
 
     num_local_experts: int
@@ -138,7 +138,7 @@ class SmileConfig:
         return parse(cls, settings, "quantization_config")
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads; fits JSON."""
+        """The inverse of `from_dict`; can be stored as JSON."""
         config = {"quant_method": QUANT_METHOD, **asdict(self)}
         if self.routing.is_published:
             del config["routing"]
@@ -149,13 +149,13 @@ class SmileConfig:
 
     @classmethod
     def from_layers(cls, layers: Mapping[str, SmileLinear]) -> "SmileConfig":
-        """The config of the layers by their names.
+        """The config of layers, by name.
 
         Raises:
-            ValueError: no layer, or layers that differ in num_local_experts, num_experts_per_tok or expert_names.
+            ValueError: no layers, or layers that differ in num_local_experts, num_experts_per_tok or expert_names.
         """
         if not layers:
-            raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
+            raise SmileError("model: contains no SmileLinear; expected a model made by upscale()")
         shared = {}
         for key in ("num_local_experts", "num_experts_per_tok", "expert_names"):
             values = {getattr(layer, key) for layer in layers.values()}
@@ -182,12 +182,12 @@ class SmileConfig:
 
 
 def stored_routing(model: nn.Module) -> RoutingPolicy:
-    """The model's policy as its config stores it: the number of experts per token is the layers' own."""
+    """The model's policy as stored in its config; the number of experts per token is stored with the layers."""
     return replace(get_routing(model), num_experts_per_tok=None)
 
 
 def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> tuple[str, ...] | None:
-    """The names as a tuple; raises ValueError unless they are `num_local_experts` different ones, or None."""
+    """The names as a tuple; raises ValueError unless they are None or `num_local_experts` different names."""
     if names is None:
         return None
     valid = not isinstance(names, str) and isinstance(names, Sequence)
@@ -196,12 +196,12 @@ def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> t
     if len(names) != num_local_experts:
         raise SmileError(f"expert_names: has {len(names)} names; expected {num_local_experts}, one for each expert")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise SmileError(f"expert_names: {twice[0]!r} stands there twice; expected different names")
+        raise SmileError(f"expert_names: {twice[0]!r} is given twice; expected different names")
     return tuple(names)
 
 
 def check_tensors(config: SmileConfig, stored: Iterable[StoredTensor]) -> None:
-    """Raises ValueError, naming file and tensor, where a tensor has other experts or ranks than the config says."""
+    """Raise ValueError, naming file and tensor, if a tensor's experts or ranks differ from the config."""
     for tensor in stored:
         layer, _, factor = tensor.name.rpartition(".")
         entry = config.modules.get(layer)
@@ -228,7 +228,7 @@ def check_tensors(config: SmileConfig, stored: Iterable[StoredTensor]) -> None:
 
 
 def check_rank_of_expert(rank: int | float) -> None:
-    """Raises ValueError unless `rank` is an integer of 1 or more, -1, or a fraction in (0, 1)."""
+    """Raise ValueError unless `rank` is an integer of 1 or more, -1, or a fraction in (0, 1)."""
     integer = isinstance(rank, int) and not isinstance(rank, bool)
     if not (integer and (rank >= 1 or rank == -1)) and not (isinstance(rank, float) and 0 < rank < 1):
         raise SmileError(
@@ -237,7 +237,7 @@ def check_rank_of_expert(rank: int | float) -> None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder; {} where there is none."""
+    """config.json of a checkpoint folder; {} if there is none."""
     file = Path(folder) / "config.json"
     return read_json(file) if file.exists() else {}
 
@@ -246,7 +246,7 @@ def read_smile_config(folder: str | Path) -> SmileConfig:
     """The SMILE settings of a checkpoint folder.
 
     Raises:
-        ValueError: is not a SMILE checkpoint, or its settings do not fit; the message names the file.
+        ValueError: not a SMILE checkpoint, or invalid settings; the message names the file.
     """
     config = read_config(folder).get("quantization_config")
     if config is None:
@@ -258,14 +258,14 @@ def read_smile_config(folder: str | Path) -> SmileConfig:
 
 
 def write_config(folder: Path, config: Mapping[str, Any], smile: SmileConfig) -> None:
-    """config.json: the base's, and what is SMILE about the checkpoint."""
+    """config.json: the base's plus the SMILE settings."""
     if smile.base_model_name_or_path is None:
         config = _without_weights(config)
     write_text(folder / "config.json", json.dumps({**config, "quantization_config": smile.to_dict()}, indent=2) + "\n")
 
 
 def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model, and those of the models in it, as those of weights that only our quantizer finds."""
+    """Set the name of the missing weight file in the config of a model and of the models inside it."""
     parts = {
         name: _without_weights(part)
         for name, part in config.items()

@@ -1,4 +1,4 @@
-"""The error for what a caller can correct, and the check of integers that every argument list needs."""
+"""The error for invalid arguments and files, and a check for integer arguments."""
 
 import operator
 from typing import Any
@@ -7,14 +7,14 @@ __all__ = ["SmileError", "check_integer"]
 
 
 class SmileError(ValueError):
-    """An argument, a setting or a file that does not fit; the message names it, its value and what was expected."""
+    """An invalid argument, setting or file. The message names it, its value and what was expected."""
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None, meaning: str = "") -> int:
     """`value` as an int.
 
     Raises:
-        SmileError: not an integer (a bool is none), or outside [least, most]; `meaning` says what `most` is.
+        SmileError: not an integer (bool is refused), or outside [least, most]; `meaning` explains `most`.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)

@@ -1,4 +1,4 @@
-"""The functional interface: one SMILE layer, its router, and its scores, as functions of tensors."""
+"""Functional interface: a SMILE layer, its router and its scores as functions of tensors."""
 
 import reprlib
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def smile_linear(
 
         y = W x + b + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 
-    where the m selected experts have the largest score_i = ||V_i[:, :g]^T x||_2 and w is the softmax of their scores.
+    The m selected experts have the largest score_i = ||V_i[:, :g]^T x||_2; w is the softmax of their scores.
 
     Equivalent to (T tokens, one dtype)::
 
@@ -52,36 +52,36 @@ def smile_linear(
             y = y + w[:, j, None] * (torch.einsum("tr,tor->to", z, u[i]) + expert_bias[i])
 
     Args:
-        x: [..., D] input; any leading shape, (D,) and no tokens included; any strides.
+        x: [..., D] input; any leading shape, including (D,) and 0 tokens; any strides.
         weight: [O, D] shared weight W.
         bias: [O] shared bias, or None.
         vh: [N, max(r, g), D] right singular vectors as rows.
         s: [N, r] singular values, float32 (float64 where x is float64); applied in float32.
         u: [N, O, r] left singular vectors as columns.
-        expert_bias: [N, O] difference of each expert's bias to the shared one, or None.
-        router: [N, g, D] router rows, where they are not the first g rows of `vh`.
+        expert_bias: [N, O] each expert's bias minus the shared bias, or None.
+        router: [N, g, D] router rows; by default the first g rows of `vh`.
         num_experts_per_tok: m, 1 <= m <= N.
         rank_of_router: g.
         routing: (weights [..., m], ids [..., m]) to use instead of the router's choice; ids are integers in [0, N), or
-            -1 for no expert, whose weight is then ignored; m = 0: the shared layer alone. Others raise on a CPU; on a
-            GPU, where looking at them would wait for it, they are no expert either.
-        routing_weights: [..., N] non-negative weights from elsewhere: the m largest are used, divided by their sum.
+            -1 for no expert, with its weight ignored; m = 0: only the shared layer. Other ids raise on a CPU; on a GPU,
+            where checking them would synchronise, they are treated as -1.
+        routing_weights: [..., N] non-negative weights: the m largest are used, divided by their sum.
         backend: "triton", "cuda", "cpu" or "torch"; by default the environment variable SMILE_KERNELS_BACKEND, then
-            the best that runs on x's device (see `smile_kernels.backends`).
-        parts: (O_1, ..., O_P), for P projections that read one x, as a model's query, key and value do. Their rows lie
-            side by side, O = O_1 + ... + O_P, and each has a router and experts of its own: vh [P, N, max(r, g), D],
+            the first that runs on x's device (see `smile_kernels.backends`).
+        parts: (O_1, ..., O_P) for P projections of the same x, such as query, key and value. Their rows are
+            concatenated, O = O_1 + ... + O_P, and each part has its own router and experts: vh [P, N, max(r, g), D],
             s [P, N, r], u [N, O, r], expert_bias [N, O], router [P, N, g, D]. Routing is then [..., P, m], and
-            routing_weights [..., P, N]. The outputs are those of P layers side by side.
-        rank_of_parts: [P] integers from 0 to r: how many ranks the experts of each part have, by default r. What lies
-            past them in vh, s and u is not read. A part of rank 0 is dense: it has no experts, and is not routed.
+            routing_weights [..., P, N]. The output is the concatenation of the outputs of P layers.
+        rank_of_parts: [P] integers from 0 to r: rank of the experts of each part, by default r. Entries of vh, s and u
+            beyond that rank are not read. A part of rank 0 is dense: it has no experts and is not routed.
 
     Returns:
-        y: [..., O] in x's dtype. Under autocast the inputs are cast as for F.linear.
+        y: [..., O] in x's dtype. Under autocast the inputs are cast as in F.linear.
 
-    Routing is computed in float32 whatever x's dtype (float64 for float64); ties go to the lower index; a NaN score
+    Routing is computed in float32 for every dtype of x (float64 for float64); ties go to the lower index; a NaN score
     ranks last. x, weight, bias, vh, u, expert_bias and router share one dtype: float32, bfloat16, float16 or float64.
-    Differentiable once in every floating-point argument; with m = 1 the weight is exactly 1 and the router gets no
-    gradient.
+    First derivatives exist for every floating-point argument; with m = 1 the weight is exactly 1 and the router gets
+    no gradient.
 
     Raises:
         ValueError: shapes, dtypes or num_experts_per_tok do not fit; the message names the argument.
@@ -139,19 +139,19 @@ def smile_delta(
     rank_of_parts: Sequence[int] | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """The experts of a SMILE layer on top of a base product made elsewhere, as by a quantized weight.
+    """Add the experts of a SMILE layer to a given base product, such as that of a quantized weight.
 
         y + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 
-    With y = W x + b this is `smile_linear`, whose arguments these are.
+    With y = W x + b this equals `smile_linear`; the other arguments are the same.
 
     Args:
         y: [..., O] base product, of x's leading shape and dtype.
-        inplace: add to y itself and return it. Nothing may need a gradient then, and y's outputs must lie side by side:
-            contiguous, or [T, O] with rows of any stride.
+        inplace: add to y itself and return it. No argument may require a gradient then, and y must be contiguous, or
+            [T, O] with contiguous rows of any stride.
 
     Returns:
-        [..., O] in x's dtype. Differentiable once in every floating-point argument, y included.
+        [..., O] in x's dtype. First derivatives exist for every floating-point argument, including y.
 
     Raises:
         ValueError: shapes, dtypes or num_experts_per_tok do not fit, or y cannot be added to in place; the message
@@ -195,7 +195,7 @@ def smile_delta(
 def route(
     x: Tensor, vh: Tensor, *, num_experts_per_tok: int, rank_of_router: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The m experts with the largest score_i = ||vh[i, :g] x||_2, and the softmax of their scores.
+    """Route: the m experts with the largest score_i = ||vh[i, :g] x||_2, and the softmax of their scores.
 
     Args:
         x: [..., D] input.
@@ -220,8 +220,8 @@ def route(
 def router_projections(x: Tensor, vh: Tensor, router: Tensor | None = None, *, rank_of_router: int) -> Tensor:
     """q_i(x) = vh[i, :g] x for every expert: x [..., D], vh [N, >= g, D] -> [..., N, g] float32.
 
-    Where x and vh are split along D, the projections add up over the parts; their norms, the scores, do not. float64
-    where x is float64. Differentiable.
+    If x and vh are split along D (tensor parallelism), the projections of the shards can be summed; their norms, the
+    scores, cannot. float64 if x is float64. Differentiable.
 
     router: [N, g, D] rows instead of those of `vh`.
     """
@@ -236,8 +236,8 @@ def router_projections(x: Tensor, vh: Tensor, router: Tensor | None = None, *, r
 def router_scores(x: Tensor, vh: Tensor, *, rank_of_router: int) -> Tensor:
     """score_i(x) = ||vh[i, :g] x||_2 for every expert: x [..., D], vh [N, >= g, D] -> [..., N] float32.
 
-    For routing policies of your own: pass what a policy makes of it to `select_experts`, and that to
-    `smile_linear(routing=...)`. float64 where x is float64. Differentiable.
+    For custom routing policies: pass the modified scores to `select_experts`, and its result to
+    `smile_linear(routing=...)`. float64 if x is float64. Differentiable.
     """
     return torch.linalg.vector_norm(router_projections(x, vh, rank_of_router=rank_of_router), dim=-1)
 
@@ -248,11 +248,11 @@ def select_experts(scores: Tensor, num_experts_per_tok: int, top_p: float = 1.0)
     Args:
         scores: [..., N], floating point.
         num_experts_per_tok: m, 1 <= m <= N.
-        top_p: in (0, 1]: of the m, the fewest whose weights add up to top_p are kept, their weights divided by their
-            sum; the others have weight 0 and id -1, for which `smile_linear(routing=...)` does no work.
+        top_p: in (0, 1]: keep the smallest number of the m experts with weights that add up to top_p, and divide these
+            weights by their sum; the others get weight 0 and id -1, and `smile_linear(routing=...)` skips them.
 
     Raises:
-        ValueError: an argument out of range, or scores that are no floating-point tensor.
+        ValueError: an argument out of range, or scores that are not a floating-point tensor.
     """
     _check_tensor("scores", scores)
     if scores.dim() < 1:
@@ -313,16 +313,16 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
     _check_device("vh", vh, x)
     if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not _autocasts(x)):
         raise SmileError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
-    check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the rows of vh an expert has")
+    check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the number of rows of each expert in vh")
 
 
 def check_parts(
     parts: Sequence[int] | None, rank_of_parts: Sequence[int] | None, out_features: int, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """parts and rank_of_parts of a layer of ranks `rank` as tuples, without numbers where it has one part.
+    """parts and rank_of_parts of a layer of rank `rank` as tuples, empty for a layer of one part.
 
     Raises:
-        SmileError: they do not fit.
+        SmileError: invalid parts or ranks.
     """
     if parts is None:
         if rank_of_parts is not None:
@@ -351,7 +351,7 @@ def _given_routing(
     routing_weights: Tensor | None,
     num_experts_per_tok: int,
 ) -> tuple[Tensor, Tensor]:
-    """Routing given from outside, one of the two, as the operators take it: weights and ids [T, m], or [T, P, m]."""
+    """`routing` or `routing_weights` in the form of the operators: weights and ids [T, m], or [T, P, m]."""
     of_parts = tuple(s.shape[:-2])
     leading = (*x.shape[:-1], *of_parts)
     if routing_weights is not None:
@@ -375,12 +375,12 @@ def _given_routing(
         raise SmileError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
     for i, tensor in enumerate(routing):
         _check_device(f"routing[{i}]", tensor, x)
-    if ids.dtype == torch.int64:  # so that none wraps round into the range
+    if ids.dtype == torch.int64:  # so that none wraps around into the range
         ids = ids.clamp(-2, s.shape[-2])
     if ids.shape[-1] == 0:
         return weights, ids
     shape = (-1, *of_parts, ids.shape[-1])
-    # One choice for a whole sequence comes as an expanded view.
+    # One choice for a whole sequence is an expanded view.
     return weights.reshape(shape).to(s.dtype).contiguous(), ids.reshape(shape).int().contiguous()
 
 
@@ -392,7 +392,7 @@ def _check_in_place(y: Tensor, x: Tensor, tensors: Sequence[tuple[str, Tensor | 
         raise SmileError("y: is x itself; expected another tensor to add to in place")
     rows = y.dim() == 2 and y.stride(1) == 1 and y.stride(0) >= y.shape[1]
     if not (rows or y.is_contiguous()):
-        raise SmileError(f"y: has strides {y.stride()}; expected outputs side by side, so as to add to them in place")
+        raise SmileError(f"y: has strides {y.stride()}; expected contiguous rows, to add to them in place")
 
 
 def _check(
@@ -410,7 +410,7 @@ def _check(
     rank_of_router: int,
     parts: int,
 ) -> None:
-    """Raises where tensors of a layer do not fit: `like`, its weight or x, has their dtype."""
+    """Raise if the tensors of a layer do not fit; their dtype is that of `like`, its weight or x."""
     for name, tensor in (("vh", vh), ("s", s), ("u", u)):
         _check_tensor(name, tensor)
     of_parts: tuple[int, ...] = (parts,) if parts else ()
@@ -448,5 +448,5 @@ def _check(
 
 
 def _longer(shape: Sequence[int], least: Sequence[int]) -> bool:
-    """vh may carry more rows than are used, as when a router of its own has fewer than it."""
+    """vh may have more rows than are used, for example with a separate router."""
     return len(shape) == len(least) and (*shape[:-2], shape[-1]) == (*least[:-2], least[-1]) and shape[-2] >= least[-2]

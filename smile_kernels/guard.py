@@ -1,4 +1,4 @@
-"""Watches the first forward pass of a SMILE model: code that reads a weight outside its layer misses the experts."""
+"""Checks the first forward pass of a SMILE model: code that reads a weight outside its layer misses the experts."""
 
 import inspect
 import sys
@@ -15,9 +15,9 @@ __all__ = ["guard_weights"]
 
 
 def guard_weights(model: nn.Module) -> None:
-    """Have the first forward pass of a SMILE model, in training and in evaluation mode, refuse a weight read elsewhere.
+    """In the first forward pass of a SMILE model, in training and in evaluation mode, refuse reads of a layer's weight.
 
-    The guard removes itself after both, and does nothing while a model is compiled or exported.
+    The guard removes itself after both passes, and does nothing while a model is compiled or exported.
 
     Raises (that pass):
         RuntimeError: code outside a SMILE layer computes with its weight, on which its experts have no effect.
@@ -58,7 +58,7 @@ class _Guard:
 
 
 class _Watch(TorchFunctionMode):
-    """Raises where a tensor is computed of a SMILE layer's weight outside that layer's own forward."""
+    """Raises if a tensor is computed from a SMILE layer's weight outside that layer's own forward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

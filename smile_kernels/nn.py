@@ -16,7 +16,7 @@ from .svd import decompose_linear
 
 
 class KeepsSingularValues(nn.Module):
-    """A module of experts: `s` and `router_prior` stay float32 where it is cast to a lower precision."""
+    """A module of experts: `s` and `router_prior` stay float32 when it is cast to a lower precision."""
 
     vh: nn.Parameter
     s: nn.Parameter
@@ -35,27 +35,27 @@ class KeepsSingularValues(nn.Module):
 
 
 class SmileLinear(KeepsSingularValues, nn.Linear):
-    """One pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
+    """A pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
 
-    It is an nn.Linear to those who look for such layers, as PEFT's `target_modules` does: what they add to its output,
-    or to its shared weight, adds to every expert.
+    It is a subclass of nn.Linear, so code that looks for linear layers, such as PEFT's `target_modules`, finds it. An
+    addition to its output or to its shared weight applies to every expert.
 
         y = W x + b + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 
     The m experts with the largest ||V_i[:, :g]^T x||_2 are selected for each token; w is the softmax of those scores.
 
     Parameters (D in_features, O out_features, N experts, r rank of an expert, g rank of the router):
-        weight [O, D], bias [O] | None: the shared layer, under nn.Linear's own names.
+        weight [O, D], bias [O] | None: the shared layer, with nn.Linear's names.
         vh [N, max(r, g), D], s [N, r], u [N, O, r]: the experts. `s` stays float32 when the module is cast down.
-        expert_bias [N, O] | None: each expert's bias less the shared one.
-        router [N, g, D] | None: the router's rows, where they are not the first g rows of `vh`.
-        router_prior [N] | None: a buffer, float32: log of each expert's mean share of the router's energy on inputs of
-            no task (`calibrate`); read by calibrated routing policies alone.
+        expert_bias [N, O] | None: each expert's bias minus the shared bias.
+        router [N, g, D] | None: the router's rows; None: the first g rows of `vh`.
+        router_prior [N] | None: a float32 buffer: log of each expert's mean share of the router's energy on inputs
+            without a task (`calibrate`); used only by calibrated routing policies.
 
-    A layer of P parts is P such layers that read one x, their outputs side by side (`merge`). Its vh, s, router and
-    router_prior have a dimension P in front.
+    A layer of P parts is equivalent to P layers with the same x and concatenated outputs (`merge`). Its vh, s, router
+    and router_prior have a leading dimension P.
 
-    `expert_names` is None, or the N names by which `routing_override` and reports call the experts.
+    `expert_names` is None or the N names of the experts, used by `routing_override` and reports.
 
     Args:
         in_features, out_features: D and O.
@@ -64,8 +64,8 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         rank_of_router: g, 1 to D.
         num_experts_per_tok: m, 1 to N.
         bias, expert_bias, router, router_prior: whether the layer has these tensors.
-        parts, rank_of_parts: outputs and ranks of each part of a merged layer, as in `functional.smile_linear`.
-        device, dtype: as for nn.Linear.
+        parts, rank_of_parts: out_features and rank of each part of a merged layer, as in `functional.smile_linear`.
+        device, dtype: as in nn.Linear.
 
     Raises:
         ValueError: an argument out of range; the message names it.
@@ -81,12 +81,12 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
     expert_bias: nn.Parameter | None
     router: nn.Parameter | None
     router_prior: Tensor | None
-    # Asked for the routing (weights, ids) of each input; without it, or where it answers None, the layer routes itself.
+    # Returns the routing (weights, ids) of an input; without a policy, or if it returns None, the layer routes itself.
     router_policy: "Callable[[SmileLinear, Tensor], tuple[Tensor, Tensor] | None] | None" = None
     expert_names: tuple[str, ...] | None = None
     parts: tuple[int, ...] | None = None
     rank_of_parts: tuple[int, ...] | None = None
-    _own_num_experts_per_tok: int | None = None  # where a routing policy has set another number
+    _own_num_experts_per_tok: int | None = None  # if a routing policy has set another number
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random weights of nn.Linear's scale, for benchmarks and tests; real layers come from `from_linears`."""
+        """Random weights of nn.Linear's scale, for benchmarks and tests; use `from_linears` for real layers."""
         bound = self.in_features**-0.5
         for name, p in self.named_parameters(recurse=False):
             nn.init.uniform_(p, 0.0 if name == "s" else -bound, 1.0 if name == "s" else bound)
@@ -153,17 +153,17 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         rank_of_router: int,
         num_experts_per_tok: int = 1,
     ) -> "SmileLinear":
-        """The zero-shot construction: each expert is the truncated SVD of a fine-tuned layer's difference to the base.
+        """Zero-shot construction: each expert is the truncated SVD of a fine-tuned layer's difference from the base.
 
         Args:
-            base: the pre-trained layer; its weight and bias are copied, never changed.
-            finetuned: N layers of the same shape and dtype. A bias that only some layers have counts as 0 elsewhere.
-            rank_of_expert: r; -1 for full rank (exact); or a fraction in (0, 1), the share of the energy to hold.
+            base: the pre-trained layer; its weight and bias are copied.
+            finetuned: N layers of the same shape and dtype. A missing bias counts as 0 if another layer has one.
+            rank_of_expert: r; -1 for full rank (exact); or a fraction in (0, 1), the share of the energy to keep.
             rank_of_router: g.
             num_experts_per_tok: m.
 
         Raises:
-            ValueError: no experts, shapes or dtypes that differ, NaN or inf, or a rank out of range.
+            ValueError: no experts, different shapes or dtypes, NaN or inf, or a rank out of range.
         """
         factors, _ = decompose_linear(
             base.weight,
@@ -187,7 +187,7 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         rank_of_router: int,
         num_experts_per_tok: int = 1,
     ) -> "SmileLinear":
-        """A layer from tensors: weight [O, D], bias [O] | None, and `factors` by parameter name (shapes above)."""
+        """Build a layer from weight [O, D], bias [O] | None and `factors`, a mapping of parameter name to tensor."""
         u = factors["u"]
         assert u is not None
         n, o, r = u.shape
@@ -213,7 +213,7 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         self, input: Tensor, routing: tuple[Tensor, Tensor] | None = None, routing_weights: Tensor | None = None
     ) -> Tensor:
         """x [..., D], named `input` as in nn.Linear -> y [..., O]; the rest as in `functional.smile_linear`."""
-        m = self.num_experts_per_tok  # before the policy is asked: where it answers None, this is the number it knows
+        m = self.num_experts_per_tok  # read before the policy runs, which may return None for this number
         if self.router_policy is not None and routing is None and routing_weights is None:
             routing = self.router_policy(self, input)
             if routing is not None and not torch.is_grad_enabled():
@@ -234,20 +234,20 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
     @classmethod
     @check_arguments
     def merge(cls, layers: Sequence[nn.Linear]) -> "SmileLinear":
-        """One layer of several that read one x, as query, key and value do: their outputs side by side.
+        """Merge layers with the same input, such as query, key and value, into one with concatenated outputs.
 
-        Each part keeps its own router, experts, ranks and routing policy; a plain nn.Linear among them is a part
-        without experts. The tensors are copies, for inference and for training; what pads shorter ranks is not read and
-        gets no gradient. A bias that only some layers have is 0 elsewhere. `split` is the inverse.
+        Each part keeps its router, experts, ranks and routing policy; a plain nn.Linear becomes a part without experts.
+        The tensors are copied; inference and training work as before. Padding of shorter ranks is not read and gets no
+        gradient. A missing bias counts as 0 if another layer has one. `split` is the inverse.
 
-        Functions on models (set_routing, save_pretrained, ...) take the layers before they are merged.
+        Functions on models (set_routing, save_pretrained, ...) do not accept merged layers: call them before `merge`.
 
         Args:
-            layers: SmileLinear of one in_features, num_local_experts, num_experts_per_tok, rank_of_router, dtype and
-                device, or nn.Linear.
+            layers: SmileLinear or nn.Linear, with the same in_features, dtype and device; the SmileLinear also with
+                the same num_local_experts, num_experts_per_tok and rank_of_router.
 
         Raises:
-            ValueError: no SmileLinear among them, or layers that differ in what they must share; the message names it.
+            ValueError: no SmileLinear among them, or layers that differ in one of these; the message names it.
         """
         _check_mergeable(layers)
         smile = [layer for layer in layers if isinstance(layer, SmileLinear)]
@@ -287,13 +287,13 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         return merged.train(first.training)
 
     def split(self) -> list[nn.Linear]:
-        """The layers that `merge` was given: a SmileLinear, or for a part without experts an nn.Linear, for each part.
+        """The layers before `merge`: a SmileLinear for each part, or an nn.Linear for a part without experts.
 
         Raises:
             ValueError: the layer has no parts.
         """
         if self.parts is None or self.rank_of_parts is None:
-            raise SmileError("parts: is None; expected a layer that SmileLinear.merge has made")
+            raise SmileError("parts: is None; expected a layer made by SmileLinear.merge")
         options: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         layers: list[nn.Linear] = []
         for features, rank in zip(self.parts, self.rank_of_parts):
@@ -334,7 +334,7 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
         return layers
 
     def _pieces(self, name: str, whole: Tensor) -> Iterator[Tensor]:
-        """Each part's own of a tensor of a merged layer, as views of the shape it has in a layer by itself."""
+        """Views of a merged layer's tensor, one per part, with the shape of an unmerged layer's tensor."""
         assert self.parts is not None
         assert self.rank_of_parts is not None
         end = 0
@@ -351,7 +351,7 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
                 yield whole[part, :, :rank] if name == "s" else whole[part]
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | None) -> None:
-        """Routes each token to so many experts; None goes back to the number the layer was made with."""
+        """Set the number of experts per token; None restores the number of the constructor."""
         own = self.own_num_experts_per_tok()
         if num_experts_per_tok is not None:
             n = self.num_local_experts
@@ -362,15 +362,15 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
             self._own_num_experts_per_tok = None
 
     def own_num_experts_per_tok(self) -> int:
-        """The number that the layer was made with, also while another thread sets one."""
+        """The number given to the constructor, also while another thread sets one."""
         own, m = self._own_num_experts_per_tok, self.num_experts_per_tok
         return own or self._own_num_experts_per_tok or m
 
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         p: dict[str, Any] = self._parameters
-        try:  # as attributes they would be looked up by Module.__getattr__, one by one
+        try:  # faster than attributes, which Module.__getattr__ looks up one by one
             return p["weight"], p["bias"], p["vh"], p["s"], p["u"], p["expert_bias"], p["router"]
-        except KeyError:  # one of them is computed, as by torch.nn.utils.parametrize
+        except KeyError:  # one of them is computed, for example by torch.nn.utils.parametrize
             return self.weight, self.bias, self.vh, self.s, self.u, self.expert_bias, self.router
 
     def extra_repr(self) -> str:
@@ -383,13 +383,13 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
 
 
 class _PoliciesOfParts:
-    """The routing of a merged layer by the policies that its parts had as layers, None for one that routes itself."""
+    """The policies that the parts of a merged layer had as layers; None for a part that routes itself."""
 
     def __init__(self, policies: Sequence[Callable[[Any, Tensor], tuple[Tensor, Tensor] | None] | None]):
         self.policies = list(policies)
 
     def __call__(self, layer: SmileLinear, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """weights and ids [..., P, m]; None: the layer routes by itself."""
+        """weights and ids [..., P, m]; None: the layer routes itself."""
         assert layer.rank_of_parts is not None
         views = [_PartView(layer, part) for part in range(len(layer.rank_of_parts))]
         routings = [policy and policy(view, x) for policy, view in zip(self.policies, views)]
@@ -407,7 +407,7 @@ class _PoliciesOfParts:
 
 
 class _PartView:
-    """A part of a merged layer as a routing policy reads a layer."""
+    """A part of a merged layer with the attributes of a layer that routing policies read."""
 
     def __init__(self, layer: SmileLinear, part: int):
         self.num_local_experts, self.rank_of_router = layer.num_local_experts, layer.rank_of_router
@@ -419,17 +419,17 @@ class _PartView:
 
 
 def _check_mergeable(layers: Sequence[nn.Linear]) -> None:
-    """Raises where layers cannot become one."""
+    """Raise if the layers cannot be merged."""
     for i, layer in enumerate(layers):
         if type(layer) not in (SmileLinear, nn.Linear):
             raise SmileError(f"layers: number {i} is a {type(layer).__name__}; expected SmileLinear or nn.Linear")
         if isinstance(layer, SmileLinear) and layer.parts is not None:
-            raise SmileError(f"layers: number {i} is merged itself; expected layers of one part")
+            raise SmileError(f"layers: number {i} is a merged layer; expected layers of one part")
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             raise SmileError(f"layers: number {i} has hooks, which a merged layer would not call; expected none")
     smile = [layer for layer in layers if isinstance(layer, SmileLinear)]
     if not smile:
-        raise SmileError("layers: have no SmileLinear among them; expected one at least")
+        raise SmileError("layers: contain no SmileLinear; expected at least one")
 
     def same(name: str, of: Sequence[nn.Module], value: Callable[[Any], Any]) -> None:
         found = list(dict.fromkeys(value(layer) for layer in of))
@@ -451,10 +451,10 @@ def _check_mergeable(layers: Sequence[nn.Linear]) -> None:
 
 
 def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
-    """The SMILE layers of a model by their first names; "" is the model itself.
+    """The SMILE layers of a model by name (the first name of a shared module); "" is the model itself.
 
     Raises:
-        ValueError: one of them is merged, which functions on models do not take.
+        ValueError: one of them is merged, which functions on models do not accept.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SmileLinear)}
     for name, layer in layers.items():
@@ -465,11 +465,11 @@ def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
 
 @contextmanager
 def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Puts the modules, parameters, hooks and config of a model back as they were if the block raises.
+    """Restore the modules, parameters, hooks and config of a model if the block raises.
 
     Args:
         model: the model.
-        overwritten: the tensors whose values the block changes; they are copied.
+        overwritten: the tensors with values that the block changes; they are copied.
     """
     config = getattr(model, "config", None)
     before = [
@@ -492,12 +492,12 @@ def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iter
 
 
 def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
-    """Put a SMILE layer at the place `name` of a model, and disable PyTorch fast paths that bypass the experts.
+    """Replace the module `name` of a model by a SMILE layer, and disable PyTorch fast paths that bypass the experts.
 
-    nn.TransformerEncoder(Layer) in eval mode takes a fast path that does: it is switched off.
+    These are the fast paths of nn.TransformerEncoder and nn.TransformerEncoderLayer in evaluation mode.
 
     Raises:
-        ValueError: the place is inside nn.MultiheadAttention, which never calls its projections. Nothing is changed.
+        ValueError: the module is inside nn.MultiheadAttention, which never calls its projections. Nothing is changed.
     """
     parts = name.split(".")
     ancestors = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
@@ -515,16 +515,16 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
 
 @check_arguments
 def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -> None:
-    """Compiles what the SMILE layers of `model` need ahead of the first request, by running each layer on zeros.
+    """Compile the kernels for the SMILE layers of `model` before the first request, by running each layer on zeros.
 
-    Only the Triton backend compiles at run time: layers that another backend serves need nothing. Layers of the same
-    shapes share their kernels, and Triton keeps them on disk for the next process.
+    Only the Triton backend compiles at run time; layers on other backends are skipped. Layers of the same shapes share
+    kernels, and Triton caches them on disk for the next process.
 
     Args:
-        model: any module, its layers where they will run.
-        tokens: numbers of tokens to expect in one call, from the fewest to the most. What is compiled does not depend
-            on the exact number; the tiles chosen depend on its magnitude.
-        training: also what the backward needs.
+        model: any module, on the device where it will run.
+        tokens: expected numbers of tokens per call, from the smallest to the largest. Kernels do not depend on the
+            exact number; the tiles depend on its magnitude.
+        training: also compile the backward.
 
     Raises:
         ValueError: a number of tokens below 1.

@@ -1,15 +1,14 @@
-"""Files and folders that appear whole or not at all, and replace nothing that smile-kernels did not write.
+"""Files and folders that are written atomically and replace only what smile-kernels wrote.
 
-A folder `out` is written in these steps. Each can be interrupted; a later run continues or cleans up:
+A folder `out` is written in these steps. After an interruption, a later run continues or cleans up:
 
-    .out.lock           locked while a process writes `out`; the lock ends with that process, however it ends
-    out.partial/        the work folder: settings.json, what the job keeps for a restart, and output/
-    out.partial/output  gets its manifest, then becomes `out` by one rename
-    .out.old-*          the folder that `force` replaces: deleted after that rename, or put back if it did not happen
+    .out.lock           locked while a process writes `out`; released by the kernel when that process ends
+    out.partial/        the work folder: settings.json, files of the job for a restart, and output/
+    out.partial/output  gets its manifest, then is renamed to `out`
+    .out.old-*          the folder replaced by `force`: deleted after that rename, or restored if it failed
 
-The manifest, smile_manifest.json, holds a hash of the settings and the files that smile-kernels wrote, with their sizes
-or hashes.
-`force` replaces a folder only if it holds these files and no others.
+The manifest, smile_manifest.json, lists a hash of the settings and the files written by smile-kernels, with their sizes
+or hashes. `force` replaces a folder only if it contains exactly these files.
 """
 
 import contextlib
@@ -33,12 +32,12 @@ __all__ = ["MANIFEST", "OutputFolder", "check_folder", "new_file", "output_folde
 
 MANIFEST = "smile_manifest.json"
 SETTINGS = "settings.json"
-_HASHED_BYTES = 1 << 20  # larger files are compared by size: nobody edits weights by hand
+_HASHED_BYTES = 1 << 20  # larger files are compared by size: weights are not edited by hand
 
 
 @contextmanager
 def new_file(file: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name once it is complete and flushed to disk.
+    """Open a binary file that gets its name when it is complete and flushed to disk.
 
     Raises:
         OSError: the disk is full, or a device error; no partial file is left.
@@ -72,10 +71,10 @@ class OutputFolder:
     """An output folder being written.
 
     Attributes:
-        folder: the folder to appear, symbolic links resolved.
-        settings: what the result depends on.
-        replaces: a folder that smile-kernels wrote stands there and may be replaced.
-        complete: `folder` is already the complete result of these settings; there is nothing to do.
+        folder: path of the output, with symbolic links resolved.
+        settings: everything that the result depends on.
+        replaces: whether a folder written by smile-kernels is at this path and may be replaced.
+        complete: whether `folder` is already the complete result of these settings.
     """
 
     folder: Path
@@ -92,7 +91,7 @@ class OutputFolder:
         return self.work / "output"
 
     def publish(self) -> None:
-        """Make the finished `output` the folder, and remove the work folder.
+        """Rename the finished `output` to `folder` and remove the work folder.
 
         Raises:
             FileExistsError: something else is now at `folder`; `output` is kept.
@@ -116,7 +115,7 @@ class OutputFolder:
             _remove_old(old)
 
     def discard(self) -> None:
-        """Delete the work folder, its settings last, so that what an interruption leaves of it is recognised."""
+        """Delete the work folder, its settings last, so that it is recognised after an interruption."""
         for name in ("output", "layers"):
             if (self.work / name).exists():
                 shutil.rmtree(self.work / name)
@@ -126,20 +125,20 @@ class OutputFolder:
 
 
 def work_folder(folder: Path) -> Path:
-    """Where the intermediate files of an output folder are kept."""
+    """Path of the intermediate files of an output folder."""
     return folder.with_name(f"{folder.name}.partial")
 
 
 def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None = None) -> Path:
-    """The folder to write, symbolic links resolved.
+    """The path of an output folder, with symbolic links resolved.
 
     Args:
-        folder: where the output is to appear.
-        inputs: the folders that are read, by argument name. The output may not be, hold or lie in any of these.
+        folder: path of the output.
+        inputs: the folders that are read, by argument name. The output may not be, contain or be inside any of them.
 
     Raises:
-        ValueError: an empty path, a mount point, or a folder that overlaps with an input.
-        FileExistsError: a file of that name.
+        ValueError: an empty path, a mount point, or a folder that overlaps an input.
+        FileExistsError: the path is a file.
     """
     if not str(folder).strip() or "\0" in str(folder):
         raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write")
@@ -151,7 +150,7 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
     for name, source in (inputs or {}).items():
         source = Path(os.path.realpath(source))
         if path == source or path in source.parents or source in path.parents:
-            how = "is" if path == source else "contains" if path in source.parents else "lies inside"
+            how = "is" if path == source else "contains" if path in source.parents else "is inside"
             raise SmileError(f"out: {path} {how} {name}, {source}; expected a folder apart from every input")
     return path
 
@@ -161,13 +160,13 @@ def output_folder(folder: Path, settings: Mapping[str, Any], *, force: bool) -> 
     """Lock `folder` (from `check_folder`) and prepare its work folder, new or left by a run with equal settings.
 
     Args:
-        folder: where the output is to appear.
-        settings: what the result depends on; fits JSON. {} for a result that is made anew at each call.
-        force: replace a folder that smile-kernels wrote, and work begun there with other settings.
+        folder: path of the output.
+        settings: everything that the result depends on, as JSON; {} for a result that is recomputed at each call.
+        force: replace a folder written by smile-kernels, and unfinished work with other settings.
 
     Raises:
-        FileExistsError: the folder holds files that may not be replaced, another process writes it, or work with
-            other settings was begun there. Nothing is changed then.
+        FileExistsError: the folder contains files that may not be replaced, another process is writing it, or there is
+            unfinished work with other settings. Nothing is changed then.
     """
     settings = json.loads(json.dumps(settings))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +192,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFo
     if begun and begun != settings and not complete and not force:
         changed = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
         raise FileExistsError(
-            f"{output.work}: was begun with another {', '.join(changed)}; expected the same, or --force to start anew"
+            f"{output.work}: was started with another {', '.join(changed)}; expected the same, or --force to restart"
         )
     for old in olds:
         _remove_old(old)
@@ -209,14 +208,14 @@ def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFo
             output.work.rmdir()
         raise
     output.output.mkdir(exist_ok=True)
-    for file in output.work.rglob(".*"):  # temporary files of a killed run
+    for file in output.work.rglob(".*"):  # temporary files of a killed process
         if file.is_file():
             file.unlink()
     return OutputFolder(folder, settings, replaces=_wrote(folder))
 
 
 def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:
-    """The settings of a work folder; {} where none can be read, None where there is no work folder."""
+    """The settings of a work folder; {} if they cannot be read, None if there is no work folder."""
     if not os.path.lexists(work):
         return None
     if work.is_symlink() or not work.is_dir():
@@ -224,7 +223,9 @@ def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:
     names = sorted(file.name for file in work.iterdir())
     known = ("layers", "output", SETTINGS) if SETTINGS in names else ()
     if foreign := [name for name in names if name not in known and not name.startswith(f".{SETTINGS}.")]:
-        raise FileExistsError(f"{work}: holds {foreign[0]}, which was not created by smile-kernels; expected no folder")
+        raise FileExistsError(
+            f"{work}: contains {foreign[0]}, which was not created by smile-kernels; expected no folder"
+        )
     if SETTINGS not in names:
         return {}
     try:
@@ -234,19 +235,19 @@ def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:
     if isinstance(begun, dict):
         return begun
     if not force:
-        raise FileExistsError(f"{work / SETTINGS}: is damaged; expected --force, to start anew")
+        raise FileExistsError(f"{work / SETTINGS}: is damaged; expected --force, to start again")
     return {}
 
 
 def _check_replaceable(folder: Path, force: bool) -> None:
-    """Raises FileExistsError if `folder` holds anything; with `force`, anything but the files of its manifest."""
+    """Raise FileExistsError if `folder` is not empty; with `force`, if it contains files not in its manifest."""
     if not folder.exists() or _empty(folder):
         return
     if not force:
         raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace it")
     if foreign := _foreign_files(folder):
         raise FileExistsError(
-            f"{folder}: holds {foreign[0]}, which smile-kernels did not write; --force replaces only what it wrote"
+            f"{folder}: contains {foreign[0]}, which smile-kernels did not write; --force replaces only what it wrote"
         )
 
 
@@ -261,7 +262,7 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; {} where there is none, or none that can be read."""
+    """The manifest of a folder; {} if there is no readable one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -275,12 +276,12 @@ def _empty(folder: Path) -> bool:
 
 
 def _wrote(folder: Path) -> bool:
-    """Whether smile-kernels wrote all that a folder holds."""
+    """Whether smile-kernels wrote everything in a folder."""
     return bool(_read_manifest(folder)) and not _foreign_files(folder)
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """What a folder holds that is not in its manifest, or has changed since."""
+    """The files of a folder that are not in its manifest or have changed."""
     manifest = _read_manifest(folder)
     known = manifest.get("files", {})
     parents = {str(parent) for name in known for parent in Path(name).parents}
@@ -297,12 +298,12 @@ def _foreign_files(folder: Path) -> list[str]:
 
 
 def _missing_files(folder: Path) -> list[str]:
-    """The files of a folder's manifest that are not in it."""
+    """The files of a folder's manifest that are missing."""
     return [name for name in _read_manifest(folder).get("files", {}) if not (folder / name).exists()]
 
 
 def _fingerprint(file: Path) -> str | int | None:
-    """The hash of a small file, the size of a large one, None of anything else."""
+    """The hash of a small file, the size of a large one, None for anything else."""
     if file.is_symlink() or not file.is_file():
         return None
     size = file.stat().st_size
@@ -310,16 +311,16 @@ def _fingerprint(file: Path) -> str | int | None:
 
 
 def _remove_old(folder: Path) -> None:
-    """Delete a replaced folder, its manifest last; one that came to hold anything else is kept, with a warning."""
+    """Delete a replaced folder, its manifest last; if it has other files now, keep it with a warning."""
     if foreign := _foreign_files(folder):
         kept = folder.with_name(folder.name.lstrip("."))
         os.rename(folder, kept)
         warnings.warn(
-            f"{kept}: the replaced folder is kept: it holds {foreign[0]}, which smile-kernels did not write",
+            f"{kept}: the replaced folder is kept: it contains {foreign[0]}, which smile-kernels did not write",
             stacklevel=2,
         )
         return
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+    for path in sorted(folder.rglob("*"), reverse=True):  # contents before folders
         if path.is_dir():
             path.rmdir()
         elif path != folder / MANIFEST:
@@ -344,7 +345,7 @@ def _locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
                 break
-        os.close(descriptor)  # its last holder has deleted the file in the meantime
+        os.close(descriptor)  # its last owner has deleted the file in the meantime
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Values from outside held against annotated types: what a file says, and the arguments of public functions."""
+"""Validates the contents of files and the arguments of public functions against type annotations."""
 
 import functools
 import inspect
@@ -25,10 +25,10 @@ KNOWN_KEYS_ONLY = {"extra": "forbid"}  # as `__pydantic_config__` of a dataclass
 
 
 def parse(kind: type[_T], values: Any, where: str) -> _T:
-    """Values that a JSON or YAML file holds, as an annotated type such as a dataclass; nothing is converted silently.
+    """Convert the values of a JSON or YAML file to an annotated type such as a dataclass; no silent conversions.
 
     Raises:
-        ValueError: what does not fit; the message names it, beginning with `where`.
+        ValueError: a value that does not fit; the message begins with `where` and names it.
     """
     import pydantic
 
@@ -39,7 +39,7 @@ def parse(kind: type[_T], values: Any, where: str) -> _T:
 
 
 def check_arguments(function: _F) -> _F:
-    """Have a function refuse, by name, arguments that do not fit its annotations; they reach it as they were given."""
+    """Make a function refuse, by name, arguments that do not fit its annotations; they are passed on unchanged."""
     signature = inspect.signature(function)
 
     @functools.cache
@@ -61,7 +61,7 @@ def check_arguments(function: _F) -> _F:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             if name not in adapters():
                 continue
-            if isinstance(value, (np.integer, nn.ModuleList)):  # as good as an int, a list
+            if isinstance(value, (np.integer, nn.ModuleList)):  # accepted like an int, a list
                 value = int(value) if isinstance(value, np.integer) else list(value)
             try:
                 adapters()[name].validate_python(value, strict=True)
@@ -75,7 +75,7 @@ def check_arguments(function: _F) -> _F:
 
 
 def _unread(hint: Any) -> Any:
-    """An annotation whose mappings are not read: theirs may be tensors on disk."""
+    """An annotation without reading mappings: their values may be tensors on disk."""
     import pydantic
 
     origin: Any = typing.get_origin(hint)
@@ -96,7 +96,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def _misfit(kind: Any, values: Any, errors: list[Any]) -> str:
-    """A key that is not known, or else the deepest of pydantic's errors, as "path: is value; expected this or that"."""
+    """An unknown key, or else the deepest of pydantic's errors, as "path: is value; expected this or that"."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     worst = max(errors, key=lambda error: (error["type"] in unknown, len(error["loc"])))
     problem, path = worst["type"], _path(values, worst["loc"])
@@ -118,7 +118,7 @@ def _misfit(kind: Any, values: Any, errors: list[Any]) -> str:
 
 
 def _path(values: Any, steps: Iterable[str | int]) -> str:
-    """The steps that lead into `values`, joined by dots; pydantic puts the members of a union among them."""
+    """The path into `values`, joined by dots, without the union members that pydantic adds to it."""
     path = []
     for step in steps:
         if (isinstance(values, dict) and step in values) or (isinstance(values, list) and isinstance(step, int)):

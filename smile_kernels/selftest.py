@@ -1,4 +1,4 @@
-"""Every path of this machine's backends against the float64 reference, each in a process that may crash or hang.
+"""Compares every path of this machine's backends with the float64 reference, each in a child process.
 
 `smile-kernels doctor --verify` runs it for users, `bench.gpu` before it times anything.
 """
@@ -24,8 +24,8 @@ _ON_GPU = [
     *((t, 1000, 1480, 3, 20, 24, 2) for t in (3, 13, 300)),
 ]
 _ON_CPU = [*((t, 96, 80, 4, 8, 4, 1) for t in (1, 16, 70)), *((t, 33, 29, 3, 5, 7, 2) for t in (3, 13))]
-# How many times as far from the reference as plain PyTorch a result may be. Another order of summation is worth a few
-# times in float32; what this is to find, a wrong or unwritten number, TF32 for float32, is worth hundreds.
+# Allowed error as a multiple of plain PyTorch's. Another order of summation accounts for a factor of a few in float32;
+# the faults to find (a wrong or unwritten number, TF32 instead of float32) for hundreds.
 _SLACK = {torch.float32: 8.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 
@@ -48,24 +48,24 @@ class Check:
 
     @property
     def path(self) -> str:
-        """The path's name among those of the backend."""
+        """The path's name within the backend."""
         return " ".join(filter(None, [self.linear, self.apply]))
 
     @property
     def name(self) -> str:
-        """The path and the shape, which no two checks share."""
+        """The path and the shape; unique."""
         t, d, o, n, r, g, m = self.shape
         about = f"T{t} {d} to {o} N{n} r{r} g{g} top-{m}"
         return f"{excluded.name_of(self.backend, self.path, self.dtype, self.training)}, {about}"
 
     @property
     def waits(self) -> bool:
-        """Whether its programs wait for one another, so that a fault hangs the GPU."""
+        """Whether its programs wait for each other, so that a fault hangs the GPU."""
         return self.linear == "decode_one_launch"
 
 
 def triton_paths(device: str, dtype: torch.dtype, tokens: int, n: int, k: int) -> list[tuple[str, str]]:
-    """(how it is routed, how it is applied) of every way a layer of n experts of k rows can run its forward."""
+    """(routing path, apply path) of every way to run the forward of a layer of n experts with k rows."""
     from .ops.triton import configs
 
     found = configs.device_of(torch.device(device))
@@ -75,7 +75,7 @@ def triton_paths(device: str, dtype: torch.dtype, tokens: int, n: int, k: int) -
 
 
 def checks(device: str) -> list[Check]:
-    """What can be checked on a device, "cuda" or "cpu"; last those that a fault would hang."""
+    """The checks for a device, "cuda" or "cpu"; those that could hang it come last."""
     shapes = _ON_GPU if device == "cuda" else _ON_CPU
     found = []
     for backend, reason in library.backends(device).items():
@@ -88,7 +88,7 @@ def checks(device: str) -> list[Check]:
                 ways = [("one_product", "fused"), ("route_first", "grouped")]
             elif backend == "triton":
                 ways = triton_paths(device, dtype, 1, 8, 32)
-            # Of the other dtypes and of training every second shape, which leaves large, odd and few-token ones.
+            # Every second shape for other dtypes and training; large, odd and few-token shapes remain.
             kept = shapes if dtype == torch.bfloat16 and not training else shapes[1::2]
             found += [
                 Check(backend, device, dtype, training, shape, linear, apply)
@@ -99,7 +99,7 @@ def checks(device: str) -> list[Check]:
 
 
 def perform(check: Check) -> float:
-    """Seconds that the check took; raises AssertionError where a result is wrong."""
+    """Run a check and return its seconds; raises AssertionError if a result is wrong."""
     start = time.monotonic()
     p = Problem.random(*check.shape, dtype=check.dtype, device=check.device, seed=check.seed)
     (_check_training if check.training else _check_forward)(check, p)
@@ -108,7 +108,7 @@ def perform(check: Check) -> float:
 
 @contextmanager
 def taking_path(check: Check) -> Iterator[None]:
-    """The path of a check, in memory that holds NaN wherever nothing was written."""
+    """Run the path of a check in memory initialised with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -132,7 +132,7 @@ def _check_forward(check: Check, p: Problem) -> None:
 
 
 def check_routing(p: Problem, weights: torch.Tensor, ids: torch.Tensor) -> None:
-    """The chosen experts are the m best, unless scores are within rounding of each other; their weights the softmax."""
+    """Check that the chosen experts are the m best, up to rounding of the scores, and the weights their softmax."""
     n, m = p.s.shape[0], p.num_experts_per_tok
     assert ((ids >= 0) & (ids < n)).all(), f"ids: are {ids.min()} to {ids.max()}; expected 0 to {n - 1}"
     scores = reference.scores(p.x.double(), p.rows().double())
@@ -168,14 +168,14 @@ def verify(
     deadline: float = float("inf"),
     report: Callable[[Check, Outcome], None] = lambda *_: None,
 ) -> dict[str, Outcome]:
-    """Perform checks in processes of their own: name of each -> its outcome, the seconds it took or why it failed.
+    """Run checks in child processes: name -> outcome (seconds, or the reason of the failure).
 
     Args:
-        todo: what `checks` gives, or some of it.
-        workers: the processes; their work is `perform`. Checks that may hang the GPU come last, one at a time.
-        seconds: after which a check is ended as hung.
-        deadline: on the clock of `time.monotonic`, after which no check is begun; what was not begun has no outcome.
-        report: told of each as it ends.
+        todo: the result of `checks`, or a part of it.
+        workers: the processes, which run `perform`. Checks that may hang the GPU come last, one at a time.
+        seconds: time limit for a check, after which it counts as hung.
+        deadline: value of `time.monotonic` after which no check starts; checks that did not start have no outcome.
+        report: called with each finished check.
     """
     outcomes: dict[str, Outcome] = {}
 
@@ -192,12 +192,11 @@ def verify(
 def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str]:
     """Excluded path -> reason, for `excluded.record`.
 
-    A failed check blames what no passed check of the same dtype and pass has used: how it routes, how it applies, or
-    both; where each has passed with another, how it applies. A backend is blamed as a whole where it has no such parts,
-    where its training failed, and where "route_first" failed, which alone
-    serves given routing.
+    A failed check excludes the parts (routing path, apply path) that no passed check of the same dtype and pass has
+    used; if each part has passed in another combination, the apply path. The whole backend is excluded if it has no
+    such parts, if its training failed, or if "route_first" failed, the only path for a given routing.
     """
-    failures: dict[Check, str | None] = {}  # path, as a check without a shape -> its first failure
+    failures: dict[Check, str | None] = {}  # path (a check without a shape) -> its first failure
     for check in todo:
         if check.name in outcomes:
             path = replace(check, shape=(), seed=0)
@@ -221,6 +220,6 @@ def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str
 
 
 def as_record(check: Check, outcome: Outcome) -> dict[str, object]:
-    """Plain values of a check and its outcome, ready for JSON."""
+    """A check and its outcome as values for JSON."""
     found = {**asdict(check), "dtype": str(check.dtype).removeprefix("torch."), "shape": list(check.shape)}
     return {"name": check.name, **found, "seconds": outcome.result, "failure": outcome.failure}

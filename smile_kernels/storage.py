@@ -1,4 +1,4 @@
-"""Checkpoint files: tensors read one at a time and checked, written one at a time and whole or not at all."""
+"""Checkpoint files: tensors are read, checked and written one at a time; files are written atomically."""
 
 import json
 import math
@@ -41,12 +41,12 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint: what is known without reading it, and how to read it.
+    """A tensor of a checkpoint: its header, and a function that reads the data.
 
     Args:
-        name, dtype, shape: as its file's header says.
-        read: reads the data, a tensor of its own.
-        file: where it lies, for messages.
+        name, dtype, shape: from the file's header.
+        read: returns the data as a new tensor.
+        file: its file, for messages.
     """
 
     name: str
@@ -65,7 +65,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> Tensor:
-        """The data; raises ValueError, naming the file and the tensor, if it holds NaN or inf."""
+        """The data; raises ValueError, naming the file and the tensor, if it contains NaN or inf."""
         tensor = self.read()
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
             comparable = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -80,17 +80,17 @@ class StoredTensor:
 
 
 def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint folder by name: headers are read and checked, the data is not.
+    """The tensors of a checkpoint folder by name. Headers are read and checked; data is not read.
 
     Reads safetensors, single or sharded by an index, and PyTorch's .bin, single or sharded, as weights only.
 
     Raises:
-        FileNotFoundError: no such folder, no weights in it, or a file of the index is missing.
-        ValueError: a file that is corrupt or truncated, a pickle of more than weights, or an index that does not fit.
+        FileNotFoundError: the folder does not exist, has no weights, or lacks a file of the index.
+        ValueError: a corrupt or truncated file, a pickle with other objects than weights, or an invalid index.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a local folder that holds a checkpoint")
+        raise FileNotFoundError(f"{folder}: no such folder; expected a local folder with a checkpoint")
     index, files = _weight_files(folder)
     weight_map = _read_weight_map(index) if index else None
     if weight_map is not None:
@@ -115,7 +115,7 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The index of a folder's shards, or else its weight files: what from_pretrained would read, in its order."""
+    """The index of a folder's shards, or its weight files, chosen in the order of from_pretrained."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     named = config.get("transformers_weights")
     named = [named] if isinstance(named, str) and (folder / named).is_file() else []
@@ -129,7 +129,7 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     if found := sorted(folder.glob("*.safetensors")):
         return None, found
     raise FileNotFoundError(
-        f"{folder}: holds no weights; expected model.safetensors, pytorch_model.bin, or an index of shards of either"
+        f"{folder}: contains no weights; expected model.safetensors, pytorch_model.bin, or an index of shards of either"
     )
 
 
@@ -144,7 +144,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_shards(files: list[Path]) -> None:
-    """Raises FileNotFoundError if the names of shards, `...-00001-of-00003`, tell of files that are not there."""
+    """Raise FileNotFoundError if shards are missing, according to names such as `...-00001-of-00003`."""
     names = {file.name for file in files}
     for file in files:
         if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\.\w+)", file.name):
@@ -152,13 +152,11 @@ def _check_shards(files: list[Path]) -> None:
             for i in range(1, min(int(total), 100_000) + 1):
                 shard = f"{stem}{i:0{len(number)}}-of-{total}{suffix}"
                 if shard not in names:
-                    raise FileNotFoundError(
-                        f"{file.with_name(shard)}: no such file; {file.name} says that there is one"
-                    )
+                    raise FileNotFoundError(f"{file.with_name(shard)}: no such file; {file.name} implies it")
 
 
 def read_safetensors(file: Path) -> list[StoredTensor]:
-    """The tensors of one file; raises ValueError if it is corrupt or truncated."""
+    """The tensors of one file; raises ValueError if the file is corrupt or truncated."""
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -181,7 +179,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 
 
 def read_pickled(file: Path) -> list[StoredTensor]:
-    """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or holds more."""
+    """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or no checkpoint."""
     _check_regular(file)
     mapped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 cannot be mapped
 
@@ -193,16 +191,16 @@ def read_pickled(file: Path) -> list[StoredTensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise SmileError(
-            f"{file}: is not a pickle of weights alone, and no other is opened, since it may run code ({reason}); "
+            f"{file}: is a pickle of other objects than weights and is not opened, since it may run code ({reason}); "
             "expected tensors by name, or safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise SmileError(f"{file}: is not a whole PyTorch file ({error}); fetch or write it again") from None
     if not isinstance(state, dict):
-        raise SmileError(f"{file}: holds a {type(state).__name__}; expected tensors by name")
+        raise SmileError(f"{file}: contains a {type(state).__name__}; expected tensors by name")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise SmileError(f"{file}: holds a {type(tensor).__name__} as {name!r}; expected tensors by name")
+            raise SmileError(f"{file}: contains a {type(tensor).__name__} as {name!r}; expected tensors by name")
         if tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
             raise SmileError(
                 f"{file}: tensor {name!r} is {tensor.layout} {tensor.dtype}; expected a dense tensor of one of "
@@ -220,7 +218,7 @@ def read_pickled(file: Path) -> list[StoredTensor]:
 def write_tensors(
     folder: Path, tensors: Iterable[StoredTensor], *, stem: str = "model", max_shard_size: int | str = "5GB"
 ) -> None:
-    """Writes tensors as safetensors, one tensor in memory at a time: one file, or shards and their index."""
+    """Write tensors as safetensors, one tensor in memory at a time: one file, or shards and their index."""
     shards = plan_shards(tensors, stem=stem, max_shard_size=max_shard_size)
     for name, shard in shards.items():
         write_shard(folder / name, shard)
@@ -228,7 +226,7 @@ def write_tensors(
 
 
 def add_tensors(folder: Path, tensors: list[StoredTensor], *, file: str) -> None:
-    """Adds tensors to a checkpoint of safetensors: in a `file` of their own where it is sharded, else to its one file.
+    """Add tensors to a safetensors checkpoint: in a new `file` if it is sharded, else in its only file.
 
     Tensors of the same names are replaced.
     """
@@ -248,7 +246,7 @@ def add_tensors(folder: Path, tensors: list[StoredTensor], *, file: str) -> None
 def plan_shards(
     tensors: Iterable[StoredTensor], *, stem: str, max_shard_size: int | str
 ) -> dict[str, list[StoredTensor]]:
-    """File name -> its tensors, in their order, each file up to max_shard_size (or one tensor, if that is larger)."""
+    """File name -> its tensors, in order; files have up to max_shard_size bytes, or one larger tensor."""
     limit = parse_size(max_shard_size)
     shards: list[list[StoredTensor]] = [[]]
     size = 0
@@ -264,10 +262,10 @@ def plan_shards(
 
 
 def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
-    """One safetensors file, written tensor by tensor under a temporary name.
+    """Write one safetensors file tensor by tensor, atomically.
 
     Raises:
-        OSError: the disk is full, or a device error; nothing is left of the file.
+        OSError: the disk is full, or a device error; the file is removed.
     """
     # Readers map the file: the widest type first keeps each tensor aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -289,7 +287,7 @@ def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
 
 
 def write_index(folder: Path, shards: Mapping[str, list[StoredTensor]], *, stem: str) -> None:
-    """`<stem>.safetensors.index.json`, where there is more than one shard."""
+    """Write `<stem>.safetensors.index.json` if there is more than one shard."""
     if len(shards) > 1:
         total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
         weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
@@ -298,7 +296,7 @@ def write_index(folder: Path, shards: Mapping[str, list[StoredTensor]], *, stem:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes: an integer, or a string such as "5GB", "500MB", "1GiB".
+    """Number of bytes from an integer or a string such as "5GB", "500MB", "1GiB".
 
     Raises:
         ValueError: anything else, or less than one byte.
@@ -312,25 +310,25 @@ def parse_size(size: int | str) -> int:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object a JSON file holds; raises ValueError, naming the file, if it holds none."""
+    """The object in a JSON file; raises ValueError, naming the file, if there is none."""
     try:
         value = json.loads(read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise SmileError(f"{file}: is not JSON ({reason})") from None
     if not isinstance(value, dict):
-        raise SmileError(f"{file}: holds a {type(value).__name__}; expected an object")
+        raise SmileError(f"{file}: contains a {type(value).__name__}; expected an object")
     return value
 
 
 def _check_regular(file: Path) -> None:
-    """Reading a pipe would never end."""
+    """Refuse pipes, which would block."""
     if not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a file of weights")
 
 
 def read_text(file: Path, limit: int = 1 << 28) -> str:
-    """A text file.
+    """The text of a file.
 
     Raises:
         ValueError: not a regular file, more than `limit` bytes, or not UTF-8.

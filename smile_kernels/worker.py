@@ -1,4 +1,4 @@
-"""A child process for work that may crash or hang: a kernel that was never run, on a device that may not survive it."""
+"""A child process for work that may crash or hang, such as kernels that never ran on a device."""
 
 import multiprocessing
 import os
@@ -15,18 +15,18 @@ import torch
 
 
 class Outcome(NamedTuple):
-    """What `work` returned, or why it returned nothing."""
+    """The return value of `work`, or the reason of a failure."""
 
     result: Any
     failure: str | None = None
 
 
 class Worker:
-    """Runs `work(job)` in a child process, one job after another; a child that is lost is replaced for the next job.
+    """Runs `work(job)` in a child process, one job at a time; a child that died is replaced for the next job.
 
     Args:
-        work: a function that the child can import, called with one argument; what goes in and out is pickled.
-        start_seconds: how long the child may take to start and import `work`.
+        work: a function that the child can import, called with one argument; argument and result are pickled.
+        start_seconds: time limit for the child to start and import `work`.
     """
 
     def __init__(self, work: Callable[[Any], Any], start_seconds: float = 120.0) -> None:
@@ -40,7 +40,7 @@ class Worker:
         self.close()
 
     def __call__(self, job: Any, seconds: float) -> Outcome:
-        """The outcome of one job. Its failure begins with "wrong" for an AssertionError, "raised", "hung" or "died"."""
+        """The outcome of one job. A failure begins with "wrong" (AssertionError), "raised", "hung" or "died"."""
         try:
             if self._process is None and not self._start():
                 self.close()
@@ -65,16 +65,16 @@ class Worker:
         return self._connection.poll(self._start_seconds) and self._connection.recv() is None
 
     def close(self) -> int | None:
-        """End the child and all that it started; its exit status."""
+        """End the child and its descendants; return its exit status."""
         if self._process is None:
             return None
         process, self._process = self._process, None
         self._connection.close()
-        process.join(0.2)  # one that is ending anyway has an exit status of its own
+        process.join(0.2)  # a child that is already ending keeps its exit status
         if process.is_alive():
             try:
                 assert process.pid is not None
-                os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
+                os.killpg(process.pid, signal.SIGKILL)  # the child leads its own process group
             except OSError:
                 process.kill()
         process.join(10)
@@ -89,14 +89,14 @@ def run_all(
     deadline: float,
     report: Callable[[Any, Outcome], None],
 ) -> None:
-    """Give each job to the next worker that is free, and report each outcome as it comes.
+    """Give each job to the next free worker and report each outcome.
 
     Args:
-        workers: what runs the jobs, side by side.
-        jobs: in the order in which they begin.
-        seconds: after which a job is ended as hung.
-        deadline: on the clock of `time.monotonic`; what was not begun or has not ended by then is not reported.
-        report: told of each job and its outcome, one at a time.
+        workers: run the jobs in parallel.
+        jobs: started in this order.
+        seconds: time limit for a job, after which it counts as hung.
+        deadline: value of `time.monotonic`; jobs that have not ended by then are not reported.
+        report: called with each job and its outcome, one at a time.
     """
     lock, waiting, done = threading.Lock(), iter(jobs), object()
 
@@ -128,7 +128,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
             outcome = Outcome(work(job))
         except AssertionError as error:
             outcome = Outcome(None, f"wrong: {error}"[:2000])
-        except Exception as error:  # whatever a job raises is its outcome; the others go on
+        except Exception as error:  # an exception is the job's outcome; the other jobs continue
             outcome = Outcome(None, f"raised {type(error).__name__}: {error}"[:2000])
         lost = outcome.failure is not None and not _device_answers()
         connection.send((outcome, lost))
@@ -137,7 +137,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
 
 
 def _device_answers() -> bool:
-    """False after an error on the GPU that every later call in this process would raise again."""
+    """False after an error on the GPU that makes every later call in this process fail."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()

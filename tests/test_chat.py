@@ -160,7 +160,7 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
         model, _ = upscale(base, [finetuned(base)], rank_of_expert=2, rank_of_router=2, progress=False)
         save_pretrained(model, folder)
         tokenizer.save_pretrained(folder)
-        message = "holds a ViTForImageClassification; expected a causal language model"
+        message = "contains a ViTForImageClassification; expected a causal language model"
     elif case == "device":
         folder, options, message = fused, ["--device", "nowhere"], "device: is 'nowhere'; expected"
     elif case == "length":

@@ -49,7 +49,7 @@ def test_options_and_yaml_give_the_same(tmp_path, folders):
         ({"parameters": {"rank": 3}}, "unknown key 'parameters\.rank'"),
         ({"dtype": "int8"}, "base: is not given"),
         ("a: [", "is not YAML"),
-        ("a: &a [x]\nb: [*a, *a]", r"holds an alias, \*a"),
+        ("a: &a [x]\nb: [*a, *a]", r"contains an alias, \*a"),
         ("[" * 10_000, "is not YAML"),
         ("#" * 100_000, "has 100,000 bytes; expected at most 65,536"),
         ("base_model: 5", "base_model: is 5; expected a string"),
@@ -87,7 +87,7 @@ def test_experts_have_names(tmp_path, folders):
     assert "- expert maths: `m1`" in (tmp_path / "named" / "README.md").read_text()
     twice = [f"x={folder}" for folder in folders[1:]]
     result = CliRunner().invoke(app, command([folders[0], *twice], tmp_path / "twice"))
-    assert "expert_names: 'x' stands there twice" in result.output
+    assert "expert_names: 'x' is given twice" in result.output
     result = CliRunner().invoke(app, command([folders[0], "=y"], tmp_path / "twice"))
     assert "expert: is '=y'; expected FOLDER or NAME=FOLDER" in result.output
     assert not (tmp_path / "twice").exists()
@@ -214,7 +214,7 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, folders):
     assert result.exit_code == 0
     assert {"layers: 1 of 2", "layers: 2 of 2"} <= set(result.stderr.splitlines())
     assert "\x1b" not in result.output
-    assert f"{tmp_path / 'out'}: appears when it is whole" in result.stderr.splitlines()[0]
+    assert f"{tmp_path / 'out'}: is created when complete" in result.stderr.splitlines()[0]
 
 
 def test_help_lists_the_commands():

@@ -29,7 +29,7 @@ def test_config_round_trip():
         ({"expert_names": "abc"}, "expert_names: is 'abc'; expected an array"),
         ({"expert_names": ["a", "b", " "]}, r"expert_names: is \('a', 'b', ' '\); expected a list of names"),
         ({"expert_names": ["a", "b"]}, "expert_names: has 2 names; expected 3"),
-        ({"expert_names": ["a", "b", "a"]}, "expert_names: 'a' stands there twice; expected different names"),
+        ({"expert_names": ["a", "b", "a"]}, "expert_names: 'a' is given twice; expected different names"),
         ({"modules": []}, r"modules: is \[\]; expected an object"),
         ({"modules": {"a": {"rank_of_expert": 1}}}, r"modules\.a\.rank_of_router is missing"),
         ({"modules": {"a": {"rank_of_expert": 0, "rank_of_router": 1}}}, r"modules\.a: rank_of_expert: is 0"),

@@ -260,9 +260,9 @@ def test_what_cannot_be_added_to_in_place_is_refused_by_name():
             smile_delta(y, *experts, **options)
         assert torch.equal(y, before)
         tensor.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"y: has strides \(1, 17\); expected outputs side by side"):
+    with pytest.raises(ValueError, match=r"y: has strides \(1, 17\); expected contiguous rows"):
         smile_delta(y.T.contiguous().T, *experts, **options)
-    with pytest.raises(ValueError, match=r"y: has strides \(0, 1\); expected outputs side by side"):
+    with pytest.raises(ValueError, match=r"y: has strides \(0, 1\); expected contiguous rows"):
         smile_delta(y[:1].expand_as(y), *experts, **options)
     with pytest.raises(ValueError, match=r"y: has shape \[16, 29\]; expected \[17, 29\]"):
         smile_delta(y[:-1], *experts, **options)

@@ -170,7 +170,7 @@ def test_split_is_the_inverse_of_merge(router):
     x = torch.randn(5, 23)
     again = sk.SmileLinear.merge(parts)
     assert torch.equal(again(x), sk.SmileLinear.merge(layers)(x))
-    with pytest.raises(ValueError, match=r"parts: is None; expected a layer that SmileLinear\.merge has made"):
+    with pytest.raises(ValueError, match=r"parts: is None; expected a layer made by SmileLinear\.merge"):
         layers[0].split()
 
 
@@ -246,8 +246,8 @@ def test_what_cannot_be_merged_is_named():
     with_hook.register_forward_hook(lambda *_: None)
     frozen.u.requires_grad_(False)
     for layers, message in (
-        ([], "layers: have no SmileLinear among them"),
-        ([torch.nn.Linear(23, 4)], "layers: have no SmileLinear among them"),
+        ([], "layers: contain no SmileLinear"),
+        ([torch.nn.Linear(23, 4)], "layers: contain no SmileLinear"),
         ([layer, Own(23, 8, 4, 2, 3, 2)], "layers: number 1 is a Own; expected SmileLinear or nn.Linear"),
         ([merge([layer])], "layers: number 0 is merged itself"),
         ([layer, with_hook], "layers: number 1 has hooks"),

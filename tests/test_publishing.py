@@ -177,7 +177,7 @@ def test_damaged_settings_are_refused_and_force_starts_anew(tmp_path):
         ("a\0b", "expected the path of a folder"),
         ("base", "is base"),
         (".", "contains base"),
-        ("base/fused", "lies inside base"),
+        ("base/fused", "is inside base"),
         ("link", "is base"),
     ],
 )

@@ -371,9 +371,9 @@ def test_an_update_counts_by_its_size_beside_the_weight(size):
 def test_refuses_bad_matrices_and_ranks():
     a = torch.randn(5, 4)
     for bad in (torch.randn(5), torch.randn(2, 3, 4), torch.empty(0, 3)):
-        with pytest.raises(ValueError, match=r"a: shape is .* expected a matrix"):
+        with pytest.raises(ValueError, match=r"a: has shape .* expected a non-empty matrix"):
             truncated_svd(bad, 1)
-    with pytest.raises(TypeError, match=r"a: dtype is torch\.int64; expected a floating-point"):
+    with pytest.raises(TypeError, match=r"a: is torch\.int64; expected a floating-point"):
         truncated_svd(a.long(), 1)
     for value in (math.nan, math.inf, -math.inf):
         b = a.clone()
@@ -388,7 +388,7 @@ def test_refuses_bad_matrices_and_ranks():
             truncated_svd(a, 1, rank_of_router=g)
     with pytest.raises(ValueError, match="rank: is '3'"):
         truncated_svd(a, "3")
-    with pytest.raises(ValueError, match=r"a_factor: shape \(3, 5\) does not follow"):
+    with pytest.raises(ValueError, match=r"a_factor: has shape \(3, 5\) with b_factor's"):
         lora_svd(torch.randn(4, 2), torch.randn(3, 5), 1.0, 1)
     with pytest.raises(ValueError, match="scale: is inf"):
         lora_svd(torch.randn(4, 2), torch.randn(2, 5), math.inf, 1)

@@ -49,7 +49,7 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
     warn_if_newer("fusion-bench")
     layers = {name: module for name, module in model.named_modules() if _is_smile(module)}
     if not layers:
-        raise SmileError(f"model: {type(model).__name__} holds no SMILE layer of fusion_bench; expected at least one")
+        raise SmileError(f"model: {type(model).__name__} has no SMILE layer of fusion_bench; expected at least one")
     with all_or_nothing(model):
         for name, module in layers.items():
             layer = _convert_layer(
@@ -75,7 +75,7 @@ def convert_state_dict(
     """
     names = _layer_names(state_dict)
     if not names:
-        raise SmileError("state_dict: holds no SMILE layer of fusion_bench; expected keys such as <layer>.gate.weight")
+        raise SmileError("state_dict: contains no SMILE layer of fusion_bench; expected keys like <layer>.gate.weight")
     layers, converted = {}, dict(state_dict)
     for name in names:
         prefix = f"{name}." if name else ""

@@ -143,7 +143,7 @@ def adapter_deltas(
         base = base.state_dict(keep_vars=True)
     modules = _by_module(directory, _tensors(directory))
     if not modules:
-        raise SmileError(f"{directory}: holds no tensors; expected the factors of a LoRA adapter")
+        raise SmileError(f"{directory}: contains no tensors; expected the factors of a LoRA adapter")
     located = _in_base(directory, modules, base, names)
     deltas: dict[str, ModuleDelta] = {}
     for module, tensors in modules.items():
@@ -197,7 +197,7 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
             continue
         modules.setdefault(match["module"], {})[part] = tensor
     if len(adapters) > 1:
-        raise SmileError(f"{directory}: holds the adapters {', '.join(sorted(adapters))}; expected one")
+        raise SmileError(f"{directory}: contains the adapters {', '.join(sorted(adapters))}; expected one")
     return modules
 
 

@@ -81,12 +81,12 @@ def split_base(model: nn.Module) -> nn.Module:
     A routing policy of the model goes on. `set_routing` comes before this: it finds SmileLinear alone.
 
     Raises:
-        ValueError: the model holds no SmileLinear. Nothing is changed then.
+        ValueError: the model contains no SmileLinear. Nothing is changed then.
     """
     warn_if_newer("torchao")
     layers = smile_layers(model)
     if not layers:
-        raise SmileError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
+        raise SmileError(f"model: {type(model).__name__} contains no SmileLinear; expected a model with SMILE layers")
     with all_or_nothing(model):
         for name, layer in layers.items():
             split = SmileBesideLinear(layer).train(layer.training)

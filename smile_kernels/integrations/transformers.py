@@ -171,7 +171,7 @@ class SmileQuantizer(HfQuantizer):
             for factor in FACTORS:
                 tensor = getattr(layer, factor)
                 if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
-                    raise SmileError(f"checkpoint: tensor {name}.{factor} holds NaN or inf; expected finite numbers")
+                    raise SmileError(f"checkpoint: tensor {name}.{factor} contains NaN or inf; expected finite numbers")
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
         set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)

@@ -316,7 +316,7 @@ def check_request(argument: str, experts: Sequence[object], num_experts_per_tok:
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the tensor, if one holds NaN or inf, or no data."""
+    """Raises ValueError, naming the tensor, if one contains NaN or inf, or no data."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise SmileError(f"{where}: {name} is on the meta device, as offloaded parameters are; expected its data")
@@ -324,4 +324,4 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
             continue  # a quantised tensor
         # The least and the largest entry are NaN where any is.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise SmileError(f"{where}: {name} holds NaN or inf; expected finite numbers")
+            raise SmileError(f"{where}: {name} contains NaN or inf; expected finite numbers")

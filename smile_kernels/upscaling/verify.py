@@ -207,7 +207,7 @@ def _count_experts(model: _Model) -> int:
         return read_smile_config(model).num_local_experts
     layers = smile_layers(model)
     if not layers:
-        raise SmileError("model: holds no SmileLinear; expected a model made by upscale()")
+        raise SmileError("model: contains no SmileLinear; expected a model made by upscale()")
     return next(iter(layers.values())).num_local_experts
 
 

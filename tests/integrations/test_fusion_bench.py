@@ -106,7 +106,7 @@ def test_swaps_in_place_throughout_a_model():
     assert isinstance(model[0], SmileLinear)
     assert not model[0].training
     assert model[2]["deep"] is deep
-    with pytest.raises(ValueError, match="model: Sequential holds no SMILE layer of fusion_bench"):
+    with pytest.raises(ValueError, match="model: Sequential has no SMILE layer of fusion_bench"):
         from_fusion_bench(model)
 
 
@@ -187,7 +187,7 @@ def test_missing_tensors_are_named():
     del state["experts.1.svh"]
     with pytest.raises(ValueError, match=r"experts\.1\.svh or experts\.1\.weight is missing"):
         convert_state_dict(state)
-    with pytest.raises(ValueError, match="holds no SMILE layer of fusion_bench"):
+    with pytest.raises(ValueError, match="contains no SMILE layer of fusion_bench"):
         convert_state_dict({"weight": torch.ones(2, 2)})
 
 

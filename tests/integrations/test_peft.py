@@ -258,7 +258,7 @@ FACTORS = {A: torch.ones(2, 6), B: torch.ones(5, 2)}
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({}, {}, "holds no tensors; expected the factors"),
+        ({}, {}, "contains no tensors; expected the factors"),
         ({A: torch.ones(0, 6), B: torch.ones(5, 0)}, {}, r"torch.float32 \[0, 6\]; expected floating-point numbers"),
         ({name: t.int() for name, t in FACTORS.items()}, {}, "torch.int32"),
         ({name: t.to(torch.complex64) for name, t in FACTORS.items()}, {}, "torch.complex64"),

@@ -42,7 +42,7 @@ def test_bfloat16_keeps_the_singular_values():
 
 
 def test_a_dense_model_is_refused():
-    with pytest.raises(ValueError, match="model: Linear holds no SmileLinear"):
+    with pytest.raises(ValueError, match="model: Linear contains no SmileLinear"):
         split_base(nn.Linear(3, 3))
 
 

@@ -258,7 +258,7 @@ def test_inputs_and_foreign_files_are_never_replaced(tmp_path, folders):
         (folders[0], "is base"),
         (folders[2], r"is experts\[1\]"),
         (folders[0].parent, "contains base"),
-        (folders[1] / "fused", r"lies inside experts\[0\]"),
+        (folders[1] / "fused", r"is inside experts\[0\]"),
         ("", "expected the path of a folder"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -342,10 +342,10 @@ def test_goes_on_only_with_the_same_inputs_and_settings(tmp_path, models, folder
     with pytest.raises(KeyboardInterrupt):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, workers=1, progress=interrupted)
     assert list((tmp_path / "out.partial" / "layers").glob("*.json"))
-    with pytest.raises(FileExistsError, match=r"out\.partial: was begun with another rank_of_expert"):
+    with pytest.raises(FileExistsError, match=r"out\.partial: was started with another rank_of_expert"):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", rank_of_expert=5, rank_of_router=2)
     write_tensors(folders[1], [StoredTensor.of(n, t) for n, t in models[2].state_dict().items()])
-    with pytest.raises(FileExistsError, match="was begun with another files"):
+    with pytest.raises(FileExistsError, match="was started with another files"):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
     upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, force=True)
     upscale_checkpoints(folders[0], folders[1:], tmp_path / "again", **RANKS)

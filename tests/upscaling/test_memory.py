@@ -467,11 +467,11 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
         ({"finetuned": [broken(square_conv1d)]}, r"finetuned\[0\]: layers\.1 is a Conv1D; expected a Linear"),
         (
             {"finetuned": [good[0], broken(nan("layers.1.weight"))]},
-            r"finetuned\[1\]: layers\.1\.weight holds NaN or inf",
+            r"finetuned\[1\]: layers\.1\.weight contains NaN or inf",
         ),
-        ({"finetuned": [broken(nan("layers.0.bias"))]}, r"finetuned\[0\]: layers\.0\.bias holds NaN or inf"),
-        ({"finetuned": [good[0], broken(nan("scale"))]}, r"finetuned\[1\]: scale holds NaN or inf"),
-        ({"model": broken(nan("layers.0.weight"))}, r"model: layers\.0\.weight holds NaN or inf"),
+        ({"finetuned": [broken(nan("layers.0.bias"))]}, r"finetuned\[0\]: layers\.0\.bias contains NaN or inf"),
+        ({"finetuned": [good[0], broken(nan("scale"))]}, r"finetuned\[1\]: scale contains NaN or inf"),
+        ({"model": broken(nan("layers.0.weight"))}, r"model: layers\.0\.weight contains NaN or inf"),
         ({"model": nn.Linear(3, 3)}, r"model: is a linear layer itself; .*SmileLinear\.from_linears"),
         ({"finetuned": [{"other": ModuleDelta()}]}, r"finetuned\[0\]: changes other, which the base lacks"),
         (
@@ -480,7 +480,7 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
                     {"layers.0": ModuleDelta(LowRankDelta(torch.full((6, 1), math.inf), torch.ones(1, 8), 1.0))}
                 ]
             },
-            r"finetuned\[0\]: layers\.0\.lora_B holds NaN or inf",
+            r"finetuned\[0\]: layers\.0\.lora_B contains NaN or inf",
         ),
         (
             {"finetuned": [{"layers.0": ModuleDelta(LowRankDelta(torch.ones(5, 1), torch.ones(1, 8), 1.0))}]},
