@@ -222,7 +222,7 @@ def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> Tru
     delta = _difference(expert, weight)
     result = truncated_svd(delta, rank, rank_of_router=g, noise_floor=_rounding_noise(expert, delta))
     if result.certificate.directions < g and expert.dtype.itemsize == 2:
-        # A low-rank update merged in 16 bits leaves rounding noise. But if single steps are most of the difference, they
+        # A low-rank update merged in 16 bits leaves rounding noise. If single steps are most of the difference, they
         # are the only signal of the expert.
         held = _norm(delta @ result.vh.T) / max(_norm(delta), torch.finfo(delta.dtype).tiny)
         if held**2 < 0.5:
@@ -257,7 +257,7 @@ def _difference(expert: Tensor, shared: Tensor) -> Tensor:
 def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
     """Upper estimate of the spectral norm of the rounding noise of `expert`'s dtype in `delta` [O, D].
 
-    Rounding changes an entry w by at most eps |w| / 2, with standard deviation eps |w| / sqrt(12); an entry that changed
+    Rounding changes an entry w by at most eps |w| / 2, standard deviation eps |w| / sqrt(12); an entry that changed
     by one step or not at all counts as noise. The norm of a matrix of independent entries is about the largest norm of
     a row of standard deviations plus the largest of a column.
     """
