@@ -21,12 +21,13 @@ from .routing import (
     user_turn_ids,
     watch_routing,
 )
-from .upscaling import upscale, upscale_checkpoints, verify
+from .upscaling import add_expert, remove_expert, replace_expert, upscale, upscale_checkpoints, verify
 
 __all__ = [
     "RoutingPolicy",
     "SmileError",
     "SmileLinear",
+    "add_expert",
     "analysis",
     "backends",
     "calibrate",
@@ -36,6 +37,8 @@ __all__ = [
     "functional",
     "get_routing",
     "load_pretrained",
+    "remove_expert",
+    "replace_expert",
     "routing_override",
     "save_pretrained",
     "set_routing",

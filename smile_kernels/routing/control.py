@@ -21,6 +21,8 @@ from .tokens import Tokens
 __all__ = [
     "attached_roots",
     "check_routing",
+    "followed_policies",
+    "forget_caches",
     "get_routing",
     "refuse_override",
     "release_idle",
@@ -211,6 +213,20 @@ def release_idle(layers: Iterable[SmileLinear]) -> None:
         root = _root_routing(layer)
         if root is not None and root.is_idle:
             root.release(layer)
+
+
+def followed_policies(model: nn.Module) -> set[RoutingPolicy]:
+    """The policies that layers of `model` follow, but for layers that route by themselves."""
+    roots = (_root_routing(layer) for layer in routed_layers(model).values())
+    return {root.policy for root in roots if root is not None}
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Has KV caches that were filled before refused by policies that keep evidence beside them."""
+    roots = {_root_routing(layer) for layer in routed_layers(model).values()}
+    for root in roots:
+        if root is not None:
+            root.follow(root.policy)
 
 
 def refuse_override(model: nn.Module) -> None:

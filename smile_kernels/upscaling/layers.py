@@ -22,7 +22,7 @@ from .report import LayerReport
 
 # Where transformers cannot say what a matrix is, such a name means that it is looked up, not multiplied by.
 _LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?([^.]*_emb|emb|emb_[^.]*|embs?|wte|wpe|shared|relative_attention_bias)")
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def layers_of_checkpoint(
                 layers[name] = replace(layer, stored=stored or name, unfit=unfit)
         return layers
     model_type = read_config(folder).get("model_type")
-    if model_type in _CONV1D_MODELS:
+    if model_type in CONV1D_MODELS:
         raise SmileError(
             f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
         )

@@ -113,16 +113,19 @@ class UpscaleReport:
         """The report that `save` wrote; raises ValueError, naming the file, where it is none."""
         return parse(cls, read_json(Path(path)), str(path))
 
-    def warn(self, remaining: str) -> None:
-        """Warn of the large changes that are left out of the result, naming the largest and what takes them up."""
+    def warn(self, remaining: str, remedy: str | None = None) -> None:
+        """Warn of the large changes that are left out of the result, naming the largest and what takes them up.
+
+        That is `remedy`, or by default what the arguments of `upscale` can do.
+        """
         large = [lost for lost in self.lost if max(lost.sizes) >= LARGE]
         if large:
             worst = ", ".join(f"{lost.name} ({max(lost.sizes):.2g} of the base's; {lost.reason})" for lost in large[:3])
             more = f" and {len(large) - 3} more" if len(large) > 3 else ""
-            remedies = ["the patterns of `include` and `exclude` take up linear layers"]
-            if remaining != "average":
+            remedies = [remedy or "the patterns of `include` and `exclude` take up linear layers"]
+            if remaining != "average" and remedy is None:
                 remedies.append("remaining='average' (--remaining average) takes up other tensors, in the mean")
-            if any(lost.reason == NEW for lost in large):
+            if any(lost.reason == NEW for lost in large) and remedy is None:
                 remedies.append("a module that the base lacks is taken up by adding it to the base")
             warnings.warn(
                 f"changes by fine-tuning are left out of the result: {worst}{more}. {'; '.join(remedies).capitalize()}",

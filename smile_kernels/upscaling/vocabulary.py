@@ -62,16 +62,16 @@ class AddedTokens:
                 tensors[name] = done[id(tensor)]
 
 
-def which_expert(given: int | str, names: Sequence[str]) -> int:
-    """The number of the expert that `embeddings_from` names.
+def which_expert(given: int | str, names: Sequence[str], argument: str = "embeddings_from") -> int:
+    """The number of the expert that an argument names.
 
     Raises:
         ValueError: no such expert.
     """
     if not isinstance(given, str):
-        return check_integer("embeddings_from", given, 0, len(names) - 1, "the number of an expert")
+        return check_integer(argument, given, 0, len(names) - 1, "the number of an expert")
     if given not in names:
-        raise SmileError(f"embeddings_from: is {given!r}; expected one of the experts {', '.join(map(repr, names))}")
+        raise SmileError(f"{argument}: is {given!r}; expected one of the experts {', '.join(map(repr, names))}")
     return list(names).index(given)
 
 

@@ -235,9 +235,10 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
         ("LlamaForCausalLM", RoutingPolicy("causal", accumulate=True, calibrated=True, half_life=3), CHUNKS),
         ("LlamaForCausalLM", RoutingPolicy(accumulate=True, lock_after=1), {"model_impl": "transformers", **CHUNKS}),
         ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"tensor_parallel_size": 2, **CHUNKS}),
-        ("MistralForCausalLM", RoutingPolicy("causal", num_experts_per_tok=3), {"max_model_len": 256}),
+        ("MistralForCausalLM", RoutingPolicy("causal", num_experts_per_tok=3, top_p=0.7), {"max_model_len": 256}),
+        ("Qwen2ForCausalLM", RoutingPolicy(num_experts_per_tok=3, top_p=0.5), {"max_model_len": 256}),
     ],
-    ids=["preempted", "locked-tp2", "half-life", "transformers", "parts-tp2", "sliding-window"],
+    ids=["preempted", "locked-tp2", "half-life", "transformers", "parts-tp2", "sliding-window", "top_p"],
 )
 def test_routing_policies_with_sums(architecture, policy, options, served, tmp_path):
     case = served(architecture)
