@@ -35,11 +35,12 @@ from torch import Tensor, nn
 
 from .config import SmileConfig
 from .errors import SmileError, check_integer
+from .nn import is_conv1d
 from .publishing import write_text
 from .schema import check_arguments
 from .upscaling.decompose import in_threads
 from .upscaling.disk import Job
-from .upscaling.layers import Layer, is_conv1d, linear_layers, select_layers
+from .upscaling.layers import Layer, linear_layers, select_layers
 from .upscaling.report import kind_of
 from .upscaling.sources import local_folder
 

@@ -19,7 +19,7 @@ from .errors import SmileError
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
-from .nn import SmileLinear, all_or_nothing, replace_linear, smile_layers
+from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, smile_layers, why_not_linear
 from .publishing import MANIFEST, check_folder, output_folder, write_text
 from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
 from .schema import check_arguments, parse
@@ -361,12 +361,12 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             raise SmileError(
                 f"model: {type(model).__name__} has no layer {name!r}; expected the layers in the checkpoint's config"
             ) from None
-        if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Conv1D":
+        if unfit := why_not_linear(linear):
             raise SmileError(
-                f"model: {name!r} is a {type(linear).__name__} and the checkpoint has experts for it; expected a "
-                f"linear layer (if it is not one, upscale with exclude={[name]!r})"
+                f"model: {name!r} cannot hold the experts that the checkpoint has for it, since {unfit}; expected a "
+                f"linear layer (or upscale with exclude={[name]!r})"
             )
-        transposed = type(linear).__name__ == "Conv1D"
+        transposed = is_conv1d(linear)
         weight, bias = linear.weight.T if transposed else linear.weight, getattr(linear, "bias", None)
         layers[name] = entry.build(
             weight.shape[1],
@@ -388,7 +388,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             linear = model.get_submodule(name)
             layer = layer.to_empty(device=linear.weight.device)
             # The parameters of the linear layer themselves, so that tied weights stay tied.
-            transposed = type(linear).__name__ == "Conv1D"
+            transposed = is_conv1d(linear)
             layer.weight = nn.Parameter(linear.weight.T.contiguous()) if transposed else linear.weight
             layer.bias = getattr(linear, "bias", None)
             replace_linear(model, name, layer)

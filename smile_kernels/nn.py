@@ -1,5 +1,6 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -491,26 +492,48 @@ def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iter
         raise
 
 
-def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
-    """Replace the module `name` of a model by a SMILE layer, and disable PyTorch fast paths that bypass the experts.
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
-    These are the fast paths of nn.TransformerEncoder and nn.TransformerEncoderLayer in evaluation mode.
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why a module's output is not W x + b as that of nn.Linear or Conv1D; None where it is."""
+    kind = type(module)
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return f"a {kind.__name__} is no linear layer"
+    changed = "forward" in vars(module) or kind.__call__ is not nn.Module.__call__
+    if changed or not (is_conv1d(module) or kind.forward is nn.Linear.forward):
+        return f"the forward of {kind.__name__} is not that of nn.Linear"
+    return None
+
+
+def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
+    """Replace the module `name` of a model by a SMILE layer, in every place that holds it; its hooks are kept.
+
+    PyTorch's fast paths that bypass the experts, in nn.TransformerEncoder and nn.TransformerEncoderLayer in evaluation
+    mode, are disabled.
 
     Raises:
-        ValueError: the module is inside nn.MultiheadAttention, which never calls its projections. Nothing is changed.
+        ValueError: a place is inside nn.MultiheadAttention, which never calls its projections. Nothing is changed.
     """
-    parts = name.split(".")
-    ancestors = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    if isinstance(ancestors[-1], nn.MultiheadAttention):
+    module = model.get_submodule(name)
+    places = [place.split(".") for place, one in model.named_modules(remove_duplicate=False) if one is module]
+    ancestors = [[model.get_submodule(".".join(parts[:i])) for i in range(len(parts))] for parts in places]
+    if any(isinstance(above[-1], nn.MultiheadAttention) for above in ancestors):
         raise SmileError(
             f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it"
         )
-    for ancestor in ancestors:
+    for ancestor in itertools.chain.from_iterable(ancestors):
         if isinstance(ancestor, nn.TransformerEncoderLayer):
             ancestor.activation_relu_or_gelu = 0
         elif isinstance(ancestor, nn.TransformerEncoder):
             ancestor.use_nested_tensor = False
-    model.set_submodule(name, layer)
+    for attribute in vars(module):
+        if attribute.startswith(("_forward", "_backward", "_is_full_backward")) and attribute != "_forward_method":
+            vars(layer)[attribute] = vars(module)[attribute]
+    for parts in places:
+        model.set_submodule(".".join(parts), layer)
 
 
 @check_arguments

@@ -1,10 +1,12 @@
 """Models saved, loaded and described, and bad input refused by name."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from smile_kernels import SmileLinear
+from smile_kernels import SmileLinear, upscale
 from smile_kernels.checkpoint import describe, load_pretrained, save_pretrained
 from smile_kernels.storage import read_tensors, write_shard
 from tests.upscaling.checkpoints import stored
@@ -128,6 +130,43 @@ def test_load_errors_name_what_is_wrong(tmp_path):
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
         load_pretrained(tmp_path / "a", Block(smile=False))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shared(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.again = nn.Sequential(nn.ReLU(), self.layer)
+
+    def forward(self, x):
+        return self.again(self.layer(x))
+
+
+def test_experts_go_into_plain_linear_layers_wherever_a_model_holds_them(tmp_path):
+    base = Shared()
+    model, _ = upscale(base, [Shared(), Shared()], rank_of_expert=3, rank_of_router=2, progress=False)
+    save_pretrained(model, tmp_path / "a")
+    into, x = copy.deepcopy(base), torch.randn(5, 8)
+    seen = []
+    into.layer.register_forward_hook(lambda *_: seen.append(1))
+    loaded = load_pretrained(tmp_path / "a", into)
+    assert loaded.again[1] is loaded.layer
+    assert torch.equal(loaded(x), model(x))
+    assert len(seen) == 2
+    other = copy.deepcopy(base)
+    other.layer = Doubled(8, 8)
+    with pytest.raises(ValueError, match=r"'layer' cannot hold the experts .* the forward of Doubled is not that of nn\.Linear"):
+        load_pretrained(tmp_path / "a", other)
+    other.layer = nn.Bilinear(8, 8, 8)
+    with pytest.raises(ValueError, match=r"'layer' cannot hold the experts .* a Bilinear is no linear layer"):
+        load_pretrained(tmp_path / "a", other)
 
 
 def test_describe(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SmileError
-from ..nn import SmileLinear, replace_linear
+from ..nn import SmileLinear, is_conv1d, replace_linear
 from ..schema import check_arguments
 from ..svd import lora_svd
 from . import describe_as_smile
@@ -76,7 +76,7 @@ def _arrow(module: Any) -> Any:
 def _layer(name: str, module: Any, adapters: list[str]) -> SmileLinear:
     """The SMILE layer of one layer that Arrow routes."""
     arrow, linear = _arrow(module), module.base_layer
-    transposed = type(linear).__name__ == "Conv1D"
+    transposed = is_conv1d(linear)
     if not (isinstance(linear, nn.Linear) or transposed) or not linear.weight.is_floating_point():
         raise SmileError(f"model: {name} is a {type(linear).__name__}; expected a linear layer in floating point")
     weight: Tensor = linear.weight.T.contiguous() if transposed else linear.weight

@@ -19,7 +19,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -28,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig, stored_routing
 from ..errors import SmileError
 from ..guard import guard_weights
-from ..nn import smile_layers
+from ..nn import is_conv1d, replace_linear, smile_layers, why_not_linear
 from ..routing import set_routing
 from ..storage import read_safetensors
 from ..versions import expect, warn_if_newer
@@ -129,11 +128,11 @@ class SmileQuantizer(HfQuantizer):
                 continue  # a head that this class of model does without
             target = key.removesuffix(".weight")
             linear = model.get_submodule(target)
-            if not isinstance(linear, (nn.Linear, Conv1D)):
-                raise SmileError(f"modules[{name!r}]: is a {type(linear).__name__} here; expected a linear layer")
+            if unfit := why_not_linear(linear):
+                raise SmileError(f"modules[{name!r}]: cannot hold experts here, since {unfit}; expected a linear layer")
             rows, columns = tensors[key].shape
             layer = entry.build(
-                *((rows, columns) if isinstance(linear, Conv1D) else (columns, rows)),
+                *((rows, columns) if is_conv1d(linear) else (columns, rows)),
                 config.num_local_experts,
                 config.num_experts_per_tok,
                 bias=linear.bias is not None,
@@ -144,7 +143,7 @@ class SmileQuantizer(HfQuantizer):
             if entry.fan_in_fan_out:
                 layer.weight = nn.Parameter(layer.weight.T)
                 self._fan_in_fan_out.append(layer)
-            model.set_submodule(target, layer.train(linear.training))
+            replace_linear(model, target, layer.train(linear.training))
             self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
         known = {renamed(f"{name}.weight")[0] for name in config.modules}
         for file in kwargs.get("checkpoint_files") or ():

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..config import read_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
+from ..nn import is_conv1d, why_not_linear
 from ..storage import StoredTensor
 from ..svd import check_ranks
 from .reads import weight_readers
@@ -52,11 +53,6 @@ class Layer:
         return f"{self.name}.bias"
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear, and transformers' Conv1D, by its first name in the model.
 
@@ -76,7 +72,7 @@ def embedding_weights(model: nn.Module) -> set[str]:
     linear = linear_layers(model).values()
     layers, weights = {id(layer) for layer in linear}, {id(layer.weight) for layer in linear}
     return {
-        f"{name}.{parameter}"
+        f"{name}.{parameter}".removeprefix(".")
         for name, module in model.named_modules(remove_duplicate=False)
         if id(module) not in layers
         for parameter, p in module._parameters.items()
@@ -93,12 +89,10 @@ def layers_of_model(model: nn.Module) -> dict[str, Layer]:
     readers = weight_readers(model, linears)
     layers = {}
     for name, module in linears.items():
-        unfit = None
+        unfit = why_not_linear(module)
         if type(module.weight.data) is not Tensor:
             unfit = f"its weight is a {type(module.weight.data).__name__}"
-        elif "forward" in vars(module) or not (is_conv1d(module) or type(module).forward is nn.Linear.forward):
-            unfit = f"the forward of {type(module).__name__} is not that of nn.Linear"
-        elif name in readers:
+        elif unfit is None and name in readers:
             unfit = f"its weight is read by {readers[name]}, outside its own forward"
         layers[name] = Layer(name, is_conv1d(module), name, unfit)
     return layers

@@ -13,7 +13,7 @@ from ..errors import SmileError
 from ..guard import guard_weights
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
-from ..nn import SmileLinear, all_or_nothing, replace_linear
+from ..nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from ..schema import check_arguments
@@ -23,7 +23,6 @@ from .layers import (
     check_layers,
     embedding_weights,
     fused_experts,
-    is_conv1d,
     layers_of_model,
     linear_layers,
     select_layers,
@@ -153,7 +152,7 @@ def upscale(
             _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
         for name, linear in linear_layers(model).items():
             if name in factors:
-                _replace(model, linear, factors[name], names, g, num_experts_per_tok)
+                _replace(model, name, linear, factors[name], names, g, num_experts_per_tok)
         report = UpscaleReport(reports, lost, expert_names=names or (), router=router)
         if calibrate:
             report = replace(report, calibration=calibrate_model(model))
@@ -240,13 +239,14 @@ def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:
 
 def _replace(
     model: nn.Module,
+    name: str,
     linear: nn.Linear,
     factors: Mapping[str, Tensor | None],
     expert_names: tuple[str, ...] | None,
     rank_of_router: int,
     num_experts_per_tok: int,
 ) -> None:
-    """Puts a SmileLinear wherever the model holds `linear`."""
+    """Puts a SmileLinear in place of `linear`, the module `name` of the model."""
     weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
     own = factors.get("router")
     g = rank_of_router if own is None else own.shape[1]
@@ -257,11 +257,7 @@ def _replace(
     layer.bias = linear.bias
     if not is_conv1d(linear):
         layer.weight = cast(nn.Parameter, linear.weight)
-    for name in vars(linear):
-        if name.startswith(("_forward", "_backward", "_is_full_backward")) and name != "_forward_method":
-            vars(layer)[name] = vars(linear)[name]  # the hooks that others put on it
-    for place in [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]:
-        replace_linear(model, place, layer)
+    replace_linear(model, name, layer)
 
 
 def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterable[Any]:

@@ -23,10 +23,10 @@ from ..config import read_config, read_smile_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter
-from ..nn import SmileLinear, smile_layers
+from ..nn import SmileLinear, is_conv1d, smile_layers
 from ..schema import check_arguments, check_inputs
 from .inputs import example_inputs
-from .layers import Layer, is_conv1d, layers_of_checkpoint, layers_of_model, model_of_checkpoint
+from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport
 from .sources import AdapterSource, ExpertSource, StoredTensors, local_folder, open_source, read_plain
 

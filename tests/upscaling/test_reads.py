@@ -140,7 +140,7 @@ class Hidden(nn.Module):
         return self.other(self.read(x, self) if self.training or self.always else self.layer(x))
 
 
-REFUSED = r"layer: its weight is read by Hidden.*exclude=\['layer'\]"
+REFUSED = r"layer: its (weight|bias) is read by Hidden.*exclude=\['layer'\]"
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,15 @@ REFUSED = r"layer: its weight is read by Hidden.*exclude=\['layer'\]"
         "x @ next(model.layer.parameters())",
         "(lambda layer: x @ layer.weight)(model.layer)",
         "x @ dict(model.named_parameters())['layer.weight']",
+        "x @ model.state_dict()['layer.weight']",
+        "model.layer(x) + model.layer.bias",
     ],
 )
 def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
     base = Hidden(read)
-    model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
+    experts = [tuned(base, 1), tuned(base, 2)]
+    experts[0].layer.bias.data += 1
+    model, _ = sk.upscale(base, experts, **RANKS)
     x = torch.randn(2, 8)
     model.eval()(x)
     for _ in range(2):  # it is not let pass the second time
@@ -240,6 +244,29 @@ def test_torch_save_opens_again_as_smile_or_is_refused(way, tmp_path):
     assert sum(isinstance(module, sk.SmileLinear) for module in loaded.modules()) == 8
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(ids).logits, expert(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+class Rooted(nn.Module):
+    """Holds the weight of its layer as a parameter of its own, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+        self.own = self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) @ self.own
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+def test_a_parameter_of_the_model_itself_that_a_layer_is_tied_to_is_listed():
+    base = Rooted()
+    expert = tuned(base)
+    model, report = sk.upscale(base, [expert], **RANKS)
+    assert [lost.name for lost in report.lost] == ["own"]
+    model.own = nn.Parameter(expert.own.detach().clone())
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(model(x), expert(x), rtol=1e-4, atol=1e-5)
 
 
 class Lookup(nn.Module):
