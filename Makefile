@@ -80,7 +80,7 @@ release-check: wheels .venv-uv/ready
 	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bf]*.yml
 	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/python -m pytest tests/test_release.py
-	set -e; for version in 3.10 3.11 3.12 3.13; do \
+	set -e; export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); for version in 3.10 3.11 3.12 3.13; do \
 		.venv-uv/bin/uv venv --quiet --clear --no-python-downloads --seed --python $$version .venv-bare \
 			|| { echo "Python $$version: not here, not tried"; continue; }; \
 		for file in dist/*.whl dist/*.tar.gz; do \

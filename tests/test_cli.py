@@ -220,3 +220,20 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, folders):
 def test_help_lists_the_commands():
     text = run("--help")
     assert all(name in text for name in ("upscale", "verify", "chat", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("status", "arguments"),
+    [(0, ["--version"]), (1, ["inspect", "nowhere"]), (2, ["no-such-command"]), (2, ["bench", "--seconds", "long"])],
+    ids=["version", "user error", "unknown command", "wrong type"],
+)
+def test_the_exit_status_is_the_documented_one(status, arguments):
+    assert CliRunner().invoke(app, arguments).exit_code == status
+
+
+def test_ctrl_c_ends_a_command_with_status_130(monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smile_kernels.checkpoint.describe", interrupted)
+    assert CliRunner().invoke(app, ["inspect", "fused"]).exit_code == 130
