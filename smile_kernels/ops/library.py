@@ -1,15 +1,17 @@
 """The operators `smile_kernels::*`: schemas, kernels, autograd, and the choice of a backend.
 
-Nine operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
+Ten operators, each with the backend's name as its last argument, so that a compiled graph records which one it runs:
 
     route           x, router -> weights, ids                           the routing half
     apply           x, parameters, weights, ids -> y, h                 the expert half
     linear          both in one pass -> y, weights, ids, h
     delta           y, x, experts -> y + experts, weights, ids, h       onto a base product made by anyone
     delta_          the same in place -> weights, ids, h
+    evidence        x, router, a policy's state -> weights, ids, evidence, sums
     route_backward, apply_backward, linear_backward, delta_backward     their closed-form gradients
 
-A backend is a module with these as functions over 2-D x, but for `delta` and its backward, which follow from others.
+A backend is a module with these as functions over 2-D x, but for `delta` and its backward, which follow from others,
+and `evidence`, which the composition of routing/ stands in for.
 `h` [T, m, r] is what the backward needs of the forward (V^T x of the selected experts); it has no elements unless
 `save` is set, nor has a gradient that is not needed. `delta` routes where no weights and ids are given, and takes
 layers of several parts, whose shapes `functional.smile_linear` has; h is [T, P, m, r] then.
@@ -145,6 +147,14 @@ _route = _define(
     2,
     lambda x, router, m, backend: _implementation(backend).route(x, router, m),
     _any_backend(registration.fake_route),
+)
+_evidence = _define(
+    "evidence",
+    "Tensor x, Tensor router, Tensor? prior, Tensor? real, Tensor? factors, Tensor? before, Tensor? below, "
+    "int num_experts_per_tok, int rank_of_router, int sequences, int scope, bool accumulates",
+    4,
+    lambda *args: _implementation(args[-1]).evidence(*args[:-1]),
+    _any_backend(registration.fake_evidence),
 )
 _route_backward = _define(
     "route_backward",
@@ -346,31 +356,24 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
 def evidence(
     x, router, prior, real, factors, before, below, num_experts_per_tok, rank_of_router, sequences, scope, accumulates
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """One step of a routing policy by the extension's operator; None where it does not serve.
+    """One step of a routing policy by one operator of the backend; None where the backend has none.
 
     x [..., D] of B sequences of S tokens, router [N, rows, D], prior [N], real [B, S], factors [1 or B, 1 or S], before
     [B, N], below [B, R, N], scope 0 (token), 1 (causal) or 2 (sequence: R = 1, else R = S) -> weights, ids [B, R, m],
     evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
     """
-    d = x.shape[-1]
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_traceable_wrapper_subclass(x):
+    device = x.device
+    if torch.is_autocast_enabled(device.type) or is_traceable_wrapper_subclass(x):
         return None
-    if choose_backend(None, "cpu", x.dtype, router.shape[0], False) != "cpu":
+    backend = choose_backend(None, device.type, x.dtype, router.shape[0], False)
+    if backend not in ("triton", "cpu"):
         return None
-    return torch.ops.smile_kernels_ext.evidence.default(
-        x.reshape(-1, d),
-        router,
-        prior,
-        real,
-        factors,
-        before,
-        below,
-        num_experts_per_tok,
-        rank_of_router,
-        sequences,
-        scope,
-        accumulates,
-    )
+    state = (t if t is None else t.to(device) for t in (prior, real, factors, before, below))
+    options = num_experts_per_tok, rank_of_router, sequences, scope, accumulates
+    arguments = x.reshape(-1, x.shape[-1]), router, *state, *options
+    if backend == "cpu":
+        return torch.ops.smile_kernels_ext.evidence.default(*arguments)
+    return _evidence(*arguments, backend)
 
 
 def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:

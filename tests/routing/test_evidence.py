@@ -76,14 +76,17 @@ CASES = {  # batch, tokens, D, N, g, m: one token, primes, more tokens than a pa
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scope", [TOKEN, CAUSAL, SEQUENCE])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_step_follows_the_equations(case, scope, dtype):
+STEPS = [
+    pytest.mark.parametrize("scope", [TOKEN, CAUSAL, SEQUENCE]),
+    pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys()),
+]
+
+
+def check_step(case, scope, dtype, device="cpu"):
     batch, length, d, n, g, m = case
     real_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for given in (False, True):
-        p = Problem.random(batch * length, d, 8, n, 1, g, dtype=dtype, seed=torch.seed() % 2**31)
+        p = Problem.random(batch * length, d, 8, n, 1, g, dtype=dtype, seed=int(torch.randint(2**31, ())))
         x = p.x.view(batch, length, d)
         x[0, 0] = 0  # no vote
         if n > 2:
@@ -97,14 +100,15 @@ def test_a_step_follows_the_equations(case, scope, dtype):
             real = torch.rand(batch, length) > 0.3
             factors = torch.rand(batch if length > 1 else 1, length)
         options = (prior, real, factors, before, below)
-        got = library.evidence(x, p.vh, *options, m, g, batch, scope, given)
+        there = [t if t is None else t.to(device) for t in options]
+        got = library.evidence(x.to(device), p.vh.to(device), *there, m, g, batch, scope, given)
+        got = [t.cpu() for t in got]
         assert all(t.dtype == real_dtype for t in (got[0], *got[2:]))
         inputs = x, p.vh[:, :g], real, factors, before, scope
         want = sums_of(*inputs)
         assert_close("sums", got[3], want, (composed_sums(*inputs) - want).abs().max())
-        want = evidence_of(
-            got[3], prior, below, given
-        )  # of its own sums: a small share's logarithm shows every rounding
+        # Of its own sums: a small share's logarithm shows every rounding.
+        want = evidence_of(got[3], prior, below, given)
         plain = log_evidence(got[3], given, prior)
         plain = plain if below is None else (plain + below) - (plain + below).amax(-1, keepdim=True)
         assert_close("evidence", got[2], want, (plain - want).abs().max())
@@ -112,6 +116,13 @@ def test_a_step_follows_the_equations(case, scope, dtype):
         best, ids = got[2].sort(dim=-1, descending=True, stable=True)
         assert torch.equal(got[1].long(), ids[..., :m])
         torch.testing.assert_close(got[0], best[..., :m].softmax(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@STEPS[0]
+@STEPS[1]
+def test_a_step_follows_the_equations(case, scope, dtype):
+    check_step(case, scope, dtype)
 
 
 def test_energies_that_overflow_or_are_no_number():

@@ -3,7 +3,6 @@
 import datetime
 import gzip
 import json
-import random
 import shutil
 import zipfile
 from collections import Counter
@@ -41,7 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def base_folder(tokenizer, tmp_path_factory):
-    torch.manual_seed(random.randrange(2**31))
+    torch.manual_seed(0)  # a fixture of the module has no test's seed
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -126,18 +125,18 @@ class TestModel:
 
     @pytest.mark.parametrize("full", [False, True])
     def test_a_fine_tune_learns_and_is_read_again(self, base_folder, tokenizer, tmp_path, full):
-        rows = [("1", "7")] * 160
+        rows = [("1", "7")] * 320
         recipe = model.Recipe(learning_rate=2e-2, full_learning_rate=5e-3, rank=4)
         steps: list[tuple[int, int]] = []
         arguments = (base_folder, tmp_path, TASKS[0], rows, recipe, 0, lambda *at: steps.append(at))
         folder = model.finetuned_folder(*arguments, full=full)
-        assert steps == [(i, 20) for i in range(20)]
+        assert steps == [(i, 40) for i in range(40)]
         tuned = methods.load(folder) if full else PeftModel.from_pretrained(methods.load(base_folder), folder)
         inner = tuned if full else tuned.base_model.model
         batch = model.examples(tokenizer, TASKS[0], rows[:1])
         assert model.answer_loss(inner, batch) < 0.96 * model.answer_loss(methods.load(base_folder), batch)
         assert model.finetuned_folder(*arguments, full=full) == folder
-        assert len(steps) == 20
+        assert len(steps) == 40
         before = methods.load(base_folder).state_dict()
         after = {n.replace(".base_layer", ""): t for n, t in inner.state_dict().items() if "lora" not in n}
         changed = {name for name in before if not torch.equal(after[name], before[name])}

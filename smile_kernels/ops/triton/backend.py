@@ -17,6 +17,7 @@ from .. import registration
 from ..reference import router_rows
 from . import backward, configs, decode, grouped
 from .common import INTERPRETED
+from .evidence import evidence as _evidence
 from .expand import expand
 from .route import empty_routing, scale
 from .route import route as _route
@@ -69,6 +70,15 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, 
         router = router.contiguous()
     with torch.cuda.device_of(x):
         return _route(configs.device_of(x.device), _rows(x), router, num_experts_per_tok)
+
+
+def evidence(x, router, prior, real, factors, before, below, m, rank_of_router, sequences, scope, accumulates):
+    """One step of a routing policy -> weights, ids [B, R, m], evidence, sums [B, R, N]."""
+    with torch.cuda.device_of(x):
+        return _evidence(
+            configs.device_of(x.device), _rows(x), router[:, :rank_of_router], prior, real, factors, before, below,
+            m, sequences, scope, accumulates,
+        )  # fmt: skip
 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):

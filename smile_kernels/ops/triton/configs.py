@@ -271,6 +271,14 @@ def route_blocks(n: int, m: int, width: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_K": block_k}
 
 
+def evidence_blocks(length: int, n: int, m: int, g: int) -> dict[str, int]:
+    """Block sizes of a routing step over sequences of `length` tokens: up to 1024 shares, 32 products a thread."""
+    block_n = next_power_of_2(n)
+    block_t = min(64, next_power_of_2(max(length, 1)), max(1, 1024 // block_n))
+    block_k = min(next_power_of_2(g), max(1, 4096 // (block_t * block_n)))
+    return {"BLOCK_N": block_n, "BLOCK_M": next_power_of_2(m), "BLOCK_T": block_t, "BLOCK_K": block_k}
+
+
 def rank_block(r: int, dtype: torch.dtype) -> int:
     """How much of an expert's rank one product of a tail takes: up to 128 bytes."""
     return min(128 // dtype.itemsize, max(16, next_power_of_2(r)))

@@ -12,6 +12,7 @@ of running it.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -188,6 +189,14 @@ class Layer:
         with taking("route_first", apply):
             backend.apply(self.empty(tokens, self.d), *self.parameters, *self.routing(tokens), save)
 
+    def evidence(self, length: int, scope: int) -> None:
+        """A routing step over 4 sequences, with all that it can take."""
+        real, rows = torch.float32, 1 if scope == 2 else length
+        state = (self.empty(self.n, dtype=real), self.empty(4, length, dtype=torch.bool))
+        state += tuple(self.empty(*shape, dtype=real) for shape in ((4, length), (4, self.n), (4, rows, self.n)))
+        x = self.empty(4 * length, self.d)
+        backend.evidence(x, self.parameters[2], *state, self.m, self.g, 4, scope, True)
+
     def backward(self, tokens: int, apply: str = "delta") -> None:
         x, dy = self.empty(tokens, self.d), self.empty(tokens, self.o)
         weight, _, vh, s, u, expert_bias = self.parameters
@@ -231,6 +240,8 @@ def recorded(name: str) -> dict[str, dict]:
             layer.linear(2048, apply="tma" if TMA else "fused", save=True)
             layer.linear(2048, apply="delta")
             layer.apply(16)
+            layer.evidence(1, 1)
+            layer.evidence(512, 2)
             Layer(64, 64, 8).linear(2048, "route_first", "grouped")
             Layer(8, 32, 16, 2).backward(2048)
             Layer(64, 64, 8).backward(2048, "grouped")
@@ -274,7 +285,11 @@ def every(name: str) -> dict[str, dict]:
                             layer.backward(2048)
     finally:
         configs.tile = tile
-    return found
+    with compiling(name) as steps:
+        for length, scope in itertools.product((1, 512), (0, 1, 2)):
+            Layer(8, 32, 16, 2).evidence(length, scope)
+            Layer(3, 512, 8).evidence(length, scope)
+    return found | steps
 
 
 def extreme(name: str) -> dict[str, dict]:
@@ -285,6 +300,8 @@ def extreme(name: str) -> dict[str, dict]:
                 x = layer.empty(tokens, layer.d)
                 backend.linear(x, *layer.parameters, None, layer.m, layer.g, True)
                 layer.backward(tokens)
+                for scope in (0, 1, 2):
+                    layer.evidence(tokens, scope)
     return found
 
 

@@ -21,10 +21,14 @@ def _poisoned_memory(monkeypatch):
 
     def poisoned(*args, **kwargs):
         t = empty(*args, **kwargs)
+        if t.dtype == torch.bool:
+            return t.fill_(True)
         return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).min)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda t, **kwargs: poisoned(t.shape, dtype=t.dtype, device=t.device))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **kwargs: poisoned(t.shape, **{"dtype": t.dtype, "device": t.device} | kwargs)
+    )
 
 
 @pytest.fixture
