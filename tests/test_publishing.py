@@ -135,7 +135,7 @@ def test_force_refuses_a_folder_without_a_manifest(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("the user's")
-    with pytest.raises(FileExistsError, match=r"holds model\.safetensors, which smile-kernels did not write"):
+    with pytest.raises(FileExistsError, match=r"contains model\.safetensors, which smile-kernels did not write"):
         write_output(out, SETTINGS, force=True)
 
 
@@ -144,7 +144,7 @@ def test_a_user_s_folders_of_our_names_are_kept(tmp_path):
     for name in (".out.old", ".out.old-1", "out.partial"):
         (tmp_path / name / "layers").mkdir(parents=True)
         (tmp_path / name / "layers" / "notes.txt").write_text("the user's")
-    with pytest.raises(FileExistsError, match=r"out\.partial: holds layers, which was not created by smile-kernels"):
+    with pytest.raises(FileExistsError, match=r"out\.partial: contains layers, which was not created by smile-kernels"):
         write_output(out, SETTINGS, force=True)
     (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
     write_output(out, SETTINGS)

@@ -215,7 +215,7 @@ def test_a_folder_in_the_way_of_the_work(tmp_path, folders):
     mine = tmp_path / "out.partial" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"out\.partial: holds notes\.txt"):
+    with pytest.raises(FileExistsError, match=r"out\.partial: contains notes\.txt"):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, force=True)
     assert mine.read_text() == "mine"
 
@@ -269,7 +269,7 @@ def test_inputs_and_foreign_files_are_never_replaced(tmp_path, folders):
         (tmp_path / "out" / "notes.txt").write_text("mine")
 
     for force in (False, True):
-        with pytest.raises(FileExistsError, match=r"cannot be written|holds notes"):
+        with pytest.raises(FileExistsError, match=r"cannot be written|contains notes"):
             upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, force=force, progress=late)
         assert [f.name for f in (tmp_path / "out").iterdir()] == ["notes.txt"]
     assert [contents(folder) for folder in folders] == before
