@@ -643,7 +643,7 @@ def _show_machine(console: Console) -> None:
         versions.add_row(package, installed(package) or "not installed", tested(package) + newer)
     console.print(versions, "")
 
-    devices = Table("device", "what it is", box=None, pad_edge=False, title="devices", title_justify="left")
+    devices = Table("device", "description", box=None, pad_edge=False, title="devices", title_justify="left")
     devices.add_row("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -771,11 +771,8 @@ def _show(description: dict[str, Any], console: Console, every: bool) -> None:
         name = layer["name"] if every else kind_of(layer["name"])
         shape = f"{layer['out_features']}x{layer['in_features']}" if layer["out_features"] else "?"
         kinds.setdefault((name, shape), []).append(layer)
-    longest = max((len(name) for name, _ in kinds), default=0)
-    first = Column("layer", no_wrap=True, min_width=longest)
-    table = Table(
-        first, Column("shape", no_wrap=True), "r", "g", "experts", "change", "energy", box=None, pad_edge=False
-    )
+    columns = [Column(name, no_wrap=True) for name in ("shape", "r", "g", "experts", "change", "energy")]
+    table = Table(Column("layer", overflow="fold"), *columns, box=None, pad_edge=False)
     if not every:
         table.add_column("layers", justify="right")
     for (name, shape), layers in kinds.items():
@@ -795,7 +792,7 @@ def _show(description: dict[str, Any], console: Console, every: bool) -> None:
 
 def _span(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"{low}-{high}"
 
 
 def _bytes(count: float) -> str:

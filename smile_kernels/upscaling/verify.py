@@ -8,7 +8,7 @@ import copy
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter
 from ..nn import SmileLinear, is_conv1d, smile_layers
+from ..routing import RoutingPolicy
+from ..routing.state import LayerPolicy
 from ..schema import check_arguments, check_inputs
 from .inputs import example_inputs
 from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
@@ -137,7 +139,7 @@ def verify(
     verdicts = []
     for i, (expert, record) in enumerate(zip(experts, records)):
         progress(count + i, 2 * count)
-        with _evaluating(fused), _forced(layers, i):
+        with _evaluating(fused), _unrouted(layers.values()), _forced(layers, i):
             verdict, module, errors = _compare(fused, i, record, expert.weight, certified, seed)
             error = _relative(_run(fused, record.inputs, seed), record.output)
         far = None if plain is None else _relative(plain, record.output)
@@ -448,6 +450,20 @@ def _forced(layers: Mapping[str, SmileLinear], expert: int) -> Iterator[None]:
 
     with _removing([layer.register_forward_pre_hook(force, with_kwargs=True) for layer in layers.values()]):
         yield
+
+
+@contextmanager
+def _unrouted(layers: Iterable[SmileLinear]) -> Iterator[None]:
+    """No routing policy: forced experts need none, and scope "prompt" would run layers that are replaced here."""
+    roots = {policy.root for layer in layers if isinstance(policy := layer.router_policy, LayerPolicy)}
+    plans = [(root, root.plan) for root in roots]
+    try:
+        for root in roots:
+            root.follow(RoutingPolicy())
+        yield
+    finally:
+        for root, plan in plans:
+            root.plan = plan
 
 
 @contextmanager

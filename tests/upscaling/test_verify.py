@@ -59,6 +59,16 @@ def test_what_is_lost_is_found(part):
     assert f"{verdict.module}.weight" == report.lost[0].name
 
 
+@pytest.mark.parametrize("scope", ["causal", "sequence", "prompt"])
+def test_a_routing_policy_stays_and_changes_no_verdict(scope):
+    base = build()
+    experts = [tuned(base, 1), tuned(base, 2)]
+    model, _ = sk.upscale(base, experts, rank_of_expert=-1, **RANKS)
+    sk.set_routing(model, policy := sk.RoutingPolicy(scope, accumulate=True))
+    assert [verdict.verdict for verdict in sk.verify(model, base, experts)] == ["exact"] * 2
+    assert sk.get_routing(model) == policy
+
+
 def test_from_the_command_line(tmp_path):
     base = build()
     models = [base, tuned(base, 1), tuned(base, 2)]
