@@ -84,7 +84,8 @@ release-check: wheels .venv-uv/ready
 		.venv-uv/bin/uv venv --quiet --clear --no-python-downloads --seed --python $$version .venv-bare \
 			|| { echo "Python $$version: not here, not tried"; continue; }; \
 		for file in dist/*.whl dist/*.tar.gz; do \
-			.venv-bare/bin/python -m pip install --quiet --force-reinstall $(CONSTRAINTS) $(TORCH) "$$file"; \
+			.venv-bare/bin/python -m pip uninstall --quiet --yes smile-kernels; \
+			.venv-bare/bin/python -m pip install --quiet $(CONSTRAINTS) $(TORCH) "$$file"; \
 			(cd / && env PATH=/nonexistent $(CURDIR)/.venv-bare/bin/python $(CURDIR)/tests/ops/extension/wheel_smoke.py "$$file"); \
 			.venv-bare/bin/smile-kernels --version; \
 		done; \
