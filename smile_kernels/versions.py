@@ -9,8 +9,8 @@ from packaging.version import Version
 
 # Distribution -> the oldest and the newest version with which the tests passed; records are in docs/compatibility.md.
 TESTED = {
-    "torch": ("2.7", "2.15.0"),
-    "triton": ("3.3", "3.9.0"),
+    "torch": ("2.10", "2.15.0"),
+    "triton": ("3.6", "3.9.0"),
     "transformers": ("5.18", "5.24.0"),
     "peft": ("0.21", "0.21.2"),
     "torchao": ("0.16", "0.18.0"),

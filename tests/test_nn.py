@@ -249,7 +249,7 @@ def test_what_cannot_be_merged_is_named():
         ([], "layers: contain no SmileLinear"),
         ([torch.nn.Linear(23, 4)], "layers: contain no SmileLinear"),
         ([layer, Own(23, 8, 4, 2, 3, 2)], "layers: number 1 is a Own; expected SmileLinear or nn.Linear"),
-        ([merge([layer])], "layers: number 0 is merged itself"),
+        ([merge([layer])], "layers: number 0 is a merged layer"),
         ([layer, with_hook], "layers: number 1 has hooks"),
         ([layer, other(in_features=22)], "layers: differ in in_features, 23 and 22"),
         ([layer, other(num_local_experts=3)], "layers: differ in num_local_experts, 4 and 3"),

@@ -168,7 +168,7 @@ def refused(model: nn.Module, message: str, call) -> None:
     ("call", "message"),
     [
         (lambda model, new: sk.add_expert(model, new), r"name: is not given; expected a name, as 'a' is another"),
-        (lambda model, new: sk.add_expert(model, new, name="a"), "'a' stands there twice"),
+        (lambda model, new: sk.add_expert(model, new, name="a"), "'a' is given twice"),
         (lambda model, new: sk.add_expert(model, Net(32), name="c"), r"tensor 'up.weight' has shape \[32, 16\]"),
         (lambda model, new: sk.add_expert(model, new.double(), name="c"), "is torch.float64; expected the base's"),
         (lambda model, new: sk.add_expert(model, model, name="c"), "expert: up is a SmileLinear; expected"),
@@ -177,7 +177,7 @@ def refused(model: nn.Module, message: str, call) -> None:
             "expert: .* is a NoneType; expected a linear",
         ),
         (lambda model, new: sk.replace_expert(model, "d", new), "old: is 'd'; expected one of the experts 'a', 'b'"),
-        (lambda model, new: sk.replace_expert(model, 0, new, name="b"), "'b' stands there twice"),
+        (lambda model, new: sk.replace_expert(model, 0, new, name="b"), "'b' is given twice"),
         (lambda model, new: sk.remove_expert(model, 2), "old: is 2; expected 0 to 1"),
     ],
     ids=["no-name", "taken", "shape", "dtype", "smile", "kind", "unknown", "renamed", "number"],
