@@ -35,7 +35,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from smile_kernels import RoutingPolicy, SmileLinear, get_routing, routing_override
+from smile_kernels import RoutingPolicy, SmileLinear, get_routing, remove_expert, replace_expert, routing_override
 from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.vllm import kv_sums, requests, routing
@@ -246,6 +246,80 @@ def test_routing_policies_with_sums(architecture, policy, options, served, tmp_p
     want = [greedy(model, prompt) for prompt in LONG]
     assert want != [greedy(case.model, prompt) for prompt in LONG]
     assert in_vllm(tmp_path, prompts=LONG, **options) == [want]
+
+
+def reloaded(folder: Path, changed: Path, broken: list[Path], options: dict) -> tuple[list, list[str]]:
+    """Greedy tokens before, after each folder that does not fit, after `changed`, and after `folder` again."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
+
+    extension = "smile_kernels.integrations.vllm.worker.SmileWorker"
+    engine = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        worker_extension_cls=extension,
+        **options,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+
+    def tokens() -> list[list[int]]:
+        engine.reset_prefix_cache()
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in LONG], sampling)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    answers, errors = [tokens()], []
+    for one in broken:
+        with pytest.raises(Exception, match="expected") as error:
+            engine.collective_rpc("reload_experts", args=(str(one),))
+        errors.append(str(error.value))
+        answers.append(tokens())
+    engine.collective_rpc("reload_experts", args=(str(changed),))
+    answers.append(tokens())
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})  # vLLM's own
+    answers.append(tokens())
+    return answers, errors
+
+
+@pytest.mark.parametrize(
+    ("architecture", "policy", "options"),
+    [
+        ("LlamaForCausalLM", RoutingPolicy(), {}),
+        ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"enforce_eager": True, **CHUNKS}),
+    ],
+    ids=["compiled", "parts-causal"],
+)
+def test_experts_are_replaced_while_serving(architecture, policy, options, served, tmp_path):
+    case = served(architecture)
+    model = with_routing(case.folder, tmp_path / "a", policy)
+    changed, less, cut = tmp_path / "changed", tmp_path / "less", tmp_path / "cut"
+    want = [greedy(model, prompt) for prompt in LONG]
+    if "Qwen2" in architecture:  # whose router of its own no new expert can have
+        other = type(model).from_pretrained(tmp_path / "a")
+        for layer in smile_layers(other).values():
+            for name in ("vh", "u", "router"):
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).data = getattr(layer, name).data.flip(0)
+            layer.s.data *= 2
+    else:
+        other = type(model).from_pretrained(tmp_path / "a")
+        replace_expert(other, "m2", fine_tuned(build(architecture), 9))
+    other.save_pretrained(changed)
+    after = [greedy(other, prompt) for prompt in LONG]
+    assert after != want
+    remove_expert(other, "m1")
+    other.save_pretrained(less)
+    shutil.copytree(changed, cut)
+    tensors = load_file(cut / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("up_proj.u"))
+    save_file({name: t for name, t in tensors.items() if name != gone}, cut / "model.safetensors", {"format": "pt"})
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        job = pool.submit(reloaded, tmp_path / "a", changed, [less, cut], options)
+        answers, errors = job.result()
+    assert answers == [want, want, want, after, want]
+    assert "less: num_local_experts is 2; expected 3" in errors[0]
+    assert f"cut: tensor {gone} is missing" in errors[1]
 
 
 def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple[list, list, str]:

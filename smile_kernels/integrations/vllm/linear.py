@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, Unq
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig, check_tensors
+from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig, check_tensors, read_smile_config
 from ...errors import SmileError
 from ...functional import select_experts, smile_linear
 from ...ops import library
@@ -79,6 +79,32 @@ class SmileQuantizationConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
+    def check_reload(self, folder: str) -> None:
+        """Raises SmileError unless the checkpoint in a folder has the layers and experts of the one being served."""
+        config = read_smile_config(folder)
+        for name in ("num_local_experts", "num_experts_per_tok", "expert_names", "routing"):
+            theirs, ours = getattr(config, name), getattr(self.config, name)
+            if theirs != ours:
+                raise SmileError(
+                    f"{folder}: {name} is {theirs}; expected {ours}, as the engine was started with: another takes a "
+                    "restart"
+                )
+        for name in config.modules.keys() | self.config.modules.keys():
+            theirs, ours = config.modules.get(name), self.config.modules.get(name)
+            if theirs != ours:
+                raise SmileError(
+                    f"{folder}: layer {name} is {theirs}; expected {ours}, as the engine was started with: another "
+                    "takes a restart"
+                )
+        stored = [tensor for file in sorted(Path(folder).glob("*.safetensors")) for tensor in read_safetensors(file)]
+        check_tensors(config, stored)
+        names = {tensor.name for tensor in stored}
+        for name, entry in config.modules.items():
+            optional = ("expert_bias", "router", "router_prior")
+            for factor in ("weight", "vh", "s", "u", *(one for one in optional if getattr(entry, one))):
+                if f"{name}.{factor}" not in names:
+                    raise SmileError(f"{folder}: tensor {name}.{factor} is missing; expected all of the layer's")
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         parent, _, leaf = prefix.rpartition(".")
         names = [prefix]
@@ -113,6 +139,8 @@ class SmileLinearMethod(UnquantizedLinearMethod):
     ):
         super().__init__()
         self.top_p = top_p
+        self.loaded: set[tuple[str, int]] = set()  # tensors read since the layer was last complete, by part
+        self.complete = False
         self.requests = requests
         self.names, self.parts = list(parts), list(parts.values())
         self.merged = len(parts) > 1
@@ -133,6 +161,17 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         **extra_weight_attrs,
     ) -> None:
         load = extra_weight_attrs.pop("weight_loader")
+        p = len(self.parts)
+
+        def loader(name: str, place: Callable[..., None]) -> Callable[..., None]:
+            # Where vLLM loads weights anew it asks for a loader's name, and for an argument `param`.
+            def load_tensor(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
+                if not param.is_meta:  # on which vLLM counts first what is loaded
+                    self.loaded.add((name, _index(p, *shard)))
+                place(param, loaded_weight, *shard)
+
+            return load_tensor
+
         super().create_weights(
             layer,
             input_size_per_partition,
@@ -140,10 +179,10 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             input_size,
             output_size,
             params_dtype,
-            weight_loader=functools.partial(self._load_weight, load),
+            weight_loader=loader("weight", functools.partial(self._load_weight, load)),
             **extra_weight_attrs,
         )
-        d, o, p = input_size_per_partition, sum(output_partition_sizes), len(self.parts)
+        d, o = input_size_per_partition, sum(output_partition_sizes)
         self.rows = [o] if p == 1 else output_partition_sizes
         if self.requests is not None:
             self.requests = self.requests.attach(layer, self.names[0])
@@ -152,10 +191,10 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             self.first = self.routing.add([self.names[i] for i in self.present])
         k = max(self.r, *(part.rank_of_router for part in present if not part.router), 0)
 
-        def register(name: str, shape: tuple[int, ...], loader: Callable, dtype=params_dtype, **attributes) -> None:
+        def register(name: str, shape: tuple[int, ...], place: Callable, dtype=params_dtype, **attributes) -> None:
             # NaN marks what the checkpoint did not give: vLLM itself does not notice a tensor that is missing.
             parameter = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False)
-            set_weight_attrs(parameter, {"weight_loader": loader, **attributes})
+            set_weight_attrs(parameter, {"weight_loader": loader(name, place), **attributes})
             layer.register_parameter(name, parameter)
 
         layer.weight.data.fill_(torch.nan)
@@ -210,10 +249,11 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                     piece, stored = t[i], own
                 if not stored:
                     piece.zero_()
-                elif piece.isnan().any():
+                elif piece.isnan().any() or (self.complete and (name, i) not in self.loaded):
                     missing.append(f"{self.names[i]}.{name}")
         if missing:
             raise SmileError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
+        self.loaded, self.complete = set(), True
         self._find_router(layer)
 
     def _find_router(self, layer: LinearBase) -> None:
@@ -233,7 +273,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             scored = scored[: self.routing.count(self.first, len(scored))]
         if scored and not self._routes_itself(layer):
             scored_rows = self._rows(layer, scored)
-        layer.register_buffer("scored_rows", scored_rows, persistent=False)
+        layer.register_buffer("scored_rows", scored_rows)  # persistent: only so does vLLM copy it when it loads anew
 
     def _rows(self, layer: LinearBase, parts: list[int]) -> Tensor:
         """The router's rows of some parts in float32, [parts x N x g, D]."""
