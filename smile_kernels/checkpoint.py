@@ -113,6 +113,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     stored, config = read_tensors(folder), read_config(folder)
     if "quantization_config" in config:
         smile = read_smile_config(folder)
+        smile.refuse_quantized_base(str(folder))
         if model is None and smile.base_model_name_or_path is None:
             return _from_pretrained(transformers_class(config), folder, from_pretrained)
         tensors = {name: tensor.load() for name, tensor in stored.items()}

@@ -100,6 +100,7 @@ class SmileConfig:
         base_model_name_or_path: path of the base for a checkpoint with only the experts, else None.
         routing: the policy that the loaded model uses; num_experts_per_tok is the one above.
         expert_names: N different names of the experts (see `routing_override`), or None.
+        base: the base's own `quantization_config`, where its layers are stored quantised.
 
     Raises:
         ValueError: a missing or unknown key, or a value out of range; the message names it.
@@ -113,6 +114,7 @@ class SmileConfig:
     base_model_name_or_path: str | None = None
     routing: RoutingPolicy = field(default=RoutingPolicy())
     expert_names: tuple[str, ...] | None = None
+    base: dict[str, Any] | None = None
 
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
@@ -142,10 +144,18 @@ class SmileConfig:
         config = {"quant_method": QUANT_METHOD, **asdict(self)}
         if self.routing.is_published:
             del config["routing"]
-        for name in ("base_model_name_or_path", "expert_names"):
+        for name in ("base_model_name_or_path", "expert_names", "base"):
             if config[name] is None:
                 del config[name]
         return config
+
+    def refuse_quantized_base(self, where: str) -> None:
+        """Raises ValueError where the base is stored quantised: what builds SmileLinear needs its plain weights."""
+        if self.base is not None:
+            raise SmileError(
+                f"{where}: its base is stored as {self.base.get('quant_method')!r}, which vLLM serves; expected a base "
+                "of plain weights (in memory, split_base and torchao quantise it)"
+            )
 
     @classmethod
     def from_layers(cls, layers: Mapping[str, SmileLinear]) -> "SmileConfig":

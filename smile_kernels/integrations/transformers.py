@@ -115,6 +115,7 @@ class SmileQuantizer(HfQuantizer):
                 "load the model whole and use smile_kernels.integrations.distributed"
             )
         config = SmileConfig.from_dict(self.quantization_config.to_dict())
+        config.refuse_quantized_base("checkpoint")
         renamed, tensors = checkpoint_renaming(model, self), model.state_dict()
         self._layers, self._fan_in_fan_out = {}, []
         for name, entry in config.modules.items():

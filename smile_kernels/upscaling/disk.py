@@ -51,6 +51,7 @@ from .layers import (
     model_of_checkpoint,
     select_layers,
 )
+from .quantized import check_experts, open_base, quantization_of
 from .remainder import (
     average,
     check_changed,
@@ -70,7 +71,6 @@ from .sources import (
     check_request,
     local_folder,
     open_source,
-    read_plain,
 )
 from .vocabulary import AddedTokens, find_added_tokens, grow_source, which_expert, with_tokens
 
@@ -100,13 +100,17 @@ class Job:
         self.router = router
         self.base, self.experts = Path(base), [Path(folder) for folder in experts]
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
-        self.stored = read_plain("base", base)
         base_config = read_config(base)
         for i, folder in enumerate(experts):
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
                 raise SmileError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
+        quantization = quantization_of(self.base)
+        self.config = replace(config, base=quantization)
+        if quantization is not None:
+            _check_quantized(remaining, dtype, embeddings_from)
         names = ModelNames(model_of_checkpoint(self.base))
+        self.stored, self.packed = open_base(self.base, names)
         self.by_name, self.origins = names.map(self.stored)
         names.check_complete(self.base, self.by_name)
         self.tensors = StoredTensors(self.by_name)
@@ -119,6 +123,8 @@ class Job:
         self.sources: list[ExpertSource] = [
             open_source(f"experts[{i}]", folder, self.tensors, self.every, names) for i, folder in enumerate(experts)
         ]
+        for source in self.sources if self.packed else ():
+            check_experts(source, self.packed)
         self.embeddings_from = embeddings_from
         self.added = None if embeddings_from is None else self._added_tokens(embeddings_from, names.model)
         for source in self.sources:
@@ -147,7 +153,14 @@ class Job:
     @functools.cached_property
     def taken(self) -> list[Layer]:
         """The layers that take the weight of the only expert."""
-        return layers_to_take(self.unfit, self.tensors, self.by_name, self.sources)
+        plain = [layer for layer in self.unfit if f"{layer.stored}.weight" not in self.packed]
+        return layers_to_take(plain, self.tensors, self.by_name, self.sources)
+
+    def _stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        """The base's tensors as they lie on disk, by name or by that of the weight they are."""
+        for key, tensor in self.stored.items():
+            for one in self.packed.get(key, [tensor]):
+                yield key, one
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on; a run goes on only where this is the same. Files count by size and time."""
@@ -171,7 +184,7 @@ class Job:
         wholes = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
         average = self.remaining == "average"
         needed = {name for layer in self.layers for name in (layer.weight, layer.bias)}
-        tensors = [*self.stored.values()]
+        tensors = [tensor for _, tensor in self._stored()]
         tensors += [t for whole in wholes for name, t in whole.items() if average or name in needed]
         for i, tensor in enumerate(tensors[part]):
             tensor.load()
@@ -186,7 +199,7 @@ class Job:
                 weight = self.by_name[layer.weight]
                 o, d = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
                 factors += len(self.experts) * (o * r + k * d) * (self.dtype or weight.dtype).itemsize
-        base = sum(math.prod(t.shape) * self._dtype(t.dtype).itemsize for t in self.stored.values())
+        base = sum(math.prod(t.shape) * self._dtype(t.dtype).itemsize for _, t in self._stored())
         return 2 * factors + (0 if experts_only else base)
 
     @torch.no_grad()
@@ -227,7 +240,7 @@ class Job:
         whole = {keys[0]: name for name, keys in self.origins.items() if len(keys) == 1}
         split = {key for layer in upscaled for key in self._split(layer.weight)}
         split |= {key for name in changed for key in self._split(name)}
-        for key, tensor in () if experts_only else self.stored.items():
+        for key, tensor in () if experts_only else self._stored():
             if key not in split:
                 yield self._written(tensor, changed.get(whole.get(key, "")))
         for name, keys in () if experts_only else self.origins.items():
@@ -354,6 +367,8 @@ def upscale_checkpoints(
 
     Args:
         base: checkpoint of the pre-trained model: a folder, or the id of a Hub repository, which may end in @revision.
+            One whose layers are stored quantised (compressed-tensors, awq, gptq, fp8) takes LoRA adapters as experts,
+            exactly: its tensors are copied as they are, for vLLM to serve.
         experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; as `base`.
         out: new or empty.
         rank_of_expert, rank_of_router, router, num_experts_per_tok, include, exclude, strict: as in `upscale`.
@@ -405,6 +420,9 @@ def upscale_checkpoints(
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
     job = Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from, router)
+    for name, given in (("experts_only", experts_only), ("calibrate", calibrate)):
+        if given and job.packed:
+            raise SmileError(f"{name}: is True, and the base is stored quantised; expected False")
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
@@ -504,6 +522,17 @@ def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None)
         unused = next(n for n in itertools.chain([tail], numbered) if n not in names)
         names.append(unused if name is None else name)
     return names
+
+
+def _check_quantized(remaining: str, dtype: torch.dtype | None, embeddings_from: int | str | None) -> None:
+    """Raises ValueError where an argument asks for other weights than those of a quantised base."""
+    for name, given, expected in (
+        ("remaining", remaining, "base"),
+        ("dtype", dtype, None),
+        ("embeddings_from", embeddings_from, None),
+    ):
+        if given != expected:
+            raise SmileError(f"{name}: is {given!r}, and the base is stored quantised; expected {expected!r}")
 
 
 def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:

@@ -38,6 +38,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from smile_kernels import RoutingPolicy, SmileLinear, get_routing, remove_expert, replace_expert, routing_override
 from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
+from smile_kernels.integrations.quantization import split_base
 from smile_kernels.integrations.vllm import kv_sums, requests, routing
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
@@ -46,6 +47,7 @@ from smile_kernels.ops import library
 from smile_kernels.upscaling import upscale_checkpoints, verify
 from tests.integrations import tiny_models
 from tests.integrations.tiny_models import build, fine_tuned
+from tests.upscaling.test_quantized import INT8, adapter, quantised
 
 # vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
@@ -254,14 +256,8 @@ def reloaded(folder: Path, changed: Path, broken: list[Path], options: dict) -> 
     from vllm import LLM, SamplingParams
 
     extension = "smile_kernels.integrations.vllm.worker.SmileWorker"
-    engine = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=256,
-        worker_extension_cls=extension,
-        **options,
-    )
+    options = {"dtype": "float32", "max_model_len": 256, "worker_extension_cls": extension, **options}
+    engine = LLM(str(folder), skip_tokenizer_init=True, **options)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
 
     def tokens() -> list[list[int]]:
@@ -373,6 +369,67 @@ def test_each_request_its_expert(architecture, policy, options, served, tmp_path
     assert cached[0] == [0] * len(asked)
     assert [count >= BLOCK for count in cached[1]] == [prompt is LONG[3] for prompt in prompts]
     assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose weight and input are rounded to 8 bits, each row by its own scale."""
+
+    def forward(self, x):
+        scale, size = (t.abs().amax(-1, keepdim=True) / 127 for t in (self.weight, x))
+        return ((x / size).round() @ (self.weight / scale).round().T) * size * scale.T
+
+
+def asking(folder: Path, asked: list, prompts: list, options: dict) -> list[list[list[int]]]:
+    """Greedy tokens where every request asks for the same expert, for each of those asked."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=64, **options)
+    answers = []
+    for expert in asked:
+        extra = None if expert is None else {"expert": expert}
+        sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+    return answers
+
+
+def test_adapters_on_an_int8_base(tmp_path):
+    """Each expert by request and the router's choice, as an emulation in transformers gives them."""
+    plain = tmp_path / "plain"
+    build("LlamaForCausalLM").save_pretrained(plain)
+    base = quantised(plain, tmp_path / "base", INT8)
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    adapters = [adapter(tmp_path / name, plain, rank, targets) for name, rank in (("a", 4), ("b", 3))]
+    options = {"rank_of_expert": 4, "rank_of_router": 2, "exclude": ["lm_head"]}
+    upscale_checkpoints(base, adapters, tmp_path / "fused", **options)
+    upscale_checkpoints(plain, adapters, tmp_path / "same", **options)
+    emulated = split_base(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "same"))
+    for name, module in emulated.named_modules():
+        if type(module) is nn.Linear and name != "lm_head":
+            module.__class__ = Int8Linear
+    asked, want = [{}, "a", "b", None], []
+    for expert in asked:
+        with routing_override(emulated, expert):
+            want.append([greedy(emulated, prompt) for prompt in PROMPTS])
+    assert len({str(tokens) for tokens in want}) == 4
+    assert in_vllm(base) == want[:1]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        job = pool.submit(asking, tmp_path / "fused", asked, PROMPTS, {"enforce_eager": True, **PER_REQUEST})
+        assert job.result() == want
+
+    # Compiled, the same number may round to the next of 8 bits: near ties fall to either side.
+    def apart(tokens: list[list[int]]) -> float:
+        gaps = []
+        for prompt, answer in zip(PROMPTS, tokens):
+            logits = emulated(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            gaps.append(float(((logits.amax(-1) - chosen) / logits.std(-1)).max()))
+        return max(gaps)
+
+    (compiled,) = in_vllm(tmp_path / "fused", enforce_eager=False)
+    with torch.no_grad():
+        assert apart(compiled) < 0.05 < 0.5 < min(apart(tokens) for tokens in want[:3])
 
 
 def admitted(folder: str, options: dict) -> tuple:

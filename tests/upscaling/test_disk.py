@@ -188,8 +188,8 @@ def test_checkpoints_of_another_kind(tmp_path, folders):
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"experts\[0\]: .*m1 is a mistral; expected a llama as the base"):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
-    (folders[0] / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(ValueError, match=r"base: .*m0 is stored as 'awq' already"):
+    (folders[0] / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "quip"}}))
+    with pytest.raises(ValueError, match=r"base: .*m0 is stored as 'quip'; expected a checkpoint of plain weights"):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
     (folders[0] / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="is a gpt2, which stores its layers transposed"):

@@ -4,6 +4,7 @@ vLLM merges the projections that read one x (q, k and v; gate and up) into one l
 as one (`functional.smile_linear`, parts): each part keeps its own router and experts, or has none.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    WEIGHT_LOADER_V2_SUPPORTED,
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...config import QUANT_METHOD, SmileConfig, SmileModuleConfig, check_tensors, read_smile_config
 from ...errors import SmileError
-from ...functional import select_experts, smile_linear
+from ...functional import select_experts, smile_delta, smile_linear
 from ...ops import library
 from ...storage import read_safetensors
 from .requests import RequestedExperts, admit_requests
 from .routing import RememberedRouting
 
 logger = init_logger("vllm.smile_kernels")  # vLLM shows its own loggers alone
+
+# The parameters that are SMILE's in a layer; the others are those of its base.
+_OWN = ("vh", "s", "u", "expert_bias", "router", "router_prior")
 
 
 class SmileQuantizationConfig(QuantizationConfig):
@@ -40,6 +50,10 @@ class SmileQuantizationConfig(QuantizationConfig):
         self.routing = None
         if not config.routing.is_alone:
             self.routing = RememberedRouting(config.routing, config.num_local_experts, self.num_experts_per_tok)
+        self.base: Any = None  # of a quantised base
+        if config.base is not None:
+            kind = get_quantization_config(config.base["quant_method"])
+            self.base = kind.from_config(copy.deepcopy(config.base))
         self.requests = RequestedExperts(config.num_local_experts, config.expert_names)
         admit_requests()
 
@@ -51,7 +65,14 @@ class SmileQuantizationConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
+        dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        return dtypes if self.base is None else [d for d in dtypes if d in self.base.get_supported_act_dtypes()]
+
+    def get_cache_scale_mapper(self) -> Any:
+        return (QuantizationConfig if self.base is None else self.base).get_cache_scale_mapper()
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        return (QuantizationConfig if self.base is None else self.base).get_checkpoint_weight_mapper()
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -75,14 +96,18 @@ class SmileQuantizationConfig(QuantizationConfig):
         # Called before any weight is read: vLLM itself names neither a file that is cut short nor a misshapen tensor.
         for file in sorted(Path(model_name).glob("*.safetensors")):
             check_tensors(self.config, read_safetensors(file))
+        if self.base is not None:
+            self.base.maybe_update_config(model_name, hf_config=hf_config, revision=revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        if self.base is not None:
+            self.base.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def check_reload(self, folder: str) -> None:
         """Raises SmileError unless the checkpoint in a folder has the layers and experts of the one being served."""
         config = read_smile_config(folder)
-        for name in ("num_local_experts", "num_experts_per_tok", "expert_names", "routing"):
+        for name in ("num_local_experts", "num_experts_per_tok", "expert_names", "routing", "base"):
             theirs, ours = getattr(config, name), getattr(self.config, name)
             if theirs != ours:
                 raise SmileError(
@@ -100,8 +125,8 @@ class SmileQuantizationConfig(QuantizationConfig):
         check_tensors(config, stored)
         names = {tensor.name for tensor in stored}
         for name, entry in config.modules.items():
-            optional = ("expert_bias", "router", "router_prior")
-            for factor in ("weight", "vh", "s", "u", *(one for one in optional if getattr(entry, one))):
+            optional = [one for one in ("expert_bias", "router", "router_prior") if getattr(entry, one)]
+            for factor in ("vh", "s", "u", *optional, *(["weight"] if config.base is None else [])):
                 if f"{name}.{factor}" not in names:
                     raise SmileError(f"{folder}: tensor {name}.{factor} is missing; expected all of the layer's")
 
@@ -111,7 +136,13 @@ class SmileQuantizationConfig(QuantizationConfig):
         if prefix not in self.modules:
             names = [f"{parent}.{name}" if parent else name for name in self.packed_modules_mapping.get(leaf, ())]
         parts = {name: self.modules.get(name) for name in names}
+        base = None
+        if self.base is not None:
+            self.base.packed_modules_mapping = self.packed_modules_mapping
+            base = self.base.get_quant_method(layer, prefix)
         if not any(parts.values()):
+            if self.base is not None:
+                return base
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise SmileError(f"modules: {prefix} is a {type(layer).__name__} in vLLM; expected a linear layer")
@@ -122,11 +153,15 @@ class SmileQuantizationConfig(QuantizationConfig):
             self.routing,
             self.requests,
             top_p=self.config.routing.top_p,
+            base=None if isinstance(base, UnquantizedLinearMethod) else base,
         )
 
 
 class SmileLinearMethod(UnquantizedLinearMethod):
-    """Creates, loads and applies one layer's experts; `parts` has one entry for each router, None for a dense part."""
+    """Creates, loads and applies one layer's experts; `parts` has one entry for each router, None for a dense part.
+
+    `base` does so with a quantised base, whose product the experts are added to.
+    """
 
     def __init__(
         self,
@@ -136,8 +171,10 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         routing: RememberedRouting | None = None,
         requests: RequestedExperts | None = None,
         top_p: float = 1.0,
+        base: Any = None,
     ):
         super().__init__()
+        self.base = base
         self.top_p = top_p
         self.loaded: set[tuple[str, int]] = set()  # tensors read since the layer was last complete, by part
         self.complete = False
@@ -172,16 +209,14 @@ class SmileLinearMethod(UnquantizedLinearMethod):
 
             return load_tensor
 
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            weight_loader=loader("weight", functools.partial(self._load_weight, load)),
-            **extra_weight_attrs,
-        )
+        sizes = input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype
+        if self.base is None:
+            own = loader("weight", functools.partial(self._load_weight, load))
+            super().create_weights(layer, *sizes, weight_loader=own, **extra_weight_attrs)
+            layer.weight.data.fill_(torch.nan)
+        else:  # vLLM chose the loader by the name of this class
+            theirs = layer.weight_loader_v2 if type(self.base).__name__ in WEIGHT_LOADER_V2_SUPPORTED else load
+            self.base.create_weights(layer, *sizes, weight_loader=theirs, **extra_weight_attrs)
         d, o = input_size_per_partition, sum(output_partition_sizes)
         self.rows = [o] if p == 1 else output_partition_sizes
         if self.requests is not None:
@@ -197,7 +232,6 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             set_weight_attrs(parameter, {"weight_loader": loader(name, place), **attributes})
             layer.register_parameter(name, parameter)
 
-        layer.weight.data.fill_(torch.nan)
         register("vh", (p, self.n, k, d), functools.partial(_load_part, layer))
         register("s", (p, self.n, self.r), functools.partial(_load_part, layer), dtype=torch.float32)
         register("u", (self.n, o, self.r), functools.partial(_load_rows, load), output_dim=1)
@@ -231,10 +265,11 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             self.n,
             self.m,
             f"published, top_p {self.top_p}" if self.routing is None else str(self.routing.policy),
-            library.choose_backend(None, layer.weight.device.type, layer.weight.dtype, self.n, False),
+            library.choose_backend(None, layer.vh.device.type, layer.vh.dtype, self.n, False),
             "requests cannot choose their experts" if self.requests is None else "requests may choose their experts",
         )
-        expected = {name: t for name, t in layer.named_parameters(recurse=False) if name != "bias"}
+        names = _OWN if self.base is not None else ("weight", *_OWN)
+        expected = {name: t for name, t in layer.named_parameters(recurse=False) if name in names}
         ends = torch.tensor(self.rows).cumsum(0).tolist()
         missing = []
         for i, part in enumerate(self.parts):
@@ -255,6 +290,8 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             raise SmileError(f"checkpoint: missing, or with NaN in them: {', '.join(missing)}")
         self.loaded, self.complete = set(), True
         self._find_router(layer)
+        if self.base is not None:
+            self.base.process_weights_after_loading(layer)
 
     def _find_router(self, layer: LinearBase) -> None:
         """The router's rows of all parts, where vh does not begin with them; those that `_route` reads, in float32."""
@@ -301,21 +338,18 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         vh, s, router = layer.vh, layer.s, layer.router if alone else None
         if not self.merged:
             vh, s, router = vh[0], s[0], None if router is None else router[0]
-        return smile_linear(
-            x,
-            layer.weight,
-            bias,
-            vh,
-            s,
-            layer.u,
-            layer.expert_bias if not split or layer.tp_rank == 0 else None,
-            router,
-            num_experts_per_tok=self.m,
-            rank_of_router=self.g if alone else 1,
-            routing=None if alone else self._route(layer, x, split),
-            parts=self.rows if self.merged else None,
-            rank_of_parts=self.ranks if self.merged else None,
-        )
+        expert_bias = layer.expert_bias if not split or layer.tp_rank == 0 else None
+        experts = vh, s, layer.u, expert_bias, router
+        options: dict[str, Any] = {
+            "num_experts_per_tok": self.m,
+            "rank_of_router": self.g if alone else 1,
+            "routing": None if alone else self._route(layer, x, split),
+            "parts": self.rows if self.merged else None,
+            "rank_of_parts": self.ranks if self.merged else None,
+        }
+        if self.base is None:
+            return smile_linear(x, layer.weight, bias, *experts, **options)
+        return smile_delta(self.base.apply(layer, x, bias), x, *experts, **options)
 
     def _route(self, layer: LinearBase, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
         """The choices of the layer's routers: weights and ids [..., P, m], or [..., m] where it is not merged."""

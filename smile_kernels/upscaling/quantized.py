@@ -1,0 +1,117 @@
+"""A base whose linear layers are stored quantised: adapters are its experts, and its tensors are copied as they are.
+
+The factors of a LoRA adapter need no weights of the base. A layer's tensors there stand for one weight of the model's
+shape, of which nothing but shape and dtype is used.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import read_config
+from ..errors import SmileError
+from ..integrations.conversion import ModelNames
+from ..integrations.peft import LowRankDelta
+from ..storage import StoredTensor, read_tensors
+from .sources import AdapterSource, ExpertSource, read_plain
+
+__all__ = ["check_experts", "open_base", "quantization_of"]
+
+# How each method names what it stores in place of `<layer>.weight`; a `weight` has another dtype there.
+METHODS = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": (
+        *("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+        *("weight_global_scale", "input_scale", "input_zero_point", "input_global_scale"),
+    ),
+    "fp8": ("weight", "weight_scale", "weight_scale_inv", "input_scale"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+}
+
+
+def quantization_of(folder: str | Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a base, where its experts may be adapters; None where its config has none.
+
+    Raises:
+        ValueError: another method.
+    """
+    config = read_config(folder).get("quantization_config")
+    if not config:
+        return None
+    method = config.get("quant_method") if isinstance(config, Mapping) else config
+    if method not in METHODS:
+        raise SmileError(
+            f"base: {folder} is stored as {method!r}; expected a checkpoint of plain weights, or of "
+            f"{', '.join(sorted(METHODS))} with LoRA adapters"
+        )
+    return dict(config)
+
+
+def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor], dict[str, list[StoredTensor]]]:
+    """The base's tensors by name, and the tensors for which some of them stand: none where it is not quantised.
+
+    Raises:
+        ValueError: a base that is not known here, or whose tensors are not those of its model.
+    """
+    quantization = quantization_of(folder)
+    if quantization is None:
+        return read_plain("base", folder), {}
+    method, dtype = quantization["quant_method"], _dtype(folder)
+    if names.model is None:
+        raise SmileError(
+            f"base: {folder} is stored as {method!r}, and names no architecture that transformers knows; "
+            "expected one, which says what its layers are"
+        )
+    stored: dict[str, StoredTensor] = {}
+    packed: dict[str, list[StoredTensor]] = {}
+    for name, tensor in read_tensors(folder).items():
+        layer, _, part = name.rpartition(".")
+        plain = part == "weight" and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        if plain or part not in METHODS[method]:
+            stored[name] = tensor
+            continue
+        weight = f"{layer}.weight"
+        parameter = names.parameter(weight)
+        if parameter is None or parameter not in names.state:
+            raise SmileError(
+                f"{tensor.file}: tensor {name!r} is of no layer of the {type(names.model).__name__} that "
+                "config.json describes; expected its layers"
+            )
+        shape = tuple(names.state[parameter].shape)
+        packed.setdefault(weight, []).append(tensor)
+        stored[weight] = StoredTensor(weight, dtype, shape, functools.partial(torch.zeros, shape, dtype=dtype), folder)
+    if not packed:
+        raise SmileError(f"base: {folder} says that it is stored as {method!r}, and has no such tensors; expected some")
+    return stored, packed
+
+
+def check_experts(source: ExpertSource, packed: Mapping[str, object]) -> None:
+    """Raises ValueError unless an expert is an adapter of low-rank changes, as far as a quantised base is concerned."""
+    if not isinstance(source, AdapterSource):
+        raise SmileError(
+            f"{source.where}: is a fine-tuned model, and the base is stored quantised; expected LoRA adapters, or the "
+            "base in plain weights, to take differences from"
+        )
+    for name, delta in source.deltas.items():
+        weight = delta.weight
+        dora = isinstance(weight, LowRankDelta) and weight.magnitude is not None
+        if f"{name}.weight" in packed and (dora or isinstance(weight, Tensor)):
+            kind = "rescales rows of" if dora else "saves whole"
+            raise SmileError(
+                f"{source.where}: {kind} {name}, which the base stores quantised; expected changes of low rank, or the "
+                "base in plain weights"
+            )
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """The dtype in which the model of a checkpoint computes."""
+    config = read_config(folder)
+    name = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise SmileError(f"{folder / 'config.json'}: dtype is {name!r}; expected bfloat16, float16 or float32")
+    return dtype

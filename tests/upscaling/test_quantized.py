@@ -1,0 +1,160 @@
+"""A base that is stored quantised: adapters as experts give the factors they give beside plain weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import smile_kernels as sk
+from smile_kernels.config import read_smile_config
+from smile_kernels.storage import read_tensors
+from tests.integrations import tiny_models
+
+RANKS = {"rank_of_expert": 3, "rank_of_router": 2, "exclude": ["lm_head"]}
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": EIGHT_BITS | {"strategy": "channel", "dynamic": False},
+            "input_activations": EIGHT_BITS | {"strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def quantised(plain: Path, to: Path, config: dict) -> Path:
+    """The checkpoint with its blocks' linear layers stored as a method stores them, up to the numbers for 4 bits."""
+    shutil.copytree(plain, to)
+    tensors = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+        elif config["quant_method"] == "compressed-tensors":
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors |= {f"{layer}.weight": (tensor / scale).round().to(torch.int8), f"{layer}.weight_scale": scale}
+        else:
+            o, d = tensor.shape
+            tensors |= {f"{layer}.qweight": torch.randint(9, (d, o // 8), dtype=torch.int32)}
+            tensors |= {f"{layer}.qzeros": torch.randint(9, (1, o // 8), dtype=torch.int32)}
+            tensors |= {f"{layer}.scales": torch.rand(1, o, dtype=torch.float16)}
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    settings = json.loads((to / "config.json").read_text()) | {"quantization_config": config}
+    (to / "config.json").write_text(json.dumps(settings))
+    return to
+
+
+def adapter(folder: Path, plain: Path, rank: int, targets: list[str], **more) -> Path:
+    """A LoRA adapter of random factors."""
+    folder.mkdir()
+    tensors = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if name.endswith(tuple(f"{target}.weight" for target in targets)):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, weight.shape[1]) * 0.1
+            tensors[f"{key}.lora_B.weight"] = torch.randn(weight.shape[0], rank) * 0.1
+    save_file(tensors | more.pop("tensors", {}), folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | more))
+    return folder
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    tiny_models.build("LlamaForCausalLM").save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("config", [INT8, {"quant_method": "awq", "bits": 4}], ids=["int8", "awq"])
+@pytest.mark.parametrize("router", ["smile", "norm"])
+def test_adapters_give_the_factors_that_they_give_beside_plain_weights(router, config, plain, tmp_path):
+    base = quantised(plain, tmp_path / "base", config)
+    adapters = [adapter(tmp_path / "a", plain, 2, ["q_proj", "up_proj"]), adapter(tmp_path / "b", plain, 3, ["q_proj"])]
+    options = RANKS | {"router": router, "rank_of_router": None if router == "norm" else 2}
+    sk.upscale_checkpoints(base, adapters, tmp_path / "out", max_shard_size=5000, **options)
+    sk.upscale_checkpoints(plain, adapters, tmp_path / "want", **options)
+    got, want = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "want")
+    factors = (".vh", ".s", ".u", ".router", ".expert_bias")
+    assert {name for name in got if name.endswith(factors)} == {name for name in want if name.endswith(factors)}
+    for name, tensor in got.items():
+        source = want if name.endswith(factors) else read_tensors(base)
+        assert torch.equal(tensor.load(), source[name].load()), name
+    assert {name for name in got if not name.endswith(factors)} == read_tensors(base).keys()
+    written = read_smile_config(tmp_path / "out")
+    assert written.base == config
+    assert written.modules == read_smile_config(tmp_path / "want").modules
+    assert sk.checkpoint.describe(tmp_path / "out")["bytes"]["experts"]
+    for load in (sk.load_pretrained, tiny_models.transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(sk.SmileError, match=f"its base is stored as '{config['quant_method']}', which vLLM serves"):
+            load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remaining": "average"}, "remaining: is 'average', and the base is stored quantised; expected 'base'"),
+        ({"dtype": torch.float32}, "dtype: is torch.float32, and the base is stored quantised; expected None"),
+        ({"embeddings_from": 0}, "embeddings_from: is 0, and the base is stored quantised; expected None"),
+        ({"experts_only": True}, "experts_only: is True, and the base is stored quantised; expected False"),
+        ({"calibrate": True}, "calibrate: is True, and the base is stored quantised; expected False"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_needs_the_weights_of_the_base(options, message, plain, tmp_path):
+    base = quantised(plain, tmp_path / "base", INT8)
+    one = adapter(tmp_path / "a", plain, 2, ["q_proj"])
+    with pytest.raises(sk.SmileError, match=message):
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_need_the_weights_of_the_base(plain, tmp_path):
+    base = quantised(plain, tmp_path / "base", INT8)
+    layer = "model.layers.0.self_attn.q_proj"
+    weight = load_file(plain / "model.safetensors")[f"{layer}.weight"]
+    scaled = {f"base_model.model.{layer}.lora_magnitude_vector": torch.ones(len(weight))}
+    dora = adapter(tmp_path / "dora", plain, 2, ["0.self_attn.q_proj"], tensors=scaled, use_dora=True)
+    whole = {f"base_model.model.{layer}.weight": weight}
+    saved = adapter(tmp_path / "saved", plain, 2, ["k_proj"], tensors=whole, modules_to_save=["q_proj"])
+    for expert, message in (
+        (
+            plain,
+            "is a fine-tuned model, and the base is stored quantised; expected LoRA adapters, or the base in plain",
+        ),
+        (dora, f"rescales rows of {layer}, which the base stores quantised"),
+        (saved, f"saves whole {layer}, which the base stores quantised"),
+    ):
+        with pytest.raises(sk.SmileError, match=message):
+            sk.upscale_checkpoints(base, [expert], tmp_path / "out", **RANKS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_known(plain, tmp_path):
+    one = adapter(tmp_path / "a", plain, 2, ["q_proj"])
+
+    def refused(message: str, config: dict, **settings) -> None:
+        base = quantised(plain, tmp_path / f"base{len(list(tmp_path.iterdir()))}", config)
+        written = json.loads((base / "config.json").read_text()) | settings
+        (base / "config.json").write_text(json.dumps(written))
+        with pytest.raises(sk.SmileError, match=message):
+            sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+
+    refused(
+        "is stored as 'bitsandbytes'; expected a checkpoint of plain weights, or of awq",
+        INT8 | {"quant_method": "bitsandbytes"},
+    )
+    refused("names no architecture that transformers knows", INT8, architectures=["Nobody"])
+    refused("dtype is 'int4'; expected bfloat16", INT8, dtype="int4")
+    refused("is of no layer of the LlamaForCausalLM", INT8, num_hidden_layers=1)
+    fused = tmp_path / "fused"
+    sk.upscale_checkpoints(plain, [one], fused, **RANKS)
+    with pytest.raises(sk.SmileError, match="is stored as 'smile'; expected"):
+        sk.upscale_checkpoints(fused, [one], tmp_path / "out", **RANKS)
