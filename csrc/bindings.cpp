@@ -424,7 +424,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta(
   return {out, chosen, chosen_ids, h};
 }
 
-#if !defined(SMILE_CUDA)
 // `given` as doubles or floats beside x; null where there is none.
 const void* optional_real(const char* name, const std::optional<Tensor>& given, Call& call, std::initializer_list<int64_t> shape) {
   if (!given) return nullptr;
@@ -474,11 +473,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence(
   p.evidence = logs.mutable_data_ptr();
   p.weights = weights.mutable_data_ptr();
   p.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+#if defined(SMILE_CUDA)
+  check_device_limits(x, call.p.n);
+  const Launch launch(call.x);
+  const Tensor q = empty(x, ScalarType::Float, {smile::route_chunk(call.p.n), n, rank_of_router});
+  smile::cuda_evidence(dtype_of(x), call.p, p, static_cast<float*>(q.mutable_data_ptr()), launch.stream);
+  launch.check();
+#else
   run(call.x, call.p);
   smile::cpu_evidence(real_type == ScalarType::Double, p, parallel_for);
+#endif
   return {weights, ids, logs, sums};
 }
-#endif
 
 // ---- backward ----
 
@@ -621,9 +627,7 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
   m.impl("apply_backward", TORCH_BOX(&apply_backward));
-#if !defined(SMILE_CUDA)
   m.impl("evidence", TORCH_BOX(&evidence));
-#endif
   m.impl("route_backward", TORCH_BOX(&route_backward));
   m.impl("route", TORCH_BOX(&route));
   m.impl("apply", TORCH_BOX(&apply));

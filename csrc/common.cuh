@@ -125,20 +125,16 @@ __device__ __forceinline__ float norm(const float* q, int64_t count) {
   return largest * sqrtf(sum);
 }
 
-// By one warp: top-m of the scores |q_i| of one token, ties to the lower index, and the softmax over them. NaN ranks
-// last, and an infinite score counts as the largest finite one. Writes weights [m] and ids [m].
-__device__ __forceinline__ void choose(const float* q, const Sizes& n, float* weights, int32_t* ids) {
-  constexpr int kEach = kMostExperts / 32;
-  const int lane = threadIdx.x % 32, m = int(n.num_experts_per_tok);
-  float score[kEach];  // of experts lane, lane + 32, ...
+constexpr int kEach = kMostExperts / 32;  // experts of a lane: lane, lane + 32, ...
+
+// By one warp: top-m of the scores of count experts, ties to the lower index, and the softmax over them. NaN ranks last,
+// and an infinite score counts as the largest finite one. Writes weights [m] and ids [m].
+__device__ __forceinline__ void choose(float (&score)[kEach], int64_t count, int m, float* weights, int32_t* ids) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
-    const int i = lane + 32 * k;
-    score[k] = -INFINITY;
-    if (i < n.num_experts) {
-      const float value = norm(q + i * n.rank_of_router, n.rank_of_router);
-      score[k] = value != value ? -FLT_MAX : fminf(value, FLT_MAX);
-    }
+    score[k] = score[k] != score[k] ? -FLT_MAX : fminf(score[k], FLT_MAX);
+    if (lane + 32 * k >= count) score[k] = -INFINITY;
   }
   float first = 0, sum = 0;
   for (int j = 0; j < m; ++j) {
@@ -162,6 +158,17 @@ __device__ __forceinline__ void choose(const float* q, const Sizes& n, float* we
   }
   __syncwarp();
   for (int j = lane; j < m; j += 32) weights[j] /= sum;
+}
+
+// The same with the scores |q_i| of one token.
+__device__ __forceinline__ void choose(const float* q, const Sizes& n, float* weights, int32_t* ids) {
+  float score[kEach];
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int i = threadIdx.x % 32 + 32 * k;
+    score[k] = i < n.num_experts ? norm(q + i * n.rank_of_router, n.rank_of_router) : 0;
+  }
+  choose(score, n.num_experts, int(n.num_experts_per_tok), weights, ids);
 }
 
 // ---- a product of 32 x 32, by one warp ----

@@ -8,20 +8,17 @@
 namespace smile {
 namespace {
 
-// A share that vanishes in rounding is still evidence; only an energy of 0 is none.
-constexpr double kLeast = 1e-30, kMost = 1e36;
-
 // p_i = E_i / sum_j E_j in place; all 0 where the energies are, and on padding. NaN counts as 0.
 template <class R> void to_shares(R* energies, int64_t count, bool is_real) {
   R sum = 0;
   for (int64_t i = 0; i < count; ++i) {
     R& energy = energies[i];
-    energy = is_real && energy == energy ? std::min(energy, R(kMost)) : R(0);
+    energy = is_real && energy == energy ? std::min(energy, R(kMostEnergy)) : R(0);
     sum += energy;
   }
   sum = std::max(sum, std::numeric_limits<R>::min());
   for (int64_t i = 0; i < count; ++i)
-    if (energies[i] > 0) energies[i] = std::max(energies[i] / sum, R(kLeast));
+    if (energies[i] > 0) energies[i] = std::max(energies[i] / sum, R(kLeastShare));
 }
 
 // L of one token or sequence: log S - log Pbar + L of the layers below.
@@ -29,7 +26,7 @@ template <class R> void add_up(const Evidence& p, const R* sums, const R* below,
   R total = 0, largest = std::numeric_limits<R>::lowest();
   int64_t present = 0;
   for (int64_t i = 0; i < p.num_experts; ++i) {
-    logs[i] = std::log(std::max(sums[i], R(kLeast))) - (p.prior ? static_cast<const R*>(p.prior)[i] : R(0));
+    logs[i] = std::log(std::max(sums[i], R(kLeastShare))) - (p.prior ? static_cast<const R*>(p.prior)[i] : R(0));
     if (sums[i] > 0) total += logs[i], ++present;
   }
   if (!p.accumulates) return;

@@ -129,21 +129,154 @@ template <class T> static void many_router_rows(const Forward& p, const T* x, in
   project<T, false>(projection, blocks(tokens, kTileEntries), stream);
 }
 
-template <class T> static void route(const Forward& p, float* q, void* stream) {
-  const int64_t chunk = route_chunk(p.n), m = p.n.num_experts_per_tok;
+// Calls use(t, tokens) once q holds the router's products of these tokens, chunk by chunk.
+template <class T, class F> static void for_router_rows(const Forward& p, float* q, void* stream, const F& use) {
+  const int64_t chunk = route_chunk(p.n);
   for (int64_t t = 0; t < p.n.tokens; t += chunk) {
     const int64_t tokens = p.n.tokens - t < chunk ? p.n.tokens - t : chunk;
     if (is_small(p.n))
       few_router_rows<T>(p, q, stream);  // so that cuda_small chooses the same experts
     else
       many_router_rows<T>(p, static_cast<const T*>(p.x) + t * p.x_stride[0], tokens, q, stream);
-    SMILE_LAUNCH(choose_kernel, blocks(tokens, kWarps), kThreads, stream, p.n, q, tokens,
-                 static_cast<float*>(p.weights) + t * m, p.ids + t * m);
+    use(t, tokens);
   }
 }
 
 void cuda_route(DType dtype, const Forward& p, float* q, void* stream) {
-  with_type(dtype, [&](auto type) { route<decltype(type)>(p, q, stream); });
+  const int64_t m = p.n.num_experts_per_tok;
+  with_type(dtype, [&](auto type) {
+    for_router_rows<decltype(type)>(p, q, stream, [&](int64_t t, int64_t tokens) {
+      SMILE_LAUNCH(choose_kernel, blocks(tokens, kWarps), kThreads, stream, p.n, q, tokens,
+                   static_cast<float*>(p.weights) + t * m, p.ids + t * m);
+    });
+  });
+}
+
+// ---- one step of a routing policy ----
+
+static __global__ void __launch_bounds__(kThreads) energies_kernel(Sizes n, const float* q, int64_t count, float* energies) {
+  const int64_t at = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (at >= count) return;
+  float sum = 0;
+  for (int64_t k = 0; k < n.rank_of_router; ++k) sum += q[at * n.rank_of_router + k] * q[at * n.rank_of_router + k];
+  energies[at] = sum;
+}
+
+// By one warp: p_i = E_i / sum_j E_j of token t; 0 on padding. NaN counts as 0.
+static __device__ __forceinline__ void shares_of(const Evidence& p, int64_t t, float (&share)[kEach]) {
+  const bool counts = p.real == nullptr || p.real[t];
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int64_t i = threadIdx.x % 32 + 32 * k;
+    const float energy = counts && i < p.num_experts ? static_cast<const float*>(p.energies)[t * p.num_experts + i] : 0;
+    share[k] = energy == energy ? fminf(energy, float(kMostEnergy)) : 0;
+    sum += share[k];
+  }
+  sum = fmaxf(warp_sum(sum), FLT_MIN);
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) share[k] = share[k] > 0 ? fmaxf(share[k] / sum, float(kLeastShare)) : 0;
+}
+
+// By one warp: sums, evidence and choice of one row.
+static __device__ __forceinline__ void write_row(const Evidence& p, int64_t row, const double (&exact)[kEach]) {
+  const float *prior = static_cast<const float*>(p.prior), *below = static_cast<const float*>(p.below);
+  float *sums = static_cast<float*>(p.sums) + row * p.num_experts, *logs = static_cast<float*>(p.evidence) + row * p.num_experts;
+  const int lane = threadIdx.x % 32;
+  float sum[kEach], log[kEach], total = 0, present = 0, largest = -INFINITY;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int64_t i = lane + 32 * k;
+    sum[k] = float(exact[k]);
+    log[k] = 0;
+    if (i >= p.num_experts) continue;
+    sums[i] = sum[k];
+    log[k] = logf(fmaxf(sum[k], float(kLeastShare))) - (prior != nullptr ? prior[i] : 0);
+    if (sum[k] > 0) total += log[k], present += 1;
+  }
+  if (p.accumulates) {
+    total = warp_sum(total), present = warp_sum(present);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int64_t i = lane + 32 * k;
+      if (i >= p.num_experts) continue;
+      if (!(sum[k] > 0)) log[k] = present > 0 ? total / present : 0;
+      if (below != nullptr) log[k] += below[row * p.num_experts + i];
+      largest = fmaxf(largest, log[k]);
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) log[k] -= below != nullptr ? largest : 0;
+  }
+#pragma unroll
+  for (int k = 0; k < kEach; ++k)
+    if (lane + 32 * k < p.num_experts) logs[lane + 32 * k] = log[k];
+  const int64_t m = p.num_experts_per_tok;
+  choose(log, p.num_experts, int(m), static_cast<float*>(p.weights) + row * m, p.ids + row * m);
+}
+
+// A token a warp; or a sequence a block, whose warps take runs of tokens one after the other, and then what stood before them.
+static __global__ void __launch_bounds__(kThreads) evidence_kernel(Evidence p) {
+  SMILE_SHARED(double, of_warp, [kWarps][kMostExperts]);
+  SMILE_SHARED(double, left, [kWarps]);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float share[kEach];
+  double sum[kEach];
+  if (p.scope == Scope::token) {
+    const int64_t t = blockIdx.x * int64_t(kWarps) + warp;
+    if (t >= p.sequences * p.tokens) return;
+    shares_of(p, t, share);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) sum[k] = share[k];
+    write_row(p, t, sum);
+    return;
+  }
+  const bool causal = p.scope == Scope::causal;
+  const int64_t b = blockIdx.x, run = (p.tokens + kWarps - 1) / kWarps;
+  const int64_t begin = warp * run, end = begin + run < p.tokens ? begin + run : p.tokens;
+  const auto factor_of = [&](int64_t t) {
+    return p.factors != nullptr ? double(p.factors[b * p.factor_strides[0] + t * p.factor_strides[1]]) : 1.0;
+  };
+  double rest = 1;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) sum[k] = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    const double factor = factor_of(t);
+    shares_of(p, b * p.tokens + t, share);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) sum[k] = causal ? factor * sum[k] + share[k] : sum[k] + factor * share[k];
+    rest *= factor;
+  }
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) of_warp[warp][lane + 32 * k] = sum[k];
+  if (lane == 0) left[warp] = rest;
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int64_t i = lane + 32 * k;
+    sum[k] = p.before != nullptr && i < p.num_experts ? static_cast<const float*>(p.before)[b * p.num_experts + i] : 0;
+    for (int w = 0; w < (causal ? warp : kWarps); ++w) sum[k] = (causal ? left[w] * sum[k] : sum[k]) + of_warp[w][i];
+  }
+  if (!causal && warp == 0) write_row(p, b, sum);
+  for (int64_t t = begin; causal && t < end; ++t) {
+    const double factor = factor_of(t);
+    shares_of(p, b * p.tokens + t, share);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) sum[k] = factor * sum[k] + share[k];
+    write_row(p, b * p.tokens + t, sum);
+  }
+}
+
+void cuda_evidence(DType dtype, const Forward& p, const Evidence& e, float* q, void* stream) {
+  const int64_t n = p.n.num_experts;
+  with_type(dtype, [&](auto type) {
+    for_router_rows<decltype(type)>(p, q, stream, [&](int64_t t, int64_t tokens) {
+      SMILE_LAUNCH(energies_kernel, blocks(tokens * n, kThreads), kThreads, stream, p.n, q, tokens * n,
+                   static_cast<float*>(e.energies) + t * n);
+    });
+  });
+  const unsigned grid = e.scope == Scope::token ? blocks(p.n.tokens, kWarps) : unsigned(e.sequences);
+  if (grid > 0) SMILE_LAUNCH(evidence_kernel, grid, kThreads, stream, e);
 }
 
 // ---- apply ----

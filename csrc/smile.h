@@ -106,6 +106,9 @@ void cpu_route_backward(DType dtype, const RouteBackward& p, ParallelFor paralle
 // Whose shares count for a token: its own, those of the tokens up to it, or those of its whole sequence.
 enum class Scope { token, causal, sequence };
 
+// A share that vanishes in rounding is still evidence; only an energy of 0 is none.
+constexpr double kLeastShare = 1e-30, kMostEnergy = 1e36;
+
 // One step of a routing policy, on B sequences of S tokens, with R = 1 row for each sequence in scope sequence, else S.
 struct Evidence {
   int64_t sequences, tokens, num_experts, num_experts_per_tok;
@@ -152,6 +155,9 @@ inline int64_t route_chunk(const Sizes& n) {
   return n.tokens < fits ? n.tokens : fits;
 }
 void cuda_route(DType dtype, const Forward& p, float* q, void* stream);
+
+// The step e of a routing policy, for the router rows and x of p. q as for cuda_route.
+void cuda_evidence(DType dtype, const Forward& p, const Evidence& e, float* q, void* stream);
 
 // Writes p.h and adds the experts to p.y, which holds x W^T + b.
 void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* stream);

@@ -366,14 +366,14 @@ def evidence(
     if torch.is_autocast_enabled(device.type) or is_traceable_wrapper_subclass(x):
         return None
     backend = choose_backend(None, device.type, x.dtype, router.shape[0], False)
-    if backend not in ("triton", "cpu"):
+    if backend == "torch":
         return None
     state = (t if t is None else t.to(device) for t in (prior, real, factors, before, below))
     options = num_experts_per_tok, rank_of_router, sequences, scope, accumulates
     arguments = x.reshape(-1, x.shape[-1]), router, *state, *options
-    if backend == "cpu":
-        return torch.ops.smile_kernels_ext.evidence.default(*arguments)
-    return _evidence(*arguments, backend)
+    if backend == "triton":
+        return _evidence(*arguments, backend)
+    return torch.ops.smile_kernels_ext.evidence.default(*arguments)
 
 
 def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:

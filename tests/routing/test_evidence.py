@@ -82,7 +82,7 @@ STEPS = [
 ]
 
 
-def check_step(case, scope, dtype, device="cpu"):
+def check_step(case, scope, dtype, device="cpu", step=library.evidence):
     batch, length, d, n, g, m = case
     real_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for given in (False, True):
@@ -101,7 +101,7 @@ def check_step(case, scope, dtype, device="cpu"):
             factors = torch.rand(batch if length > 1 else 1, length)
         options = (prior, real, factors, before, below)
         there = [t if t is None else t.to(device) for t in options]
-        got = library.evidence(x.to(device), p.vh.to(device), *there, m, g, batch, scope, given)
+        got = step(x.to(device), p.vh.to(device), *there, m, g, batch, scope, given)
         got = [t.cpu() for t in got]
         assert all(t.dtype == real_dtype for t in (got[0], *got[2:]))
         inputs = x, p.vh[:, :g], real, factors, before, scope

@@ -16,6 +16,7 @@ from smile_kernels.testing import Problem, assert_close, expectations
 from tests.ops.extension.builds import CSRC, EMULATION, HERE, SANITIZERS, cached, emulated_library, run_sanitized
 from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
 from tests.problems import PARTS, check_parts, problems_of_parts
+from tests.routing.test_evidence import STEPS, check_step
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = [
@@ -30,7 +31,7 @@ def ops():
     """The operators of the CUDA library, on CPU tensors."""
     torch.ops.load_library(emulated_library("-O2"))
     namespace = torch.ops.smile_kernels_emulated
-    names = ("route", "apply", "linear", "delta", "delta_", "route_backward", "apply_backward")
+    names = ("route", "apply", "linear", "delta", "delta_", "evidence", "route_backward", "apply_backward")
     return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
 
 
@@ -82,6 +83,16 @@ def test_forward_and_backward_match_reference(ops, shape, dtype, router):
     check_forward(ops, p)
     if p.x.numel() > 1:  # the error of plain PyTorch on a single number says nothing
         check_backward(ops, p)
+
+
+@STEPS[0]
+@STEPS[1]
+def test_a_routing_step_follows_the_equations(ops, case, scope):
+    def step(x, *rest):
+        return ops.evidence(x.reshape(-1, x.shape[-1]), *rest)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        check_step(case, scope, dtype, step=step)
 
 
 @pytest.mark.parametrize("tokens", [5, 20], ids=["few", "many"])
