@@ -364,7 +364,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             ) from None
         if unfit := why_not_linear(linear):
             raise SmileError(
-                f"model: {name!r} cannot hold the experts that the checkpoint has for it, since {unfit}; expected a "
+                f"model: {name!r} cannot have the experts that the checkpoint has for it, since {unfit}; expected a "
                 f"linear layer (or upscale with exclude={[name]!r})"
             )
         transposed = is_conv1d(linear)

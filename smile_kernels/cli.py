@@ -132,7 +132,7 @@ def upscale(
         typer.Option("--calibrate", help="Calibrate the routers; default policy: the recommended one."),
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse layers that cannot hold their experts.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse layers that cannot have experts.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Print every layer and lost change.")] = False,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
     out_shard_size: Annotated[str, typer.Option(help="Maximum size of a file.")] = "5GB",

@@ -501,7 +501,7 @@ def why_not_linear(module: nn.Module) -> str | None:
     """Why a module's output is not W x + b as that of nn.Linear or Conv1D; None where it is."""
     kind = type(module)
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-        return f"a {kind.__name__} is no linear layer"
+        return f"a {kind.__name__} is not a linear layer"
     changed = "forward" in vars(module) or kind.__call__ is not nn.Module.__call__
     if changed or not (is_conv1d(module) or kind.forward is nn.Linear.forward):
         return f"the forward of {kind.__name__} is not that of nn.Linear"
@@ -522,7 +522,7 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
     ancestors = [[model.get_submodule(".".join(parts[:i])) for i in range(len(parts))] for parts in places]
     if any(isinstance(above[-1], nn.MultiheadAttention) for above in ancestors):
         raise SmileError(
-            f"model: {name} cannot hold experts, since nn.MultiheadAttention reads its weight and never calls it"
+            f"model: {name} cannot have experts, since nn.MultiheadAttention reads its weight and never calls it"
         )
     for ancestor in itertools.chain.from_iterable(ancestors):
         if isinstance(ancestor, nn.TransformerEncoderLayer):

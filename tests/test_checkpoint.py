@@ -162,10 +162,10 @@ def test_experts_go_into_plain_linear_layers_wherever_a_model_holds_them(tmp_pat
     assert len(seen) == 2
     other = copy.deepcopy(base)
     other.layer = Doubled(8, 8)
-    with pytest.raises(ValueError, match=r"'layer' cannot hold .* forward of Doubled is not that of nn\.Linear"):
+    with pytest.raises(ValueError, match=r"'layer' cannot have .* forward of Doubled is not that of nn\.Linear"):
         load_pretrained(tmp_path / "a", other)
     other.layer = nn.Bilinear(8, 8, 8)
-    with pytest.raises(ValueError, match=r"'layer' cannot hold the experts .* a Bilinear is no linear layer"):
+    with pytest.raises(ValueError, match=r"'layer' cannot have the experts .* a Bilinear is not a linear layer"):
         load_pretrained(tmp_path / "a", other)
 
 

@@ -159,7 +159,7 @@ def test_a_failed_backend_is_not_chosen_again_until_it_is_forgotten(cache):
     cpu = excluded.device_name("cpu")
     excluded.record(cpu, {"cpu float32 inference": "wrong: y: off by 3"})
     library._choose.cache_clear()
-    with pytest.warns(UserWarning, match=r"leaves out what failed.*cpu float32 inference: wrong: y: off by 3 \(20"):
+    with pytest.warns(UserWarning, match=r"excludes paths that failed.*cpu float32 inference: wrong: y: off by 3 \(20"):
         assert chosen() == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,11 +190,11 @@ def test_the_record_holds_for_one_machine_and_is_kept_whole(cache):
 def test_the_composition_runs_whatever_was_said_of_it(cache):
     cpu = excluded.device_name("cpu")
     excluded.record(cpu, {f"{name} float32 inference": "wrong" for name in ("cpu", "torch")})
-    with pytest.warns(UserWarning, match="leaves out"):
+    with pytest.warns(UserWarning, match="excludes paths"):
         assert library.choose_backend(None, "cpu", FP32, 4, False) == "torch"
 
 
-@pytest.mark.filterwarnings("ignore:smile_kernels leaves out")
+@pytest.mark.filterwarnings("ignore:smile_kernels excludes")
 def test_a_failed_path_of_triton_gives_way_to_the_next():
     configs = pytest.importorskip("smile_kernels.ops.triton.configs")
     device = configs.Device("a GPU", "sm90", 132, pdl=True, tma=True)

@@ -1,4 +1,4 @@
-"""SMILE layers in the stacks people already use; each module here is imported only together with its stack."""
+"""Integrations with other libraries; each module is imported only together with its library."""
 
 import importlib.abc
 import importlib.machinery
@@ -15,7 +15,7 @@ _QUANTIZERS = "transformers.quantizers.auto"
 
 
 class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Registers the `smile` quantizer once transformers has imported its own: neither import waits for the other."""
+    """Registers the `smile` quantizer once transformers has imported its own, in either order of imports."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "transformers":
@@ -44,8 +44,8 @@ def _register_with_transformers() -> None:
 
 
 def _check_quantizers(spec: importlib.machinery.ModuleSpec | None) -> None:
-    """The finder waits for a module; without one of that name it would wait silently and for good."""
-    if spec is None or spec.origin is None:  # installed in a way that only its own finder knows
+    """Raise if the awaited module does not exist: the quantizer would never be registered."""
+    if spec is None or spec.origin is None:  # installed with a custom finder
         return
     try:
         module = Path(spec.origin).parents[1].joinpath(*_QUANTIZERS.split(".")).with_suffix(".py")
@@ -63,7 +63,7 @@ def _warn(error: ImportError) -> None:
 
 
 def register_with_transformers() -> None:
-    """Let `AutoModel*.from_pretrained` load SMILE checkpoints: at once, or as soon as transformers is imported."""
+    """Let `AutoModel*.from_pretrained` load SMILE checkpoints, now or when transformers is imported."""
     if _QUANTIZERS in sys.modules:
         _register_with_transformers()
     elif not any(isinstance(finder, _RegisterWithTransformers) for finder in sys.meta_path):
@@ -71,7 +71,7 @@ def register_with_transformers() -> None:
 
 
 def describe_as_smile(model: nn.Module) -> None:
-    """Have a transformers model know that it holds SMILE layers, so that what it saves by itself opens as SMILE."""
+    """Mark a transformers model as SMILE, so that its own `save_pretrained` writes a SMILE checkpoint."""
     model = getattr(model, "_orig_mod", model)
     if "transformers.modeling_utils" in sys.modules:
         from transformers import PreTrainedModel

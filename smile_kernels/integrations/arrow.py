@@ -1,8 +1,8 @@
-"""PEFT's Arrow models on SMILE layers: adapters routed token by token, by each one's leading direction.
+"""PEFT's Arrow models on SMILE layers: adapters routed per token by their leading directions.
 
-Arrow scores adapter i by abs(v_i^T x) / temperature, where v_i is the first right singular vector of its change, takes
-the softmax over the top_k best, and adds their changes up. That is a SMILE layer whose router has the one row v_i^T /
-temperature for each expert.
+Arrow's score of adapter i is abs(v_i^T x) / temperature, with the first right singular vector v_i of its change. The
+changes of the top_k best are summed with softmax weights. This is a SMILE layer with the router row v_i^T / temperature
+for each expert.
 """
 
 from typing import Any
@@ -22,21 +22,21 @@ __all__ = ["from_peft_arrow"]
 @check_arguments
 @torch.no_grad()
 def from_peft_arrow(model: nn.Module) -> nn.Module:
-    """A model made by PEFT's `create_arrow_model`, with a SmileLinear in place of each layer that Arrow routes.
+    """Convert a model of PEFT's `create_arrow_model`: a SmileLinear replaces each layer that Arrow routes.
 
-    Its outputs are PEFT's, in evaluation mode: prototypes are taken as PEFT has or would have made them, general
-    adapters are subtracted as it does. Adapters may differ in rank and in target modules: where one has no change its
-    score is 0. The adapters' names become those of the experts. Factors are cast to the layer's dtype.
+    The outputs equal PEFT's in evaluation mode, including prototypes and general adapters. Adapters may differ in rank
+    and in target modules: an adapter without a change in a layer has score 0 there. Experts get the adapters' names.
+    Factors are cast to the layer's dtype.
 
     Args:
-        model: the PeftModel, its Arrow adapter active; it is taken apart.
+        model: the PeftModel with its Arrow adapter active; it is modified.
 
     Returns:
         The base model, changed in place, without PEFT's wrappers.
 
     Raises:
-        ValueError: no layer that Arrow routes, other adapters active or merged, modules saved whole, or a layer that is
-            not linear. Nothing is changed then, but that PEFT's own preparation for the first forward pass is done.
+        ValueError: no layer that Arrow routes, other active or merged adapters, modules saved whole, or a layer that is
+            not linear. Nothing is changed then, except that PEFT's preparation for the first forward pass is done.
 
     Source: Arrow, arXiv 2405.11157; PEFT's peft.tuners.lora.arrow.
     """
@@ -47,9 +47,9 @@ def from_peft_arrow(model: nn.Module) -> nn.Module:
     if not arrows:
         raise SmileError(f"model: {type(model).__name__} has no layer that Arrow routes; expected create_arrow_model's")
     if saved := next((n for n, m in base.named_modules() if hasattr(m, "modules_to_save")), None):
-        raise SmileError(f"model: {saved} is saved whole by an adapter; expected adapters of linear layers alone")
+        raise SmileError(f"model: {saved} is saved whole by an adapter; expected adapters of linear layers only")
     names = list(dict.fromkeys(name for module in arrows.values() for name in _arrow(module).task_adapter_names))
-    # PEFT's router may lie on layers that no adapter changes.
+    # PEFT's router may be on layers that no adapter changes.
     layers = {
         name: _layer(name, module, names)
         for name, module in arrows.items()
@@ -66,10 +66,10 @@ def from_peft_arrow(model: nn.Module) -> nn.Module:
 
 
 def _arrow(module: Any) -> Any:
-    """The router of a layer whose Arrow adapter alone is active."""
+    """The router of a layer with only the Arrow adapter active."""
     active = list(module.active_adapters)
     if len(active) != 1 or active[0] not in module.lora_arrow or module.merged or module.disable_adapters:
-        raise SmileError(f"model: its active adapters are {active}; expected the Arrow router alone, not merged")
+        raise SmileError(f"model: its active adapters are {active}; expected only the Arrow router, not merged")
     return module.lora_arrow[active[0]]
 
 
@@ -85,7 +85,7 @@ def _layer(name: str, module: Any, adapters: list[str]) -> SmileLinear:
     if present == list(arrow.task_adapter_names):
         arrow.build_prototypes(module.lora_A, module.lora_B)
         rows = dict(zip(present, arrow.prototypes))
-    else:  # as PEFT finds one, which it does for adapters of one shape only
+    else:  # as in PEFT, which requires adapters of one shape
         find = arrow.top_right_singular_vec_from_BA
         rows = {a: find(module.lora_A[a].weight, module.lora_B[a].weight) for a in present}
     r = min(max(module.lora_A[adapter].weight.shape[0] for adapter in present), *weight.shape)
@@ -107,6 +107,6 @@ def _layer(name: str, module: Any, adapters: list[str]) -> SmileLinear:
         weight, linear.bias, factors, rank_of_router=1, num_experts_per_tok=int(arrow.top_k)
     )
     if not transposed:
-        layer.weight = linear.weight  # what was tied to it stays tied
+        layer.weight = linear.weight  # tied weights stay tied
     layer.bias, layer.expert_names = linear.bias, tuple(adapters)
     return layer

@@ -1,8 +1,8 @@
-"""From the tensors of a checkpoint to the parameters of its model, as transformers' `from_pretrained` maps them.
+"""Maps the tensors of a checkpoint to the parameters of its model, as transformers' `from_pretrained` does.
 
-A checkpoint may name its tensors otherwise than the model, hold one tensor for several parameters (a fused query, key
-and value) or several for one (the experts of a mixture), and leave out a tied parameter. `ModelNames` is that mapping
-for one model; base, experts and adapters are all read through it.
+A checkpoint may have other names than the model, one tensor for several parameters (a fused query, key and value),
+several tensors for one parameter (the experts of a mixture), and no tensor for a tied parameter. `ModelNames` is the
+mapping of one model; base, experts and adapters are all read through it.
 """
 
 import copy
@@ -24,7 +24,7 @@ __all__ = ["ModelNames", "without_wrappers"]
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Each name without what torch.compile ("_orig_mod.") and DistributedDataParallel ("module.") put before it."""
+    """Names without the prefixes of torch.compile ("_orig_mod.") and DistributedDataParallel ("module.")."""
     plain = {name: name.replace("_orig_mod.", "") for name in names}
     while plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}
@@ -32,10 +32,10 @@ def without_wrappers(names: Iterable[str]) -> dict[str, str]:
 
 
 class ModelNames:
-    """How the tensors of a checkpoint become the parameters of `model`.
+    """The mapping from the tensors of a checkpoint to the parameters of `model`.
 
     Args:
-        model: on any device, meta included; None where the architecture is not known: names stay as they are.
+        model: on any device, including meta; None for an unknown architecture: names do not change.
     """
 
     def __init__(self, model: nn.Module | None):
@@ -44,23 +44,23 @@ class ModelNames:
         self._names_of: dict[int, list[str]] = {}
         for name, tensor in self.state.items():
             self._names_of.setdefault(id(tensor), []).append(name)
-        # The tensors that SMILE adds beside a weight follow the weight.
+        # The tensors that SMILE adds to a weight follow the weight.
         stems = [name.removesuffix(".weight") for name in self.state if name.endswith(".weight")]
         self._known = {**self.state, **{f"{stem}.{factor}": True for stem in stems for factor in FACTORS}}
 
     def aliases(self, name: str) -> list[str]:
-        """The names of one parameter: several where it is tied."""
+        """The names of one parameter: several if it is tied."""
         return self._names_of[id(self.state[name])] if name in self.state else [name]
 
     def parameter(self, stored: str) -> str | None:
-        """The parameter that a tensor of this name is loaded into; None where it is split, fused or not known."""
+        """The parameter that a tensor of this name is loaded into; None if it is split, fused or unknown."""
         name, converter = self._rename(stored, *self._transforms)
         return name if converter is None and name in self._known else None
 
     def stored_name(self, layer: str, origins: Mapping[str, Sequence[str]]) -> str | None:
-        """The name under which a checkpoint holds the tensors of a layer; None where its experts have no name there.
+        """The prefix of a layer's tensors in a checkpoint; None if its experts have no name there.
 
-        That of its weight, or else the layer's own: where the weight is tied, or part of a larger tensor.
+        It is that of the weight, or the layer's own if the weight is tied or part of a larger tensor.
         """
         keys = origins.get(f"{layer}.weight", ())
         stems = [keys[0].removesuffix(".weight")] if len(keys) == 1 and keys[0].endswith(".weight") else []
@@ -77,9 +77,9 @@ class ModelNames:
         """A checkpoint's tensors by the model's names; nothing is read.
 
         Returns:
-            Parameter name -> the tensor, which is converted when it is read; and parameter name -> the checkpoint's
-            names of the tensors that it is made of, where it is not tied to another. Tensors that the model does not
-            have keep their names.
+            Parameter name -> the tensor, which is converted when it is read; and, for parameters that are not tied to
+            another, parameter name -> names of its tensors in the checkpoint. Tensors unknown to the model keep their
+            names.
         """
         tensors: dict[str, StoredTensor] = {}
         origins: dict[str, tuple[str, ...]] = {}
@@ -101,10 +101,10 @@ class ModelNames:
         return tensors, origins
 
     def check_complete(self, folder: str | Path, tensors: Mapping[str, StoredTensor]) -> None:
-        """Raises ValueError unless `tensors`, by the model's names, are those of the model in `folder`.
+        """Raise ValueError unless `tensors`, by the model's names, are those of the model in `folder`.
 
-        A parameter may be missing where from_pretrained makes it anew without a warning. A tensor may be more than the
-        model has, unless it belongs to one more of the model's blocks than config.json counts.
+        A parameter may be missing if from_pretrained initialises it without a warning. Additional tensors are allowed,
+        unless they belong to a block beyond the number in config.json.
         """
         if self.model is None:
             return
@@ -122,7 +122,7 @@ class ModelNames:
                 )
 
     def _in_order(self, stored: Iterable[str]) -> list[str]:
-        """The order in which from_pretrained meets the tensors: entries of a mixture by their numbers."""
+        """The order of from_pretrained: entries of a mixture by number."""
         if not any(self._transforms):
             return list(stored)
         from transformers.core_model_loading import dot_natural_key
@@ -148,7 +148,7 @@ class ModelNames:
         keys = [key for some in sources.values() for key in some]
         try:
             shapes = convert(lambda key: torch.empty(stored[key].shape, dtype=stored[key].dtype, device="meta"))
-        except Exception:  # what transformers cannot convert here stays as it is stored
+        except Exception:  # tensors that transformers cannot convert stay as stored
             return {key: stored[key] for key in keys}
         return {
             name: StoredTensor(name, one.dtype, tuple(one.shape), functools.partial(read, name), stored[keys[0]].file)
@@ -160,7 +160,7 @@ class ModelNames:
         return self._new_transforms()
 
     def _new_transforms(self) -> tuple[list[Any], list[Any]]:
-        """Renamings and converters; new ones for each checkpoint, since some remember which names they have met."""
+        """Renamings and converters; new for each checkpoint, since some have state."""
         if self.model is None or not hasattr(self.model, "base_model_prefix"):
             return [], []
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -173,7 +173,7 @@ class ModelNames:
         )
 
     def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        """The model's name and the pattern of the converter at work, as in from_pretrained."""
+        """The name in the model and the pattern of the converter that applies, as in from_pretrained."""
         if self.model is None or not hasattr(self.model, "base_model_prefix"):
             return key, None
         from transformers.core_model_loading import rename_source_key

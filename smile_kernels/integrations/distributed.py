@@ -2,12 +2,12 @@
 
     parallelize_module(model, mesh, tensor_parallel_plan(model))
 
-Column: `weight`, `bias`, `u` and `expert_bias` are split along out_features; every rank routes the same tokens alike.
-Row: `weight`, `vh`, `router` and x are split along in_features. A projection is then a sum over ranks, which the router
-needs before it takes the norm: V_i^T x is all-reduced in float32, T x N x g numbers, and each rank adds its part of the
-chosen experts to its part of W x, so that the output is all-reduced once, as a dense layer's is.
+Column: `weight`, `bias`, `u` and `expert_bias` are split along out_features; every rank computes the same routing.
+Row: `weight`, `vh`, `router` and x are split along in_features. The router needs the norm of a sum over ranks, so
+V_i^T x is all-reduced in float32, T x N x g numbers. Each rank adds its part of the chosen experts to its part of W x,
+and the output is all-reduced once, as for a dense layer.
 
-FSDP2 shards a model of one dtype as it is; for a low-precision model see `replicate_singular_values`.
+FSDP2 shards a model of one dtype directly; for a low-precision model see `replicate_singular_values`.
 """
 
 import fnmatch
@@ -33,11 +33,11 @@ class ColwiseSmile(ParallelStyle):
     """Splits a SmileLinear along out_features; the arguments are those of torch's ColwiseParallel.
 
     Args:
-        input_layouts: how x arrives; replicated by default.
-        output_layouts: how y leaves; split along its last dimension by default.
-        use_local_output: y as this rank's plain tensor rather than a DTensor.
+        input_layouts: layout of x; replicated by default.
+        output_layouts: layout of y; split along its last dimension by default.
+        use_local_output: return y as this rank's plain tensor instead of a DTensor.
 
-    Gradients are those of one process; each replicated parameter's is summed over ranks in the backward.
+    Gradients equal those of one process; those of replicated parameters are summed over ranks in the backward.
     """
 
     shards = {"weight": 0, "bias": 0, "u": 1, "expert_bias": 1}  # noqa: RUF012 (read only)
@@ -69,7 +69,7 @@ class ColwiseSmile(ParallelStyle):
         return module
 
     def forward(self, layer: Any, mesh: DeviceMesh, x: Tensor) -> Tensor:
-        """y of a SmileLinear whose parameters are DTensors."""
+        """y of a SmileLinear with DTensors as parameters."""
         _refuse_policy(layer)
         x = _summed_gradient(_dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Replicate()]))
         y = smile_linear(
@@ -95,9 +95,9 @@ class RowwiseSmile(ColwiseSmile):
     """Splits a SmileLinear along in_features; the arguments are those of torch's RowwiseParallel.
 
     Args:
-        input_layouts: how x arrives; split along its last dimension by default.
-        output_layouts: how y leaves; replicated by default.
-        use_local_output: y as this rank's plain tensor rather than a DTensor.
+        input_layouts: layout of x; split along its last dimension by default.
+        output_layouts: layout of y; replicated by default.
+        use_local_output: return y as this rank's plain tensor instead of a DTensor.
     """
 
     shards = {"weight": 1, "vh": 2, "router": 2}  # noqa: RUF012 (read only)
@@ -116,7 +116,7 @@ class RowwiseSmile(ColwiseSmile):
         )
 
     def forward(self, layer: Any, mesh: DeviceMesh, x: Tensor) -> Tensor:
-        """y of a SmileLinear whose parameters are DTensors."""
+        """y of a SmileLinear with DTensors as parameters."""
         _refuse_policy(layer)
         x = _dtensor(x, mesh, self.input_layouts, layer.in_features).redistribute(mesh, [Shard(x.dim() - 1)]).to_local()
         vh = layer.vh.to_local()
@@ -124,7 +124,7 @@ class RowwiseSmile(ColwiseSmile):
         projections = router_projections(x, vh, router, rank_of_router=layer.rank_of_router)
         whole = DTensor.from_local(projections, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()])
         scores = torch.linalg.vector_norm(_summed_gradient(whole), dim=-1)
-        # Biases enter the sum over ranks once; the product keeps every rank in the backward's all-reduce.
+        # Biases are added once in the sum over ranks; the product keeps every rank in the backward's all-reduce.
         first = float(mesh.get_local_rank() == 0)
         bias, expert_bias = (
             b if b is None else b * first for b in (_summed_gradient(layer.bias), _summed_gradient(layer.expert_bias))
@@ -147,19 +147,18 @@ class RowwiseSmile(ColwiseSmile):
 def _refuse_policy(layer: SmileLinear) -> None:
     if layer.router_policy is not None:
         raise NotImplementedError(
-            "routing: a layer split over ranks has a router_policy; expected the "
-            "default, where each token chooses for itself"
+            "routing: a layer split over ranks has a router_policy; expected the default, the published routing"
         )
 
 
 def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
-    """The plan that `parallelize_module` takes for a transformers model, from the model's own `tp_plan`.
+    """The plan of `parallelize_module` for a transformers model, from the model's `tp_plan`.
 
-    SMILE layers get ColwiseSmile and RowwiseSmile where the model asks for a column or row split, linear layers that
-    stayed dense get torch's styles, and everything else is left whole on every rank.
+    SMILE layers with a column or row split get ColwiseSmile and RowwiseSmile, dense linear layers get torch's styles,
+    and everything else is replicated on every rank.
 
     Raises:
-        ValueError: the model has no plan, or its plan splits a linear layer in a way that has no counterpart here.
+        ValueError: the model has no plan, or its plan splits a linear layer in an unsupported way.
     """
     plan = getattr(model, "tp_plan", None)
     if not plan:
@@ -187,7 +186,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
 
 def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
-    """The `s` of every SMILE layer, to be whole on each rank beside FSDP2's shards of everything else.
+    """The `s` of every SMILE layer, for replication on each rank while FSDP2 shards everything else.
 
         fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicate_singular_values(model, mesh))
 
@@ -216,7 +215,7 @@ def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Para
 
 
 def _dtensor(x: Tensor, mesh: DeviceMesh, layout: Placement, features: int) -> DTensor:
-    """x as a DTensor of `features` columns, which need not divide evenly over the ranks."""
+    """x as a DTensor with `features` columns, which need not be divisible by the number of ranks."""
     if isinstance(x, DTensor):
         return x
     if not (isinstance(layout, Shard) and layout.dim in (-1, x.dim() - 1)):
@@ -231,19 +230,19 @@ def _local(p: DTensor | None) -> Tensor | None:
 
 
 def _summed_gradient(p: DTensor | None) -> Any:
-    """A replicated tensor as this rank's; each rank's gradient is a part of the sum."""
+    """The local tensor of a replicated one; each rank's gradient is a part of the sum."""
     return None if p is None else p.redistribute(placements=p.placements).to_local(grad_placements=[Partial()])
 
 
 def _parameters(weight, bias, vh, s, u, expert_bias, *, column: bool = False) -> list[Placement | None]:
-    """Placements of the layer's tensors: whole, or split along out_features; None where a tensor is not there."""
+    """Placements of the layer's tensors: replicated, or split along out_features; None for missing tensors."""
     split = [Shard(0), Shard(0), Replicate(), Replicate(), Shard(1), Shard(1)] if column else [Replicate()] * 6
     tensors = (weight, bias, vh, s, u, expert_bias)
     return [placement if t is not None else None for t, placement in zip(tensors, split)]
 
 
-# What DTensor may do with the operators: split the tokens, or the outputs of the expert half; whole otherwise. The
-# router needs every column of x, so `route` and `linear` are never split along in_features.
+# Placements that DTensor may use for the operators: split tokens, or split outputs of the expert half; replicated
+# otherwise. The router needs every column of x, so `route` and `linear` are never split along in_features.
 
 
 @register_sharding(torch.ops.smile_kernels.route.default)
@@ -320,5 +319,5 @@ def _shard_gradients(
 
 
 def _needed(placements: list[Placement], needs: list[bool]) -> list[Placement]:
-    """A gradient that is not asked for comes back without elements."""
+    """A gradient that is not requested has no elements."""
     return [placement if needed else Replicate() for placement, needed in zip(placements, needs)]

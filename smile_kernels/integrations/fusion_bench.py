@@ -1,4 +1,4 @@
-"""Layers and checkpoints of fusion_bench (tanganke/fusion_bench), the published implementation, as ours.
+"""Conversion of layers and checkpoints of fusion_bench (tanganke/fusion_bench), the published implementation.
 
 fusion_bench has two modules with two key layouts; N experts, k their rank, g the router's:
 
@@ -7,7 +7,7 @@ fusion_bench has two modules with two key layouts; N experts, k their rank, g th
     shared_linear.{weight, bias}           pretrained_model.{weight, bias}
     experts.{i}.u [O, k], experts.{i}.svh [k, D], experts.{i}.bias [O]; dense experts: experts.{i}.weight [O, D]
 
-Nothing here imports fusion_bench: its modules are known by their class, its checkpoints by their keys.
+fusion_bench is not imported: its modules are recognised by class name, its checkpoints by their keys.
 """
 
 import re
@@ -31,20 +31,20 @@ _SHARED = re.compile(r"(?:(?P<layer>.+)\.)?(?:shared_linear|pretrained_model)\.w
 
 @check_arguments
 def from_fusion_bench(model: nn.Module) -> nn.Module:
-    """Swaps every SMILE layer of fusion_bench for a `SmileLinear` with the same outputs, in place.
+    """Replace every SMILE layer of fusion_bench by a `SmileLinear` with the same outputs, in place.
 
-    The factors are taken as they are: u as stored, `svh` split into unit rows and their lengths, the gate as `vh`'s
-    first rows where it is equal to them and as `router` elsewhere. Dense experts (no rank) become their exact
-    full-rank SVD. Routing is computed in float32, so tokens whose scores tie in the model's dtype may differ.
+    The factors are kept: u as stored, `svh` split into unit rows and norms, the gate as the first rows of `vh` if they
+    are equal, else as `router`. Dense experts (no rank) become their exact full-rank SVD. Routing is computed in
+    float32, so tokens with equal scores in the model's dtype may be routed differently.
 
     Args:
-        model: any module that holds such layers, or one such layer.
+        model: any module with such layers, or one such layer.
 
     Returns:
-        The same model; where `model` is itself such a layer, the new layer.
+        The same model; or the new layer if `model` is itself such a layer.
 
     Raises:
-        ValueError: no such layer was found, or one with a tensor missing. Nothing is changed then.
+        ValueError: no such layer, or one with a missing tensor. Nothing is changed then.
     """
     warn_if_newer("fusion-bench")
     layers = {name: module for name, module in model.named_modules() if _is_smile(module)}
@@ -64,14 +64,14 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
 def convert_state_dict(
     state_dict: Mapping[str, Tensor], *, num_experts_per_tok: int = 1
 ) -> tuple[dict[str, Tensor], SmileConfig]:
-    """A state dict of fusion_bench, either layout, in our names, and the config that describes its layers.
+    """Convert a state dict of fusion_bench, in either layout, to our names, with the config of its layers.
 
     Args:
-        state_dict: name -> tensor; what belongs to no SMILE layer is passed through.
-        num_experts_per_tok: m, which fusion_bench keeps in the model's config, not among the tensors.
+        state_dict: name -> tensor; tensors of other layers are passed through.
+        num_experts_per_tok: m, which fusion_bench stores in the model's config, not in the state dict.
 
     Raises:
-        ValueError: no SMILE layer of fusion_bench among the keys, or one with a tensor missing.
+        ValueError: no SMILE layer of fusion_bench among the keys, or one with a missing tensor.
     """
     names = _layer_names(state_dict)
     if not names:
@@ -87,7 +87,7 @@ def convert_state_dict(
 
 
 def holds_fusion_bench_layers(names: Iterable[str]) -> bool:
-    """Whether tensor names are those of a fusion_bench checkpoint."""
+    """Whether the tensor names are those of a fusion_bench checkpoint."""
     return bool(_layer_names(names))
 
 
@@ -96,14 +96,14 @@ def _is_smile(module: nn.Module) -> bool:
 
 
 def _layer_names(names: Iterable[str]) -> list[str]:
-    """Names of the layers: those with a gate and a shared linear beside it."""
+    """Names of the layers that have a gate and a shared linear layer."""
     shared = {match["layer"] for name in names if (match := _SHARED.fullmatch(name))}
     return [match["layer"] or "" for name in names if (match := _GATE.fullmatch(name)) and match["layer"] in shared]
 
 
 @torch.no_grad()
 def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -> SmileLinear:
-    """A layer from its tensors by fusion_bench's names, relative to the layer."""
+    """A layer from its tensors, by fusion_bench's names relative to the layer."""
 
     def get(*names: str) -> Tensor:
         for name in names:
@@ -123,7 +123,7 @@ def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -
         for i in range(n)
     )
     u, s, vh = (torch.stack(factor) for factor in zip(*experts))
-    # Tied where each gate row points where the expert's does; float32 SVD makes rows of length 1 to about 10 eps only.
+    # Tied if each gate row has the expert's direction; rows of a float32 SVD have norm 1 only to about 10 eps.
     rows, eps = min(vh.shape[1], gate.shape[1]), torch.finfo(weight.dtype).eps
     ours, gates, used = vh[:, :rows].double(), gate[:, :rows].double(), s[:, :rows] > 0
     length = (ours * gates).sum(-1) / gates.square().sum(-1).clamp_min(eps)

@@ -1,10 +1,10 @@
-"""PEFT's LoRA adapters, read from disk as experts; PEFT itself is not needed.
+"""Reads PEFT's LoRA adapters from disk as experts; PEFT itself is not needed.
 
-An adapter directory holds `adapter_config.json` and `adapter_model.safetensors` with, for each adapted module,
+An adapter directory contains `adapter_config.json` and `adapter_model.safetensors` with, for each adapted module,
 
     base_model.model.<module>.lora_A.weight [q, D]      base_model.model.<module>.lora_B.weight [O, q]
 
-and stands for W + scale * B A with scale = alpha / q, or alpha / sqrt(q) where `use_rslora` is set.
+and represents W + scale * B A with scale = alpha / q, or alpha / sqrt(q) if `use_rslora` is set.
 """
 
 import fnmatch
@@ -30,10 +30,10 @@ __all__ = ["LowRankDelta", "ModuleDelta", "adapter_deltas", "is_adapter"]
 
 _CONFIG = "adapter_config.json"
 
-# Initialisations that change the base weights: the adapter then stands beside a base that is not the one given here.
+# Initialisations that change the base weights: the adapter then belongs to another base than the given one.
 _CHANGE_THE_BASE = ("pissa*", "olora", "corda", "loftq", "lora_ga")
 
-# Variants whose adapted layer is not W + scale * B A.
+# Variants with an adapted layer other than W + scale * B A.
 _NOT_LORA = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -51,7 +51,7 @@ _Index = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class _Config:
-    """What a change is computed from in adapter_config.json, which has other keys as well."""
+    """The keys of adapter_config.json that determine a change."""
 
     lora_alpha: _Positive
     alpha_pattern: dict[str, _Positive] | None = None
@@ -88,13 +88,13 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class ModuleDelta:
-    """What an adapter changes in one module.
+    """The change of one module by an adapter.
 
     Attributes:
         weight: the change of the weight, as factors or dense; None for no change. Factors are those of a weight
-            [O, D], a dense change is oriented as the base's own tensor.
+            [O, D]; a dense change has the orientation of the base's tensor.
         bias: the change of the bias [O]; None for no change. The base may have no bias.
-        whole: tensors by name that are not a change of the base's: it has none, or one of another shape.
+        whole: tensors by name that are not changes of base tensors, because the base has none or one of another shape.
     """
 
     weight: LowRankDelta | Tensor | None = None
@@ -108,7 +108,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def is_adapter(directory: str | Path) -> bool:
-    """Whether `directory` holds a PEFT adapter."""
+    """Whether `directory` contains a PEFT adapter."""
     return (Path(directory) / _CONFIG).is_file()
 
 
@@ -117,24 +117,24 @@ def is_adapter(directory: str | Path) -> bool:
 def adapter_deltas(
     directory: str | Path, base: Mapping[str, Tensor] | nn.Module, names: ModelNames | None = None
 ) -> dict[str, ModuleDelta]:
-    """What a LoRA adapter changes in each module of its base.
+    """The changes of a LoRA adapter in each module of its base.
 
     Rank and alpha patterns, rsLoRA, biases, transformers' Conv1D and modules that are saved whole (`modules_to_save`)
-    are exact. DoRA rescales whole rows, which is not low rank: a warning says so. Changes of modules that are no linear
-    layers, such as norms and embeddings, are among the result; `upscale` reports what becomes of them.
+    are exact. DoRA rescales whole rows, which is not low rank and gives a warning. Changes of modules that are not
+    linear layers, such as norms and embeddings, are part of the result; `upscale` reports what happens to them.
 
     Args:
-        directory: the adapter's directory.
-        base: the base model, or its tensors by name, `<module>.weight` and `<module>.bias`. Only the tensors that a
-            change is taken against are read: biases and modules saved whole.
-        names: how the adapter's names become those of the base, where `base` is no module.
+        directory: directory of the adapter.
+        base: the base model, or its tensors by name, `<module>.weight` and `<module>.bias`. Only biases and modules
+            saved whole are read, to compute their changes.
+        names: the mapping from the adapter's names to those of the base, if `base` is not a module.
 
     Returns:
         Module name -> its change, for the modules the adapter changes.
 
     Raises:
-        FileNotFoundError: `directory` holds no adapter.
-        ValueError: another kind of adapter than LoRA, one that changed its base, or one that does not fit `base`.
+        FileNotFoundError: `directory` contains no adapter.
+        ValueError: an adapter that is not LoRA, that changed its base, or that does not fit `base`.
     """
     directory = Path(directory)
     config = _config(directory)
@@ -163,7 +163,7 @@ def adapter_deltas(
     if unsaved and config.bias in ("all", "lora_only"):
         warnings.warn(
             f"{directory}: trained bias={config.bias!r}, but it is not saved for {len(unsaved)} layers such as "
-            f"{unsaved[0]}, which keep the base's, as in PEFT; PEFT before 0.21 did not save it",
+            f"{unsaved[0]}, which keep the base's bias, as in PEFT; PEFT before 0.21 did not save it",
             stacklevel=2,
         )
     return deltas
@@ -179,7 +179,7 @@ _SPELLINGS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
 
 def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The adapter's tensors by the module they change and by PEFT's own name for what they are."""
+    """The adapter's tensors by module and by PEFT's name."""
     modules: dict[str, dict[str, Tensor]] = {}
     adapters = set()
     for key, tensor in tensors.items():
@@ -204,10 +204,10 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
 def _in_base(
     directory: Path, modules: Mapping[str, Mapping[str, Tensor]], base: Mapping[str, Tensor], names: ModelNames
 ) -> dict[str, str]:
-    """Each module's name in the base, which may put another prefix before all of them.
+    """Each module's name in the base, which may have a common prefix.
 
     Raises:
-        ValueError: factors of a module that the base lacks; a module saved whole keeps its name.
+        ValueError: factors of a module that the base lacks. A module saved whole keeps its name.
     """
 
     def translated(module: str) -> str:
@@ -248,7 +248,7 @@ def _module_delta(
     if "lora_A" in tensors and tensors["lora_A"].dim() != 2:
         b, a = (wide(tensors[name]).reshape(*(tensors[name].shape[:1] or (1,)), -1) for name in ("lora_B", "lora_A"))
         if b.shape[-1] != a.shape[0] or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
-            raise SmileError(f"{directory}: {module}: its factors are those of no linear layer; expected matrices")
+            raise SmileError(f"{directory}: {module}: its factors are not those of a linear layer; expected matrices")
         full = b @ a
         weight = _scale(module, tensors["lora_A"].shape[0], config) * full.view(base[f"{module}.weight"].shape)
     elif "lora_A" in tensors:
@@ -348,7 +348,7 @@ def _low_rank(module: str, tensors: Mapping[str, Tensor], config: _Config) -> tu
 
 
 def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weight: Tensor) -> Tensor:
-    """The change of an embedding of which the adapter holds some rows (`trainable_token_indices`)."""
+    """The change of an embedding from some of its rows (`trainable_token_indices`)."""
     indices = config.trainable_token_indices
     if isinstance(indices, dict):
         indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)

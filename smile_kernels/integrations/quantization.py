@@ -1,9 +1,9 @@
-"""A quantised shared weight: SMILE experts beside any linear module.
+"""A quantised shared weight: SMILE experts added to any linear module.
 
     model = split_base(model)
     torchao.quantization.quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: name.endswith(".base"))
 
-Whatever turns `nn.Linear` into something smaller (torchao, bitsandbytes) then does so to the shared weights alone.
+A tool that quantises `nn.Linear` (torchao, bitsandbytes) then applies only to the shared weights.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ __all__ = ["SmileBesideLinear", "split_base"]
 
 
 class SmileBesideLinear(KeepsSingularValues):
-    """The experts of a SmileLinear beside `base`, the linear module of its shared weight.
+    """The experts of a SmileLinear, added to `base`, the linear module of its shared weight.
 
         y = base(x) + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 
-    Parameters are the layer's own, in its dtype; shapes as in `SmileLinear`. It is routed as the layer was, by the
-    routing policy of its model where that has one.
+    Parameters are those of the layer, in its dtype; shapes as in `SmileLinear`. Routing is that of the layer, including
+    a routing policy of its model.
 
     Args:
         layer: the layer; its tensors are shared, not copied.
@@ -51,14 +51,14 @@ class SmileBesideLinear(KeepsSingularValues):
         self.router_policy, self.expert_names = layer.router_policy, layer.expert_names
 
     def own_num_experts_per_tok(self) -> int:
-        """The number that the layer was made with, whatever a routing policy has set."""
+        """The number given to the layer's constructor, independent of routing policies."""
         return self._own
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., O]."""
         routing = None if self.router_policy is None else self.router_policy(self, x)
         y = self.base(x)
-        # What a hook has seen of the base's output stays as it was.
+        # The base's output may be held by a hook and is not changed.
         apart = torch.is_grad_enabled() or bool(self.base._forward_hooks) or not y.is_contiguous()
         return smile_delta(
             y if y.dtype == x.dtype else y.to(x.dtype),
@@ -76,9 +76,9 @@ class SmileBesideLinear(KeepsSingularValues):
 
 
 def split_base(model: nn.Module) -> nn.Module:
-    """Swaps every SmileLinear of `model` for a SmileBesideLinear, in place; returns the model, or the swapped layer.
+    """Replace every SmileLinear of `model` by a SmileBesideLinear, in place; return the model, or the new layer.
 
-    A routing policy of the model goes on. `set_routing` comes before this: it finds SmileLinear alone.
+    A routing policy of the model stays in effect. Call `set_routing` before: it only finds SmileLinear.
 
     Raises:
         ValueError: the model contains no SmileLinear. Nothing is changed then.

@@ -1,7 +1,7 @@
 """SMILE checkpoints in transformers: `AutoModel*.from_pretrained(directory)` for any model made of linear layers.
 
-transformers lets a checkpoint name a "quantizer" that rebuilds modules before the weights are loaded; ours puts a
-SmileLinear where `quantization_config.modules` names a linear layer. `import smile_kernels` registers it.
+A checkpoint can name a "quantizer" that replaces modules before transformers loads the weights. Ours inserts a
+SmileLinear for each linear layer in `quantization_config.modules`. `import smile_kernels` registers it.
 """
 
 import inspect
@@ -39,7 +39,7 @@ def _expect_parameters(function: Callable, *names: str) -> None:
 
 
 def _expect_call(caller: Callable, hook: str) -> None:
-    """A hook of HfQuantizer that transformers stopped calling would be lost silently."""
+    """Raise if transformers no longer calls a hook of HfQuantizer, which would have no effect."""
     called = hook in inspect.unwrap(caller).__code__.co_names
     expect("transformers", called, f"{caller.__qualname__} to call HfQuantizer.{hook}")
 
@@ -56,11 +56,11 @@ warn_if_newer("transformers")
 def checkpoint_renaming(
     model: nn.Module, hf_quantizer: HfQuantizer | None = None
 ) -> Callable[[str], tuple[str, str | None]]:
-    """How transformers names in `model` what a checkpoint stores.
+    """The mapping from a checkpoint's names to those of `model` in transformers.
 
     Returns:
-        A function of a tensor's name in the checkpoint: its name in the model, and the pattern of the conversion that
-        makes it out of several tensors, or None.
+        A function of a tensor's name in the checkpoint that returns its name in the model, and the pattern of the
+        conversion that builds it from several tensors, or None.
     """
     transforms = get_model_conversion_mapping(model, hf_quantizer=hf_quantizer)
     options = {
@@ -74,7 +74,7 @@ def checkpoint_renaming(
 
 @register_quantization_config(QUANT_METHOD)
 class SmileQuantizationConfig(QuantizationConfigMixin):
-    """`quantization_config` of a SMILE checkpoint as transformers holds it; the fields are those of `SmileConfig`."""
+    """`quantization_config` of a SMILE checkpoint in transformers; the fields are those of `SmileConfig`."""
 
     def __init__(self, **config):
         self.__dict__.update(SmileConfig.from_dict(config).to_dict())
@@ -92,7 +92,7 @@ class SmileQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module):
-        # Called by save_pretrained: the policy may have been changed since the model was loaded.
+        # Called by save_pretrained: the policy may have changed since the model was loaded.
         policy = stored_routing(model)
         self.quantization_config.__dict__.pop("routing", None)
         if not policy.is_published:
@@ -100,7 +100,7 @@ class SmileQuantizer(HfQuantizer):
         return super().get_state_dict_and_metadata(model)
 
     def update_attn_implementation(self, config):
-        # The one hook that is given the config before the files of the weights are looked for.
+        # The only hook with the config before the weight files are searched.
         if getattr(config, "transformers_weights", None) == NO_WEIGHTS:
             del config.transformers_weights
         return config
@@ -119,18 +119,18 @@ class SmileQuantizer(HfQuantizer):
         renamed, tensors = checkpoint_renaming(model, self), model.state_dict()
         self._layers, self._fan_in_fan_out = {}, []
         for name, entry in config.modules.items():
-            # The checkpoint's name for a layer may differ from the model's: a head more or less, a renamed submodule.
+            # A layer's name in the checkpoint may differ from the model's: another head, a renamed submodule.
             key, _ = renamed(f"{name}.weight")
             if key not in tensors:
                 if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
                     raise SmileError(
                         f"modules[{name!r}]: {type(model).__name__} has no such layer; expected its layers"
                     )
-                continue  # a head that this class of model does without
+                continue  # a head that this model class does not have
             target = key.removesuffix(".weight")
             linear = model.get_submodule(target)
             if unfit := why_not_linear(linear):
-                raise SmileError(f"modules[{name!r}]: cannot hold experts here, since {unfit}; expected a linear layer")
+                raise SmileError(f"modules[{name!r}]: cannot have experts here, since {unfit}; expected a linear layer")
             rows, columns = tensors[key].shape
             layer = entry.build(
                 *((rows, columns) if is_conv1d(linear) else (columns, rows)),
@@ -152,7 +152,7 @@ class SmileQuantizer(HfQuantizer):
             for name in (tensor.name.removesuffix(".vh") for tensor in stored if tensor.name.endswith(".vh")):
                 if renamed(f"{name}.weight")[0] not in known:
                     raise SmileError(
-                        f"{file}: holds experts of {name!r}, which quantization_config.modules lacks; expected both"
+                        f"{file}: contains experts of {name!r}, which quantization_config.modules lacks; expected both"
                     )
         if not self._layers:
             raise SmileError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
@@ -179,13 +179,13 @@ class SmileQuantizer(HfQuantizer):
         _keep_layers_apart(model)
         self.quantization_config.modules = _as_stored(model, {name: entry for name, (_, entry) in self._layers.items()})
         self.quantization_config.__dict__.pop("base_model_name_or_path", None)
-        # Nothing is quantised: half(), float() and training work as on any model.
+        # Nothing is quantised: half(), float() and training work as for any model.
         model.is_quantized = False
         del self._layers, self._fan_in_fan_out
 
 
 def describe_as_smile(model: Any) -> None:
-    """Gives a model with SMILE layers the config and the quantizer that from_pretrained would have given it."""
+    """Set the config and quantizer of a model with SMILE layers, as from_pretrained does."""
     if not smile_layers(model):
         return
     _keep_layers_apart(model)
@@ -199,7 +199,7 @@ def describe_as_smile(model: Any) -> None:
 
 
 def _as_stored(model: Any, entries: Mapping[str, SmileModuleConfig]) -> dict[str, dict[str, Any]]:
-    """The layers by the names under which `save_pretrained` will store them."""
+    """The layers by their names in `save_pretrained`."""
     layers = smile_layers(model)
     return {
         next(iter(revert_weight_conversion(model, {f"{name}.s": layers[name].s}))).removesuffix(".s"): vars(entry)
@@ -208,7 +208,7 @@ def _as_stored(model: Any, entries: Mapping[str, SmileModuleConfig]) -> dict[str
 
 
 def _keep_layers_apart(model: Any) -> None:
-    """Have `save_pretrained` store SMILE layers unfused: conversions that fuse weights would drop the experts."""
+    """Make `save_pretrained` store SMILE layers unfused: conversions that fuse weights would drop the experts."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)

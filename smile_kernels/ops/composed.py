@@ -1,10 +1,9 @@
 """A SMILE layer composed of ordinary torch operators: runs on every device, forward and closed-form backward.
 
-Only selected experts are computed. On a CPU the experts present are looped over (reading ids costs nothing there), each
-on its own tokens: picked out, or where they lie if tokens that follow each other chose alike. On other devices nothing
-may wait for the host, so the same sorted tokens are padded to blocks of one expert each, whose number depends on shapes
-alone, and every block is one entry of a batched product. An "entry" is one (token, slot) pair: entry e belongs to token
-e // m.
+Only selected experts are computed. On a CPU (where reading ids is free) there is a loop over the experts present, each
+on its own tokens: gathered, or as slices if consecutive tokens have the same expert. On other devices the host must not
+wait, so the sorted tokens are padded to blocks of one expert each. The number of blocks depends only on shapes; each
+block is one entry of a batched product. An "entry" is one (token, slot) pair: entry e belongs to token e // m.
 """
 
 import functools
@@ -20,23 +19,23 @@ from .reference import accumulate_dtype, router_rows, select
 
 
 def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
-    """None: it serves every layer on every device."""
+    """None: it supports every layer on every device."""
     return None
 
 
 # Entries per block of the padded layout.
 BLOCK = 64
-# On a CPU a call costs more than its arithmetic while the problem is small, the more so where it multiplies bfloat16.
-# Up to so many (tokens x rank x (in + out features)) an expert takes every token, weighing 0 those that chose others,
-# rather than its own tokens picked out of x and added back into y ...
+# On a CPU the call overhead of small problems exceeds their arithmetic, in particular for bfloat16.
+# Up to this (tokens x rank x (in + out features)) an expert processes every token, with weight 0 for those of others,
+# instead of its own tokens gathered from x and added to y ...
 EVERY_TOKEN = {torch.float64: 2**20, torch.float32: 2**20, torch.bfloat16: 2**23, torch.float16: 2**20}
-# ... and in bfloat16, below so many (experts x rank x (in + out features)) and rows of h, all experts are one product.
+# ... and in bfloat16, below this (experts x rank x (in + out features)) and rows of h, all experts are one product.
 EVERY_EXPERT, EVERY_EXPERT_ROWS = 2**21, 2**16
-# Tokens that a run of like choices has on average, from which on its experts take it as a slice.
+# Average length of runs of equal choices from which experts process them as slices.
 LONG_RUN = 128
-# Up to so many tokens, copying the router's rows into one matrix takes longer than a batched product saves.
+# Up to this many tokens, copying the router's rows into one matrix takes longer than it saves.
 FEW_TOKENS = 8
-# From so many (tokens x rows x in_features) on, two bfloat16 products take less time than one of float32.
+# From this (tokens x rows x in_features) on, two bfloat16 products are faster than one in float32.
 TWO_PRODUCTS = 2**22
 
 
@@ -49,7 +48,7 @@ def _project(x: Tensor, router: Tensor) -> Tensor:
     """q = router x in float32: x [T, D], router [N, g, D] -> [T, N, g]."""
     acc = accumulate_dtype(x)
     if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
-        # The rows of a tied router are a part of each expert's: a batched product takes them where they lie.
+        # The rows of a tied router are a part of each expert's: a batched product reads them without a copy.
         return torch.bmm(x.to(acc).expand(router.shape[0], *x.shape), router.to(acc).mT).transpose(0, 1)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] * router.numel() >= TWO_PRODUCTS:
         return _two_products(x, router)[1]
@@ -60,7 +59,7 @@ def _project(x: Tensor, router: Tensor) -> Tensor:
 def _two_products(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, D], rows [N, R, D] in bfloat16 -> their product [T, N, R], and the same in float32.
 
-    A bfloat16 product sums in float32 and rounds once; a second one recovers what that took (relative error 2^-17).
+    A bfloat16 product sums in float32 and rounds once; a second one recovers the rounding (relative error 2^-17).
     """
     flat = rows.reshape(-1, rows.shape[-1]).T
     q = x @ flat
@@ -96,7 +95,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
 
 
 def _one_product_pays(x: Tensor, vh: Tensor, u: Tensor, num_experts_per_tok: int, rank_of_router: int) -> bool:
-    """Whether to multiply x by all of vh, for the router and every expert: few rows of it would be of no use."""
+    """Whether to multiply x by all of vh, for the router and every expert: if few rows would be unused."""
     tokens, n = x.shape[0], vh.shape[0]
     return (
         _host_reads_are_free(x)
@@ -140,7 +139,7 @@ def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_to
 def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
     """Add the selected experts to y in place and return h.
 
-    weights None means all of them are 1; every_h [T, N, >= r] is V^T x of every expert, where it is known.
+    weights None: all are 1; every_h [T, N, >= r]: V^T x of every expert, if already computed.
     """
     (tokens, m), r = ids.shape, s.shape[1]
     h = s.new_zeros((tokens, m, r) if save else 0)
@@ -206,7 +205,7 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
 
-    Without a weight dx is that of the experts alone.
+    Without a weight, dx is that of the experts only.
     """
     dx = (torch.zeros_like(x) if weight is None else dy @ weight) if needs[0] else None
     dweight = dy.T @ x if needs[1] else None
@@ -231,7 +230,7 @@ def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs)
 
 
 def _add_gradients_of_every_expert(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h) -> None:
-    """Every token takes every expert, with weight 0 where it chose others: all experts are one product."""
+    """Every expert processes every token, with weight 0 for tokens of others: all experts are one product."""
     dx, dvh, ds, du, dexpert_bias, dweights = gradients
     acc, (n, r), tokens = s.dtype, s.shape, ids.shape[0]
     slots, w = ids.long(), _weight_of_every_expert(weights, ids, n)
@@ -258,7 +257,7 @@ def _add_gradients_of_every_expert(gradients, dy, x, vh, s, u, expert_bias, weig
 
 
 def _add_gradients_by_expert(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h) -> None:
-    """Each expert takes its own tokens."""
+    """Each expert processes its own tokens."""
     dx, dvh, ds, du, dexpert_bias, dweights = gradients
     acc, r = s.dtype, s.shape[1]
     for i, entries, rows in _runs(ids) or _sorted(ids):
@@ -289,7 +288,7 @@ def _add_gradients_by_expert(gradients, dy, x, vh, s, u, expert_bias, weights, i
 
 
 def _add_gradients_in_blocks(gradients, dy, x, vh, s, u, expert_bias, weights, ids, h) -> None:
-    """Tokens sorted by expert, padded to blocks of one expert each: nothing is read on the host."""
+    """Tokens sorted by expert and padded to blocks of one expert each, without reads on the host."""
     dx, dvh, ds, du, dexpert_bias, dweights = gradients
     acc, (n, r), (tokens, m) = s.dtype, s.shape, ids.shape
     blocks = _Blocks(ids, n)
@@ -321,12 +320,12 @@ linear_backward = functools.partial(registration.linear_backward, apply_backward
 
 
 def _check_ids(ids: Tensor, num_experts: int) -> None:
-    """-1 stands for no expert. Where reading ids would wait for a device, everything else outside [0, N) does too."""
+    """-1 means no expert; so do other ids outside [0, N) if checking them would wait for a device."""
     if _host_reads_are_free(ids) and ids.numel():
         least, most = ids.min().item(), ids.max().item()
         if least < -1 or most >= num_experts:
             worst = least if least < -1 else most
-            raise SmileError(f"ids: holds {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
+            raise SmileError(f"ids: contains {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
 
 
 def _any_is_none(ids: Tensor) -> bool:
@@ -338,19 +337,19 @@ def _host_reads_are_free(x: Tensor) -> bool:
 
 
 def _weight_of_every_expert(weights: Tensor | None, ids: Tensor, num_experts: int) -> Tensor:
-    """weights, ids [T, m] -> [T, N], 0 where an expert was not chosen; weights None where m and each weight are 1."""
+    """weights, ids [T, m] -> [T, N], 0 for experts not chosen; weights None if m and each weight are 1."""
     chosen = ids[:, :, None] == torch.arange(num_experts, dtype=ids.dtype)
     return chosen[:, 0] if weights is None else (chosen * weights[:, :, None]).sum(1)
 
 
-# (expert, its entries, their rows of x), each of these a slice or indices.
+# (expert, its entries, their rows of x), the last two as slices or indices.
 _Chosen = tuple[int, slice | Tensor, slice | Tensor]
 
 
 def _runs(ids: Tensor) -> list[_Chosen]:
-    """The experts of each run of tokens that chose alike, as slices; none at all where runs are short."""
+    """The expert of each run of tokens with equal choices, as slices; nothing if runs are short."""
     tokens, m = ids.shape
-    if tokens < LONG_RUN:  # then there is one run or none: that is seen on the host in less time
+    if tokens < LONG_RUN:  # then there is one run or none, which is found faster on the host
         first, *others = ids.tolist()
         starts = [0]
         if any(other != first for other in others):
@@ -369,11 +368,11 @@ def _runs(ids: Tensor) -> list[_Chosen]:
 
 
 def _sorted(ids: Tensor) -> Iterator[_Chosen]:
-    """Each expert that any token chose once, with indices."""
+    """Each chosen expert once, with the indices of its entries."""
     m = ids.shape[1]
     flat = ids.reshape(-1)
     entries = flat.argsort(stable=True)
-    counts = (flat + 1).bincount().tolist()  # those of no expert, -1, come first
+    counts = (flat + 1).bincount().tolist()  # entries without an expert, -1, come first
     rows = entries if m == 1 else entries // m
     for i, (e, t) in enumerate(zip(entries.split(counts), rows.split(counts)), start=-1):
         if i >= 0 and len(e):
@@ -385,7 +384,7 @@ def _take(rows: Tensor, at: slice | Tensor) -> Tensor:
 
 
 class _Blocks:
-    """Entries sorted by expert and padded so that each block of `BLOCK` belongs to one expert, with no host read.
+    """Entries sorted by expert and padded so that each block of `BLOCK` has one expert, without reads on the host.
 
     experts [B] is each block's expert; `gather` and `scatter` move rows into and out of the [B, BLOCK, ...] layout.
     """
@@ -404,7 +403,7 @@ class _Blocks:
         self.position = torch.where(self.valid, starts[flat] + rank, 0)
         self.experts = torch.searchsorted(ends, torch.arange(blocks, device=flat.device), right=True)
         self.experts.clamp_(max=num_experts - 1)
-        # An entry of no expert goes to a place past the last block.
+        # Entries without an expert go to a position past the last block.
         place = torch.where(self.valid, self.position, blocks * BLOCK)
         self.entry = flat.new_full((blocks * BLOCK + 1,), total).scatter_(
             0, place, torch.arange(total, device=flat.device)
@@ -412,13 +411,13 @@ class _Blocks:
         self.num_experts = num_experts
 
     def gather(self, rows: Tensor, entries_per_row: int = 1) -> Tensor:
-        """rows [R, ...] -> [B, BLOCK, ...], zero where a block is padding."""
+        """rows [R, ...] -> [B, BLOCK, ...], zero for padding."""
         valid = self.entry < rows.shape[0] * entries_per_row
         out = rows[torch.where(valid, self.entry // entries_per_row, 0)]
         return torch.where(valid[:, None], out, 0).view(-1, BLOCK, rows.shape[-1])
 
     def scatter(self, blocks: Tensor) -> Tensor:
-        """[B, BLOCK, C] -> one row an entry, [T * m, C]; zeros for no expert."""
+        """[B, BLOCK, C] -> one row per entry, [T * m, C]; zeros for no expert."""
         return torch.where(self.valid[:, None], blocks.flatten(0, 1)[self.position], 0)
 
     def sum_by_expert(self, blocks: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Paths that failed `smile-kernels doctor --verify` on this machine, which the automatic choice leaves out.
+"""Paths that failed `smile-kernels doctor --verify` on this machine; the automatic choice excludes them.
 
-The record is one JSON file for each user: machine -> path -> reason. It holds for one device with one version of this
+The record is one JSON file for each user: machine -> path -> reason. It is valid for one device and one version of this
 package, of PyTorch and of Triton.
 """
 
@@ -27,7 +27,7 @@ def file() -> Path:
 
 
 def device_name(device_type: str) -> str:
-    """What the device calls itself: the current GPU for "cuda"."""
+    """Name of the device; for "cuda" that of the current GPU."""
     if device_type == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     try:
@@ -44,19 +44,19 @@ def machine(device: str) -> str:
 
 
 def name_of(backend: str, part: str, dtype: torch.dtype, training: bool) -> str:
-    """The name of a path. `part` is the kernel or the way to launch it that was at fault; "" is the whole backend."""
+    """The name of a path. `part` is the failed kernel or launch path; "" is the whole backend."""
     kind = "training" if training else "inference"
     return " ".join(filter(None, [backend, part, str(dtype).removeprefix("torch."), kind]))
 
 
 @functools.cache
 def paths(device: str) -> Mapping[str, str]:
-    """Name of each path excluded on the device of this name -> why. Read once; a warning says what is excluded."""
+    """Excluded path -> reason, for a device name. Read once, with a warning about excluded paths."""
     found = _read().get(machine(device), {}) if file().exists() else {}
     if found:
         listed = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         warnings.warn(
-            f"smile_kernels leaves out what failed `smile-kernels doctor --verify` on {device}: {listed}. "
+            f"smile_kernels excludes paths that failed `smile-kernels doctor --verify` on {device}: {listed}. "
             "`smile-kernels doctor` lists it, `smile-kernels doctor --forget` undoes it.",
             stacklevel=2,
         )
@@ -64,7 +64,7 @@ def paths(device: str) -> Mapping[str, str]:
 
 
 def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: bool) -> str | None:
-    """Why the automatic choice leaves out a whole backend; None if it does not."""
+    """Why the automatic choice excludes a whole backend; None if it does not."""
     if device_type not in ("cpu", "cuda"):
         return None
     found = paths(device_name(device_type))
@@ -73,7 +73,7 @@ def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: b
 
 
 def record(device: str, reasons: Mapping[str, str]) -> None:
-    """Exclude these paths on the device of this name, and no others; {} excludes none."""
+    """Set the excluded paths of a device name; {} excludes none."""
     content = _read() if file().exists() else {}
     content.pop(machine(device), None)
     when = time.strftime("%Y-%m-%d", time.gmtime())

@@ -1,7 +1,7 @@
 """The compiled extension: C++ for CPU tensors, CUDA C++ for GPU tensors, as `torch.ops.smile_kernels_ext.*`.
 
-Its libraries lie beside this file where `setup.py` could build them, and are loaded on first use. An exported program
-that calls these operators runs without Python.
+`setup.py` builds its libraries in this folder; they are loaded on first use. An exported program that calls these
+operators runs without Python.
 """
 
 import functools
@@ -17,7 +17,7 @@ _LIBRARY = torch.library.Library("smile_kernels_ext", "FRAGMENT")
 
 
 def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
-    """Why the extension cannot serve such a layer on `device_type`, in one sentence; None where it can."""
+    """Why the extension cannot run such a layer on `device_type`, in one sentence; None if it can."""
     if device_type == "cuda" and dtype == torch.float64:
         return "its kernels take float32, bfloat16 and float16, not float64"
     if device_type == "cuda" and num_experts > 256:
@@ -31,7 +31,7 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
 
 @functools.cache
 def unavailable(device_type: str) -> str | None:
-    """Why the extension's library for `device_type` cannot be used here; None where it can."""
+    """Why the extension's library for `device_type` cannot be used; None if it can."""
     if device_type not in ("cpu", "cuda"):
         return f"the compiled extension has no kernels for {device_type} tensors"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
@@ -40,7 +40,7 @@ def unavailable(device_type: str) -> str | None:
         path = Path(__file__).with_name(f"_extension_{kind}.so")
         if not path.exists():
             tools = "a C++ compiler" if kind == "cpu" else "a CUDA toolkit and a PyTorch built for CUDA"
-            recorded = path.with_suffix(".txt")  # written by setup.py where the build went that far
+            recorded = path.with_suffix(".txt")  # written by setup.py if the build reached this step
             reason = f" ({recorded.read_text().strip()})" if recorded.exists() else ""
             return (
                 f"its {kind} library was not built when smile_kernels was installed{reason}: that takes PyTorch 2.10 "
@@ -71,7 +71,7 @@ def _require(device_type: str) -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result sets: loading a library is nothing to trace.
+# What torch.compiler.assume_constant_result sets: loading a library must not be traced.
 _require._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

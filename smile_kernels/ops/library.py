@@ -5,16 +5,16 @@ Ten operators, each with the backend's name as its last argument, so that a comp
     route           x, router -> weights, ids                           the routing half
     apply           x, parameters, weights, ids -> y, h                 the expert half
     linear          both in one pass -> y, weights, ids, h
-    delta           y, x, experts -> y + experts, weights, ids, h       onto a base product made by anyone
+    delta           y, x, experts -> y + experts, weights, ids, h       added to a given base product
     delta_          the same in place -> weights, ids, h
     evidence        x, router, a policy's state -> weights, ids, evidence, sums
     route_backward, apply_backward, linear_backward, delta_backward     their closed-form gradients
 
 A backend is a module with these as functions over 2-D x, but for `delta` and its backward, which follow from others,
 and `evidence`, which the composition of routing/ stands in for.
-`h` [T, m, r] is what the backward needs of the forward (V^T x of the selected experts); it has no elements unless
-`save` is set, nor has a gradient that is not needed. `delta` routes where no weights and ids are given, and takes
-layers of several parts, whose shapes `functional.smile_linear` has; h is [T, P, m, r] then.
+`h` [T, m, r] is V^T x of the selected experts, saved for the backward; it has no elements unless `save` is set. A
+gradient that is not needed has no elements either. `delta` routes unless weights and ids are given, and supports layers
+of several parts, with the shapes in `functional.smile_linear`; h is [T, P, m, r] then.
 """
 
 import functools
@@ -51,7 +51,7 @@ def why_not(
     num_experts: int = 1,
     training: bool = False,
 ) -> str | None:
-    """Why `backend` cannot serve a layer of `num_experts` on tensors of `dtype` on `device_type`; None if it can.
+    """Why `backend` cannot run a layer of `num_experts` on tensors of `dtype` on `device_type`; None if it can.
 
     training: with gradients.
     """
@@ -64,9 +64,9 @@ def why_not(
 
 
 def backends(device_type: str | None = None) -> dict[str, str | None]:
-    """Every backend, best first, with the reason it cannot run on `device_type`, or None where it can.
+    """Every backend, in order of preference, with the reason why it cannot run on `device_type`, or None if it can.
 
-    device_type: "cuda", "cpu", ...; by default "cuda" where torch sees a GPU, else "cpu".
+    device_type: "cuda", "cpu", ...; by default "cuda" if torch sees a GPU, else "cpu".
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     return {backend: why_not(backend, device_type) for backend in _MODULES}
@@ -81,13 +81,11 @@ def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_exper
         if device_type != "meta" and (reason := why_not(backend, *layer)):
             raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
         if reason := why_excluded(backend, device_type, dtype, training):
-            warnings.warn(
-                f"backend: {backend!r} is used as asked, though it failed verification: {reason}", stacklevel=3
-            )
+            warnings.warn(f"backend: {backend!r} is used as requested, but failed verification: {reason}", stacklevel=3)
     else:
         # Triton's interpreter is for tests.
         names = [name for name in _MODULES if (name, device_type) != ("triton", "cpu") and not why_not(name, *layer)]
-        # The composition is the last, and runs whatever verification said of it.
+        # The composition is last, and runs independent of verification.
         allowed = [name for name in names if not why_excluded(name, device_type, dtype, training)]
         backend = (allowed or names[-1:])[0]
     if (backend, device_type) == ("triton", "cuda"):
@@ -96,10 +94,10 @@ def _choose(backend: str | None, device_type: str, dtype: torch.dtype, num_exper
 
 
 def choose_backend(backend: str | None, device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str:
-    """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the best that serves such a layer.
+    """An explicit name, else the environment variable SMILE_KERNELS_BACKEND, else the first that supports such a layer.
 
-    A name that was asked for and cannot run raises RuntimeError with the reason; there is no fallback. On
-    meta tensors, of which shapes alone are computed, every name is right.
+    A requested backend that cannot run raises RuntimeError with the reason; there is no fallback. Meta tensors, for
+    which only shapes are computed, accept every name.
     """
     if backend is None:
         backend = os.environ.get("SMILE_KERNELS_BACKEND") or None
@@ -123,12 +121,12 @@ def _define(name: str, arguments: str, returns: int, kernel: Callable, fake: Cal
 
 
 def _defined(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Operators return tensors: a gradient that is not needed is one without elements."""
+    """Operators must return tensors: a gradient that is not needed has no elements."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _any_backend(fake: Callable) -> Callable:
-    """A fake kernel under the backend's name as its last argument."""
+    """A fake kernel with the backend's name as its last argument."""
     return lambda *args: fake(*args[:-1])
 
 
@@ -377,10 +375,9 @@ def evidence(
 
 
 def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:
-    """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None where it is not so.
+    """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None if not supported.
 
-    The operator checks what it is given: a layer of a few tokens feels what Python would do before. m = 0: the shared
-    layer alone.
+    The operator checks its arguments, since checks in Python are slow for a few tokens. m = 0: only the shared layer.
     """
     (o, d), m, kind = weight.shape, ids.shape[-1], x.device.type
     if m == 0:
@@ -409,7 +406,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
 def linear_of_parts(
     x, weight, bias, vh, s, u, expert_bias, router, weights, ids, m, g, parts, rank_of_parts, backend
 ) -> Tensor:
-    """A layer of several parts -> y [T, O], differentiable; routed by weights and ids [T, P, m] if these are given."""
+    """A layer of several parts -> y [T, O], differentiable; routed by weights and ids [T, P, m] if given."""
     experts = x, vh, s, u, expert_bias, router, weights
     training = _needs_gradient(weight, bias, *experts)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[1]), training)
@@ -425,9 +422,9 @@ def linear_of_parts(
 def delta(
     y, x, vh, s, u, expert_bias, router, weights, ids, m, g, parts, rank_of_parts, backend, *, inplace=False
 ) -> Tensor:
-    """y + the experts -> [T, O], differentiable; routed by weights and ids where these are given.
+    """y + the experts -> [T, O], differentiable; routed by weights and ids if given.
 
-    inplace: y itself, which takes no gradient.
+    inplace: add to y itself, without gradients.
     """
     experts = x, vh, s, u, expert_bias, router, weights
     training = _needs_gradient(y, *experts)

@@ -1,4 +1,4 @@
-"""The reference: a SMILE layer written to be read, differentiable by autograd, float32 (float64 for float64) inside.
+"""The reference: a simple implementation of a SMILE layer, differentiable by autograd, in float32 or float64.
 
 Shapes: T tokens, D in_features, O out_features, N experts, m experts per token, r rank of an expert, g of the router.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype routing and low-rank sums are carried in: float32, or float64 for float64 inputs."""
+    """The dtype of routing and low-rank sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -33,7 +33,7 @@ def select(scores: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """The m largest scores, ties to the lower index, and their softmax: scores [..., N] -> weights [..., m], ids int32.
 
     Softmax over the selected scores equals softmax over all, top-m, renormalise. NaN ranks last; an infinite score
-    counts as the largest finite one, so one bad value cannot spoil the other experts' weights.
+    counts as the largest finite one, so that one bad value does not affect the other experts' weights.
     """
     scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
     if num_experts_per_tok == 1:
@@ -61,7 +61,7 @@ def apply(
 ) -> Tensor:
     """y = W x + b + sum over the selected i of w_i (U_i (s_i * V_i^T x) + expert_bias_i); one rounding, at the end.
 
-    An id that is no expert's adds nothing, whatever its weight: -1 for a slot that is not used.
+    An id that is not an expert's, such as -1 for an unused slot, adds nothing, whatever its weight.
     """
     acc = accumulate_dtype(x)
     xa = x.to(acc)

@@ -1,9 +1,8 @@
-"""What PyTorch must know of an operator besides its kernels: the tensors it returns, its vmap and autocast rules.
+"""Rules of the operators for PyTorch: fake kernels, vmap and autocast; and operators derived from a backend's others.
 
-And what follows from a backend's other operators: the backward of `linear` from those of its halves, and layers of
-several parts from layers of one.
+Derived are the backward of `linear` from those of its halves, and layers of several parts from layers of one.
 
-The operators of `library` and the compiled ones of `extension`, whose arguments are the same, share them.
+The operators of `library` and the compiled ones of `extension` have the same arguments and share these rules.
 """
 
 import functools
@@ -84,7 +83,7 @@ def fake_delta(y, *args):
 
 
 def register(library: torch.library.Library, name: str, fake: Callable) -> Callable:
-    """Give an operator of `library` its rules; return its overload, the cheapest to call."""
+    """Register the rules of an operator of `library`; return its overload, which is the fastest to call."""
     op = getattr(getattr(torch.ops, library.ns), name).default
     torch.library.register_fake(op, fake, lib=library)
     torch.library.register_vmap(op, functools.partial(_vmap, op), lib=library)
@@ -94,7 +93,7 @@ def register(library: torch.library.Library, name: str, fake: Callable) -> Calla
 
 
 def _vmap(op: Any, info, in_dims: Sequence[int | None], *args) -> tuple:
-    """One call per batch entry: right for any mix of batched arguments."""
+    """One call per batch entry, for any combination of batched arguments."""
     if op._schema.is_mutable and in_dims[0] is None:
         raise SmileError("y: is not mapped by vmap, and what is added to it is; expected inplace=False")
     calls = [
@@ -105,7 +104,7 @@ def _vmap(op: Any, info, in_dims: Sequence[int | None], *args) -> tuple:
 
 
 def _without_autocast(op: Callable, device_type: str, *args):
-    """Autocast chooses the dtype of an operator's inputs, not of the arithmetic inside (routing stays in float32)."""
+    """Autocast casts an operator's inputs; the arithmetic inside does not change (routing stays in float32)."""
     with torch.autocast(device_type, enabled=False):
         return op(*args)
 
@@ -145,12 +144,12 @@ def linear_backward(
     return (*gradients, drouter)
 
 
-# One part of a layer: (its number, its outputs, the ranks its experts have).
+# One part of a layer: (index, slice of outputs, rank of its experts).
 Part = tuple[int, slice, int]
 
 
 def parts_with_experts(parts: Sequence[int], rank_of_parts: Sequence[int], rank: int) -> Iterator[Part]:
-    """The parts of a layer in order, without the dense ones; each has rank `rank` where rank_of_parts is empty."""
+    """The parts of a layer in order, without dense ones; with rank `rank` if rank_of_parts is empty."""
     end = 0
     for part, features in enumerate(parts):
         end += features
@@ -160,7 +159,7 @@ def parts_with_experts(parts: Sequence[int], rank_of_parts: Sequence[int], rank:
 
 
 def by_part(add: Callable) -> Callable:
-    """A backend's `delta_` from one that takes a single part: each part in turn adds to its own columns of y."""
+    """A backend's `delta_` from one for a single part: each part in turn adds to its own columns of y."""
 
     def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
         if not parts:
@@ -202,9 +201,9 @@ def delta_backward(
     parts: Sequence[int] = (),
     rank_of_parts: Sequence[int] = (),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, vh, s, u, expert_bias, router and weights, each part by a backend's other backwards.
+    """Gradients of x, vh, s, u, expert_bias, router and weights; each part uses a backend's other backwards.
 
-    routes: the weights were chosen by the layer itself; their gradient goes on to the router.
+    routes: the layer chose the weights itself; their gradient flows to the router.
     """
     of_layer = [needs[0], False, False, *needs[1:5]]
 

@@ -1,4 +1,4 @@
-"""A model and its fine-tuned versions -> a model of SMILE layers: in memory, or from disk to disk."""
+"""Upscaling: a model and its fine-tuned versions become a model of SMILE layers, in memory or on disk."""
 
 from .disk import upscale_checkpoints
 from .experts import add_expert, remove_expert, replace_expert

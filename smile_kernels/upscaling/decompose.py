@@ -1,4 +1,4 @@
-"""One layer and its fine-tuned versions -> the factors of a SMILE layer: the same bits on any number of threads."""
+"""Decomposes one layer and its fine-tuned versions into SMILE factors: the same bits on any number of threads."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ def norm_rows(vh: Tensor, s: Tensor) -> Tensor:
 
 
 class _Weights(Sequence[Any]):
-    """The experts' weights of one layer, each read when its turn comes."""
+    """The experts' weights of one layer, read one at a time."""
 
     def __init__(self, read: Callable[[ExpertSource], Any], sources: Sequence[ExpertSource]):
         self.read, self.sources = read, sources
@@ -71,10 +71,10 @@ def decompose(
         layer, base, sources: the layer, the base's tensors and the experts.
         rank_of_expert, rank_of_router: r and g, as `check_router` returned it.
         router: one of ROUTERS.
-        device, dtype: where and in which dtype the weights are compared; by default as the base's is.
+        device, dtype: for the differences of the weights; by default those of the base.
 
     Raises:
-        ValueError: what does not fit; the message names the layer.
+        ValueError: a weight or rank does not fit; the message names the layer.
     """
     start = time.perf_counter()
 
@@ -104,12 +104,12 @@ def decompose(
 
 
 def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], workers: int | None = None) -> Iterator[Any]:
-    """function(each) for each of the arguments, in their order; some at a time, each by one thread.
+    """Yield function(argument) for each argument, in order; several in parallel, each in one thread.
 
-    torch's own threads would share one call between them, and another number of threads gives other bits.
+    torch's own threads would split one call, and then the bits depend on the number of threads.
 
     Args:
-        workers: calls at a time; by default as many as torch has threads, at most 4.
+        workers: calls in parallel; by default torch's number of threads, at most 4.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

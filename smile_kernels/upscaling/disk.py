@@ -1,8 +1,8 @@
-"""Fuses checkpoints on disk into a SMILE checkpoint, a few layers in memory at a time.
+"""Fuses checkpoints on disk into a SMILE checkpoint, with a few layers in memory at a time.
 
-Intermediate files are kept in `<out>.partial`: the settings, one file for each finished layer, and the output. A run
-that was interrupted continues from there; `publishing` makes the output folder appear when it is whole. Under torchrun
-the processes share the layers. One thread computes a layer, so the result has the same bits however many work on it.
+Intermediate files are kept in `<out>.partial`: the settings, one file for each finished layer, and the output. An
+interrupted run continues from there; `publishing` creates the output folder atomically. Under torchrun the processes
+share the layers. Each layer is computed by one thread, so the bits do not depend on the number of workers.
 """
 
 import errno
@@ -76,12 +76,12 @@ from .vocabulary import AddedTokens, find_added_tokens, grow_source, which_exper
 
 __all__ = ["upscale_checkpoints"]
 
-# Weights and what belongs to them: every other file beside the base's weights is carried over.
+# Weights and their indices: all other files of the base folder are copied.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
 class Job:
-    """What is to be done, opened and checked: constructing it reads headers only, and writes nothing."""
+    """An upscaling job with checked inputs: the constructor reads only headers and writes nothing."""
 
     def __init__(
         self,
@@ -137,12 +137,14 @@ class Job:
         check_fit("base", self.unfit, self.tensors, self.sources, strict=strict)
 
     def _added_tokens(self, expert: int | str, model: nn.Module | None) -> AddedTokens:
-        """Gives the base and all experts the tokens that one expert has beyond the base's."""
+        """Add one expert's additional tokens to the base and all experts."""
         self.donor = which_expert(expert, self.config.expert_names or ())
         added = find_added_tokens(model, self.by_name, self.sources[self.donor])
         own = [name for name in added.dims if name in self.origins]
         if split := next((name for name in own if self._split(name)), None):
-            raise SmileError(f"embeddings_from: {self.base} holds {split} within another tensor; expected it by itself")
+            raise SmileError(
+                f"embeddings_from: {self.base} stores {split} inside another tensor; expected a separate tensor"
+            )
         added.grow(self.by_name)
         for name in own:
             key = self.origins[name][0]
@@ -152,18 +154,18 @@ class Job:
 
     @functools.cached_property
     def taken(self) -> list[Layer]:
-        """The layers that take the weight of the only expert."""
+        """The layers that get the weight of the only expert."""
         plain = [layer for layer in self.unfit if f"{layer.stored}.weight" not in self.packed]
         return layers_to_take(plain, self.tensors, self.by_name, self.sources)
 
     def _stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        """The base's tensors as they lie on disk, by name or by that of the weight they are."""
+        """The base's stored tensors, with their names or the name of the weight they contain."""
         for key, tensor in self.stored.items():
             for one in self.packed.get(key, [tensor]):
                 yield key, one
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on; a run goes on only where this is the same. Files count by size and time."""
+        """What the result depends on; a run continues only if it is equal. Files are compared by size and time."""
         folders = [self.base, *self.experts]
         return {
             "version": __version__,
@@ -180,7 +182,7 @@ class Job:
         }
 
     def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
-        """Reads what will be written, and what it is computed from, so that NaN is found before hours of work."""
+        """Read all inputs of the output, to find NaN before hours of work."""
         wholes = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
         average = self.remaining == "average"
         needed = {name for layer in self.layers for name in (layer.weight, layer.bias)}
@@ -191,7 +193,7 @@ class Job:
             progress("checks", min((i + 1) * (part.step or 1), len(tensors)), len(tensors))
 
     def bytes_to_write(self, experts_only: bool) -> int:
-        """A lower bound of the disk space needed: factors once as work and once as output, and the base."""
+        """A lower bound of the required disk space: factors as intermediate files and in the output, and the base."""
         factors = 0
         if isinstance(self.config.rank_of_expert, int) and self.config.rank_of_expert > 0:
             r, k = self.config.rank_of_expert, max(self.config.rank_of_expert, self.config.rank_of_router)
@@ -204,7 +206,7 @@ class Job:
 
     @torch.no_grad()
     def upscale_layer(self, folder: Path, index: int) -> None:
-        """Writes `<index>.safetensors`, the factors of a layer, unless it is left alone, and then `<index>.json`."""
+        """Write the factors of a layer to `<index>.safetensors`, unless it is skipped, and then `<index>.json`."""
         layer = self.layers[index]
         whole = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
         dtypes = (tensors[layer.weight].dtype for tensors in (self.by_name, *whole))
@@ -231,9 +233,9 @@ class Job:
         write_text(folder / f"{index}.json", json.dumps(asdict(report)) + "\n")
 
     def output_tensors(self, factors: Mapping[str, list[StoredTensor]], experts_only: bool) -> Iterator[StoredTensor]:
-        """The tensors of the result: the base's in their order, then the factors of each upscaled layer.
+        """The tensors of the result: the base's in order, then the factors of each upscaled layer.
 
-        A tensor that holds more than the weight of an upscaled layer is stored in its parts, by the model's names.
+        A tensor that contains more than the weight of an upscaled layer is stored in parts, by the model's names.
         """
         upscaled = [layer for layer in self.layers if layer.name in factors]
         changed = self.changed(upscaled)
@@ -255,7 +257,7 @@ class Job:
             yield from factors[layer.name]
 
     def changed(self, upscaled: Sequence[Layer]) -> dict[str, Callable[[], Tensor]]:
-        """What is stored in place of the base's tensors, by the model's names: averages and the only expert's."""
+        """Replacements of the base's tensors, by the model's names: averages and weights of the only expert."""
         held = {id(self.by_name[name]) for name in self.held(upscaled) if name in self.by_name}
         changed: dict[str, Callable[[], Tensor]] = {}
         for name, tensor in self.by_name.items() if self.remaining == "average" else ():
@@ -269,7 +271,7 @@ class Job:
         return changed
 
     def held(self, upscaled: Sequence[Layer]) -> set[str]:
-        """The tensors whose changes the result holds."""
+        """The tensors with changes that are in the result."""
         return {name for layer in (*upscaled, *self.taken) for name in (layer.weight, layer.bias)}
 
     def _of_only_expert(self, name: str) -> Tensor:
@@ -277,7 +279,7 @@ class Job:
         return torch.zeros_like(self.tensors[name]) if tensor is None else tensor  # a bias that the expert lacks
 
     def _split(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's tensors that a parameter is a part of, where it is not a tensor of its own."""
+        """The checkpoint's tensors that contain a parameter, if it is not a separate tensor."""
         keys = self.origins.get(name, ())
         alone = len(keys) == 1 and [keys] == [other for other in self.origins.values() if other[0] == keys[0]]
         return () if alone and self.stored[keys[0]].read is self.by_name[name].read else keys
@@ -287,7 +289,7 @@ class Job:
         return replace(tensor, dtype=dtype, read=functools.partial(_read_as, read, dtype))
 
     def lost(self, reports: Sequence[LayerReport]) -> list[LostChange]:
-        """What fine-tuning changed and the result does not hold."""
+        """Changes by fine-tuning that are not in the result."""
         done = {report.name for report in reports if not report.skipped}
         upscaled = [layer for layer in self.layers if layer.name in done]
         changed = self.changed(upscaled)
@@ -301,11 +303,11 @@ class Job:
         return lost_changes(self.tensors, self.by_name, self.sources, result, held, reasons, embeddings)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor of this dtype becomes in the result."""
+        """The dtype in the result of a tensor of this dtype."""
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def write_sidecars(self, folder: Path, factors: Mapping[str, list[StoredTensor]], report: UpscaleReport) -> None:
-        """config.json, the model card, the report, and what else lies beside the base's weights."""
+        """Write config.json, the model card, the report, and the base's other files."""
         modules = {}
         for layer in self.layers:
             shapes = {tensor.name: tensor.shape for tensor in factors.get(layer.name, ())}
@@ -363,45 +365,44 @@ def upscale_checkpoints(
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> UpscaleReport:
-    """Upscales a base checkpoint and fine-tuned versions of it into the folder `out`.
+    """Fuse a base checkpoint and its fine-tuned versions on disk into the folder `out`.
 
     Args:
-        base: checkpoint of the pre-trained model: a folder, or the id of a Hub repository, which may end in @revision.
-            One whose layers are stored quantised (compressed-tensors, awq, gptq, fp8) takes LoRA adapters as experts,
-            exactly: its tensors are copied as they are, for vLLM to serve.
-        experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; as `base`.
-        out: new or empty.
+        base: checkpoint of the pre-trained model: a folder or a Hub id, optionally with @revision.
+            A quantised base (compressed-tensors, awq, gptq, fp8) supports LoRA adapters as experts; its tensors are
+            copied unchanged, for vLLM.
+        experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; folders or Hub ids.
+        out: output folder, new or empty.
         rank_of_expert, rank_of_router, router, num_experts_per_tok, include, exclude, strict: as in `upscale`.
-        expert_names: N names, by which the experts can be asked for. None, for all or in a name's place: the folder's,
-            with as much of its path as makes the names differ.
-        remaining: what the other tensors are: the "base"'s, or the "average" of the experts'.
+        expert_names: N names of the experts (see `routing_override`). None, for all or for single names: the folder's
+            name, with as much of its path as is needed to be unique.
+        remaining: source of the other tensors: "base", or "average" for the mean of the experts.
         embeddings_from: the expert, by number or name, whose vocabulary has tokens beyond the
             base's; as in `upscale`. The tokenizer is that expert's.
-        routing: the policy that the loaded model follows; by default each token chooses for itself, or
-            `RoutingPolicy.recommended` of a model that is calibrated.
-        calibrate: also `smile_kernels.calibrate` the result; the whole model is loaded for it.
-        dtype: of the result; by default the base's, which the experts must share.
-        experts_only: store the experts alone, beside the path of the base.
-        max_shard_size: of one file.
-        device: where the decompositions run.
-        workers: layers that this process computes at a time; by default as many as it has cores, at most 4.
-        force: replace an output folder that smile-kernels wrote, and work begun there with other inputs or settings.
-        progress: called with the stage, how many of its parts are done, and how many there are.
+        routing: the policy of the loaded model; by default the published routing, or with `calibrate`
+            `RoutingPolicy.recommended`.
+        calibrate: also run `smile_kernels.calibrate`, which loads the whole model.
+        dtype: dtype of the result; by default the base's, which the experts must then share.
+        experts_only: store only the experts and the path of the base.
+        max_shard_size: maximum size of a file.
+        device: device for the decompositions.
+        workers: number of layers computed in parallel; by default the number of cores, at most 4.
+        force: replace an output folder written by smile-kernels, and unfinished work with other inputs or settings.
+        progress: called with the stage, the number of finished parts and the number of parts.
 
     Returns:
-        The report; it lies in the folder, too, as smile_report.json.
+        The report, which is also stored in the folder as smile_report.json.
 
     Raises:
-        ValueError, FileNotFoundError: an argument or a checkpoint that does not fit; the message names the argument,
-            the file and the tensor.
-            Among them: `out` is one of the inputs, holds one or lies in one.
-        FileExistsError: `out` holds anything that may not be replaced, or another process writes it.
+        ValueError, FileNotFoundError: an argument or a checkpoint that does not fit, for example an `out` that is,
+            contains or is inside an input; the message names the argument, the file and the tensor.
+        FileExistsError: `out` contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
     """
     check_request("experts", experts, num_experts_per_tok, remaining)
     if routing is not None and routing.calibrated and not calibrate:
         raise SmileError("routing: is calibrated; expected calibrate, without which no layer has a router_prior")
-    # Ranks and counts are checked as the config that will hold them.
+    # The config checks ranks and counts.
     config = SmileConfig(
         num_local_experts=len(experts),
         num_experts_per_tok=num_experts_per_tok,
@@ -456,7 +457,7 @@ def _write(
     workers: int | None,
     progress: Callable[[str, int, int], None],
 ) -> UpscaleReport:
-    """Computes the layers and writes the files that are not in the work folder yet, each process its share."""
+    """Compute the layers and write the files that are not in the work folder yet; each process does its share."""
     rank, world, barrier = processes
     layers = output.work / "layers"
     todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
@@ -465,7 +466,7 @@ def _write(
             job.check_finite(slice(rank, None, world), progress)
         except ValueError:
             if rank == 0:
-                output.discard()  # nothing is computed yet, so that mended inputs start anew
+                output.discard()  # nothing is computed yet, so that corrected inputs start from the beginning
             raise
     barrier()
     done = len(job.layers) - len(todo)
@@ -485,7 +486,7 @@ def _write(
     except ValueError:
         barrier()
         if rank == 0:
-            output.discard()  # no run with these inputs ever ends otherwise
+            output.discard()  # no run with these inputs could succeed
         raise
     stem = "experts" if experts_only else "model"
     shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
@@ -506,7 +507,7 @@ def _write(
 
 
 def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None) -> Sequence[str]:
-    """A name for each checkpoint: the one given, or the end of its path, or of its id without @revision."""
+    """A name for each checkpoint: the given one, or the end of its path or id without @revision."""
     if given is not None and (isinstance(given, str) or len(given) != len(experts)):
         raise SmileError(f"expert_names: is {given!r}; expected {len(experts)} names, one for each expert")
     places = [str(expert) if Path(expert).exists() else str(expert).partition("@")[0] for expert in experts]
@@ -540,19 +541,19 @@ def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _copy_beside(base: Path, folder: Path, *starts: str) -> None:
-    """Copies the files beside the weights: tokenizers, generation settings, code, ...; those of some starts, or all."""
+    """Copy the other files of a checkpoint: tokenizers, generation settings, code; all, or by prefix."""
     for file in sorted(base.iterdir()):
         if starts and not file.name.startswith(starts):
             continue
         written_anew = file.name in ("config.json", "README.md", REPORT) or file.name.startswith(".")
         if file.is_file() and not written_anew and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, folder / file.name)
-        elif file.is_dir() and re.match(r"\d+_", file.name):  # sentence-transformers' pooling and what follows it
+        elif file.is_dir() and re.match(r"\d+_", file.name):  # sentence-transformers' pooling and later modules
             shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
 
 
 def _check_space(work: Path, needed: int) -> None:
-    """Raises OSError unless the disk has room for `needed` bytes, with what `work` holds of them already."""
+    """Raise OSError unless the disk has space for `needed` bytes, minus those already in `work`."""
     present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in work.parents if folder.exists())).free
     if free + present < needed:
@@ -561,7 +562,7 @@ def _check_space(work: Path, needed: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError unless tensors can be computed on `device` here."""
+    """Raise ValueError unless tensors can be computed on `device`."""
     try:
         torch.empty(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -569,14 +570,14 @@ def check_device(device: str) -> None:
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file."""
+    """Name, size and modification time of each file."""
     stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 @contextmanager
 def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
-    """rank, number of processes, and a barrier: those of torchrun, or this process alone."""
+    """Rank, number of processes and a barrier: from torchrun, or for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1, lambda: None
         return

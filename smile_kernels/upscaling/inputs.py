@@ -1,4 +1,4 @@
-"""Random inputs that a transformers model takes, as its config describes them."""
+"""Random inputs for transformers models, from their configs."""
 
 import inspect
 from collections.abc import Callable
@@ -12,14 +12,14 @@ __all__ = ["example_inputs"]
 
 
 def example_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of a transformers model: ids, pixels, waves or features, as its config describes them.
+    """Random inputs of a transformers model: ids, pixels, waves or features, according to its config.
 
     Raises:
-        ValueError: the model has no config, or it takes something else.
+        ValueError: the model has no config, or takes other inputs.
     """
     config = getattr(model, "config", None)
     if config is None:
-        raise SmileError(f"inputs: {type(model).__name__} has no config to make them from; expected inputs={{...}}")
+        raise SmileError(f"inputs: {type(model).__name__} has no config to derive them from; expected inputs={{...}}")
     generator = torch.Generator().manual_seed(seed)
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     parts = [config, *(getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name))]

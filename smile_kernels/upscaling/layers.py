@@ -1,4 +1,4 @@
-"""Which layers of a model are upscaled: linear layers by their names, in a module or in a checkpoint."""
+"""Selects the layers to upscale: linear layers by name, in a module or in a checkpoint."""
 
 import fnmatch
 import re
@@ -21,7 +21,7 @@ from ..svd import check_ranks
 from .reads import weight_readers
 from .report import LayerReport
 
-# Where transformers cannot say what a matrix is, such a name means that it is looked up, not multiplied by.
+# Without the architecture, a matrix with such a name is treated as a lookup table.
 _LOOKED_UP = re.compile(r".*embed[^.]*|(.*\.)?([^.]*_emb|emb|emb_[^.]*|embs?|wte|wpe|shared|relative_attention_bias)")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -31,10 +31,10 @@ class Layer:
     """A linear layer of the base.
 
     Args:
-        name: the layer's in the model.
+        name: name of the layer in the model.
         fan_in_fan_out: whether its weight is stored as [in_features, out_features], as transformers' Conv1D does.
-        stored: the name under which a checkpoint holds its tensors.
-        unfit: why it cannot hold experts, or None.
+        stored: prefix of its tensors in a checkpoint.
+        unfit: why it cannot have experts, or None.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Layer:
 
     @property
     def weight(self) -> str:
-        """The parameter that is its weight."""
+        """Name of its weight."""
         return f"{self.name}.weight"
 
     @property
     def bias(self) -> str:
-        """The parameter that is its bias, where it has one."""
+        """Name of its bias, if it has one."""
         return f"{self.name}.bias"
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear, and transformers' Conv1D, by its first name in the model.
+    """Every nn.Linear and transformers' Conv1D, by its first name in the model.
 
-    Left out are those whose weight is not floating point, or is computed (weight norm, parametrizations).
+    Layers with a weight that is not floating point or is computed (weight norm, parametrizations) are not included.
     """
     return {
         name: cast(nn.Linear, module)  # Conv1D has the same attributes
@@ -68,7 +68,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def embedding_weights(model: nn.Module) -> set[str]:
-    """The names of the weights that are looked up, not multiplied by: of embeddings, and of what a layer is tied to."""
+    """Names of weights used as lookup tables: those of embeddings, including tied ones."""
     linear = linear_layers(model).values()
     layers, weights = {id(layer) for layer in linear}, {id(layer.weight) for layer in linear}
     return {
@@ -81,9 +81,9 @@ def embedding_weights(model: nn.Module) -> set[str]:
 
 
 def layers_of_model(model: nn.Module) -> dict[str, Layer]:
-    """The linear layers of a model by name, and which of them cannot hold experts.
+    """The linear layers of a model by name, with the reason if one cannot have experts.
 
-    Those are layers whose forward is not W x + b, and layers whose weight other code reads.
+    Layers cannot have experts if their forward is not W x + b, or if other code reads their weight.
     """
     linears = linear_layers(model)
     readers = weight_readers(model, linears)
@@ -101,27 +101,27 @@ def layers_of_model(model: nn.Module) -> dict[str, Layer]:
 def layers_of_checkpoint(
     folder: Path, tensors: Mapping[str, StoredTensor], origins: Mapping[str, Sequence[str]], names: ModelNames
 ) -> dict[str, Layer]:
-    """The linear layers of a checkpoint, by their names in the model.
+    """The linear layers of a checkpoint, by name in the model.
 
-    Where the architecture is known, its layers count as for `layers_of_model`. Without it each two-dimensional
-    `<layer>.weight` is one, unless its name says that it is looked up.
+    If the architecture is known, the result is that of `layers_of_model`. Otherwise each two-dimensional
+    `<layer>.weight` is a linear layer, unless its name is that of a lookup table.
 
     Args:
         folder: the checkpoint, for messages.
-        tensors, origins, names: what `ModelNames.map` returned for it, ties filled in.
+        tensors, origins, names: the result of `ModelNames.map`, with tied tensors filled in.
     """
     if names.model is not None:
         layers = {}
         for name, layer in layers_of_model(names.model).items():
             if layer.weight in tensors:
                 stored = names.stored_name(name, origins)
-                unfit = layer.unfit or (None if stored else "transformers has no name for its experts on disk")
+                unfit = layer.unfit or (None if stored else "transformers has no name for its experts in a checkpoint")
                 layers[name] = replace(layer, stored=stored or name, unfit=unfit)
         return layers
     model_type = read_config(folder).get("model_type")
     if model_type in CONV1D_MODELS:
         raise SmileError(
-            f"base: {folder} is a {model_type}, which stores its layers transposed; expected transformers, to say which"
+            f"base: {folder} is a {model_type}, which stores layers transposed; expected transformers to be installed"
         )
     plain = [
         name.removesuffix(".weight") for name, t in tensors.items() if name.endswith(".weight") and len(t.shape) == 2
@@ -131,7 +131,7 @@ def layers_of_checkpoint(
 
 
 def model_of_checkpoint(folder: Path) -> nn.Module | None:
-    """The model that config.json names, on the meta device; None where transformers is missing or does not know it."""
+    """The model of config.json on the meta device; None if transformers is missing or does not know it."""
     architectures = read_config(folder).get("architectures")
     if not architectures:
         return None
@@ -149,9 +149,9 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
         with torch.device("meta"), _limited_modules():
             model = cls(cls.config_class.from_pretrained(folder))
         model.tie_weights()
-    except Exception as error:  # whatever a config that does not fit makes the architecture raise
+    except Exception as error:  # an architecture may raise anything on a config that does not fit
         raise SmileError(
-            f"{folder / 'config.json'}: transformers cannot make a {architectures[0]} of it "
+            f"{folder / 'config.json'}: transformers cannot build a {architectures[0]} from it "
             f"({type(error).__name__}: {error}); expected the config of the weights beside it"
         ) from error
     return model
@@ -159,7 +159,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
 
 @contextmanager
 def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
-    """Stops a config that asks for a billion layers before they are made."""
+    """Stop a config that requests a billion layers before they are built."""
     count = 0
 
     def made(*_: object) -> None:
@@ -178,12 +178,12 @@ def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
 def select_layers(
     layers: Mapping[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, Layer]:
-    """The layers that match a pattern of `include` (all, where there is none) and none of `exclude`, in their order.
+    """The layers that match a pattern of `include` (default: all) and none of `exclude`, in order.
 
-    A pattern is a shell's: `*.q_proj`, `model.layers.[0-3].*`.
+    Patterns are shell patterns: `*.q_proj`, `model.layers.[0-3].*`.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no layer is left.
     """
     chosen = {
         name: layer
@@ -205,15 +205,15 @@ def check_layers(
     rank_of_expert: int | float,
     rank_of_router: int,
 ) -> None:
-    """Raises ValueError, naming the layer, unless its dtype can be computed with and both ranks fit its shape."""
+    """Raise ValueError, naming the layer, unless its dtype is supported and both ranks fit its shape."""
     for layer in layers:
         if layer.unfit:
             continue
         dtype = base[layer.weight].dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:  # without a scale such a weight says nothing
+        if not dtype.is_floating_point or dtype.itemsize < 2:  # meaningless without a scale
             raise SmileError(
                 f"base: tensor {layer.weight!r} is {dtype}; expected float16, bfloat16, float32 or float64 "
-                f"(exclude=[{layer.name!r}] leaves the layer alone)"
+                f"(exclude=[{layer.name!r}] skips the layer)"
             )
         try:
             check_ranks(rank_of_expert, rank_of_router, base[layer.weight].shape)
@@ -222,9 +222,9 @@ def check_layers(
 
 
 def fused_experts(model: nn.Module) -> list[LayerReport]:
-    """The tensors [experts, ..., ...] that hold all experts of a mixture, reported as left alone."""
+    """Tensors [experts, ..., ...] with all experts of a mixture, which are reported as skipped."""
     return [
-        LayerReport(name, 0, [], [], 0.0, "fused experts of a mixture, left alone")
+        LayerReport(name, 0, [], [], 0.0, "fused experts of a mixture, skipped")
         for name, p in model.named_parameters()
         if p.dim() == 3 and "expert" in name
     ]

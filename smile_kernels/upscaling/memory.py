@@ -1,4 +1,4 @@
-"""A model and its fine-tuned versions -> the model with SMILE layers in place of its linear layers, and a report."""
+"""Fuses a model and its fine-tuned versions in memory: SMILE layers instead of linear layers, and a report."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,17 +65,16 @@ def upscale(
     inplace: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, UpscaleReport]:
-    """One pre-trained model and N fine-tuned versions of it, as one model of SMILE layers; no data, no training.
+    """Fuse a pre-trained model and N fine-tuned versions of it into one model of SMILE layers; no data, no training.
 
-    Each nn.Linear (and transformers' Conv1D) becomes a `SmileLinear` whose experts are the truncated SVDs of the
-    differences. Layers whose experts all equal the base are left alone, as are the fused experts of a mixture. Tied
-    weights stay tied. A layer whose forward is not W x + b, or whose weight other code reads, cannot hold experts: it
-    is left alone, or takes the weight of the expert where there is only one. The report, and a warning, name what
-    fine-tuning changed and the result does not hold.
+    Each nn.Linear (and transformers' Conv1D) becomes a `SmileLinear` with truncated SVDs of the weight differences as
+    experts. Layers that no expert changes are skipped, as are the fused experts of a mixture. Tied weights stay tied.
+    A layer cannot have experts if its forward is not W x + b or if other code reads its weight: it is skipped, or gets
+    the weight of the expert if there is only one. The report and a warning list changes that are not in the result.
 
     Args:
         model: the pre-trained model.
-        finetuned: N models of the same architecture, or LoRA adapters as `integrations.peft.adapter_deltas` reads them.
+        finetuned: N models of the same architecture, or LoRA adapters read by `integrations.peft.adapter_deltas`.
         rank_of_expert: r; -1 for full rank (exact); or a fraction in (0, 1): per layer, the smallest rank that holds
             this share of the energy.
         rank_of_router: g, for router "smile"; None for the others.
@@ -83,17 +82,16 @@ def upscale(
             arXiv 2405.11157). "norm": s_i * V_i^T, so g = r and the score is the size of the change, ||U_i (s_i *
             V_i^T x)||_2; its rows are stored and computed beside those of the experts.
         num_experts_per_tok: m.
-        expert_names: N names, by which the experts can be asked for (`routing_override`) and reports call them.
-        include, exclude: shell patterns of layer names, as "*.q_proj"; by default every linear layer.
-        remaining: "base" keeps every other parameter and buffer as the base has it; "average" takes the mean of the
-            fine-tuned models'.
-        embeddings_from: the expert, by number or name, whose vocabulary has tokens beyond the base's: their rows of the
-            embedding and the head become the base's, and those of experts that lack them.
-        routing: how the layers choose their experts, as `set_routing` takes it; by default each token for itself,
-            or `RoutingPolicy.recommended` of a model that is calibrated.
-        calibrate: also `smile_kernels.calibrate` the model.
-        strict: refuse layers that cannot hold experts, where an expert changes them.
-        inplace: change `model` itself, rather than a copy.
+        expert_names: N names of the experts, for `routing_override` and reports.
+        include, exclude: shell patterns of layer names, such as "*.q_proj"; by default every linear layer.
+        remaining: source of every other parameter and buffer: "base", or "average" for the mean of the fine-tuned
+            models.
+        embeddings_from: number or name of the expert with additional tokens: their rows of the embedding and the head
+            are added to the base, and to experts without these tokens.
+        routing: the routing policy; by default the published routing, or with `calibrate` `RoutingPolicy.recommended`.
+        calibrate: also run `smile_kernels.calibrate`.
+        strict: raise if an expert changes a layer that cannot have experts.
+        inplace: change `model` itself instead of a copy.
         progress: show a progress bar.
 
     Returns:
@@ -109,7 +107,7 @@ def upscale(
     names = check_expert_names(expert_names, len(finetuned))
     if isinstance(model, nn.Linear):
         raise SmileError(
-            "model: is a linear layer itself; expected a model of them (SmileLinear.from_linears fuses one)"
+            "model: is a linear layer; expected a model with linear layers (SmileLinear.from_linears fuses one)"
         )
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
     base = {name: tensor for name, tensor in base.items() if isinstance(tensor, Tensor)}
@@ -168,7 +166,7 @@ def upscale(
 def _average_remaining(
     model: nn.Module, held: set[int], base: Mapping[str, Tensor], sources: Sequence[ExpertSource]
 ) -> None:
-    """Sets every stored tensor but those of ids `held` to the mean of the experts'; a tied one is set once."""
+    """Set every stored tensor except those with ids `held` to the mean of the experts; tied tensors once."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in base and id(base[name]) not in held and tensor.is_floating_point():
             held.add(id(base[name]))
@@ -178,7 +176,7 @@ def _average_remaining(
 def _decomposed(
     layers: Sequence[Layer], base: Mapping[str, Tensor], sources: Sequence[ExpertSource], **ranks: Any
 ) -> Iterator[tuple[dict[str, Tensor | None], LayerReport]]:
-    """The factors and the report of each layer; on a GPU one at a time."""
+    """The factors and the report of each layer; one at a time on a GPU."""
     workers = 1 if any(base[layer.weight].is_cuda for layer in layers) else None
     return in_threads(lambda layer: decompose(layer, base, sources, **ranks), layers, workers)
 
@@ -191,7 +189,7 @@ def _sources(
     base: dict[str, Tensor],
     every: Mapping[str, Layer],
 ) -> tuple[list[ExpertSource], AddedTokens | None]:
-    """The experts; with `embeddings_from` they, and `base` in place, get the tokens of that expert."""
+    """The experts; with `embeddings_from` they and `base` (in place) get the tokens of that expert."""
     sources: list[ExpertSource] = []
     for i, expert in enumerate(finetuned):
         if isinstance(expert, nn.Module):
@@ -216,7 +214,7 @@ def _check_sources(
     *,
     average: bool,
 ) -> None:
-    """Raises ValueError unless every expert fits the base."""
+    """Raise ValueError unless every expert fits the base."""
     for source in sources:
         if isinstance(source, AdapterSource):
             source.check(base)
@@ -226,7 +224,7 @@ def _check_sources(
 
 
 def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:
-    """Gives a linear layer that cannot hold experts the weight and bias of the only expert."""
+    """Copy the weight and bias of the only expert to a linear layer that cannot have experts."""
     weight = source.tensor(layer.weight)
     assert weight is not None
     linear.weight.copy_(weight)
@@ -253,7 +251,7 @@ def _replace(
     options = {"rank_of_router": g, "num_experts_per_tok": num_experts_per_tok}
     layer = SmileLinear.from_factors(weight, linear.bias, factors, **options).train(linear.training)
     layer.expert_names = expert_names
-    # The very parameters of the linear layer: what was tied to them stays tied.
+    # The parameters of the linear layer themselves, so that tied weights stay tied.
     layer.bias = linear.bias
     if not is_conv1d(linear):
         layer.weight = cast(nn.Parameter, linear.weight)

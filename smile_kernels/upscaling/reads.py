@@ -1,6 +1,6 @@
-"""Finds linear layers whose weight is read by code outside their own forward, where experts would have no effect.
+"""Finds linear layers with a weight that code outside their own forward reads, where experts would have no effect.
 
-It reads the source of every module of a model, before anything runs. `guard.guard_weights` watches the first forward
+It reads the source of every module of a model, before anything runs. `guard.guard_weights` checks the first forward
 pass of a SMILE model, for what the source does not show.
 """
 

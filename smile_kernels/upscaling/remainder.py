@@ -1,4 +1,4 @@
-"""What is not upscaled: layers that cannot hold experts and all other tensors; what becomes of them, what is lost."""
+"""Everything that is not upscaled: layers that cannot have experts, and other tensors; which changes are lost."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -15,11 +15,11 @@ from .sources import AdapterSource, ExpertSource
 def check_fit(
     where: str, layers: Collection[Layer], base: Mapping[str, Tensor], sources: Sequence[ExpertSource], *, strict: bool
 ) -> None:
-    """With `strict`, raises ValueError if an expert changes a layer that cannot hold experts."""
+    """With `strict`, raise ValueError if an expert changes a layer that cannot have experts."""
     for layer in layers if strict else ():
         if layer.unfit and any(source.changes(layer, base) for source in sources):
             raise SmileError(
-                f"{where}: {layer.name} cannot hold experts, since {layer.unfit}; expected it in exclude "
+                f"{where}: {layer.name} cannot have experts, since {layer.unfit}; expected it in exclude "
                 f"(exclude=[{layer.name!r}] keeps the base's)"
             )
 
@@ -30,9 +30,9 @@ def layers_to_take(
     shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor],
     sources: Sequence[ExpertSource],
 ) -> list[Layer]:
-    """The layers that cannot hold experts and take the weight of the only expert, whose share is always 1.
+    """The layers that cannot have experts and get the weight of the only expert.
 
-    A weight that is tied in the base and not in the expert stays the base's.
+    A weight that is tied in the base but not in the expert stays the base's.
     """
     if len(sources) > 1:
         return []
@@ -47,21 +47,21 @@ def layers_to_take(
 
 
 def tied_to(names: Collection[str], tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor]) -> set[str]:
-    """The names of the same tensors, those given among them."""
+    """The names of the same tensors, including the given ones."""
     ids = {id(tensors[name]) for name in names}
     return {name for name in tensors if id(tensors[name]) in ids}
 
 
 def unfit_layers(unfit: Collection[Layer], taken: Collection[Layer]) -> list[LayerReport]:
-    """The report of the layers that cannot hold experts."""
-    ending = {layer.name: "; it takes the weight of the only expert" for layer in taken}
+    """The report of the layers that cannot have experts."""
+    ending = {layer.name: "; it gets the weight of the only expert" for layer in taken}
     return [LayerReport(layer.name, 0, [], [], 0.0, f"{layer.unfit}{ending.get(layer.name, '')}") for layer in unfit]
 
 
 def reasons_left_alone(
     every: Mapping[str, Layer], chosen: Mapping[str, Layer], reports: Collection[LayerReport]
 ) -> dict[str, str]:
-    """Tensor name -> why it is not upscaled, for the layers that are not and the fused experts of a mixture."""
+    """Tensor name -> why it is not upscaled, for skipped layers and the fused experts of a mixture."""
     reasons: dict[str, str] = {}
     for name in every.keys() - chosen.keys():
         reasons |= {f"{name}.weight": "excluded", f"{name}.bias": "excluded"}
@@ -72,16 +72,16 @@ def reasons_left_alone(
 
 
 def check_changed(argument: str, reports: Collection[LayerReport], taken: Collection[Layer]) -> None:
-    """Raises ValueError if no layer is upscaled and none takes an expert's weight."""
+    """Raise ValueError if no layer is upscaled and none gets an expert's weight."""
     if not taken and all(report.skipped for report in reports):
         reasons = ", ".join(sorted({report.skipped or "" for report in reports}))
-        raise SmileError(f"{argument}: change no layer that can hold experts ({reasons}); expected one change or more")
+        raise SmileError(f"{argument}: change no layer that can have experts ({reasons}); expected one change or more")
 
 
 def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSource]) -> Tensor:
     """The mean of a tensor over the experts, summed in float32 (float64 for float64).
 
-    A tensor that an expert lacks counts as 0. Where no expert may change it, it is the base's.
+    A tensor that is missing in an expert counts as 0. If no expert may change it, the result is the base's tensor.
     """
     plain = base[name]
     if not any(name in source.may_change for source in sources):
@@ -89,7 +89,7 @@ def average(name: str, base: Mapping[str, Tensor], sources: Sequence[ExpertSourc
     zero = torch.zeros_like(plain)
     total: Tensor | None = None
     dtype = plain.dtype
-    # Adapters come last wherever they stand: the order decides the last bit.
+    # Adapters come last, whatever their position: the order determines the last bit.
     for source in sorted(sources, key=lambda source: isinstance(source, AdapterSource)):
         tensor = source.tensor(name)
         tensor = zero if tensor is None else tensor
@@ -109,15 +109,15 @@ def lost_changes(
     reasons: Mapping[str, str],
     embeddings: Collection[str],
 ) -> list[LostChange]:
-    """What fine-tuning changed and the result does not hold, the largest change first.
+    """Changes by fine-tuning that are not in the result, the largest first.
 
     Args:
-        base, shapes: the base's tensors, and what is known of them without reading.
+        base, shapes: the base's tensors and their headers.
         sources: the experts.
-        result: gives the result's tensor of a name.
-        held: the tensors that upscaled layers hold.
-        reasons: why a tensor is not held, by its name.
-        embeddings: the weights that are looked up, where no expert acts though a layer is tied to them.
+        result: returns the result's tensor by name.
+        held: the tensors in upscaled layers.
+        reasons: tensor name -> why it is not in the result.
+        embeddings: the weights used as lookup tables, where experts of a tied layer have no effect.
     """
     seen = {id(shapes[name]) for name in held if name in shapes}
     lost = []
@@ -132,7 +132,7 @@ def lost_changes(
                 continue
         if not any(name in source.may_change for source in sources):
             continue
-        sizes, reason = [], "an embedding" if looked_up else reasons.get(name, "no linear layer")
+        sizes, reason = [], "an embedding" if looked_up else reasons.get(name, "not a linear layer")
         if not known:
             sizes, reason = [float(name in source.may_change) for source in sources], NEW
         else:

@@ -1,4 +1,4 @@
-"""What an upscaling reports: the result for each layer, and what the result does not hold."""
+"""Reports of an upscaling: the result for each layer, and changes that are not in the result."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from ..svd import Certificate
 
 __all__ = ["LayerReport", "LostChange", "UpscaleReport"]
 
-# From this share of the base's tensor on, a lost change is warned of; and so many are printed.
+# Lost changes above this share of the base's tensor give a warning; and the number that is printed.
 LARGE, SHOWN = 0.01, 10
 NEW = "the base has no such tensor"
 
@@ -28,12 +28,12 @@ class LayerReport:
 
     Attributes:
         name: the layer's name in the model.
-        rank: r, the rank of its experts; 0 where it was left alone.
-        energy: per expert, the share of ||W_i - W||_F^2 that its factors hold.
+        rank: r, the rank of its experts; 0 if the layer was skipped.
+        energy: per expert, the share of ||W_i - W||_F^2 captured by its factors.
         error: per expert, ||W_i - W - U_i diag(s_i) V_i^T||_F / ||W_i - W||_F.
-        seconds: the time its decomposition took.
-        skipped: why it was left alone, or None.
-        untrained: the experts whose weight equals the shared one: their score is 0, so they take no tokens.
+        seconds: time of its decomposition.
+        skipped: why it was skipped, or None.
+        untrained: the experts with the base's weight: their score is 0, so they get no tokens.
     """
 
     name: str
@@ -48,7 +48,7 @@ class LayerReport:
     def of(
         cls, name: str, factors: Mapping[str, Tensor | None], certificates: Sequence[Certificate], seconds: float
     ) -> "LayerReport":
-        """The report of what `svd.decompose_linear` returned; `skipped` where every weight equals the base's."""
+        """The report of a result of `svd.decompose_linear`; `skipped` if every weight equals the base's."""
         s = factors["s"]
         assert s is not None
         untrained = [i for i, c in enumerate(certificates) if c.directions == 0]
@@ -70,13 +70,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LostChange:
-    """A tensor that fine-tuning changed and that the result does not hold.
+    """A change by fine-tuning that is not in the result.
 
     Attributes:
         name: the tensor's name in the model.
-        sizes: per expert, ||W_i - W'||_F / ||W||_F for the base's W and the result's W'; 1 where W is zero, or of
-            another shape, or missing on one side.
-        reason: why it is lost.
+        sizes: per expert, ||W_i - W'||_F / ||W||_F for the base's W and the result's W'; 1 if W is zero, of another
+            shape, or missing on one side.
+        reason: why it is not in the result.
     """
 
     name: str
@@ -86,13 +86,13 @@ class LostChange:
 
 @dataclass(frozen=True)
 class UpscaleReport:
-    """Results for every layer, and what the result does not hold; printed as a summary, saved as JSON.
+    """Results for every layer, and changes that are not in the result. `print` shows a summary; `save` writes JSON.
 
     Attributes:
         layers: the linear layers.
-        lost: what fine-tuning changed beside the upscaled layers, the largest change first.
-        base, experts: the folders that were fused; empty for models in memory.
-        expert_names: the experts' names; empty where they have none.
+        lost: changes that are not in the result, the largest first.
+        base, experts: the fused folders; empty for models in memory.
+        expert_names: the experts' names; empty if they have none.
         router: how the experts are scored, as in `upscale`.
     """
 
@@ -105,12 +105,12 @@ class UpscaleReport:
     router: str = "smile"
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON; the file appears whole or not at all."""
+        """Write the report as JSON, atomically."""
         write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "UpscaleReport":
-        """The report that `save` wrote; raises ValueError, naming the file, where it is none."""
+        """Read a report written by `save`; raises ValueError, naming the file, if it is not one."""
         return parse(cls, read_json(Path(path)), str(path))
 
     def warn(self, remaining: str, remedy: str | None = None) -> None:
@@ -122,11 +122,11 @@ class UpscaleReport:
         if large:
             worst = ", ".join(f"{lost.name} ({max(lost.sizes):.2g} of the base's; {lost.reason})" for lost in large[:3])
             more = f" and {len(large) - 3} more" if len(large) > 3 else ""
-            remedies = [remedy or "the patterns of `include` and `exclude` take up linear layers"]
+            remedies = [remedy or "linear layers: change the patterns of `include` and `exclude`"]
             if remaining != "average" and remedy is None:
-                remedies.append("remaining='average' (--remaining average) takes up other tensors, in the mean")
+                remedies.append("other tensors: remaining='average' (--remaining average) uses the mean of the experts")
             if any(lost.reason == NEW for lost in large) and remedy is None:
-                remedies.append("a module that the base lacks is taken up by adding it to the base")
+                remedies.append("modules that the base lacks: add them to the base")
             warnings.warn(
                 f"changes by fine-tuning are left out of the result: {worst}{more}. {'; '.join(remedies).capitalize()}",
                 stacklevel=5,
@@ -144,7 +144,7 @@ class UpscaleReport:
         for layer in self.layers:
             if layer.skipped:
                 reasons.setdefault(layer.skipped, []).append(layer.name)
-        lines += [f"left alone: {_some(names)}: {reason}" for reason, names in reasons.items()]
+        lines += [f"skipped: {_some(names)}: {reason}" for reason, names in reasons.items()]
         if self.lost:
             lines.append(f"{len(self.lost)} tensors that fine-tuning changed are not in the result, the largest first:")
             lines += [f"  {lost.name}: {_sizes(lost)}; {lost.reason}" for lost in self.lost[:SHOWN]]
@@ -153,7 +153,7 @@ class UpscaleReport:
         return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
 
     def table(self) -> str:
-        """Every layer and every lost change, one a row."""
+        """A table with one row per layer and per lost change."""
         from rich.console import Console
         from rich.table import Table
 
@@ -176,7 +176,7 @@ class UpscaleReport:
 
 
 def kind_of(layer: str) -> str:
-    """The kind of a layer, whatever its block: model.layers.*.mlp.up_proj."""
+    """The kind of a layer, without its block number: model.layers.*.mlp.up_proj."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
 
 

@@ -1,6 +1,6 @@
-"""The fine-tuned versions of a base model: modules, adapters and checkpoints, read through one interface.
+"""The fine-tuned versions of a base model: one interface for modules, adapters and checkpoints.
 
-A layer's weight and bias are asked for when its turn comes, so that a few layers are in memory at a time.
+Weights and biases are read layer by layer, so that only a few layers are in memory at a time.
 """
 
 import re
@@ -24,7 +24,7 @@ LowRank = tuple[Tensor, Tensor, float]  # b [O, q], a [q, D], scale: W + scale *
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Stored tensors as a mapping that reads, and checks, each one when it is asked for."""
+    """A mapping of stored tensors, each read and checked on access."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]):
         self.stored = stored
@@ -40,11 +40,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class ExpertSource(ABC):
-    """One fine-tuned version of the base; every tensor goes by the name of the base model's parameter.
+    """One fine-tuned version of the base; tensors have the names of the base model's parameters.
 
     Args:
-        where: what messages call it.
-        may_change: the names of all its tensors that may differ from the base's.
+        where: its name in messages.
+        may_change: the names of all tensors that may differ from the base's.
     """
 
     def __init__(self, where: str, may_change: Collection[str]):
@@ -60,11 +60,11 @@ class ExpertSource(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor | None:
-        """A tensor in full; None where it has none of that name."""
+        """A tensor by name; None if there is none."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of that tensor, which is not read for it."""
+        """The shape of a tensor, without reading its data."""
 
     def changes(self, layer: Layer, base: Mapping[str, Tensor]) -> bool:
         """Whether the layer differs from the base's."""
@@ -78,7 +78,7 @@ class ExpertSource(ABC):
 
 
 class WholeSource(ExpertSource):
-    """A fine-tuned model with all its tensors."""
+    """A fine-tuned model with all tensors."""
 
     def __init__(self, where: str, tensors: Mapping[str, Tensor], shapes: dict[str, Tensor] | dict[str, StoredTensor]):
         super().__init__(where, shapes.keys())
@@ -104,9 +104,9 @@ class WholeSource(ExpertSource):
         average: bool,
         cast: bool = False,
     ) -> None:
-        """Raises ValueError unless it has the tensors of the layers, and with `average` all, like the base's.
+        """Raise ValueError unless it has the layers' tensors (with `average`, all tensors) with the base's shapes.
 
-        Either side may lack a bias.
+        A bias may be missing on either side.
         """
         biases = {layer.bias for layer in layers}
         needed = [name for layer in layers for name in (layer.weight, layer.bias)]
@@ -128,7 +128,7 @@ class WholeSource(ExpertSource):
 
 
 class ModuleSource(WholeSource):
-    """A fine-tuned model in memory; torch.compile's and DistributedDataParallel's wrappers do not count."""
+    """A fine-tuned model in memory, without the wrappers of torch.compile and DistributedDataParallel."""
 
     def __init__(self, where: str, module: nn.Module, base: Mapping[str, Tensor]):
         state = module.state_dict(keep_vars=True)
@@ -139,7 +139,7 @@ class ModuleSource(WholeSource):
         self.modules = {names.get(f"{name}.weight"): one for name, one in module.named_modules()}
 
     def check_kinds(self, base: nn.Module, layers: Collection[Layer]) -> None:
-        """Raises ValueError unless it has the layers of the base model, in finite numbers."""
+        """Raise ValueError unless it has the layers of the base model, with finite numbers."""
         for layer in layers:
             mine, theirs = self.modules.get(layer.weight), base.get_submodule(layer.name)
             if mine is None or not isinstance(mine, type(theirs)):
@@ -160,7 +160,7 @@ class CheckpointSource(WholeSource):
 
 
 class AdapterSource(ExpertSource):
-    """Changes of some modules of the base, whose tensors are `base` and whose linear layers are `layers`."""
+    """Changes of some modules of the base, which has the tensors `base` and the linear layers `layers`."""
 
     def __init__(
         self, where: str, deltas: Mapping[str, ModuleDelta], base: Mapping[str, Tensor], layers: Mapping[str, Layer]
@@ -176,7 +176,7 @@ class AdapterSource(ExpertSource):
         self.transposed = {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
     def check(self, shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor]) -> None:
-        """Raises ValueError unless every change fits the base and is in finite numbers."""
+        """Raise ValueError unless every change fits the base and is finite."""
         for name, delta in self.deltas.items():
             parts: dict[str, Tensor | None] = {"bias": delta.bias, **delta.whole}
             unknown = not any(f"{name}.{part}" in shapes for part in ("weight", "bias"))
@@ -237,18 +237,18 @@ class AdapterSource(ExpertSource):
 
 
 def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint of plain weights by name, without what wrappers put before them.
+    """The tensors of a checkpoint of plain weights by name, without the prefixes of wrappers.
 
     Raises:
-        ValueError: the checkpoint is quantised, or holds SMILE layers.
+        ValueError: the checkpoint is quantised or has SMILE layers.
     """
     if quantized := read_config(folder).get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        raise SmileError(f"{where}: {folder} is stored as {method!r} already; expected a checkpoint of plain weights")
+        raise SmileError(f"{where}: {folder} is stored as {method!r}; expected a checkpoint of plain weights")
     stored = read_tensors(folder)
     if fused := next((n for n in stored if n.endswith(".vh") and f"{n[:-3]}.u" in stored), None):
         raise SmileError(
-            f"{where}: {folder} holds experts of {fused[:-3]!r}, as a SMILE model does; "
+            f"{where}: {folder} contains experts of {fused[:-3]!r}, as a SMILE model does; "
             "expected a checkpoint of plain weights"
         )
     return {plain: replace(stored[name], name=plain) for name, plain in without_wrappers(stored).items()}
@@ -257,10 +257,10 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
 def local_folder(argument: str, place: str | Path) -> Path:
     """The folder of a checkpoint: `place` itself, or the snapshot of a Hub repository, "org/name[@revision]".
 
-    The cache is asked first, so that what is there works without a network.
+    The local cache is used first, so that cached repositories work without a network.
 
     Raises:
-        FileNotFoundError: neither a folder here nor a repository that can be fetched.
+        FileNotFoundError: neither a local folder nor a repository that can be downloaded.
     """
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(place))
     if hub is None or Path(place).exists():
@@ -281,7 +281,7 @@ def local_folder(argument: str, place: str | Path) -> Path:
 
 
 def _fill_in_head(tensors: dict[str, StoredTensor], model: nn.Module) -> None:
-    """Gives a checkpoint whose head is tied to its embedding the head that a model without that tie has."""
+    """Add the head to a checkpoint with a tied head, for a model without that tie."""
     names = {}
     for kind in ("input", "output"):
         try:
@@ -300,14 +300,14 @@ def open_source(
     layers: Mapping[str, Layer],
     names: ModelNames,
 ) -> CheckpointSource | AdapterSource:
-    """The fine-tuned checkpoint, or the PEFT adapter of `base`, in a folder."""
+    """The fine-tuned checkpoint or PEFT adapter of `base` in a folder."""
     if is_adapter(folder):
         return AdapterSource(where, adapter_deltas(folder, base, names), base, layers)
     return CheckpointSource(where, folder, names)
 
 
 def check_request(argument: str, experts: Sequence[object], num_experts_per_tok: int, remaining: str) -> None:
-    """Raises ValueError unless there are experts, as many as a token shall have, and `remaining` is known."""
+    """Raise ValueError unless there are experts, at least as many as per token, and `remaining` is known."""
     if not experts:
         raise SmileError(f"{argument}: is empty; expected one fine-tuned model or more")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, len(experts), "the number of experts")
@@ -316,7 +316,7 @@ def check_request(argument: str, experts: Sequence[object], num_experts_per_tok:
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the tensor, if one contains NaN or inf, or no data."""
+    """Raise ValueError, naming the tensor, if one contains NaN or inf, or no data."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise SmileError(f"{where}: {name} is on the meta device, as offloaded parameters are; expected its data")

@@ -1,7 +1,7 @@
-"""Compares a fused model with the fine-tuned models: each expert in turn, module by module, in float32.
+"""Compares a fused model with the fine-tuned models: one expert at a time, module by module, in float32.
 
-One model is in memory at a time where folders are given: each fine-tuned model is run and freed, then the fused model
-is loaded, and a fine-tuned weight is read from disk where a layer is not exact.
+With folders, one model is in memory at a time: each fine-tuned model is run and freed, then the fused model is loaded;
+a fine-tuned weight is read from disk if a layer is not exact.
 """
 
 import copy
@@ -42,16 +42,16 @@ _Model = nn.Module | str | Path
 
 @dataclass(frozen=True)
 class ExpertVerdict:
-    """How the fused model with one expert forced compares with that fine-tuned model.
+    """Comparison of the fused model, with one expert forced, and that fine-tuned model.
 
     Attributes:
-        expert: its number.
-        verdict: "exact" (to rounding), "truncated" (within what the ranks of its experts leave out) or "off".
-        module: the first module, in the order of the forward pass, that is off; "" where none is.
+        expert: number of the expert.
+        verdict: "exact" (to rounding), "truncated" (within the error of its ranks) or "off".
+        module: the first module that is off, in the order of the forward pass; "" if none is.
         error: ||y - y_i||_F / ||y_i||_F of the model's output y and the fine-tuned model's y_i.
-        base_error: the same of the base's output; None where no base is given.
-        errors: the same for each module by itself, given the fine-tuned model's own input.
-        name: the expert's name, "" where it has none.
+        base_error: the same for the base's output; None if no base is given.
+        errors: the same for each module by itself, on the fine-tuned model's input.
+        name: the expert's name, or "".
     """
 
     expert: int
@@ -81,46 +81,47 @@ def verify(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ExpertVerdict]:
-    """Compares a SMILE model, each expert forced in turn, with the fine-tuned models it was made of.
+    """Compare a SMILE model, with one expert forced at a time, with the fine-tuned models.
 
-    Each module without submodules is run on the input that it has in the fine-tuned model. A SMILE layer may be off by
-    (W_i - W - U_i diag(s_i) V_i^T) x, if that matrix is as small as the certificate of its truncation says; every other
-    module must agree to rounding, as must what lies between the modules, for which the whole model is run with the
-    outputs of the fine-tuned model's modules in place of its own. A vocabulary that grew is compared on the tokens
-    that the fine-tuned model has.
+    Each module without submodules is run on its input in the fine-tuned model. A SMILE layer may differ by
+    (W_i - W - U_i diag(s_i) V_i^T) x if that matrix is within the certificate of its truncation. Every other module
+    must agree to rounding. So must the code between modules: it is checked by running the whole model with the outputs
+    of the fine-tuned model's modules. A larger vocabulary is compared on the fine-tuned model's tokens.
 
     Args:
-        model: the SMILE model, or its checkpoint; it is run in evaluation mode and in float32 (float64 if it is).
-        base: the base model or its folder; needed where an expert is an adapter. By default what the checkpoint's
-            report names.
-        finetuned: the N fine-tuned models, adapters or folders, in the order of the experts; by default as `base`.
-            A folder is loaded as transformers loads it, one at a time.
-        report: what `upscale` returned, with the certificates; by default the checkpoint's, and without one each
-            truncation is held against the singular values of W_i - W.
-        inputs: keyword arguments of the forward; random ones of the architecture by default.
-        seed: of the random inputs, and of what a forward draws.
-        progress: told how many runs are done, and how many there are: one of each fine-tuned model, and one of the
-            fused model with each expert forced.
+        model: the SMILE model or its checkpoint; it is run in evaluation mode and in float32 (float64 if it is).
+        base: the base model or its folder; required if an expert is an adapter. By default the folder in the
+            checkpoint's report.
+        finetuned: the N fine-tuned models, adapters or folders, in the order of the experts; by default the folders in
+            the checkpoint's report. Folders are loaded by transformers, one at a time.
+        report: the report of `upscale`, with the certificates; by default the checkpoint's. Without a report,
+            truncations are checked against the singular values of W_i - W.
+        inputs: keyword arguments of forward; by default random inputs of the architecture.
+        seed: seed of the random inputs and of random operations in forward.
+        progress: called with the number of finished runs and the number of runs: one of each fine-tuned model, and one
+            of the fused model per expert.
 
     Returns:
-        One verdict an expert.
+        One verdict per expert.
 
     Raises:
-        ValueError: no SMILE layer in the model, another number of models than experts, no inputs known, or a folder
-            that transformers has no architecture for.
-        FileNotFoundError: a folder is not there.
+        ValueError: no SMILE layer in the model, a number of models other than N, unknown inputs, or a folder
+            with an architecture that transformers does not know.
+        FileNotFoundError: a folder does not exist.
     """
     if not isinstance(model, nn.Module):
         stored = Path(model) / REPORT
         report = report or (UpscaleReport.load(stored) if stored.is_file() else None)
         base, finetuned = base or (report and report.base) or None, finetuned or (report and report.experts) or None
         if finetuned is None:
-            raise SmileError(f"finetuned: is not given, and {model} has no report that names it; expected the folders")
+            raise SmileError(
+                f"finetuned: is not given, and {model} has no report with its folder; expected the folders"
+            )
     elif finetuned is None:
-        raise SmileError("finetuned: is not given; expected the fine-tuned models that the model was made of")
+        raise SmileError("finetuned: is not given; expected the fine-tuned models of this model")
     count = _count_experts(model)
     if len(finetuned) != count:
-        raise SmileError(f"finetuned: holds {len(finetuned)} models; expected {count}, one for each expert")
+        raise SmileError(f"finetuned: has {len(finetuned)} models; expected {count}, one for each expert")
     base = _local("base", base)
     experts = [_Expert(_local(f"experts[{i}]", expert), base) for i, expert in enumerate(finetuned)]
     records, plain = [], None
@@ -156,11 +157,9 @@ class _Expert:
         self.given, self.base = given, base
         self.whole = isinstance(given, nn.Module) or (isinstance(given, Path) and not is_adapter(given))
         if not self.whole and (base is None or not isinstance(given, (Path, Mapping))):
-            raise SmileError(
-                f"base: is {base!r}; expected the base model, of which the adapter {given!r} holds changes"
-            )
+            raise SmileError(f"base: is {base!r}; expected the base model of the adapter {given!r}")
         if isinstance(given, Mapping) and not isinstance(base, nn.Module):
-            raise SmileError(f"base: is {base!r}; expected the base as a module, for changes that are in memory")
+            raise SmileError(f"base: is {base!r}; expected the base as a module, for adapters in memory")
 
     def load(self) -> nn.Module:
         """The model; that of an adapter is a copy of the base with the adapter's changes."""
@@ -170,7 +169,7 @@ class _Expert:
         for name in self.source.may_change:
             module, _, part = name.rpartition(".")
             tensor = self.source.tensor(name)
-            if tensor is not None:  # a parameter of its own, whatever it was tied to
+            if tensor is not None:  # a separate parameter, even if it was tied
                 setattr(tuned.get_submodule(module), part, nn.Parameter(tensor.detach().clone()))
         return tuned
 
@@ -253,11 +252,11 @@ class _Call:
 
 @dataclass
 class _Record:
-    """What a fine-tuned model does with its inputs.
+    """A forward pass of a fine-tuned model.
 
     Attributes:
-        inputs: of its forward.
-        calls: those of modules without submodules, in order.
+        inputs: arguments of forward.
+        calls: calls of modules without submodules, in order.
         outputs: (name, output) of every other module, in the order in which they return.
         output: of the model.
     """
@@ -269,12 +268,12 @@ class _Record:
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Tensor] | None, seed: int) -> _Record:
-    """One forward pass. What a module is given and gives is copied, since code may change it in place."""
+    """Record one forward pass. Inputs and outputs of modules are copied, since code may change them in place."""
     inputs = example_inputs(model, seed) if inputs is None else dict(inputs)
     calls: list[_Call] = []
     open_calls: list[_Call] = []
     outputs: list[tuple[str, Tensor | None]] = []
-    computed: set[str] = set()  # modules that are given parameters of others
+    computed: set[str] = set()  # modules with parameters of other modules
 
     def enter(name: str, args: Any, kwargs: Any) -> None:
         if any(isinstance(one, nn.Parameter) for one in tree_leaves((args, kwargs))):
@@ -350,12 +349,12 @@ def _rest(
     name: str,
     certified: Sequence[float] | None,
 ) -> tuple[Tensor, bool]:
-    """W_i - W - U_i diag(s_i) V_i^T, and whether it is what the best factors of this rank leave out."""
+    """W_i - W - U_i diag(s_i) V_i^T, and whether it is the error of the best factors of this rank."""
     wide = torch.promote_types(layer.weight.dtype, torch.float32)
     u, s, vh = (getattr(layer, part)[i].to(wide) for part in ("u", "s", "vh"))
     vh = vh[: layer.rank_of_expert]
     weight = weight_of(name).to(u)
-    rows = min(len(weight), len(layer.weight))  # a vocabulary that grew has more
+    rows = min(len(weight), len(layer.weight))  # a larger vocabulary has more
     change = weight[:rows] - layer.weight[:rows].to(wide)
     rest = change - (u[:rows] * s) @ vh
     floor = ROUNDING + 4 * torch.finfo(layer.u.dtype).eps
@@ -369,7 +368,7 @@ def _rest(
 
 
 def _explained(rest: Tensor, layer: SmileLinear, x: Tensor, got: Tensor, want: Tensor) -> bool:
-    """Whether what an output is off by is what the weight is off by."""
+    """Whether the error of an output is explained by the error of the weight."""
     floor = ROUNDING + 4 * torch.finfo(layer.u.dtype).eps
     got = got[..., : want.shape[-1]]
     unexplained = torch.linalg.vector_norm(want.to(rest) - got.to(rest) - x.to(rest) @ rest.T)
@@ -377,9 +376,9 @@ def _explained(rest: Tensor, layer: SmileLinear, x: Tensor, got: Tensor, want: T
 
 
 def _first_difference(model: nn.Module, record: _Record, seed: int) -> str:
-    """The first module that differs where each module without submodules gives what the fine-tuned model's gives.
+    """The first module that differs if modules without submodules return the fine-tuned model's outputs.
 
-    Only what lies between these can differ then: the inputs that they are given, and the outputs of the others.
+    Only the code between them can differ then: their inputs, and the outputs of other modules.
     """
     calls: dict[str, list[_Call]] = {}
     for call in record.calls:

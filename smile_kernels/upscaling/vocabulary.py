@@ -1,4 +1,4 @@
-"""Tokens that one fine-tuned model has beyond the base's vocabulary: their rows of the embedding and the head."""
+"""Additional tokens of one fine-tuned model: their rows of the embedding and the head."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ __all__ = ["AddedTokens", "find_added_tokens", "grow_source", "resize", "which_e
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """The tokens that an expert has beyond the base's.
+    """The additional tokens of an expert.
 
     Attributes:
         source: the expert.
         before, after: the number of tokens of the base and of the expert.
-        dims: the tensors that have an entry for each token, by name, and the dimension these entries lie along.
+        dims: name of each tensor with an entry per token -> the dimension of these entries.
     """
 
     source: ExpertSource
@@ -32,7 +32,7 @@ class AddedTokens:
     dims: Mapping[str, int]
 
     def lacks(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this name and shape has the base's tokens only."""
+        """Whether a tensor of this name and shape has only the base's tokens."""
         return name in self.dims and len(shape) > self.dims[name] and shape[self.dims[name]] == self.before
 
     def grown(self, name: str, tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class AddedTokens:
         return replace(stored, shape=tuple(shape), read=lambda: self.grown(name, stored.load()))
 
     def grow(self, tensors: MutableMapping[str, Any]) -> None:
-        """Replaces the tensors, in memory or on disk, that lack the added tokens; what is tied stays tied."""
+        """Replace the tensors, in memory or on disk, without the added tokens; tied tensors stay tied."""
         done: dict[int, Any] = {}
         for name in self.dims:
             if name in tensors and self.lacks(name, tensors[name].shape):
@@ -78,10 +78,10 @@ def which_expert(given: int | str, names: Sequence[str], argument: str = "embedd
 def find_added_tokens(
     model: Any, shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor], source: ExpertSource
 ) -> AddedTokens:
-    """The tokens that an expert has beyond those of the base, whose model and tensors these are.
+    """The additional tokens of an expert, given the base's model and tensors.
 
     Raises:
-        ValueError: `model` is not a transformers model, or the expert has no tokens beyond the base's.
+        ValueError: `model` is not a transformers model, or the expert has no additional tokens.
     """
     embedding = model.get_input_embeddings() if hasattr(model, "resize_token_embeddings") else None
     name = next((f"{n}.weight" for n, m in model.named_modules() if m is embedding), "") if model else ""
@@ -110,7 +110,7 @@ def find_added_tokens(
 def grow_source(
     source: ExpertSource, added: AddedTokens, base: Mapping[str, Tensor], layers: Mapping[str, Layer]
 ) -> ExpertSource:
-    """The expert with entries of the added tokens: its own, or those of the expert that has them.
+    """The expert with entries for the added tokens: its own, or those of the expert with these tokens.
 
     Args:
         base, layers: the base's tensors, grown, and its linear layers.
@@ -153,7 +153,7 @@ def _grown_delta(module: str, delta: ModuleDelta, added: AddedTokens, base: Mapp
 
 @torch.no_grad()
 def resize(model: Any, added: AddedTokens | None, base: Mapping[str, Tensor]) -> None:
-    """Gives a transformers model the added tokens, where there are any; `base` has its tensors, grown."""
+    """Add the additional tokens, if any, to a transformers model; `base` has its enlarged tensors."""
     if added is None:
         return
     model.resize_token_embeddings(added.after, mean_resizing=False)
@@ -163,7 +163,7 @@ def resize(model: Any, added: AddedTokens | None, base: Mapping[str, Tensor]) ->
 
 
 def with_tokens(config: Mapping[str, Any], added: AddedTokens) -> dict[str, Any]:
-    """A config.json that counts the added tokens, in the part that counts the base's."""
+    """A config.json with the new number of tokens, in the section that has the base's number."""
     parts = {
         name: with_tokens(part, added)
         for name, part in config.items()

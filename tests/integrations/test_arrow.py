@@ -108,7 +108,7 @@ def test_what_is_not_arrow_is_refused_and_stays(tmp_path):
     model = create_arrow_model(base(), paths, ArrowConfig(top_k=1)).eval()
     want = logits(model)
     model.set_adapter("task_0")
-    with pytest.raises(ValueError, match=r"its active adapters are \['task_0'\]; expected the Arrow router alone"):
+    with pytest.raises(ValueError, match=r"its active adapters are \['task_0'\]; expected only the Arrow router"):
         sk.from_peft_arrow(model)
     model.set_adapter("arrow_router")
     assert torch.equal(logits(model), want)

@@ -82,7 +82,7 @@ def test_made_by_upscale_from_folders(architecture, tmp_path):
     assert set(smile_layers(got)) == set(linear_layers(base)) - {*heads}
     assert torch.equal(output(got), output(want))
     for report in (on_disk, in_memory):
-        fused = [layer.name for layer in report.layers if layer.skipped == "fused experts of a mixture, left alone"]
+        fused = [layer.name for layer in report.layers if layer.skipped == "fused experts of a mixture, skipped"]
         mixture = [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
         assert fused == (mixture if architecture == "MixtralForCausalLM" else [])
     lost = {lost.name.rpartition(".")[0] for lost in on_disk.lost}  # a classifier, which is excluded
@@ -156,7 +156,7 @@ def test_a_layer_that_is_not_linear_is_refused(fused, tmp_path):
     modules = config["quantization_config"]["modules"]
     modules["model.norm"] = modules.pop("model.layers.0.self_attn.q_proj")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"modules\['model.norm'\]: .*a LlamaRMSNorm is no linear layer"):
+    with pytest.raises(ValueError, match=r"modules\['model.norm'\]: .*a LlamaRMSNorm is not a linear layer"):
         type(model).from_pretrained(tmp_path)
 
 

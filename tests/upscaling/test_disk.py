@@ -204,7 +204,7 @@ def test_layers_that_are_never_called_are_refused(tmp_path):
     base = SiglipVisionModel(SiglipVisionConfig(hidden_size=16, intermediate_size=24, **shape))
     for name, model in (("base", base), ("expert", finetuned(base))):
         model.save_pretrained(tmp_path / name)
-    with pytest.raises(ValueError, match=r"head\.attention\.out_proj cannot hold experts.*expected it in exclude"):
+    with pytest.raises(ValueError, match=r"head\.attention\.out_proj cannot have experts.*expected it in exclude"):
         upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", strict=True, **RANKS)
     upscale_checkpoints(
         tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", strict=True, exclude=["*.out_proj"], **RANKS

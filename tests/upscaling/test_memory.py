@@ -247,7 +247,7 @@ def test_attention_that_never_calls_its_projection_is_refused(inplace):
     moved = finetuned(base, 0, only="out_proj.weight")
     adapter = {"self_attn.out_proj": ModuleDelta(LowRankDelta(torch.randn(16, 2), torch.randn(2, 16), 1.0))}
     for experts in ([moved], [copy.deepcopy(base), moved], [copy.deepcopy(base), adapter]):
-        with pytest.raises(ValueError, match=r"model: self_attn\.out_proj cannot hold experts, .* exclude"):
+        with pytest.raises(ValueError, match=r"model: self_attn\.out_proj cannot have experts, .* exclude"):
             upscale(base, experts, inplace=inplace, strict=True, **RANKS)
     assert unchanged(base, before)
     # Where no expert moved it, there is nothing to refuse.
@@ -472,7 +472,7 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
         ({"finetuned": [broken(nan("layers.0.bias"))]}, r"finetuned\[0\]: layers\.0\.bias contains NaN or inf"),
         ({"finetuned": [good[0], broken(nan("scale"))]}, r"finetuned\[1\]: scale contains NaN or inf"),
         ({"model": broken(nan("layers.0.weight"))}, r"model: layers\.0\.weight contains NaN or inf"),
-        ({"model": nn.Linear(3, 3)}, r"model: is a linear layer itself; .*SmileLinear\.from_linears"),
+        ({"model": nn.Linear(3, 3)}, r"model: is a linear layer; .*SmileLinear\.from_linears"),
         ({"finetuned": [{"other": ModuleDelta()}]}, r"finetuned\[0\]: changes other, which the base lacks"),
         (
             {

@@ -123,7 +123,7 @@ def test_left_alone_reported_refused_or_taken(base):
     for lost in report.lost:
         w, w1 = base.get_parameter(lost.name), one.get_parameter(lost.name)
         assert lost.sizes[0] == pytest.approx(((w1 - w).norm() / w.norm()).item(), rel=1e-4)
-    with pytest.raises(ValueError, match=r"cannot hold experts, since .*; expected it in exclude"):
+    with pytest.raises(ValueError, match=r"cannot have experts, since .*; expected it in exclude"):
         sk.upscale(base, [one, two], strict=True, **RANKS)
     sk.upscale(base, [one, two], strict=True, exclude=sorted(unfit), **RANKS)
 

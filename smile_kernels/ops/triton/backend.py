@@ -29,7 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
-    """Why this backend cannot serve such a layer on `device_type`; None if it can."""
+    """Why this backend cannot run such a layer on `device_type`; None if it can."""
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version < (3, 3):
         return f"it needs Triton 3.3 or newer, not {triton.__version__}"
@@ -49,7 +49,7 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
 
 
 def prepare() -> None:
-    """Make what the kernels keep on the current GPU."""
+    """Allocate the kernels' state on the current GPU."""
     decode.prepare(torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -104,7 +104,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         partial = shrink(device, x, vh)
         tail, h = scale(device, partial, s, weights, ids, x.dtype, rank_of_router=g, gates=gates, save=save)
         apply_path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
-        if apply_path == "grouped":  # every product is there already
+        if apply_path == "grouped":  # every product is already computed
             apply_path = "delta"
         return expand(device, x, weight, bias, tail, u, expert_bias, apply_path), weights, ids, h
 
@@ -124,7 +124,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
     path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
     with torch.cuda.device_of(x):
         if path == "grouped":
-            if not overlaps:  # a given routing may name no expert
+            if not overlaps:  # a given routing may have ids without an expert
                 weights, ids, _ = grouped.none_as_first(weights, ids, n)
             return grouped.apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
         partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None, overlaps=overlaps)
@@ -135,7 +135,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
 def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
     """Add the experts to y [T, O], of any rows, in place -> weights and ids where it chose them, and h.
 
-    Up to four parts of one rank are added together, others each by itself.
+    Up to four parts of one rank are added together, others one at a time.
     """
     experts = vh, s, u, expert_bias, router, weights, ids, m, g, save
     uniform = all(rank == s.shape[-1] for rank in rank_of_parts)
@@ -147,7 +147,7 @@ def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=
 
 
 def _add_parts(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_per_tok, rank_of_router, save, ends):
-    """All parts at once: one product of x with the rows of all, one choice, one pass over y."""
+    """All parts at once: one product of x with the rows of all parts, one choice, one pass over y."""
     routes, device, x = ids is None, configs.device_of(x.device), _rows(x)
     vh, s, router, weights, ids = _contiguous(vh, s, router, weights, ids)
     if expert_bias is not None:

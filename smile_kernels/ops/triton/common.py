@@ -1,11 +1,11 @@
-"""What the kernels share: products and casts that the interpreter gets right too, overlap of launches, and sizes."""
+"""Shared by the kernels: products and casts that are also correct in the interpreter, overlap of launches, sizes."""
 
 import triton
 import triton.language as tl
 
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-else:  # Triton 3.3 has none, those of 3.4 do not compile
+else:  # missing in Triton 3.3, does not compile in 3.4
     gdc_launch_dependents = gdc_wait = None
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -13,14 +13,14 @@ except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
 
-# Triton's own serve kernels too, and take microseconds of the host for each call.
+# Triton's versions also work in kernels, and take microseconds on the host for each call.
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is no less than n, from 1 on."""
+    """The smallest power of two that is at least n and 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -46,14 +46,14 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def start_next_kernel(PDL: tl.constexpr):
-    """Let the next kernel of the stream begin, as far as its own `wait_for_previous_kernel`."""
+    """Let the next kernel of the stream start, up to its `wait_for_previous_kernel`."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Wait until all that the previous kernel of the stream wrote can be read."""
+    """Wait until all writes of the previous kernel of the stream can be read."""
     if PDL:
         gdc_wait()
 

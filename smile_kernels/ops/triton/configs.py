@@ -1,12 +1,12 @@
-"""Every launch configuration: tiles per device family, the choice among them, and the tables that measurements fill.
+"""Launch configurations: tiles per device family, the choice among them, and tables from measurements.
 
-A choice depends on the device, the dtype and the bucket of the shape alone, never on the data, and nothing is timed at
-run time. The first of these that knows the bucket decides:
+A choice depends only on the device, the dtype and the bucket of the shape, never on the data, and nothing is timed at
+run time. The first of these with an entry for the bucket decides:
 
-1. the user's table, which `tuning.tune` writes for the GPU at hand (`user_table`),
+1. the user's table, written by `tuning.tune` for the current GPU (`user_table`),
 2. the heuristics of `tile`, `apply_path` and `linear_path`.
 
-Paths that failed `smile-kernels doctor --verify` on the GPU at hand are not among the choices (`excluded`).
+Paths that failed `smile-kernels doctor --verify` on the current GPU are not among the choices (`excluded`).
 """
 
 import functools
@@ -33,7 +33,7 @@ APPLY_PATHS: tuple[ApplyPath, ...] = get_args(ApplyPath)
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a configuration depends on."""
+    """The device properties that determine a configuration."""
 
     name: str
     family: str  # a key of TILES
@@ -48,7 +48,7 @@ class Device:
         The first launch of a chain must not overlap: a later one reads the inputs before its own wait, and what made
         them may start its successor early too.
         """
-        # Without a limit of its own ptxas spills a few values so that more warps fit.
+        # Without an explicit limit ptxas spills a few values so that more warps fit.
         options: dict[str, bool | int] = {} if self.family == "gfx942" else {"maxnreg": 255}
         return options | ({"PDL": True, "launch_pdl": overlaps} if self.pdl else {"PDL": False})
 
@@ -59,7 +59,7 @@ _FAMILIES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 
 @functools.lru_cache
 def device_of(device: torch.device) -> Device:
-    """The device a tensor lies on; tensors on a CPU are served by the interpreter alone."""
+    """The device of a tensor; tensors on a CPU run only in the interpreter."""
     if device.type == "cpu":
         return Device("interpreter", "interpreter", 4, pdl=False, tma=TensorDescriptor is not None)
     properties = torch.cuda.get_device_properties(device)
@@ -82,7 +82,7 @@ def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> st
     if dtype != torch.float32 or device.family in ("interpreter", "gfx942"):
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # Since torch 2.9 reading `allow_tf32` raises where the newer attribute was set; the newer one knows of both.
+    # Since torch 2.9 reading `allow_tf32` raises if the newer attribute was set; the newer one reflects both.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     if not allowed:
         return "ieee"
@@ -213,14 +213,14 @@ def _fitting(kernel: str, family: str, operands: str, rows: int, columns: int) -
 
 
 def candidates(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int) -> tuple[Tile, ...]:
-    """The tiles of the device's family that are no larger than a result [rows, columns] needs, largest first."""
+    """The tiles of the device's family that are not larger than a result [rows, columns], largest first."""
     return _fitting(kernel, device.family, _operands(device, dtype), rows, columns)
 
 
 def tile(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: int, depth: int, copies: int = 1) -> Tile:
     """Block sizes, num_warps and num_stages of `kernel` for `copies` products [rows, depth] x [depth, columns].
 
-    Unless a table knows better, the largest tile that fits and gives nine in ten multiprocessors work, after its sum is
+    Unless a table has an entry: the largest tile that fits and occupies 90% of the multiprocessors, after its sum is
     split where the kernel does that, else the smallest.
     """
     fitting = candidates(kernel, device, dtype, rows, columns)
@@ -249,19 +249,19 @@ def split_depth(depth: int, block: int, programs: int, device: Device) -> tuple[
 
 
 def group_block(tokens: int, n: int, device: Device, dtype: torch.dtype) -> int:
-    """Entries of one block of the grouped kernels: the most that an expert's share of the tokens fills, if even."""
+    """Entries of one block of the grouped kernels: the largest size that an equal share of the tokens fills."""
     blocks = sorted({t["BLOCK_T"] for t in _tiles("gather", device.family, _operands(device, dtype))})
     return max((b for b in blocks if b * n <= tokens), default=blocks[0])
 
 
 def entry_blocks(r: int) -> dict[str, int]:
-    """Block sizes of kernels that take each entry's r values by themselves: 4 a thread."""
+    """Block sizes of kernels over the r values of each entry: 4 per thread."""
     block_k = min(64, next_power_of_2(r))
     return {"BLOCK_E": 512 // block_k, "BLOCK_K": block_k}
 
 
 def route_blocks(n: int, m: int, width: int) -> dict[str, int]:
-    """Block sizes of the route kernels for n experts, m a token, `width` products an expert.
+    """Block sizes of the route kernels for n experts, m per token, `width` products per expert.
 
     Few tokens a program and up to 8 products a thread, so that many programs wait for their partial sums at once.
     """
@@ -280,7 +280,7 @@ def evidence_blocks(length: int, n: int, m: int, g: int) -> dict[str, int]:
 
 
 def rank_block(r: int, dtype: torch.dtype) -> int:
-    """How much of an expert's rank one product of a tail takes: up to 128 bytes."""
+    """The part of an expert's rank in one product of a tail: up to 128 bytes."""
     return min(128 // dtype.itemsize, max(16, next_power_of_2(r)))
 
 
@@ -314,7 +314,7 @@ def library_seconds(device: Device, rows: int, depth: int, columns: int, size: i
 
 
 def apply_paths(device: Device, dtype: torch.dtype) -> tuple[ApplyPath, ...]:
-    """The ways in which given experts can be applied; see `apply_path`."""
+    """The possible paths to apply given experts; see `apply_path`."""
     return APPLY_PATHS if device.tma and dtype.itemsize == 2 else ("fused", "delta", "grouped")
 
 
@@ -356,7 +356,7 @@ def _estimated_apply_path(
 
 @functools.lru_cache(maxsize=4096)
 def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> tuple[LinearPath, ...]:
-    """The ways in which a layer of n experts of k rows can be routed; see `linear_path`."""
+    """The possible paths to route a layer of n experts of k rows; see `linear_path`."""
     # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
     held = next_power_of_2(n) * max(16, next_power_of_2(k))
     few = (
@@ -393,7 +393,7 @@ def linear_path(
 
 
 def _allowed(device: Device, dtype: torch.dtype, paths: Sequence) -> Sequence:
-    """The paths that are not excluded on this GPU; all of them where none is left: then the backend is."""
+    """The paths that are not excluded on this GPU; all of them if none is left (the backend is excluded then)."""
     left_out = excluded.paths(device.name)
     if not left_out:
         return paths

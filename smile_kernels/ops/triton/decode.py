@@ -1,4 +1,4 @@
-"""A SMILE layer for few tokens, bound by memory: the weight streams once, and all else hides behind it.
+"""A SMILE layer for few tokens, memory bound: the weight is streamed once, everything else overlaps with it.
 
 Two launches, the second of which starts before the first has ended, or one launch whose programs wait for each other.
 The first half forms h = x V^T in slices; the last of its programs to arrive adds them up, routes, and scales h. In the
@@ -190,7 +190,7 @@ class _Counters:
     def take(self, capturing: bool) -> Tensor:
         """Two counters at zero, in [4] int32, that no other launch uses at the same time.
 
-        Eager launches take turns over the first of them, more than streams queue. A launch captured in a CUDA graph
+        Eager launches cycle through the first ones, more than streams queue. A launch captured in a CUDA graph
         keeps its own for good, as the graph may be replayed at any time.
         """
         if not capturing:
@@ -209,7 +209,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def prepare(device: torch.device) -> None:
-    """Make what `decode` keeps on a device, unless a CUDA graph is being captured."""
+    """Allocate the counters of `decode` on a device, unless a CUDA graph is being captured."""
     if not _capturing(device):
         _counters(device)
 

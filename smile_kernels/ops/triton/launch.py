@@ -1,4 +1,4 @@
-"""Launches that take little time of the host: what Triton compiled is kept, and started as Triton itself starts it.
+"""Launches with little host time: compiled kernels are cached and started in the same way as by Triton.
 
 For each launch Triton binds, specializes and looks up all arguments again, which takes it many times as long as the
 launch itself. A `Launch` is made once for given shapes, and compiled once for given dtypes and alignments.
@@ -66,7 +66,7 @@ def run(launches: Sequence[Launch], *tensors: Any) -> None:
             kernel = launch.kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
             launch.compiled[key] = kernel
         else:
-            # No metadata and no hooks, since nobody listens.
+            # No metadata and no hooks: nothing uses them.
             started = stream, kernel.function, kernel.packed_metadata, None, None, None
             kernel.run(*launch.sizes, *started, *pointers, *launch.arguments)
 

@@ -1,4 +1,4 @@
-"""Compile ahead of the first request, and measure which configurations are best on the GPU at hand."""
+"""Compile before the first request, and measure the best configurations on the current GPU."""
 
 import itertools
 import json
