@@ -189,7 +189,8 @@ def read_pickled(file: Path) -> list[StoredTensor]:
     try:
         state = open_file()
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        found = re.search(r"unsupported [^\n]*?(?= was not an allowed| whose module|$)", str(error), re.M | re.I)
+        reason = found[0] if found else "it cannot be read as weights"
         raise SmileError(
             f"{file}: is a pickle of other objects than weights and is not opened, since it may run code ({reason}); "
             "expected tensors by name, or safetensors"

@@ -58,6 +58,7 @@ from .remainder import (
     check_fit,
     layers_to_take,
     lost_changes,
+    lost_settings,
     reasons_left_alone,
     tied_to,
     unfit_layers,
@@ -69,6 +70,7 @@ from .sources import (
     ExpertSource,
     StoredTensors,
     check_request,
+    config_of_checkpoint,
     local_folder,
     open_source,
 )
@@ -76,8 +78,14 @@ from .vocabulary import AddedTokens, find_added_tokens, grow_source, which_exper
 
 __all__ = ["upscale_checkpoints"]
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 # Weights and their indices: all other files of the base folder are copied.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+
+
+# Folders that are copied: sentence-transformers' pooling and later modules, transformers' further chat templates.
+_FOLDERS = re.compile(r"\d+_|additional_chat_templates$")
 
 
 class Job:
@@ -125,6 +133,7 @@ class Job:
         ]
         for source in self.sources if self.packed else ():
             check_experts(source, self.packed)
+        self.lost_settings = lost_settings(config_of_checkpoint(self.base, names.model), self.sources)
         self.embeddings_from = embeddings_from
         self.added = None if embeddings_from is None else self._added_tokens(embeddings_from, names.model)
         for source in self.sources:
@@ -182,14 +191,20 @@ class Job:
         }
 
     def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
-        """Read all inputs of the output, to find NaN before hours of work."""
+        """Read all inputs of the output, to find NaN, and numbers its dtype cannot hold, before hours of work."""
         wholes = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
         average = self.remaining == "average"
         needed = {name for layer in self.layers for name in (layer.weight, layer.bias)}
         tensors = [tensor for _, tensor in self._stored()]
+        written = {id(tensor) for tensor in tensors}
         tensors += [t for whole in wholes for name, t in whole.items() if average or name in needed]
         for i, tensor in enumerate(tensors[part]):
-            tensor.load()
+            value, dtype = tensor.load(), self._dtype(tensor.dtype)
+            if (average or id(tensor) in written) and dtype != tensor.dtype and not value.to(dtype).isfinite().all():
+                raise SmileError(
+                    f"{tensor.file}: tensor {tensor.name!r} has {value.abs().max():g}; expected at most "
+                    f"{torch.finfo(dtype).max:g}, the largest number of {dtype}"
+                )
             progress("checks", min((i + 1) * (part.step or 1), len(tensors)), len(tensors))
 
     def bytes_to_write(self, experts_only: bool) -> int:
@@ -327,7 +342,13 @@ class Job:
         if self.added is not None:
             base_config = with_tokens(base_config, self.added)
             _copy_beside(
-                self.experts[self.donor], folder, "tokenizer", "added_tokens", "special_tokens", "chat_template"
+                self.experts[self.donor],
+                folder,
+                "tokenizer",
+                "added_tokens",
+                "special_tokens",
+                "chat_template",
+                "additional_chat",
             )
         if self.dtype is not None and base_config:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -414,6 +435,8 @@ def upscale_checkpoints(
         expert_names=check_expert_names(_names_of(experts, expert_names), len(experts)),
     )
     parse_size(max_shard_size)
+    if dtype not in (None, *DTYPES):
+        raise SmileError(f"dtype: is {dtype}; expected {', '.join(map(str, DTYPES))}")
     check_device(device)
     if workers is not None and workers < 1:
         raise SmileError(f"workers: is {workers}; expected 1 or more")
@@ -499,7 +522,7 @@ def _write(
     folders = str(job.base.resolve()), [str(folder.resolve()) for folder in job.experts]
     lost = job.lost(reports) if rank == 0 else []
     names = job.config.expert_names or ()
-    report = UpscaleReport(reports, lost, *folders, expert_names=names, router=job.router)
+    report = UpscaleReport(reports, lost, *folders, expert_names=names, router=job.router, settings=job.lost_settings)
     if rank == 0:
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)
@@ -548,7 +571,7 @@ def _copy_beside(base: Path, folder: Path, *starts: str) -> None:
         written_anew = file.name in ("config.json", "README.md", REPORT) or file.name.startswith(".")
         if file.is_file() and not written_anew and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, folder / file.name)
-        elif file.is_dir() and re.match(r"\d+_", file.name):  # sentence-transformers' pooling and later modules
+        elif file.is_dir() and _FOLDERS.match(file.name):
             shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
 
 

@@ -12,12 +12,12 @@ from ..errors import SmileError
 from ..integrations import describe_as_smile
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter
-from ..nn import SmileLinear, all_or_nothing, smile_layers
+from ..nn import SmileLinear, all_or_nothing, is_conv1d, smile_layers
 from ..routing.control import followed_policies, forget_caches, refuse_override
 from ..schema import check_arguments
 from .decompose import decompose, in_threads, norm_rows
-from .layers import CONV1D_MODELS, Layer, embedding_weights, is_conv1d, linear_layers
-from .remainder import lost_changes
+from .layers import CONV1D_MODELS, Layer, embedding_weights, linear_layers
+from .remainder import lost_changes, lost_settings
 from .report import LayerReport, UpscaleReport
 from .sources import (
     AdapterSource,
@@ -216,7 +216,9 @@ def _made(
         f"{name}.{part}": "a layer without experts" for name in linear_layers(model) for part in ("weight", "bias")
     }
     lost = lost_changes(base, base, [source], base.__getitem__, held, reasons, embedding_weights(model))
-    return {name: factors for name, (factors, _) in done.items()}, UpscaleReport(reports, lost)
+    return {name: factors for name, (factors, _) in done.items()}, UpscaleReport(
+        reports, lost, settings=lost_settings(getattr(model, "config", None), [source])
+    )
 
 
 def _source(

@@ -33,6 +33,7 @@ from .remainder import (
     check_fit,
     layers_to_take,
     lost_changes,
+    lost_settings,
     reasons_left_alone,
     tied_to,
     unfit_layers,
@@ -134,6 +135,7 @@ def upscale(
     reasons = reasons_left_alone(every, chosen, reports)
     embeddings = embedding_weights(model) - tied_to({layer.weight for layer in taken}, base)
     lost = lost_changes(base, base, sources, result, held, reasons, embeddings)
+    settings = lost_settings(getattr(model, "config", None), sources)
     if calibrate:
         check_calibration(model)
     if routing is not None:
@@ -151,7 +153,7 @@ def upscale(
         for name, linear in linear_layers(model).items():
             if name in factors:
                 _replace(model, name, linear, factors[name], names, g, num_experts_per_tok)
-        report = UpscaleReport(reports, lost, expert_names=names or (), router=router)
+        report = UpscaleReport(reports, lost, expert_names=names or (), router=router, settings=settings)
         if calibrate:
             report = replace(report, calibration=calibrate_model(model))
             routing = routing or RoutingPolicy.recommended(model)

@@ -1,6 +1,10 @@
 """Everything that is not upscaled: layers that cannot have experts, and other tensors; which changes are lost."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +12,7 @@ from torch import Tensor
 from ..errors import SmileError
 from ..storage import StoredTensor
 from .layers import Layer
-from .report import NEW, LayerReport, LostChange
+from .report import NEW, LayerReport, LostChange, LostSetting
 from .sources import AdapterSource, ExpertSource
 
 
@@ -149,6 +153,56 @@ def lost_changes(
         if any(sizes):
             lost.append(LostChange(name, sizes, reason))
     return sorted(lost, key=lambda one: -max(one.sizes))
+
+
+# What a config says of files, training, generation and labels; what of it changes a tensor's shape shows there.
+_OF_NO_PASS = re.compile(
+    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config.*|id2label.*|label2id.*"
+    r"|num_labels|problem_type|vocab_size|tie_word_embeddings|use_cache|return_dict|output_.*|chunk_size_feed_forward"
+    r"|pretraining_tp|initializer_.*|init_.*|.*(dropout|dropout_prob|dropout_rate|pdrop|layerdrop|drop_path_rate)"
+    r"|.*_(loss_coef|loss_coefficient|cost)|mask_(time|feature)_.*|apply_spec_augment|router_jitter_noise)"
+)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings that a forward pass in evaluation mode may depend on, by their path.
+
+    Args:
+        config: a config of transformers, whose own settings count, or the content of a config.json.
+    """
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    if not isinstance(config, Mapping):
+        with contextlib.suppress(Exception):  # a kind of config that has no defaults
+            known = type(config)().to_dict()
+            values = {name: value for name, value in values.items() if name in known}
+
+    def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield from flat(inner, f"{path}.{name}" if path else str(name))
+        elif not _OF_NO_PASS.fullmatch(path):
+            yield path, list(value) if isinstance(value, tuple) else value
+
+    return dict(flat(values, ""))
+
+
+def lost_settings(base: Any, sources: Sequence[ExpertSource]) -> list[LostSetting]:
+    """What the experts' configs have otherwise than that of the base, by which the result is run."""
+    if base is None or all(source.config is None for source in sources):
+        return []
+    ours = settings_of(base)
+    # Of a file whose kind of config is not known, what it leaves out is not known either.
+    whole = not isinstance(base, Mapping)
+    theirs = [ours if source.config is None else settings_of(source.config) for source in sources]
+
+    def shown(settings: Mapping[str, Any], name: str) -> str:
+        return str(settings[name]) if settings.get(name) is not None else ""
+
+    return [
+        LostSetting(name, shown(ours, name), [shown(settings, name) for settings in theirs])
+        for name in sorted(dict.fromkeys(itertools.chain(ours, *theirs)))
+        if any(settings.get(name) != ours.get(name) for settings in theirs if whole or {name} <= settings.keys() & ours)
+    ]
 
 
 def _wide(tensor: Tensor) -> Tensor:

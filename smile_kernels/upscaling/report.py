@@ -15,7 +15,7 @@ from ..schema import parse
 from ..storage import read_json
 from ..svd import Certificate
 
-__all__ = ["LayerReport", "LostChange", "UpscaleReport"]
+__all__ = ["LayerReport", "LostChange", "LostSetting", "UpscaleReport"]
 
 # Lost changes above this share of the base's tensor give a warning; and the number that is printed.
 LARGE, SHOWN = 0.01, 10
@@ -85,6 +85,25 @@ class LostChange:
 
 
 @dataclass(frozen=True)
+class LostSetting:
+    """A setting that an expert's config has otherwise than the base's, by which the result is run.
+
+    Attributes:
+        name: its path in config.json, "rope_parameters.rope_theta".
+        base: the base's value; "" where it has none.
+        experts: each expert's value; the base's where the expert has no config of its own.
+    """
+
+    name: str
+    base: str
+    experts: list[str]
+
+    def __str__(self) -> str:
+        experts = ", ".join(one or "none" for one in self.experts)
+        return f"{self.name}: {self.base or 'none'} in the base, {experts} in the experts"
+
+
+@dataclass(frozen=True)
 class UpscaleReport:
     """Results for every layer, and changes that are not in the result. `print` shows a summary; `save` writes JSON.
 
@@ -94,6 +113,7 @@ class UpscaleReport:
         base, experts: the fused folders; empty for models in memory.
         expert_names: the experts' names; empty if they have none.
         router: how the experts are scored, as in `upscale`.
+        settings: what the experts' configs have otherwise than the base's, as far as a forward pass may depend on it.
     """
 
     layers: list[LayerReport]
@@ -103,6 +123,7 @@ class UpscaleReport:
     calibration: CalibrationReport | None = None
     expert_names: Sequence[str] = ()
     router: str = "smile"
+    settings: list[LostSetting] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, atomically."""
@@ -131,6 +152,13 @@ class UpscaleReport:
                 f"changes by fine-tuning are left out of the result: {worst}{more}. {'; '.join(remedies).capitalize()}",
                 stacklevel=5,
             )
+        # Fine-tuned models often name tokens, for padding and for the end of a text; no other output depends on these.
+        if other := [str(one) for one in self.settings if not one.name.endswith("_token_id")]:
+            warnings.warn(
+                f"the result has the base's config, from which those of the experts differ: {'; '.join(other[:3])}"
+                f"{f' and {len(other) - 3} more' if len(other) > 3 else ''}. If one value fits all, set it in the base",
+                stacklevel=5,
+            )
 
     def __str__(self) -> str:
         done = [layer for layer in self.layers if not layer.skipped]
@@ -150,6 +178,7 @@ class UpscaleReport:
             lines += [f"  {lost.name}: {_sizes(lost)}; {lost.reason}" for lost in self.lost[:SHOWN]]
             if len(self.lost) > SHOWN:
                 lines.append(f"  and {len(self.lost) - SHOWN} more")
+        lines += [f"setting of the experts that is not in the result: {setting}" for setting in self.settings[:SHOWN]]
         return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
 
     def table(self) -> str:
@@ -167,11 +196,16 @@ class UpscaleReport:
         lost = Table("not in the result", "size of the change, by expert", "why")
         for change in self.lost:
             lost.add_row(change.name, _sizes(change), change.reason)
+        settings = Table("setting that is not in the result", "in the base", "by expert")
+        for one in self.settings:
+            settings.add_row(one.name, one.base, ", ".join(one.experts))
         console = Console(width=120)
         with console.capture() as text:
             console.print(table)
             if self.lost:
                 console.print(lost)
+            if self.settings:
+                console.print(settings)
         return text.get().rstrip("\n") + (f"\n{self.calibration}" if self.calibration else "")
 
 

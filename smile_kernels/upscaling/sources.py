@@ -45,10 +45,11 @@ class ExpertSource(ABC):
     Args:
         where: its name in messages.
         may_change: the names of all tensors that may differ from the base's.
+        config: its transformers config, or the content of its config.json; None if it has no config.
     """
 
-    def __init__(self, where: str, may_change: Collection[str]):
-        self.where, self.may_change = where, may_change
+    def __init__(self, where: str, may_change: Collection[str], config: Any = None):
+        self.where, self.may_change, self.config = where, may_change, config
 
     @abstractmethod
     def weight(self, layer: Layer) -> Tensor | LowRank:
@@ -80,8 +81,14 @@ class ExpertSource(ABC):
 class WholeSource(ExpertSource):
     """A fine-tuned model with all tensors."""
 
-    def __init__(self, where: str, tensors: Mapping[str, Tensor], shapes: dict[str, Tensor] | dict[str, StoredTensor]):
-        super().__init__(where, shapes.keys())
+    def __init__(
+        self,
+        where: str,
+        tensors: Mapping[str, Tensor],
+        shapes: dict[str, Tensor] | dict[str, StoredTensor],
+        config: Any = None,
+    ):
+        super().__init__(where, shapes.keys(), config)
         self.tensors, self.shapes = tensors, shapes
 
     def weight(self, layer: Layer) -> Tensor:
@@ -135,7 +142,8 @@ class ModuleSource(WholeSource):
         spelled = {plain: name for name, plain in without_wrappers(base).items()}
         names = {name: spelled.get(plain, plain) for name, plain in without_wrappers(state).items()}
         tensors = {names[name]: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-        super().__init__(where, tensors, tensors)
+        config = getattr(module, "config", None)
+        super().__init__(where, tensors, tensors, config if hasattr(config, "to_dict") else None)
         self.modules = {names.get(f"{name}.weight"): one for name, one in module.named_modules()}
 
     def check_kinds(self, base: nn.Module, layers: Collection[Layer]) -> None:
@@ -156,7 +164,23 @@ class CheckpointSource(WholeSource):
         self.by_name, _ = names.map(self.stored)
         if read_config(folder).get("tie_word_embeddings") and names.model is not None:
             _fill_in_head(self.by_name, names.model)
-        super().__init__(f"{where}: {folder}", StoredTensors(self.by_name), self.by_name)
+        config = config_of_checkpoint(folder, names.model)
+        super().__init__(f"{where}: {folder}", StoredTensors(self.by_name), self.by_name, config)
+
+
+def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:
+    """A checkpoint's config, as that of `model` is, or as its file has it; None where it has none."""
+    stored = read_config(folder)
+    kind: Any = type(getattr(model, "config", None))
+    if not stored or not hasattr(kind, "from_dict"):
+        return stored or None
+    try:
+        return kind.from_dict(stored)
+    except Exception as error:  # whatever values that do not fit make a config raise
+        raise SmileError(
+            f"{Path(folder) / 'config.json'}: transformers cannot make a {kind.__name__} of it "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); expected a config as the base's"
+        ) from None
 
 
 class AdapterSource(ExpertSource):

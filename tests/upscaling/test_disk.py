@@ -91,8 +91,9 @@ def test_transformers_models(tmp_path):
         folder = tmp_path / cls.__name__
         for i, model in enumerate((base, *experts)):
             model.save_pretrained(folder / f"m{i}", max_shard_size="60KB")
-        (folder / "m0" / "1_Pooling").mkdir()
-        for name in ("tokenizer.json", "1_Pooling/config.json"):
+        beside = ("tokenizer.json", "1_Pooling/config.json", "additional_chat_templates/tool.jinja")
+        for name in beside:
+            (folder / "m0" / name).parent.mkdir(exist_ok=True)
             (folder / "m0" / name).write_text("{}")
         upscale_checkpoints(folder / "m0", [folder / "m1", folder / "m2"], folder / "out", **RANKS)
         want, _ = upscale(base, experts, **RANKS, progress=False)
@@ -100,8 +101,7 @@ def test_transformers_models(tmp_path):
         same_as_in_memory(want, got)
         assert sum(isinstance(m, SmileLinear) for m in got.modules()) == (15 if cls is LlamaForCausalLM else 9)
         assert got.get_output_embeddings().weight is got.get_input_embeddings().weight
-        assert (folder / "out" / "tokenizer.json").read_text() == "{}"
-        assert (folder / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+        assert [(folder / "out" / name).read_text() for name in beside] == ["{}"] * len(beside)
         ids = torch.randint(64, (2, 6))
         assert torch.equal(got(ids).logits, want(ids).logits)
 

@@ -206,6 +206,35 @@ def test_what_cannot_be_written_is_refused_when_it_is_opened(tensor, message, tm
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e5m2, torch.bool], ids=str)
+def test_dtypes_that_no_layer_computes_with_are_refused(dtype, tmp_path):
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        save_file(nn.ModuleDict({"layer": nn.Linear(8, 8)}).state_dict(), tmp_path / name / "model.safetensors")
+    with pytest.raises(ValueError, match=f"dtype: is {dtype}; expected torch.bfloat16, torch.float16"):
+        sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", dtype=dtype, **RANKS)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_numbers_beyond_the_dtype_of_the_result_are_found_before_the_first_layer(tmp_path):
+    state = nn.ModuleDict({"layer": nn.Linear(8, 8)}).state_dict() | {"table": torch.full((3,), 1e6)}
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        save_file({key: t + (name == "expert") for key, t in state.items()}, tmp_path / name / "model.safetensors")
+    stages = set()
+    with pytest.raises(ValueError, match=r"base/model\.safetensors: tensor 'table' has 1e\+06; expected at most 65504"):
+        sk.upscale_checkpoints(
+            tmp_path / "base",
+            [tmp_path / "expert"],
+            tmp_path / "out",
+            dtype=torch.float16,
+            progress=lambda stage, *_: stages.add(stage),
+            **RANKS,
+        )
+    assert "layers" not in stages
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
 @pytest.mark.parametrize("side", ["base", "expert"])
 def test_linear_layers_of_eight_bits_are_refused_before_work(side, dtype, tmp_path):
@@ -279,6 +308,38 @@ def test_another_number_of_labels_with_its_head_excluded(stored, tmp_path):
         _, report = sk.upscale(base, [expert], exclude=["classifier"], progress=False, **RANKS)
     assert {lost.name for lost in report.lost} >= {"classifier.weight"}
     assert all(lost.reason.startswith("of shape") for lost in report.lost if "classifier" in lost.name)
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    ("settings", "listed"),
+    [
+        ({"rms_norm_eps": 1e-3, "hidden_act": "gelu"}, {"hidden_act": "silu", "rms_norm_eps": "1e-06"}),
+        ({"rope_theta": 5e5}, {"rope_parameters.rope_theta": "10000.0"}),
+        ({"pad_token_id": 7}, {"pad_token_id": "0"}),
+        ({"attention_dropout": 0.1, "use_cache": False, "id2label": {0: "good"}}, {}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_settings_that_an_expert_has_otherwise_are_listed(stored, settings, listed, tmp_path):
+    base, expert = build("Llama"), build("Llama", **settings)
+    with torch.no_grad():
+        expert.model.layers[0].mlp.up_proj.weight += 1
+    for name, model in (("base", base), ("expert", expert)):
+        model.save_pretrained(tmp_path / name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if stored:
+            report = sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+        else:
+            _, report = sk.upscale(base, [expert], progress=False, **RANKS)
+    assert {one.name: one.base for one in report.settings} == listed
+    warned = [str(one.message) for one in caught if "from which those of the experts differ" in str(one.message)]
+    assert bool(warned) == any(not name.endswith("token_id") for name in listed)
+    for one in report.settings:
+        assert str(one) in str(report)
+        assert one.name in report.table()
 
 
 def test_a_trainer_saves_what_opens_again(tmp_path):
