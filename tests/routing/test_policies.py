@@ -142,6 +142,20 @@ def test_command_line_sets_the_policy(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_the_published_policy_restores_each_layer_s_own_number_of_experts():
+    model = nn.Sequential(SmileLinear(6, 6, 4, 2, 2, 1), SmileLinear(6, 6, 4, 2, 2, 2))
+    x, before = torch.randn(3, 6), [layer.num_experts_per_tok for layer in model]
+    for tensor in (t for layer in model for t in (layer.vh, layer.s, layer.u)):
+        nn.init.normal_(tensor)
+    want = model(x)
+    set_routing(model, RoutingPolicy(num_experts_per_tok=3))
+    assert [layer.num_experts_per_tok for layer in model] == [3, 3]
+    set_routing(model, RoutingPolicy("sequence", num_experts_per_tok=4))
+    set_routing(model, RoutingPolicy())
+    assert [layer.num_experts_per_tok for layer in model] == before
+    assert torch.equal(model(x), want)
+
+
 def test_locked_layers_compute_no_scores(monkeypatch):
     model = bert()
     calls = []
