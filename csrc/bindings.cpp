@@ -26,6 +26,9 @@
 
 namespace {
 
+// The tests give the namespace another name by a macro, which the macros of PyTorch 2.10 do not expand.
+#define SMILE_EXPANDED(macro, ...) macro(__VA_ARGS__)
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 // None where there are none: a program exported by PyTorch passes defaults on, and cannot pass an empty list on.
@@ -602,7 +605,7 @@ std::tuple<Tensor, Tensor> route_backward(const Tensor& dweights_, const Tensor&
 }  // namespace
 
 #if !defined(SMILE_CUDA) || defined(SMILE_EMULATION)
-STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
+SMILE_EXPANDED(STABLE_TORCH_LIBRARY, smile_kernels_ext, m) {
   m.def("route(Tensor x, Tensor router, int num_experts_per_tok) -> (Tensor weights, Tensor ids)");
   m.def("apply(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
         "Tensor weights, Tensor ids, bool save, int[]? parts=None, int[]? rank_of_parts=None) -> (Tensor y, Tensor h)");
@@ -625,7 +628,7 @@ STABLE_TORCH_LIBRARY(smile_kernels_ext, m) {
 }
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(smile_kernels_ext, SMILE_DEVICE, m) {
+SMILE_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, smile_kernels_ext, SMILE_DEVICE, m) {
   m.impl("apply_backward", TORCH_BOX(&apply_backward));
   m.impl("evidence", TORCH_BOX(&evidence));
   m.impl("route_backward", TORCH_BOX(&route_backward));

@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..ops import reference
 from ..ops.excluded import device_name
 from ..testing import Problem, assert_close, expectations
+from ..versions import installed
 from .peers import BASELINE, PEERS, CannotRunError
 from .problems import Case
 
@@ -310,13 +310,7 @@ def geometric_mean(values: list[float]) -> float:
 
 def _versions() -> dict[str, str]:
     names = ("smile-kernels", "torch", "triton", "fusion-bench", "peft", "transformers", "vllm")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in names if (version := installed(name)) is not None}
 
 
 def _commit() -> str | None:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -146,6 +148,7 @@ class SmileQuantizer(HfQuantizer):
                 self._fan_in_fan_out.append(layer)
             replace_linear(model, target, layer.train(linear.training))
             self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         known = {renamed(f"{name}.weight")[0] for name in config.modules}
         for file in kwargs.get("checkpoint_files") or ():
             stored = read_safetensors(Path(file)) if str(file).endswith(".safetensors") else ()
@@ -167,6 +170,7 @@ class SmileQuantizer(HfQuantizer):
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise SmileError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
+        self._cast_renamed(model)
         for name, (layer, _) in self._layers.items():
             for factor in FACTORS:
                 tensor = getattr(layer, factor)
@@ -181,7 +185,16 @@ class SmileQuantizer(HfQuantizer):
         self.quantization_config.__dict__.pop("base_model_name_or_path", None)
         # Nothing is quantised: half(), float() and training work as for any model.
         model.is_quantized = False
-        del self._layers, self._fan_in_fan_out
+        del self._layers, self._fan_in_fan_out, self._dtypes
+
+    def _cast_renamed(self, model: Any) -> None:
+        """Gives tensors their model's dtype where transformers before 5.21 kept that of the file: where it renames."""
+        if Version(transformers.__version__) >= Version("5.21"):
+            return
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and not tensor.is_meta and not kept & {*name.split(".")}:
+                tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
 
 
 def describe_as_smile(model: Any) -> None:

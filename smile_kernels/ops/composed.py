@@ -8,6 +8,7 @@ block is one entry of a batched product. An "entry" is one (token, slot) pair: e
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,8 @@ def _add_experts(y, x, vh, s, u, expert_bias, weights, ids, save, every_h=None):
         if expert_bias is not None:
             y.addmm_(w.to(x.dtype), expert_bias)
         scale = w[:, :, None] * s
-        one_product, z = _every_expert_pays(x, u), None
+        one_product = _every_expert_pays(x, u)
+        z: Any = None
         if one_product and every_h is None:
             every_h = F.linear(x, vh[:, :r].flatten(0, 1)).unflatten(1, s.shape)
         if every_h is not None:

@@ -45,7 +45,7 @@ class Memory:
         """
         memory: Memory | None = getattr(tokens.cache, "routing_memory", None)
         past = tokens.past
-        if memory is not None and memory.serial == serial and bool(memory.choices or memory.sums):
+        if memory is not None and memory.serial == serial and len(memory.choices) + len(memory.sums) > 0:
             counted = isinstance(past, int)
             if not counted or (past > 0 and (memory.choices or memory.length >= past)):
                 memory.established = True

@@ -116,7 +116,7 @@ class Tokens:
         if half_life is None and pattern is None:
             return
         device = self.ids.device if self.ids is not None else None if self.real is None else self.real.device
-        factors = torch.full(
+        factors: Any = torch.full(
             (1, self.length or 1), 1.0 if half_life is None else 2.0 ** (-1 / half_life), device=device
         )
         if pattern is not None:

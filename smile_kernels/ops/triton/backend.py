@@ -31,8 +31,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bool) -> str | None:
     """Why this backend cannot run such a layer on `device_type`; None if it can."""
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version < (3, 3):
-        return f"it needs Triton 3.3 or newer, not {triton.__version__}"
+    if version < (3, 6):
+        return f"it needs Triton 3.6 or newer, not {triton.__version__}"
     if INTERPRETED.value and version < (3, 7) and Version(numpy.__version__) >= Version("2.4"):
         return f"Triton {triton.__version__}'s interpreter needs NumPy before 2.4, not {numpy.__version__}"
     if INTERPRETED.value and device_type != "cpu":

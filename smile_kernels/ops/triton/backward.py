@@ -242,7 +242,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     if not (needs_x or any(needs[3:])):
         return dx, dweight, dbias, dvh, ds, du, dexpert_bias, dweights
 
-    groups = None
+    groups = real = None
     if configs.apply_path(device, x.dtype, tokens, d, o, n, r, m) == "grouped":
         if not rank_of_router:  # a given routing may name no expert
             weights, ids, real = grouped.none_as_first(weights, ids, n)
@@ -283,7 +283,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
         **config, **device.launch(),
     )  # fmt: skip
 
-    if needs_weights and groups and not rank_of_router:
+    if needs_weights and real is not None:
         dweights = torch.where(real, dweights, 0)
     if needs_x and groups:
         dx = grouped.expand(device, dh, vh[:, :r], groups)

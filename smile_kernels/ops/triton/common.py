@@ -2,15 +2,7 @@
 
 import triton
 import triton.language as tl
-
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5):
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-else:  # missing in Triton 3.3, does not compile in 3.4
-    gdc_launch_dependents = gdc_wait = None
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4
-    TensorDescriptor = None
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 # Triton's versions also work in kernels, and take microseconds on the host for each call.

@@ -22,7 +22,7 @@ import torch
 
 from ...errors import SmileError
 from .. import excluded
-from .common import TensorDescriptor, cdiv, gdc_wait, next_power_of_2
+from .common import cdiv, next_power_of_2
 
 # How a layer is routed (`linear_path`), and how given experts are applied (`apply_path`).
 LinearPath = Literal["decode", "decode_one_launch", "one_product", "route_first"]
@@ -61,7 +61,7 @@ _FAMILIES = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
 def device_of(device: torch.device) -> Device:
     """The device of a tensor; tensors on a CPU run only in the interpreter."""
     if device.type == "cpu":
-        return Device("interpreter", "interpreter", 4, pdl=False, tma=TensorDescriptor is not None)
+        return Device("interpreter", "interpreter", 4, pdl=False, tma=True)
     properties = torch.cuda.get_device_properties(device)
     name, multiprocessors = properties.name, properties.multi_processor_count
     if torch.version.hip:
@@ -70,8 +70,7 @@ def device_of(device: torch.device) -> Device:
     hopper = capability >= (9, 0)
     family = _FAMILIES.get(capability, "sm80")
     # On 12.x the descriptors alone make every tile spill.
-    tma = family != "sm80" and TensorDescriptor is not None
-    return Device(name, family, multiprocessors, pdl=hopper and gdc_wait is not None, tma=tma)
+    return Device(name, family, multiprocessors, pdl=hopper, tma=family != "sm80")
 
 
 def precision(dtype: torch.dtype, device: Device, *, routes: bool = False) -> str:

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .common import TensorDescriptor, cast, cdiv, dot, next_power_of_2, wait_for_previous_kernel
+from .common import cast, cdiv, dot, next_power_of_2, wait_for_previous_kernel
 from .launch import Launch, run
 from .route import Tail
 
@@ -148,7 +149,7 @@ def _expand(
 
 def _describable(t: Tensor) -> bool:
     """Whether the tensor memory accelerator can read the rows of t."""
-    if TensorDescriptor is None or t.stride(0) < t.shape[1]:
+    if t.stride(0) < t.shape[1]:
         return False
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0
 

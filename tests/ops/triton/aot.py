@@ -32,7 +32,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from smile_kernels.ops.triton import backend, configs
-from smile_kernels.ops.triton.common import TensorDescriptor, gdc_wait
 from smile_kernels.testing import taking
 
 RESOURCES = Path(__file__).with_name("resources.json")
@@ -50,14 +49,12 @@ class Target:
     tma: bool
 
 
-# Triton has the first from 3.5 on, the second from 3.4 on.
-PDL, TMA = gdc_wait is not None, TensorDescriptor is not None
 # The tiles of sm80 also serve devices of 99 KB a block: 8.6, 8.9 and 12.0.
 TARGETS = {
     "sm80": Target("sm80", GPUTarget("cuda", 80, 32), 101376, pdl=False, tma=False),
-    "sm90": Target("sm90", GPUTarget("cuda", 90, 32), 232448, pdl=PDL, tma=TMA),
-    "sm100": Target("sm100", GPUTarget("cuda", 100, 32), 232448, pdl=PDL, tma=TMA),
-    "sm120": Target("sm80", GPUTarget("cuda", 120, 32), 101376, pdl=PDL, tma=False),
+    "sm90": Target("sm90", GPUTarget("cuda", 90, 32), 232448, pdl=True, tma=True),
+    "sm100": Target("sm100", GPUTarget("cuda", 100, 32), 232448, pdl=True, tma=True),
+    "sm120": Target("sm80", GPUTarget("cuda", 120, 32), 101376, pdl=True, tma=False),
     "gfx942": Target("gfx942", GPUTarget("hip", "gfx942", 64), 65536, pdl=False, tma=False),
 }
 INSTRUCTIONS = {
@@ -237,7 +234,7 @@ def recorded(name: str) -> dict[str, dict]:
         if name == "sm90":
             layer.linear(1, "decode_one_launch")
             layer.linear(64)
-            layer.linear(2048, apply="tma" if TMA else "fused", save=True)
+            layer.linear(2048, apply="tma", save=True)
             layer.linear(2048, apply="delta")
             layer.apply(16)
             layer.evidence(1, 1)

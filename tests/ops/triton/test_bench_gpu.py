@@ -108,7 +108,9 @@ def test_the_plan_of_a_gpu_is_whole(monkeypatch):
     monkeypatch.setattr(gpu, "build_for_this_gpu", lambda: [])
     plan = gpu.on_gpu()
     files = [file for file in plan.tests if file.endswith(".py")]
-    assert [gpu.Path(file).name for file in files[:2]] == ["test_gpu.py", "test_kernels.py"]
+    names = [gpu.Path(file).name for file in files]
+    assert names[0] == "test_gpu.py"
+    assert {"test_evidence.py", "test_kernels.py"} <= {*names}
     assert all(gpu.Path(file).exists() for file in files)
     rows = [*plan.headline, *plan.settings, *plan.single]
     assert len({row.name for row in rows}) == len(rows)
