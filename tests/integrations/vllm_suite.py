@@ -4,6 +4,7 @@ Not collected by default: vLLM pins other versions of its dependencies, and each
 there is one engine for each architecture and number of ranks, and each of them is made to show something more.
 """
 
+import asyncio
 import json
 import os
 import pickle
@@ -35,11 +36,19 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from smile_kernels import RoutingPolicy, SmileLinear, get_routing, remove_expert, replace_expert, routing_override
+from smile_kernels import (
+    RoutingPolicy,
+    SmileLinear,
+    get_routing,
+    remove_expert,
+    replace_expert,
+    routing_override,
+    watch_routing,
+)
 from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.quantization import split_base
-from smile_kernels.integrations.vllm import kv_sums, requests, routing
+from smile_kernels.integrations.vllm import kv_sums, passes, requests, routing
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.nn import smile_layers
@@ -71,6 +80,8 @@ PROMPTS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0
 # Longer than a block of the KV cache, or a chunk of prefill, of 32 tokens; the last begins as the one before it.
 LONG = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 40, 3, 150, 21)]
 LONG.append(LONG[3][:100] + LONG[1])
+TURN = (5, 7)  # begins a turn: the two last of these prompts have one, behind another prompt
+VOTING = [*LONG, LONG[0] + [*TURN] + LONG[2], LONG[3][:60] + [*TURN] + LONG[1]]
 BLOCK = 128  # tokens, in vLLM's KV cache on a CPU
 PER_REQUEST = {"additional_config": {"smile_expert_per_request": True}}
 CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 3, "block_size": 32, "max_model_len": 256}
@@ -145,10 +156,15 @@ def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[in
     return ids[0, len(prompt) :].tolist()
 
 
+def in_a_process(function, *args):
+    """What it returns, called in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def in_vllm(folder, loras: tuple = (None,), prompts: list = PROMPTS, **options) -> list[list[list[int]]]:
     """Greedy tokens by one engine, in a process of its own: for each adapter, for each prompt."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_in_vllm, str(folder), loras, prompts, options).result()
+    return in_a_process(_in_vllm, str(folder), loras, prompts, options)
 
 
 def _in_vllm(folder: str, loras: tuple, prompts: list, options: dict) -> list[list[list[int]]]:
@@ -234,13 +250,26 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
             RoutingPolicy("causal", accumulate=True, lock_after=1, calibrated=True, half_life=6),
             {"tensor_parallel_size": 2, **CHUNKS},
         ),
-        ("LlamaForCausalLM", RoutingPolicy("causal", accumulate=True, calibrated=True, half_life=3), CHUNKS),
+        (
+            "LlamaForCausalLM",
+            RoutingPolicy("causal", accumulate=True, calibrated=True, half_life=3, restart_at=tuple(LONG[3][31:33])),
+            CHUNKS,
+        ),
+        # All in one pass: the last prompt begins on blocks that the pass itself fills.
+        (
+            "LlamaForCausalLM",
+            RoutingPolicy("causal", accumulate=True, restart_at=tuple(LONG[3][60:61])),
+            {"block_size": 32, "max_model_len": 256},
+        ),
         ("LlamaForCausalLM", RoutingPolicy(accumulate=True, lock_after=1), {"model_impl": "transformers", **CHUNKS}),
         ("Qwen2ForCausalLM", RoutingPolicy("causal", accumulate=True), {"tensor_parallel_size": 2, **CHUNKS}),
         ("MistralForCausalLM", RoutingPolicy("causal", num_experts_per_tok=3, top_p=0.7), {"max_model_len": 256}),
         ("Qwen2ForCausalLM", RoutingPolicy(num_experts_per_tok=3, top_p=0.5), {"max_model_len": 256}),
     ],
-    ids=["preempted", "locked-tp2", "half-life", "transformers", "parts-tp2", "sliding-window", "top_p"],
+    ids=[
+        *("preempted", "locked-tp2", "half-life-restarts", "restarts-one-pass", "transformers", "parts-tp2"),
+        *("sliding-window", "top_p"),
+    ],
 )
 def test_routing_policies_with_sums(architecture, policy, options, served, tmp_path):
     case = served(architecture)
@@ -323,7 +352,7 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256, **options)
+    engine = LLM(str(folder), skip_tokenizer_init=True, dtype="float32", **{"max_model_len": 256, **options})
 
     def sampling(expert):
         extra = None if expert is None else {"expert": expert}
@@ -363,8 +392,7 @@ def test_each_request_its_expert(architecture, policy, options, served, tmp_path
         with routing_override(model, expert):
             want.append(greedy(model, prompt))
     assert len({tuple(tokens) for tokens, prompt in zip(want, prompts) if prompt is LONG[3]}) > 2
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        answers, cached, error = pool.submit(by_request, tmp_path, asked, prompts, options).result()
+    answers, cached, error = in_a_process(by_request, tmp_path, asked, prompts, options)
     assert answers == [want, want]
     assert cached[0] == [0] * len(asked)
     assert [count >= BLOCK for count in cached[1]] == [prompt is LONG[3] for prompt in prompts]
@@ -414,9 +442,8 @@ def test_adapters_on_an_int8_base(tmp_path):
             want.append([greedy(emulated, prompt) for prompt in PROMPTS])
     assert len({str(tokens) for tokens in want}) == 4
     assert in_vllm(base) == want[:1]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        job = pool.submit(asking, tmp_path / "fused", asked, PROMPTS, {"enforce_eager": True, **PER_REQUEST})
-        assert job.result() == want
+    options = {"enforce_eager": True, **PER_REQUEST}
+    assert in_a_process(asking, tmp_path / "fused", asked, PROMPTS, options) == want
 
     # Compiled, the same number may round to the next of 8 bits: near ties fall to either side.
     def apart(tokens: list[list[int]]) -> float:
@@ -430,6 +457,106 @@ def test_adapters_on_an_int8_base(tmp_path):
     (compiled,) = in_vllm(tmp_path / "fused", enforce_eager=False)
     with torch.no_grad():
         assert apart(compiled) < 0.05 < 0.5 < min(apart(tokens) for tokens in want[:3])
+
+
+def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
+    """The expert that wins a prompt in transformers, and the greedy tokens it then gives."""
+    ids = torch.tensor([prompt])
+    with watch_routing(model) as counts:
+        model(ids)
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return int(list(counts.values())[-1].argmax()), answer[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "policy", "options"),
+    [
+        # One pass for all votes, in which prompts begin on blocks that the pass fills.
+        ("LlamaForCausalLM", RoutingPolicy("prompt", lock_after=1, calibrated=True), {"enforce_eager": True}),
+        ("LlamaForCausalLM", RoutingPolicy("prompt", lock_after=1, restart_at=TURN), {}),
+        (
+            "LlamaForCausalLM",
+            RoutingPolicy("prompt", half_life=20, restart_at=TURN),
+            # Room for one of the longest prompts and little more: votes and requests are preempted.
+            {"enforce_eager": True, **CHUNKS, "num_gpu_blocks_override": 9},
+        ),
+        (
+            "Qwen2ForCausalLM",
+            RoutingPolicy("prompt", lock_after=1, restart_at=TURN),
+            {"enforce_eager": True, "tensor_parallel_size": 2, **CHUNKS},
+        ),
+        (
+            "MistralForCausalLM",
+            RoutingPolicy("prompt", calibrated=True, num_experts_per_tok=2),
+            {"enforce_eager": True, "model_impl": "transformers"},
+        ),
+    ],
+    ids=["one-pass", "compiled", "preempted", "parts-tp2", "two-experts"],
+)
+def test_prompts_that_vote(architecture, policy, options, served, tmp_path):
+    """Among them two turns, one of which begins as the other ends, and a request that asks for its expert."""
+    case = served(architecture)
+    model = with_routing(case.folder, tmp_path, policy)
+    asked = [None] * len(VOTING) + ["m2"]
+    prompts = [*VOTING, VOTING[0]]
+    winners, want = map(list, zip(*(voted(model, prompt) for prompt in VOTING)))
+    assert len(set(winners)) > 1
+    with routing_override(model, "m2"):
+        want.append(greedy(model, VOTING[0]))
+    answers, cached, error = in_a_process(by_request, tmp_path, asked, prompts, {"block_size": 32, **options})
+    assert answers == [want, want]
+    assert any(cached[1])
+    assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error
+
+
+def asynchronously(folder: str, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy tokens of requests of AsyncLLM, streamed, while others are aborted; two choices of the first one."""
+    os.environ.update({**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    options = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 32}
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(folder, skip_tokenizer_init=True, max_num_seqs=3, **options))
+
+    async def ask(name: str, prompt: list[int], **more) -> list[list[int]]:
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            **more,
+        )
+        choices = [[] for _ in range(sampling.n)]
+        async for output in engine.generate({"prompt_token_ids": prompt}, sampling, name):
+            for each in output.outputs:
+                choices[each.index] += each.token_ids
+        return choices
+
+    async def work() -> tuple:
+        tasks = [asyncio.create_task(ask(f"left{i}", prompt)) for i, prompt in enumerate(prompts)]
+        wanted = [asyncio.create_task(ask(f"{i}", prompt)) for i, prompt in enumerate(prompts)]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        answers = [choices for (choices,) in await asyncio.gather(*wanted)]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return answers, await ask("two", prompts[0], n=2)
+
+    try:
+        return asyncio.run(work())
+    finally:
+        engine.shutdown()
+
+
+def test_prompts_vote_under_asyncllm(served, tmp_path):
+    model = with_routing(served("LlamaForCausalLM").folder, tmp_path, RoutingPolicy("prompt", lock_after=1))
+    winners, want = map(list, zip(*(voted(model, prompt) for prompt in VOTING)))
+    assert len(set(winners)) > 1
+    assert in_a_process(asynchronously, str(tmp_path), VOTING) == (want, [want[0]] * 2)
 
 
 def admitted(folder: str, options: dict) -> tuple:
@@ -465,9 +592,8 @@ def admitted(folder: str, options: dict) -> tuple:
 def test_the_front_end_checks_what_requests_ask_for(served):
     """In a configuration of vLLM's own, which has gone to another process."""
     folder = str(served("LlamaForCausalLM").folder)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found, errors = pool.submit(admitted, folder, PER_REQUEST).result()
-        none, refused = pool.submit(admitted, folder, {}).result()
+    found, errors = in_a_process(admitted, folder, PER_REQUEST)
+    none, refused = in_a_process(admitted, folder, {})
     asked = [[(1, 1.0)], [(0, 1.0)], [(2, 2.0), (0, 0.5)], [(2, 1.0), (0, -1.0)], [(0, 0.0)]]
     assert [expert for expert, _ in found] == asked
     assert [salt for _, salt in found] == [f"|expert={each}" for each in [*asked[:4], []]]
@@ -530,7 +656,7 @@ def test_engines_whose_requests_cannot_choose_say_why():
     )
     assert requests.why_not(config) is None
     request = SimpleNamespace(sampling_params=SamplingParams(extra_args={"expert": 1}), cache_salt="mine")
-    requests._admit(request, requests.RequestedExperts(3, None), config)
+    vllm_config().admit(request, config)
     assert request.cache_salt == "mine|expert=[(1, 1.0)]"
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     assert "--enforce-eager" in requests.why_not(config)
@@ -567,10 +693,12 @@ def test_a_compiled_layer_reads_what_the_runner_says_of_each_pass(monkeypatch):
 
     monkeypatch.setattr(GPUModelRunner, "_prepare_inputs", lambda self, output, tokens: "prepared")
     monkeypatch.setattr(GPUModelRunner, "execute_model", execute)
-    requests.follow_passes()
-    requests.follow_passes()  # once more changes nothing
+    passes.follow_passes()
+    passes.follow_passes()  # once more changes nothing
+    smile = SmileQuantizationConfig(SmileConfig(2, 1, r, 2, {}))
+    smile.requests = asking
     runner = SimpleNamespace(
-        vllm_config=SimpleNamespace(quant_config=SimpleNamespace(requests=asking)),
+        vllm_config=SimpleNamespace(quant_config=smile),
         input_batch=SimpleNamespace(req_ids=["b", "a"]),
         device=x.device,
     )
@@ -677,7 +805,9 @@ def vllm_config(**options) -> QuantizationConfig:
 
 
 def test_routing_by_whole_sequences_is_refused():
-    with pytest.raises(NotImplementedError, match=r"scope: is 'sequence'.* expected scope 'causal' or 'token'"):
+    with pytest.raises(
+        NotImplementedError, match=r"scope: is 'sequence'.* expected scope 'prompt', 'causal' or 'token'"
+    ):
         vllm_config(routing=RoutingPolicy("sequence"))
 
 
@@ -757,12 +887,31 @@ def test_sums_read_nothing_on_the_host(gamma, monkeypatch):
             slot_mapping=slots.long(),
         )
         spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=6, head_size_v=0, dtype=torch.float32)
-        metadata = kv_sums.SumsMetadataBuilder(spec, [], None, torch.device("cpu")).build(0, common)
+        cache = kv_sums.SumsCache("sums", lambda: 6, (5,))
+        cache.restarts = torch.empty(8, dtype=torch.bool)
+        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={"sums": cache}))
+        metadata = kv_sums.SumsMetadataBuilder(spec, ["sums"], config, torch.device("cpu")).build(0, common)
         pages = torch.empty(5, 1, 32, 6)
         monkeypatch.setattr(kv_sums, "get_attention_context", lambda name: (metadata, None, pages, common.slot_mapping))
         sums = kv_sums.smile_running_sums(torch.empty(9, 1, 3), 1, gamma, "smile_routing.1")
         assert sums.shape == (9, 1, 3)
         assert sums.dtype == torch.float32
+
+
+def test_requests_that_begin_on_blocks_of_the_same_pass():
+    """Row 1 begins after two blocks that row 0 fills, row 2 after one of row 1's; rows 3 and 4 on their own."""
+    table = np.array([[1, 2, 3, 0], [1, 2, 4, 5], [1, 2, 4, 6], [7, 8, 0, 0], [9, 10, 0, 0]], np.int32)
+    computed, counts = np.array([0, 8, 12, 4, 6], np.int32), np.array([10, 8, 2, 3, 1], np.int32)
+    assert kv_sums.longest_chain(table, 4, computed, counts) == 2
+    assert kv_sums.longest_chain(table[3:], 4, computed[3:], counts[3:]) == 0
+
+
+def test_tokens_that_complete_a_pattern_across_the_borders_of_passes():
+    ids = np.array([[7, 8, 7, 8, 9], [8, 7, 8, 0, 0], [7, 0, 0, 0, 0]])
+    computed, counts = np.array([1, 0, 0], np.int32), np.array([4, 3, 1], np.int32)
+    found = kv_sums.complete((7, 8), ids, computed, counts)
+    assert found.tolist() == [True, False, True, False, False, False, True, False]
+    assert kv_sums.complete((8,), ids, computed, counts).tolist() == [1, 0, 1, 0, 1, 0, 1, 0]
 
 
 def test_layers_in_another_order_than_they_were_built_are_refused():

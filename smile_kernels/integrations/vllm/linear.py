@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -30,13 +32,21 @@ from ...errors import SmileError
 from ...functional import select_experts, smile_delta, smile_linear
 from ...ops import library
 from ...storage import read_safetensors
-from .requests import RequestedExperts, admit_requests
+from .passes import choose_the_runner
+from .requests import KEY, RequestedExperts, admit_requests, extra_args, give, may_choose, why_not
 from .routing import RememberedRouting
+from .votes import HasVoted, PromptRouting
 
 logger = init_logger("vllm.smile_kernels")  # vLLM shows its own loggers alone
 
 # The parameters that are SMILE's in a layer; the others are those of its base.
 _OWN = ("vh", "s", "u", "expert_bias", "router", "router_prior")
+
+
+def _prepare_vllm() -> None:
+    """Patches vLLM where it offers no other way; what is not a SMILE model passes as it is."""
+    admit_requests()
+    choose_the_runner()
 
 
 class SmileQuantizationConfig(QuantizationConfig):
@@ -47,19 +57,20 @@ class SmileQuantizationConfig(QuantizationConfig):
         self.config = config
         self.modules = config.modules
         self.num_experts_per_tok = config.routing.num_experts_per_tok or config.num_experts_per_tok
-        self.routing = None
+        self.routing: RememberedRouting | None = None
         if not config.routing.is_alone:
-            self.routing = RememberedRouting(config.routing, config.num_local_experts, self.num_experts_per_tok)
+            kind = PromptRouting if config.routing.scope == "prompt" else RememberedRouting
+            self.routing = kind(config.routing, config.num_local_experts, self.num_experts_per_tok)
         self.base: Any = None  # of a quantised base
         if config.base is not None:
-            kind = get_quantization_config(config.base["quant_method"])
-            self.base = kind.from_config(copy.deepcopy(config.base))
+            method = get_quantization_config(config.base["quant_method"])
+            self.base = method.from_config(copy.deepcopy(config.base))
         self.requests = RequestedExperts(config.num_local_experts, config.expert_names)
-        admit_requests()
+        _prepare_vllm()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        admit_requests()  # in another process
+        _prepare_vllm()  # in another process
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -130,6 +141,38 @@ class SmileQuantizationConfig(QuantizationConfig):
                 if f"{name}.{factor}" not in names:
                     raise SmileError(f"{folder}: tensor {name}.{factor} is missing; expected all of the layer's")
 
+    def admit(self, request: Any, config: VllmConfig) -> None:
+        """Checks what a request asks for, and notes it there.
+
+        Raises:
+            ValueError: an unknown expert, or an engine whose requests cannot choose.
+        """
+        if request.sampling_params is None:
+            return
+        asked = self.requests.asked(request)
+        if isinstance(self.routing, PromptRouting):
+            self.routing.admit(request, asked, config)
+        elif asked is not None and (reason := why_not(config)) is not None:
+            raise SmileError(f"{KEY}: is {extra_args(request.sampling_params)[KEY]!r}; expected none, since {reason}")
+        if asked is not None:
+            give(request, asked)
+
+    def needs_passes(self, config: VllmConfig) -> list[str]:
+        """What of this model needs to be told of each pass; empty: nothing."""
+        policy = self.config.routing
+        needs = [f"routing with scope {policy.scope!r} of SMILE models"] if policy.scope != "token" else []
+        return needs + (["experts of SMILE models by request"] if may_choose(config) else [])
+
+    def begin_pass(self, runner: Any, scheduler_output: Any, counts: np.ndarray) -> None:
+        """A pass begins whose requests have so many tokens each, in the order of the model runner's batch."""
+        if self.routing is not None:
+            self.routing.begin_pass(runner, scheduler_output, counts)
+        if not isinstance(self.routing, PromptRouting):
+            self.requests.begin_pass(runner, counts)
+
+    def end_pass(self) -> None:
+        self.requests.rows = None
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         parent, _, leaf = prefix.rpartition(".")
         names = [prefix]
@@ -182,6 +225,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         self.names, self.parts = list(parts), list(parts.values())
         self.merged = len(parts) > 1
         self.n, self.m, self.routing = num_local_experts, num_experts_per_tok, routing
+        self.prompt = routing if isinstance(routing, PromptRouting) else None
         self.present = {i: part for i, part in enumerate(self.parts) if part}
         self.ranks = [part.rank_of_expert if part else 0 for part in self.parts]
         self.r = max(self.ranks)
@@ -219,7 +263,10 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             self.base.create_weights(layer, *sizes, weight_loader=theirs, **extra_weight_attrs)
         d, o = input_size_per_partition, sum(output_partition_sizes)
         self.rows = [o] if p == 1 else output_partition_sizes
-        if self.requests is not None:
+        if self.prompt is not None:
+            self.prompt.attach(layer, self.names[0])
+            self.requests = None  # whose experts stand with the votes
+        elif self.requests is not None:
             self.requests = self.requests.attach(layer, self.names[0])
         present = list(self.present.values())
         if self.routing is not None:
@@ -310,6 +357,8 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             scored = scored[: self.routing.count(self.first, len(scored))]
         if scored and not self._routes_itself(layer):
             scored_rows = self._rows(layer, scored)
+        # The first layer past the blocks that vote ends a pass of votes.
+        self.votes = self.prompt is not None and self.first <= self.prompt.count(0, self.prompt.routers)
         layer.register_buffer("scored_rows", scored_rows)  # persistent: only so does vLLM copy it when it loads anew
 
     def _rows(self, layer: LinearBase, parts: list[int]) -> Tensor:
@@ -343,7 +392,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         options: dict[str, Any] = {
             "num_experts_per_tok": self.m,
             "rank_of_router": self.g if alone else 1,
-            "routing": None if alone else self._route(layer, x, split),
+            "routing": None if alone else self._route(layer, x),
             "parts": self.rows if self.merged else None,
             "rank_of_parts": self.ranks if self.merged else None,
         }
@@ -351,30 +400,52 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             return smile_linear(x, layer.weight, bias, *experts, **options)
         return smile_delta(self.base.apply(layer, x, bias), x, *experts, **options)
 
-    def _route(self, layer: LinearBase, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
+    def vote(self, layer: LinearBase, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Under scope "prompt": adds up evidence where somebody votes -> what serves each token of x [T, D]."""
+        assert self.prompt is not None
+        if self.prompt.voting:
+            if layer.scored_rows is not None:
+                scores = self._scores(layer, x, layer.scored_rows)
+                self.prompt.add_evidence(scores, self.first, len(self.present), self._prior(layer))
+            elif self.prompt.only_votes:
+                raise HasVoted
+        return self.prompt.served(len(x))
+
+    def _scores(self, layer: LinearBase, x: Tensor, rows: Tensor) -> Tensor:
+        """x [T, D] -> the scores of the routers with these rows, [T, routers, N]."""
+        projections = F.linear(x.float(), rows)
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
+            projections = tensor_model_parallel_all_reduce(projections)
+        return torch.linalg.vector_norm(projections.unflatten(-1, (-1, self.n, self.g)), dim=-1)
+
+    def _prior(self, layer: LinearBase) -> Tensor | None:
+        prior = layer.router_prior
+        return prior if prior is None or len(self.present) == len(prior) else prior[list(self.present)]
+
+    def _route(self, layer: LinearBase, x: Tensor) -> tuple[Tensor, Tensor]:
         """The choices of the layer's routers: weights and ids [..., P, m], or [..., m] where it is not merged."""
-        p = len(self.present)
-        rows = layer.scored_rows
-        if rows is None and self.routing is None:  # the kernel routes where no request asks for experts
-            rows = self._rows(layer, list(self.present))
-        if rows is not None:
-            projections = F.linear(x.float(), rows)
-            if split:
-                # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
-                projections = tensor_model_parallel_all_reduce(projections)
-            scores = torch.linalg.vector_norm(projections.unflatten(-1, (-1, self.n, self.g)), dim=-1)
-        else:
-            scores = x.new_empty(*x.shape[:-1], 0, self.n, dtype=torch.float32)
-        if self.routing is None:
+        p, leading, rows = len(self.present), x.shape[:-1], layer.scored_rows
+        x = x.flatten(0, -2)
+        if self.prompt is not None:
+            if not self.votes:
+                weights, ids = self.prompt.served(len(x))
+            elif torch.compiler.is_compiling():
+                weights, ids = torch.ops.vllm.smile_vote(x, self.names[0], self.prompt.weights.shape[1])
+            else:
+                weights, ids = self.vote(layer, x)
+            weights, ids = (t[:, None].expand(-1, p, -1) for t in (weights, ids))
+        elif self.routing is None:
+            # The kernel routes where no request asks for experts.
+            scores = self._scores(layer, x, self._rows(layer, list(self.present)) if rows is None else rows)
             weights, ids = select_experts(scores, self.m, self.top_p)
         else:
-            prior = layer.router_prior
-            if prior is not None and p < len(prior):
-                prior = prior[list(self.present)]
-            weights, ids = self.routing.choose(scores.flatten(0, -3), self.first, p, prior)
+            scores = x.new_empty(len(x), 0, self.n, dtype=torch.float32)
+            scores = scores if rows is None else self._scores(layer, x, rows)
+            weights, ids = self.routing.choose(scores, self.first, p, self._prior(layer))
         if self.requests is not None:
-            weights, ids = self.requests.merge(weights.flatten(0, -3), ids.flatten(0, -3))
-        shape = (*x.shape[:-1], p, ids.shape[-1])
+            weights, ids = self.requests.merge(weights, ids)
+        shape = (*leading, p, ids.shape[-1])
         weights, ids = weights.reshape(shape), ids.reshape(shape)
         if not self.merged:
             return weights[..., 0, :], ids[..., 0, :]

@@ -5,6 +5,7 @@ never shared. Before each pass the model runner says which tokens belong to whic
 of their routers' choice, one operator a layer, so that what is asked is read as the pass runs, not as it was compiled.
 """
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,21 +17,26 @@ from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.engine import EngineCoreRequest
 
 from ...errors import SmileError
 from ...routing.override import expert_weights
 from ...versions import expect
+from .passes import follow_passes, smile_of
 
 KEY = "expert"
 FLAG = "smile_expert_per_request"  # in --additional-config: without it layers cost what they cost
 
-Asked = list[tuple[int, float]]  # (expert, weight), as it travels with the request
+Asked = Sequence[tuple[int, float]]  # (expert, weight), as it travels with the request
+
+
+def may_choose(config: VllmConfig) -> bool:
+    """Whether an engine was started for requests that choose their experts."""
+    return isinstance(config.additional_config, dict) and bool(config.additional_config.get(FLAG))
 
 
 def why_not(config: VllmConfig) -> str | None:
     """Why the requests of an engine cannot choose their experts; None: they can."""
-    if not (isinstance(config.additional_config, dict) and config.additional_config.get(FLAG)):
+    if not may_choose(config):
         return f"this engine's layers do not look for it (with --additional-config '{{\"{FLAG}\": true}}' they do)"
     model, parallel = config.model_config, config.parallel_config
     if config.use_v2_model_runner:
@@ -60,6 +66,11 @@ class RequestedExperts:
         config.compilation_config.static_forward_context[name] = layer
         return self
 
+    def asked(self, request: Any) -> Asked | None:
+        """What a request asks for, checked; None: nothing."""
+        expert = extra_args(request.sampling_params).get(KEY)
+        return None if expert is None else self.check(expert)
+
     def check(self, expert: Any) -> Asked:
         """What a request asks for, by experts' indices; a list has one weight for each expert.
 
@@ -74,21 +85,19 @@ class RequestedExperts:
             expert = dict(enumerate(expert))
         return list(expert_weights(expert, self.n, self.names, KEY).items())
 
+    def begin_pass(self, runner: Any, counts: np.ndarray) -> None:
+        """A pass begins whose requests have so many tokens each, in the batch's order."""
+        asked = (extra_args(runner.requests[name].sampling_params).get(KEY) for name in runner.input_batch.req_ids)
+        self.begin([None if one is None else self.check(one) for one in asked], counts, runner.device)
+
     def begin(self, asked: Sequence[Asked | None], tokens: np.ndarray, device: torch.device) -> None:
         """A pass begins: what its requests ask for, and how many tokens of it each has, in the batch's order."""
         self.rows = None
         if all(one is None for one in asked):
             return
-        width = max(1, *(len(one or ()) for one in asked))
-        shape = len(asked), width
-        weights: np.ndarray = np.zeros(shape, np.float32)
-        ids: np.ndarray = np.full(shape, -1, np.int32)
-        for row, one in enumerate(asked):
-            for i, (expert, weight) in enumerate(one or ()):
-                weights[row, i], ids[row, i] = weight, expert
-        own = np.array([one is None for one in asked])
-        rows = (torch.from_numpy(np.repeat(each, tokens, axis=0)) for each in (weights, ids, own))
-        weights_of, ids_of, own_of = (t.to(device) for t in rows)
+        weights, ids = asked_rows([one or () for one in asked], tokens, max(1, *(len(one or ()) for one in asked)))
+        own: np.ndarray = np.repeat(np.array([one is None for one in asked]), tokens)
+        weights_of, ids_of, own_of = (torch.from_numpy(each).to(device) for each in (weights, ids, own))
         self.rows = weights_of, ids_of, own_of
 
     def merge(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +121,18 @@ class RequestedExperts:
         return torch.where(keep, weights, asked), torch.where(keep, ids, asked_ids)
 
 
+def asked_rows(
+    asked: Sequence[Sequence[tuple[int, float]]], tokens: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What requests of so many tokens ask for, a row a token: weights [T, width] float32 and ids [T, width] int32."""
+    weights: np.ndarray = np.zeros((len(asked), width), np.float32)
+    ids: np.ndarray = np.full((len(asked), width), -1, np.int32)
+    for row, one in enumerate(asked):
+        for i, (expert, weight) in enumerate(one):
+            weights[row, i], ids[row, i] = weight, expert
+    return np.repeat(weights, tokens, axis=0), np.repeat(ids, tokens, axis=0)
+
+
 def admit_requests() -> None:
     """Has vLLM's front end check what requests of SMILE models ask for; those of other models pass as they are."""
     from vllm.v1.engine.input_processor import InputProcessor
@@ -124,71 +145,23 @@ def admit_requests() -> None:
     @functools.wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        requests = requests_of(self.vllm_config)
-        if requests is not None:
-            _admit(request, requests, self.vllm_config)
+        if (smile := smile_of(self.vllm_config)) is not None:
+            smile.admit(request, self.vllm_config)
         return request
 
     process_inputs.admits_experts = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
 
 
-def follow_passes() -> None:
-    """Has vLLM's model runner say, before each pass, what the requests in it ask for."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    for name in ("_prepare_inputs", "execute_model"):
-        expect("vllm", callable(getattr(GPUModelRunner, name, None)), f"GPUModelRunner.{name}")
-    prepare, execute = GPUModelRunner._prepare_inputs, GPUModelRunner.execute_model
-    if getattr(prepare, "follows_experts", False):
-        return
-
-    @functools.wraps(prepare)
-    def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        requests = requests_of(self.vllm_config)
-        if requests is not None:
-            asked = (_extra_args(self.requests[name].sampling_params).get(KEY) for name in self.input_batch.req_ids)
-            checked = [None if one is None else requests.check(one) for one in asked]
-            requests.begin(checked, num_scheduled_tokens, self.device)
-        return prepare(self, scheduler_output, num_scheduled_tokens)
-
-    @functools.wraps(execute)
-    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return execute(self, *args, **kwargs)
-        finally:
-            requests = requests_of(self.vllm_config)
-            if requests is not None:
-                requests.rows = None
-
-    prepare_inputs.follows_experts = True  # type: ignore[attr-defined]
-    GPUModelRunner._prepare_inputs = prepare_inputs  # type: ignore[method-assign]
-    GPUModelRunner.execute_model = execute_model  # type: ignore[method-assign]
-
-
-def requests_of(config: VllmConfig) -> RequestedExperts | None:
-    """What the requests of an engine ask for; None where its model is not a SMILE checkpoint."""
-    return getattr(config.quant_config, "requests", None)
-
-
-def _extra_args(params: Any) -> Mapping[str, Any]:
+def extra_args(params: Any) -> Mapping[str, Any]:
     return getattr(params, "extra_args", None) or {}
 
 
-def _admit(request: EngineCoreRequest, requests: RequestedExperts, config: VllmConfig) -> None:
-    """Checks what a request asks for, and keeps its prefix cache apart from that of other experts.
-
-    Raises:
-        ValueError: an unknown expert, or an engine whose requests cannot choose.
-    """
-    params = request.sampling_params
-    expert = _extra_args(params).get(KEY)
-    if params is None or expert is None:
-        return
-    asked = requests.check(expert)
-    if (reason := why_not(config)) is not None:
-        raise SmileError(f"{KEY}: is {expert!r}; expected none, since {reason}")
-    params.extra_args = {**_extra_args(params), KEY: asked or [(0, 0.0)]}
+def give(request: Any, asked: Asked) -> None:
+    """Has a request take these experts, and keeps its prefix cache apart from that of others."""
+    params = copy.copy(request.sampling_params)  # requests of one prompt may share theirs
+    params.extra_args = {**extra_args(params), KEY: asked or [(0, 0.0)]}
+    request.sampling_params = params
     request.cache_salt = f"{request.cache_salt or ''}|{KEY}={asked}"
 
 

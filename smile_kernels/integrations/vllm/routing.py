@@ -3,6 +3,9 @@
 The equations are those of `smile_kernels.routing`.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -11,6 +14,7 @@ from ...functional import select_experts
 from ...routing.policy import RoutingPolicy, block_numbers, energy_shares, log_evidence
 from ...versions import expect
 from .kv_sums import SumsCache
+from .passes import follow_passes
 
 
 class RememberedRouting:
@@ -21,21 +25,17 @@ class RememberedRouting:
     """
 
     def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
-        if policy.scope in ("sequence", "prompt"):
+        if policy.scope == "sequence":
             raise NotImplementedError(
-                f"scope: is {policy.scope!r}, where the last token of a prompt changes the choice of its first: "
-                "vLLM computes prompts in chunks and shares what is cached of a prefix, so expected scope 'causal' or "
+                "scope: is 'sequence', where the last token of a prompt changes the choice of its first: vLLM computes "
+                "prompts in chunks and shares what is cached of a prefix, so expected scope 'prompt', 'causal' or "
                 "'token' in the checkpoint's quantization_config"
-            )
-        if policy.restart_at is not None:
-            raise NotImplementedError(
-                f"restart_at: is {policy.restart_at!r} in the checkpoint's routing, and a layer of vLLM does not see "
-                "token ids; expected a policy without it"
             )
         self.policy, self.n, self.m = policy, num_local_experts, num_experts_per_tok
         self.gamma = 1.0 if policy.half_life is None else 2 ** (-1 / policy.half_life)
         self.names: list[str] = []  # of the routers' layers, in the order they are built
         self.due = 0  # the router that runs next
+        self.cache: SumsCache | None = None  # of scopes that sum over tokens
 
     @property
     def routers(self) -> int:
@@ -48,9 +48,11 @@ class RememberedRouting:
         self.names += names
         return self.routers - len(names)
 
-    def _start(self, config: VllmConfig) -> None:
+    def _refused(self, config: VllmConfig) -> dict[str, tuple[bool, str]]:
+        """What an engine may not have, by its name: whether it has it, and why it may not."""
         model, parallel = config.model_config, config.parallel_config
-        refused = {
+        scheduler = config.scheduler_config
+        return {
             "pipeline_parallel_size": (parallel.pipeline_parallel_size > 1, "a stage sees no other's evidence"),
             "decode_context_parallel_size": (parallel.decode_context_parallel_size > 1, "a rank sees some tokens only"),
             "prefill_context_parallel_size": (
@@ -59,28 +61,46 @@ class RememberedRouting:
             ),
             "enable_dbo": (parallel.use_ubatching, "two batches would share one evidence"),
             "kv_transfer_config": (config.kv_transfer_config is not None, "the sums are not transferred with the keys"),
+            "async_scheduling": (
+                self.policy.scope == "causal" and self.policy.restart_at is not None and scheduler.async_scheduling,
+                "the tokens that may complete restart_at are not known in time",
+            ),
             "model": (model.is_multimodal_model or model.is_encoder_decoder, "its parts route their tokens apart"),
         }
-        for name, (given, reason) in refused.items():
+
+    def _most(self, config: VllmConfig) -> int:
+        """How many experts a token may have."""
+        return self.m
+
+    def _start(self, config: VllmConfig) -> None:
+        for name, (given, reason) in self._refused(config).items():
             if given:
                 raise NotImplementedError(
                     f"{name}: does not go with the checkpoint's routing, {self.policy}: {reason}; expected one without "
                     "it, or no routing in the quantization_config, which means the published routing"
                 )
-        tokens = config.scheduler_config.max_num_batched_tokens
+        tokens, width = config.scheduler_config.max_num_batched_tokens, self._most(config)
         self.evidence = torch.zeros(tokens, self.n)  # L of the router that ran last
-        self.weights = torch.zeros(tokens, self.m)  # the choice of the last router that scored
-        self.ids = torch.zeros(tokens, self.m, dtype=torch.int32)
-        if self.policy.scope == "causal":
+        self.weights = torch.zeros(tokens, width)  # the choice of the last router that scored
+        self.ids = torch.zeros(tokens, width, dtype=torch.int32)
+        if self.policy.scope in ("causal", "prompt"):
             # vLLM reads a layer's number from its name.
-            self.cache_name = f"smile_routing.{model.get_total_num_hidden_layers()}"
+            self.cache_name = f"smile_routing.{config.model_config.get_total_num_hidden_layers()}"
             compilation = config.compilation_config
             _check_compilation(compilation)
-            compilation.static_forward_context[self.cache_name] = SumsCache(
-                lambda: self.count(0, self.routers) * self.n
+            self.cache = SumsCache(
+                self.cache_name, lambda: self.count(0, self.routers) * self.n, self.policy.restart_at
             )
-            # The op needs each pass's metadata: it runs between CUDA graphs, as attention does.
-            compilation.splitting_ops = [*(compilation.splitting_ops or ()), "vllm::smile_running_sums"]
+            compilation.static_forward_context[self.cache_name] = self.cache
+            # The ops need each pass's metadata: they run between CUDA graphs, as attention does.
+            ops = ("vllm::smile_running_sums", "vllm::smile_vote")
+            compilation.splitting_ops = [*(compilation.splitting_ops or ()), *ops]
+            follow_passes()
+
+    def begin_pass(self, runner: Any, scheduler_output: Any, counts: np.ndarray) -> None:
+        """A pass begins whose requests have so many tokens each, in the order of the model runner's batch."""
+        if self.cache is not None:
+            self.cache.begin(runner, scheduler_output, counts)
 
     def count(self, first: int, routers: int) -> int:
         """How many of the routers from number `first` on compute scores; those after `lock_after` do not."""
@@ -108,33 +128,44 @@ class RememberedRouting:
         Raises:
             RuntimeError: layers run in another order than they were built in.
         """
+        scored = scores.shape[1]
+        if scored:
+            logs = self.add_evidence(scores, first, routers, prior)
+            weights, ids = select_experts(logs, self.m, self.policy.top_p)
+            if self.policy.lock_after is not None:
+                tokens = len(scores)
+                self.weights[:tokens], self.ids[:tokens] = weights[:, -1], ids[:, -1]
+        else:
+            self._follow(first, routers)
+            weights, ids = self.weights[: len(scores), None], self.ids[: len(scores), None]
+        locked = routers - max(scored, 1)
+        weights, ids = (torch.cat([t, t[:, -1:].expand(-1, locked, -1)], 1) for t in (weights, ids))
+        return weights, ids
+
+    def add_evidence(self, scores: Tensor, first: int, routers: int, prior: Tensor | None = None) -> Tensor:
+        """L of the routers that `choose` is called for, [T, count(first, routers), N]; the last is kept."""
+        self._follow(first, routers)
+        tokens, scored = scores.shape[:2]
+        sums = energy_shares(scores.square())
+        if self.cache is not None:
+            sums = torch.ops.vllm.smile_running_sums(sums, first, self.gamma, self.cache_name)
+        prior = prior[:scored] if self.policy.calibrated and prior is not None else None
+        logs = log_evidence(sums, self.policy.accumulate, prior)
+        if self.policy.accumulate:
+            logs = logs.cumsum(1)
+            if first > 0:
+                logs = logs + self.evidence[:tokens, None]
+            logs = logs - logs.amax(-1, keepdim=True)
+            self.evidence[:tokens] = logs[:, -1]
+        return logs
+
+    def _follow(self, first: int, routers: int) -> None:
         if first not in (0, self.due):
             raise RuntimeError(
                 f"routing: router {first} runs where router {self.due} is due; expected layers that run once each, in "
                 "the order in which the model builds them, since each builds on the evidence below it"
             )
         self.due = first + routers
-        tokens, scored = scores.shape[:2]
-        if scored:
-            sums = energy_shares(scores.square())
-            if self.policy.scope == "causal":
-                sums = torch.ops.vllm.smile_running_sums(sums, first, self.gamma, self.cache_name)
-            prior = prior[:scored] if self.policy.calibrated and prior is not None else None
-            logs = log_evidence(sums, self.policy.accumulate, prior)
-            if self.policy.accumulate:
-                logs = logs.cumsum(1)
-                if first > 0:
-                    logs = logs + self.evidence[:tokens, None]
-                logs = logs - logs.amax(-1, keepdim=True)
-                self.evidence[:tokens] = logs[:, -1]
-            weights, ids = select_experts(logs, self.m, self.policy.top_p)
-            if self.policy.lock_after is not None:
-                self.weights[:tokens], self.ids[:tokens] = weights[:, -1], ids[:, -1]
-        else:
-            weights, ids = self.weights[:tokens, None], self.ids[:tokens, None]
-        locked = routers - max(scored, 1)
-        weights, ids = (torch.cat([t, t[:, -1:].expand(-1, locked, -1)], 1) for t in (weights, ids))
-        return weights, ids
 
 
 def _check_compilation(compilation: object) -> None:
