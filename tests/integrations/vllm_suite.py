@@ -30,10 +30,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm import SamplingParams
-from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import Request
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from smile_kernels import (
@@ -48,9 +50,10 @@ from smile_kernels import (
 from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.quantization import split_base
-from smile_kernels.integrations.vllm import kv_sums, passes, requests, routing
+from smile_kernels.integrations.vllm import kv_sums, passes, requests, routing, votes
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
+from smile_kernels.integrations.vllm.votes import PromptRouting
 from smile_kernels.nn import smile_layers
 from smile_kernels.ops import library
 from smile_kernels.upscaling import upscale_checkpoints, verify
@@ -464,7 +467,7 @@ def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
     ids = torch.tensor([prompt])
     with watch_routing(model) as counts:
         model(ids)
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return int(list(counts.values())[-1].argmax()), answer[0, len(prompt) :].tolist()
 
@@ -523,7 +526,7 @@ def asynchronously(folder: str, prompts: list[list[int]]) -> tuple[list[list[int
 
     async def ask(name: str, prompt: list[int], **more) -> list[list[int]]:
         sampling = SamplingParams(
-            temperature=0,
+            top_k=1,
             max_tokens=TOKENS,
             ignore_eos=True,
             detokenize=False,
@@ -755,34 +758,60 @@ def test_the_example_compiles_the_model(policy, served, tmp_path):
     assert done.stdout.splitlines()[-1].split() == [f"t{token}" for token in want]
 
 
-def test_openai_server(served, tmp_path):
-    case = served("MistralForCausalLM")
+def over_http(folder: Path, requests: list[dict], log: Path) -> list[dict]:
+    """What the OpenAI server says to each of these requests for completions, errors too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(case.folder)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
-    body = {"model": str(case.folder), "prompt": PROMPTS, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=subprocess.STDOUT)
+
+    def ask(**more) -> dict:
+        body = {"model": str(folder), "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **more}
+        url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+        try:
+            return json.load(urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)))
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 240
             while True:
-                assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
+                assert server.poll() is None, log.read_text()[-4000:]
                 try:
-                    answer = json.load(urllib.request.urlopen(request))
-                    break
+                    return [ask(**request) for request in requests]
                 except urllib.error.URLError:
-                    assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+                    assert time.monotonic() < deadline, log.read_text()[-4000:]
                     time.sleep(1)
         finally:
             server.terminate()
             server.wait()
-    got = [choice["text"].split() for choice in answer["choices"]]
-    assert got == [[f"t{token}" for token in tokens] for tokens in case.tokens]
+
+
+def texts(answer: dict) -> list[list[int]]:
+    """The tokens of each choice, by their texts."""
+    return [[int(word.removeprefix("t")) for word in choice["text"].split()] for choice in answer["choices"]]
+
+
+def test_openai_server(served, tmp_path):
+    case = served("MistralForCausalLM")
+    (answer,) = over_http(case.folder, [{"prompt": PROMPTS}], tmp_path / "log")
+    assert texts(answer) == case.tokens
+
+
+def test_openai_server_whose_prompts_vote(served, tmp_path):
+    model = with_routing(served("LlamaForCausalLM").folder, tmp_path / "model", RoutingPolicy("prompt", lock_after=1))
+    short = [prompt for prompt in VOTING if len(prompt) < 50]
+    winners, want = map(list, zip(*(voted(model, prompt) for prompt in short)))
+    assert len(set(winners)) > 1
+    asked = [{"prompt": short}, *({"prompt": short[0], "vllm_xargs": {"expert": name}} for name in ("m2", "maths"))]
+    answers = over_http(tmp_path / "model", asked, tmp_path / "log")
+    assert texts(answers[0]) == want
+    with routing_override(model, "m2"):
+        assert texts(answers[1]) == [greedy(model, short[0])]
+    assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in str(answers[2]["error"])
 
 
 @pytest.mark.parametrize(
@@ -912,6 +941,143 @@ def test_tokens_that_complete_a_pattern_across_the_borders_of_passes():
     found = kv_sums.complete((7, 8), ids, computed, counts)
     assert found.tolist() == [True, False, True, False, False, False, True, False]
     assert kv_sums.complete((8,), ids, computed, counts).tolist() == [1, 0, 1, 0, 1, 0, 1, 0]
+
+
+def test_requests_wait_for_the_vote_on_their_prompt():
+    """Two of one prompt for the same vote; what wins is in their cache's salt, what is withdrawn has no vote left."""
+
+    def request(name: str, prompt: list[int]) -> Request:
+        salt = SamplingParams(max_tokens=4), None
+        return Request(name, prompt, *salt, block_hasher=lambda one: [] if one.block_hashes else [one.cache_salt])
+
+    pending, a, b, c = votes.Pending(2), request("a", [3, 4]), request("b", [3, 4]), request("c", [3, 5])
+    vote, none, other = map(pending.begin, (a, b, c))
+    assert none is None
+    assert vote.prompt_token_ids == a.prompt_token_ids
+    assert vote.block_hashes == ["|expert=vote"]
+    assert (vote.max_tokens, vote.sampling_params.extra_args) == (1, {"expert": "vote"})
+    assert pending.end(SimpleNamespace(request_id="a")) is None
+    values = np.log(np.array([[0.25, 0.25, 0.75]]))
+    values = np.append(values, [[-np.inf]], axis=1)
+    logprobs = SimpleNamespace(logprob_token_ids=np.array([[2, 2, 0, 1]]), logprobs=values)
+    assert pending.end(SimpleNamespace(request_id=vote.request_id, new_token_ids=[2], new_logprobs=logprobs)) == [a, b]
+    for one in (a, b):
+        assert one.sampling_params.extra_args["expert"] == [(0, pytest.approx(0.75)), (2, pytest.approx(0.25))]
+        assert one.block_hashes == [one.cache_salt] != [None]
+    assert pending.withdraw({"a"}) == ([], set())
+    assert pending.withdraw({"c"}) == ([c], {other.request_id})
+    assert not pending.prompts | pending.waiting
+
+
+def test_votes_take_the_place_of_logits():
+    routing = PromptRouting(RoutingPolicy("prompt", num_experts_per_tok=3, top_p=0.8), 4, 3)
+    routing.evidence = torch.tensor([[0.0] * 4, [0.1, 0.6, 0.1, 0.2], [0.5] * 4, [0.001, 0.002, 0.9, 0.097]]).log()
+    logits = torch.randn(3, 7)
+    assert routing.cast(logits) is logits
+    routing.votes = torch.tensor([1, 3]), torch.tensor([0, 2])  # the first and the third request
+    want = torch.full((3, 7), -torch.inf)
+    want[0, [1, 3]], want[1], want[2, 2] = torch.tensor([0.75, 0.25]).log(), logits[1], 0.0
+    torch.testing.assert_close(routing.cast(logits.clone()), want)
+
+
+@torch.no_grad()
+def test_layers_score_where_somebody_votes(monkeypatch):
+    """And a pass of votes alone ends at the first layer past them, for which the runner goes on with any states."""
+    routing, layers, x = PromptRouting(RoutingPolicy("prompt", lock_after=1), 3, 1), [], torch.randn(4, 6)
+    routing.evidence, routing.weights = torch.full((8, 3), torch.nan), torch.ones(8, 1)
+    routing.ids = torch.tensor([[2], [-1], [0], [1]] * 2, dtype=torch.int32)
+    monkeypatch.setattr(votes, "get_forward_context", lambda: SimpleNamespace(attn_metadata={}))
+    for i in range(3):
+        method = SmileLinearMethod({f"layers.{i}.mlp": SmileModuleConfig(2, 1)}, 3, 1, routing)
+        method.first, method.rows, layer = len(routing.names), [5], nn.Module()
+        routing.names += method.names
+        shapes = {"weight": (5, 6), "vh": (1, 3, 2, 6), "s": (1, 3, 2), "u": (3, 5, 2)}
+        for name, shape in shapes.items():
+            layer.register_parameter(name, nn.Parameter(torch.randn(shape), requires_grad=False))
+        layers.append((method, layer))
+    for method, layer in layers:
+        method._find_router(layer)
+    assert [method.votes for method, _ in layers] == [True, True, False]
+
+    def run() -> None:
+        for method, layer in layers:
+            y = x @ layer.weight.T
+            for t, i in ((0, 2), (2, 0), (3, 1)):
+                y[t] += (x[t] @ layer.vh[0, i].T * layer.s[0, i]) @ layer.u[i].T
+            torch.testing.assert_close(method.compute(layer, x, None), y)
+
+    run()
+    assert routing.evidence.isnan().all()
+    routing.votes = torch.tensor([1]), torch.tensor([1])
+    run()
+    scores = (x @ layers[0][1].vh[0, :, 0].T).square()
+    logs = (scores / scores.sum(-1, keepdim=True)).log()
+    torch.testing.assert_close(routing.evidence[:4], logs - logs.amax(-1, keepdim=True))
+    routing.only_votes = True
+    with pytest.raises(votes.HasVoted):
+        run()
+
+    def forward(self, **inputs):
+        raise votes.HasVoted
+
+    monkeypatch.setattr(GPUModelRunner, "_model_forward", forward)
+    monkeypatch.setattr(GPUModelRunner, "_sample", lambda self, logits, drafts: logits)
+    votes.follow_votes()
+    model = SimpleNamespace(get_hidden_size=lambda: 6, dtype=torch.bfloat16)
+    runner = SimpleNamespace(model_config=model, device=x.device)
+    states = GPUModelRunner._model_forward(runner, positions=torch.arange(4))
+    assert (states.shape, states.dtype) == ((4, 6), torch.bfloat16)
+
+
+def test_what_cannot_vote_says_why():
+    routing = PromptRouting(RoutingPolicy("prompt", restart_at=(5,)), 3, 1)
+    config = SimpleNamespace(additional_config={})
+    plain = {"resumable": False, "prompt_embeds": None}
+    routing.admit(SimpleNamespace(**plain), None, config)
+    routing.admit(SimpleNamespace(**{**plain, "resumable": True}), [(0, 1.0)], config)
+    for given, asked, message in [
+        ({"resumable": True}, None, "expert: is not given for a prompt in parts"),
+        (
+            {"prompt_embeds": torch.ones(2, 3)},
+            None,
+            r"expert: is not given for prompt_embeds, in which restart_at \[5\]",
+        ),
+        ({}, [(0, 0.5), (1, 0.5)], "expert: has 2 experts; expected at most 1, as many as"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            routing.admit(SimpleNamespace(**{**plain, **given}), asked, config)
+    routing.admit(SimpleNamespace(**plain), [(0, 0.5), (1, 0.5)], SimpleNamespace(**PER_REQUEST))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "patch"),
+    [
+        (Scheduler, "update_from_output", votes.vote_first),
+        (Request, "update_block_hashes", votes.vote_first),
+        (GPUModelRunner, "_sample", votes.follow_votes),
+        (GPUModelRunner, "_prepare_inputs", passes.follow_passes),
+        (VllmConfig, "_get_v2_model_runner_unsupported_features", passes.choose_the_runner),
+    ],
+)
+def test_another_vllm_is_named(owner, name, patch, monkeypatch):
+    patch()
+    monkeypatch.setattr(owner, name, None)
+    with pytest.raises(ImportError, match=rf"vllm: is \S+; expected {owner.__name__}\.{name}, as in 0\.32\.0"):
+        patch()
+
+
+def test_vllm_takes_the_runner_that_says_what_a_pass_has():
+    parallel = SimpleNamespace(distributed_executor_backend=None, pipeline_parallel_size=1, use_ubatching=False)
+    config = SimpleNamespace(speculative_config=None, parallel_config=parallel, additional_config={})
+    for quantization, needs in [
+        (None, []),
+        (vllm_config(), []),
+        (vllm_config(routing=RoutingPolicy("prompt")), ["routing with scope 'prompt' of SMILE models"]),
+    ]:
+        config.quant_config = quantization
+        assert VllmConfig._get_v2_model_runner_unsupported_features(config) == needs
+    config.additional_config = PER_REQUEST["additional_config"]
+    assert len(VllmConfig._get_v2_model_runner_unsupported_features(config)) == 2
 
 
 def test_layers_in_another_order_than_they_were_built_are_refused():

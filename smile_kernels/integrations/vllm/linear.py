@@ -313,7 +313,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             self.m,
             f"published, top_p {self.top_p}" if self.routing is None else str(self.routing.policy),
             library.choose_backend(None, layer.vh.device.type, layer.vh.dtype, self.n, False),
-            "requests cannot choose their experts" if self.requests is None else "requests may choose their experts",
+            f"requests {'cannot' if self.requests is self.prompt is None else 'may'} choose their experts",
         )
         names = _OWN if self.base is not None else ("weight", *_OWN)
         expected = {name: t for name, t in layer.named_parameters(recurse=False) if name in names}
