@@ -23,7 +23,9 @@ def main() -> None:
         after = model(ids).logits.float()
     layer = model.model.layers[0].mlp.up_proj
     print("shared weight:", type(layer.base.weight).__name__, "experts:", layer.u.dtype, layer.s.dtype)
-    print(f"logits differ by {(after - before).norm() / before.norm():.2%}")
+    # The median token's: one of them may be routed otherwise now, where two experts score nearly the same.
+    difference = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    print(f"logits differ by {difference.median():.2%}")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_a_failed_backend_is_not_chosen_again_until_it_is_forgotten(cache):
         warnings.simplefilter("error")
         assert chosen() == "torch"  # said once
         assert chosen(dtype=BF16) == "cpu"  # another dtype is not concerned
-    with pytest.warns(UserWarning, match="backend: 'cpu' is used as asked, though it failed"):
+    with pytest.warns(UserWarning, match="backend: 'cpu' is used as requested, but failed"):
         assert chosen("cpu") == "cpu"
     excluded.record(cpu, {})
     library._choose.cache_clear()

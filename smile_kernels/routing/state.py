@@ -254,7 +254,7 @@ class ForwardPass:
         caches = root.takes_cache or self.tokens.cache is not None
         if self.policy.scope != "token" and self.tokens.starts is None and caches:
             self.memory = Memory.beside(self.tokens, serial, self.root_name)
-        self.held = self.memory is not None and bool(self.memory.choices)
+        self.held = self.memory is not None and len(self.memory.choices) > 0
         self.pools = self.policy.scope in ("sequence", "prompt") and self.tokens.starts is None
         self.evidence: Tensor | None = None  # L, [B, 1 or S, N]
         self.choice: Routing | None = None  # of the last scored layer, [B, 1 or S, m]
