@@ -1,9 +1,9 @@
-"""Routing policies: experts chosen by the evidence of a whole sequence and of the layers below.
+"""Routing policies: experts are chosen by the evidence of a whole sequence and of previous layers.
 
-In the published method each token at each layer chooses alone, from one noisy score. A `RoutingPolicy` pools the very
-same score over tokens and adds up its logarithm over layers; nothing is trained. `policy.py` has the equations,
-`control.py` puts a policy on a model, `state.py` follows one forward pass, `tokens.py` reads padding and packing,
-`cache.py` keeps what generation needs beside a KV cache, `calibration.py` finds what is constant in the scores.
+In the published method each token at each layer uses only its own, noisy score. A `RoutingPolicy` pools the same score
+over tokens and sums its logarithm over layers, without training. `policy.py` has the equations, `control.py` sets a
+policy on a model, `state.py` is the state of a forward pass, `tokens.py` reads padding and packing, `cache.py` stores
+the state for KV caches, `calibration.py` measures the constant part of the scores.
 """
 
 from .calibration import CalibrationReport, calibrate, check_calibration

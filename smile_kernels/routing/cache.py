@@ -1,4 +1,4 @@
-"""What later forward passes over the same KV cache need of a routing policy, kept beside the cache."""
+"""The state of a routing policy for later forward passes over the same KV cache."""
 
 import functools
 import types
@@ -20,9 +20,9 @@ PROMPT: Key = (-1, 1)  # where the choice of scope "prompt" is kept
 
 
 class Memory:
-    """What later passes over the same KV cache need: sums by position (causal), or the prompt's choice (sequence).
+    """State for later passes over the same KV cache: sums by position (causal), or the prompt's choice (sequence).
 
-    Positions are those of the cache, so a cropped cache finds the sums of what is left; batch rows follow the cache's.
+    Positions are those of the cache, so a cropped cache has the sums of its tokens; batch rows follow the cache's.
     """
 
     def __init__(self, serial: int, capacity: int):
@@ -38,10 +38,10 @@ class Memory:
 
     @classmethod
     def beside(cls, tokens: Tokens, serial: int, root_name: str) -> "Memory":
-        """The memory of the pass's KV cache; a new one where the cache is empty or yet to come.
+        """The memory of the pass's KV cache; a new one if the cache is empty or not created yet.
 
         Raises:
-            RuntimeError: the cache holds tokens that this policy has not seen.
+            RuntimeError: the cache contains tokens that this policy has not seen.
         """
         memory: Memory | None = getattr(tokens.cache, "routing_memory", None)
         past = tokens.past
@@ -58,7 +58,7 @@ class Memory:
         return cls(serial, _capacity(tokens.cache))
 
     def attach(self, cache) -> None:
-        """Keep this beside `cache`, and follow what is done to its batch rows."""
+        """Store this with `cache`, and follow changes of its batch rows."""
         if getattr(cache, "routing_memory", None) is None:
             gone = [name for name in _FOLLOWERS if not callable(getattr(type(cache), name, None))]
             if gone:
@@ -83,7 +83,7 @@ class Memory:
         return found
 
     def before(self, key: Key, batch: int, past: int | Tensor) -> Tensor | None:
-        """The running sums [B, N] at the last token in the cache; None: there is none."""
+        """The running sums [B, N] at the last token in the cache; None if there is none."""
         buffer = self.sums.get(key)
         if buffer is None:
             if self.established:
@@ -92,13 +92,13 @@ class Memory:
                 )
             return None
         if buffer.shape[0] != batch:
-            raise RuntimeError(f"cache: holds {buffer.shape[0]} sequences; expected {batch}, as in the input")
+            raise RuntimeError(f"cache: has {buffer.shape[0]} sequences; expected {batch}, as in the input")
         if isinstance(past, int):
             return buffer[:, past - 1] if past > 0 else None
         return torch.where(past > 0, buffer.index_select(1, (past.reshape(1) - 1).clamp_min(0))[:, 0], 0)
 
     def write(self, key: Key, values: Tensor, past: int | Tensor) -> None:
-        """Keep values [B, S, ...] of this pass's tokens at their positions in the cache."""
+        """Store values [B, S, ...] of this pass's tokens at their positions in the cache."""
         buffer, length = self._buffer(key, values, past), values.shape[1]
         if isinstance(past, int):
             buffer[:, past : past + length] = values
@@ -107,7 +107,7 @@ class Memory:
             buffer.index_copy_(1, torch.arange(length, device=values.device) + past, values)
 
     def _buffer(self, key: Key, values: Tensor, past: int | Tensor) -> Tensor:
-        """What is kept under `key`, with room for `values` after `past` tokens."""
+        """The buffer of `key`, with space for `values` after `past` tokens."""
         batch, length = values.shape[:2]
         buffer = self.sums.get(key)
         if buffer is None:
@@ -115,7 +115,7 @@ class Memory:
             if self.capacity > 0 and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(buffer)  # so that CUDA graphs may write to it
         elif buffer.shape[0] != batch:
-            raise RuntimeError(f"cache: holds {buffer.shape[0]} sequences; expected {batch}, as in the input")
+            raise RuntimeError(f"cache: has {buffer.shape[0]} sequences; expected {batch}, as in the input")
         elif isinstance(past, int) and past + length > buffer.shape[1]:
             more = max(past + length, 2 * buffer.shape[1]) - buffer.shape[1]
             buffer = torch.cat([buffer, buffer.new_zeros(batch, more, *buffer.shape[2:])], dim=1)
@@ -131,13 +131,13 @@ class Memory:
         return history
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` to the batch dimension of all that is kept."""
+        """Apply `change` to the batch dimension of all buffers."""
         self.choices = {key: (change(w), change(i)) for key, (w, i) in self.choices.items()}
         self.sums = {key: change(sums) for key, sums in self.sums.items()}
 
 
 def _then(name: str, follow, cache, *args, **kwargs):
-    """A cache's method, after which its routing memory follows."""
+    """A method of a cache that also updates its routing memory."""
     getattr(type(cache), name)(cache, *args, **kwargs)
     follow(cache.routing_memory, *args, **kwargs)
 
@@ -151,7 +151,7 @@ _FOLLOWERS = {
 
 
 def _capacity(cache) -> int:
-    """The most tokens a cache can hold; -1 where it grows."""
+    """The capacity of a cache in tokens; -1 if it grows."""
     for name in ("get_max_length", "get_max_cache_shape"):  # the name has changed between releases
         if hasattr(cache, name):
             return getattr(cache, name)() or -1
@@ -159,6 +159,6 @@ def _capacity(cache) -> int:
 
 
 def cache_in(output):
-    """The KV cache a root has made and returned, if any."""
+    """The KV cache that a root created and returned, if any."""
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
     return next((value for value in values if is_cache(value)), None)

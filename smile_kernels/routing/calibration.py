@@ -1,9 +1,9 @@
-"""Calibration: how large each expert's share of the router's energy is on inputs of no task, layer by layer.
+"""Calibration: each expert's mean share of the router's energy on inputs without a task, layer by layer.
 
-    log Pbar_i(l) = log of the mean of p_i(t, l) over all tokens t, read by the base model with all experts off
+    log Pbar_i(l) = log of the mean of p_i(t, l) over all tokens t, processed by the base model without experts
 
-A router's shares differ from expert to expert and layer to layer whatever the task; calibrated policies subtract that
-constant from the evidence (`policy.py`). An expert that did not change a layer has no share there, and its entry is 0.
+A router's shares differ between experts and layers independent of the task; calibrated policies subtract this constant
+from the evidence (`policy.py`). An expert that did not change a layer has no share there, and its entry is 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,13 +26,13 @@ __all__ = ["CalibrationReport", "LayerBias", "calibrate", "check_calibration"]
 
 @dataclass(frozen=True)
 class LayerBias:
-    """What calibration found at one layer.
+    """Result of calibration for one layer.
 
     Args:
         name: the layer.
         prior: log Pbar_i for each expert i; 0 where the expert did not change the layer.
-        bias: root mean square of these logarithms, less their mean, over the experts that changed the layer.
-        tokens: how many tokens were read; 0: the layer did not run, and stays uncalibrated (its prior is 0).
+        bias: root mean square of these logarithms minus their mean, over the experts that changed the layer.
+        tokens: number of processed tokens; 0: the layer did not run and stays uncalibrated (its prior is 0).
     """
 
     name: str
@@ -43,7 +43,7 @@ class LayerBias:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` has read, and each layer's bias.
+    """The inputs of `calibrate` and the bias of each layer.
 
     Args:
         source: "written" by the model itself, "random" or "given".
@@ -73,25 +73,25 @@ def calibrate(
     sequences: int = 32,
     length: int = 40,
 ) -> CalibrationReport:
-    """Sets `router_prior` of every SMILE layer, which policies with `calibrated=True` subtract; no data, no training.
+    """Set `router_prior` of every SMILE layer, for policies with `calibrated=True`; no data, no training.
 
-    The base model, all experts off, reads inputs of no task: text that a causal language model writes itself, sampled
-    at temperature 1 from its first special token alone; random ids, pixels or waves where a model cannot write; or
-    `inputs`. The same seed gives the same numbers. The routing policy that the model follows stays.
+    The base model, without experts, processes inputs without a task: text that a causal language model generates at
+    temperature 1 from its first special token; random ids, pixels or waves for other models; or `inputs`. The same seed
+    gives the same numbers. The routing policy of the model does not change.
 
     Args:
         model: a model with SMILE layers; its weights do not change.
-        inputs: unlabelled inputs of the model's use instead: batches, each a mapping of its forward's arguments.
-        seed: of what is written or drawn.
-        sequences: how many are written or drawn.
-        length: of each, in tokens.
+        inputs: unlabelled inputs to use instead: batches, each a mapping of forward's arguments.
+        seed: seed of the generated inputs.
+        sequences: number of generated inputs.
+        length: length of each, in tokens.
 
     Returns:
         The report, with each layer's bias.
 
     Raises:
-        ValueError: no SMILE layers; inputs without a batch, or that reach no SMILE layer; or a model whose kind of
-            input is not known, without `inputs`. Nothing is changed then.
+        ValueError: no SMILE layers; inputs without a batch, or that reach no SMILE layer; or unknown inputs of the
+            model without `inputs`. Nothing is changed then.
     """
     layers = smile_layers(model)
     if not layers:
@@ -106,7 +106,7 @@ def calibrate(
             for batch in inputs:
                 if not isinstance(batch, Mapping):
                     raise SmileError(
-                        f"inputs: holds a {type(batch).__name__}; expected mappings of forward's arguments"
+                        f"inputs: contains a {type(batch).__name__}; expected mappings of forward's arguments"
                     )
                 check_inputs(model, batch)
                 model(**batch)
@@ -190,7 +190,7 @@ def _writes(model: nn.Module) -> bool:
 
 
 def _write(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> None:
-    """Lets the model write `sequences` texts of `length` tokens from its first special token, reading each once."""
+    """Generate `sequences` texts of `length` tokens from the first special token, processing each token once."""
     config = _text_config(model)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     first = next((i for name in names if (i := getattr(config, name, None)) is not None), 0)
@@ -205,7 +205,7 @@ def _write(model: nn.Module, sequences: int, length: int, generator: torch.Gener
         cache = cache_in(output)
         if cache is None:
             raise SmileError(
-                f"inputs: {type(model).__name__} returns no KV cache, with which it would write; expected batches of "
+                f"inputs: {type(model).__name__} returns no KV cache, which generation needs; expected batches of "
                 "unlabelled inputs"
             )
         name = next(name for name, value in output.items() if value is cache)
@@ -213,7 +213,7 @@ def _write(model: nn.Module, sequences: int, length: int, generator: torch.Gener
 
 
 def _random_inputs(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random ids, pixels or waves, as many as the model's config says, for what its forward takes."""
+    """Random ids, pixels or waves for the arguments of forward, with sizes from the model's config."""
     config: Any = getattr(model, "config", None)
     text = _text_config(model)
     main = getattr(model, "main_input_name", None)
@@ -238,7 +238,7 @@ def _random_inputs(model: nn.Module, sequences: int, length: int, generator: tor
         found["decoder_input_ids"] = torch.randint(0, config.vocab_size, (sequences, length), generator=generator)
     if not found:
         raise SmileError(
-            f"inputs: {type(model).__name__} says no kind of input that can be drawn (main_input_name is {main!r}); "
+            f"inputs: {type(model).__name__} has no input that can be generated (main_input_name is {main!r}); "
             "expected batches of unlabelled inputs"
         )
     return {

@@ -1,4 +1,4 @@
-"""Putting a routing policy on a model, reading it back, and watching what it chooses."""
+"""Sets and gets the routing policy of a model, and counts its choices."""
 
 import functools
 import inspect
@@ -36,7 +36,7 @@ __all__ = [
 def check_routing(
     model: nn.Module, policy: RoutingPolicy, layers: Mapping[str, int] | None = None, *, calibrating: bool = False
 ) -> None:
-    """Raises what `set_routing` would raise, and changes nothing.
+    """Raise the errors of `set_routing` without changing anything.
 
     Args:
         model: the model.
@@ -65,7 +65,7 @@ def check_routing(
 
 
 def _check_parts(model: nn.Module, layers: Mapping[str, int]) -> None:
-    """Raises ValueError unless every layer belongs to a part, whose layers have one number of experts."""
+    """Raise ValueError unless every layer belongs to a part in which all layers have the same number of experts."""
     parts = _parts(model, layers)
     held = {name for part in parts.values() for name in part}
     outside = [name for name in layers if name not in held]
@@ -86,14 +86,14 @@ def _check_parts(model: nn.Module, layers: Mapping[str, int]) -> None:
 
 @check_arguments
 def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
-    """Make every SMILE layer of `model` choose its experts by `policy`, from the next forward pass on.
+    """Set the routing policy of every SMILE layer of `model`, from the next forward pass on.
 
-    The layers that share evidence are those of one root: `model`, or the transformers models inside it where these hold
-    all the layers (the language model of a wrapper, the two towers of CLIP, encoder and decoder of T5: two roots).
+    Layers share evidence within a root: `model`, or the transformers models inside it if these contain all layers (the
+    language model of a wrapper; two roots for the towers of CLIP, or encoder and decoder of T5).
     Padding is read from the root's `attention_mask` ([B, past + S] or [B, 1, S, keys]), packed sequences from
     `cu_seq_lens_q`, or from `position_ids` [B, S] when there is neither mask nor cache.
 
-    Forward passes of other threads that are under way follow the policy they began with.
+    Running forward passes of other threads keep their policy.
 
     Raises:
         ValueError: no SMILE layers; num_experts_per_tok above a layer's number of experts; a calibrated policy and a
@@ -126,14 +126,14 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
 
 
 def _routing_of(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> RootRouting | None:
-    """What is at work on this root and on all its layers; None where there is none."""
+    """The routing of this root if it covers all its layers, else None."""
     held = {_root_routing(layer) for layer in members.values()}
     routing = held.pop() if len(held) == 1 else None
     return routing if routing is not None and routing.is_on(model.get_submodule(root), len(members)) else None
 
 
 def _attach(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> RootRouting:
-    """Has the passes of a root that begin from now on known by its layers, which route as before."""
+    """Attach the layers of a root to its forward passes, with their present routing."""
     for layer in members.values():
         if (attached := _root_routing(layer)) is not None:
             attached.release(layer)
@@ -143,7 +143,7 @@ def _attach(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> 
 
 
 def _published_policy(layer: SmileLinear) -> RoutingPolicy:
-    """The policy of a layer that routes by itself."""
+    """The policy of a layer that routes itself."""
     own = layer.own_num_experts_per_tok() == layer.num_experts_per_tok
     return RoutingPolicy(num_experts_per_tok=None if own else layer.num_experts_per_tok)
 
@@ -152,7 +152,7 @@ def _warn_of_early_lock(policy: RoutingPolicy, names: Iterable[str]) -> None:
     blocks = max(block_numbers(names).values()) + 1
     if policy.lock_after is not None and policy.lock_after < blocks // 4:
         warnings.warn(
-            f"lock_after: is {policy.lock_after} of {blocks} blocks, before the experts can be told apart on every "
+            f"lock_after: is {policy.lock_after} of {blocks} blocks, too early to distinguish the experts on every "
             f"kind of input; expected {-(-blocks // 4)} or more",
             stacklevel=4,
         )
@@ -164,10 +164,10 @@ def _root_routing(layer: SmileLinear) -> RootRouting | None:
 
 @check_arguments
 def get_routing(model: nn.Module) -> RoutingPolicy:
-    """The policy the SMILE layers of `model` follow.
+    """The routing policy of the SMILE layers of `model`.
 
     Raises:
-        ValueError: its parts follow different policies.
+        ValueError: its parts have different policies.
     """
     attached = ((layer, _root_routing(layer)) for layer in smile_layers(model).values())
     found = {_published_policy(layer) if root is None else root.policy for layer, root in attached}
@@ -177,7 +177,7 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
 
 
 def routed_layers(model: nn.Module) -> dict[str, SmileLinear]:
-    """The SMILE layers of a model by name, and what stands for one: all that ask a `router_policy`."""
+    """The SMILE layers of a model by name, and other modules with a `router_policy`."""
     smile_layers(model)  # refuses merged layers
     return {
         name: cast(SmileLinear, module) for name, module in model.named_modules() if hasattr(module, "router_policy")
@@ -185,7 +185,7 @@ def routed_layers(model: nn.Module) -> dict[str, SmileLinear]:
 
 
 def attached_roots(model: nn.Module) -> list[RootRouting]:
-    """What follows the forward passes of each part of `model`; made, with the layers' own routing, where nothing does.
+    """The routing of each part of `model`; created with the layers' present routing if there is none.
 
     Raises:
         ValueError: layers outside the parts, or a layer whose policy stands on another part or is none of
@@ -208,7 +208,7 @@ def attached_roots(model: nn.Module) -> list[RootRouting]:
 
 
 def release_idle(layers: Iterable[SmileLinear]) -> None:
-    """Detaches layers that route by themselves and that no override or forward pass needs attached."""
+    """Detach layers that route themselves and that no override or forward pass needs."""
     for layer in layers:
         root = _root_routing(layer)
         if root is not None and root.is_idle:
@@ -230,7 +230,7 @@ def forget_caches(model: nn.Module) -> None:
 
 
 def refuse_override(model: nn.Module) -> None:
-    """Raises ValueError where a routing_override is open on layers of `model`."""
+    """Raise ValueError if a routing_override is open on layers of `model`."""
     for layer in routed_layers(model).values():
         if (attached := _root_routing(layer)) is not None:
             _refuse_override(attached)
@@ -244,11 +244,11 @@ def _refuse_override(attached: RootRouting) -> None:
 @check_arguments
 @contextmanager
 def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Counts the tokens that each expert gets while it is open: {SMILE layer's name: [N] int64 on the CPU}.
+    """Count the tokens of each expert inside the context: {name of the SMILE layer: [N] int64 on the CPU}.
 
-    A token counts for its first choice, padding not at all, under any policy; `routing=` that a layer is given is its
-    choice, calls with `routing_weights=` do not count, nor does the first reading of scope "prompt". Outputs do not
-    change. Recomputed layers count twice.
+    Under any policy, a token counts for its first choice; padding does not. A given `routing=` counts; calls with
+    `routing_weights=` and the first pass of scope "prompt" do not. Recomputed layers count twice. Outputs do not
+    change.
 
         with watch_routing(model) as counts:
             model(**batch)
@@ -267,7 +267,7 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             rows = layer.vh if layer.router is None else layer.router
             m, g = layer.num_experts_per_tok, layer.rank_of_router
             routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
-        if not routing[1].shape[-1]:  # all experts are off while the base reads a prompt
+        if not routing[1].shape[-1]:  # no experts while the base processes a prompt
             return args, {**kwargs, "routing": routing}
         first = routing[1][..., 0]  # -1: no expert
         real = real_tokens()
@@ -291,7 +291,7 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
-    """A function that tells, in a forward pass, which tokens are no padding: [B, S] bool; None: all, or not known."""
+    """A function that returns, in a forward pass, which tokens are not padding: [B, S] bool; None: all, or unknown."""
     tokens: Tokens | None = None
 
     def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -309,7 +309,7 @@ def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
 
 
 def _parts(model: nn.Module, names: Mapping[str, object], within: str = "") -> dict[str, list[str]]:
-    """The innermost modules that run over one set of tokens and hold layers `names`: their names -> their layers'."""
+    """The innermost modules with one set of tokens that contain the layers `names`: name -> names of its layers."""
     inside = [name for name in names if _holds(within, name)]
     parts: list[str] = []
     for name, module in model.get_submodule(within).named_modules(prefix=within):

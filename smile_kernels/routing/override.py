@@ -1,4 +1,4 @@
-"""Experts that the caller asks for in place of the routing policy's: for all tokens, or for each row of a batch."""
+"""Experts selected by the caller instead of the routing policy: for all tokens, or for each row of a batch."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,26 +25,26 @@ _attaching = threading.Lock()
 
 
 def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] | None) -> AbstractContextManager[None]:
-    """While it is open, forward passes of this thread take the experts given here, under any routing policy.
+    """Inside the context, forward passes of this thread use the given experts, under any routing policy.
 
         with routing_override(model, expert="math"):
             model.generate(**batch)
         with routing_override(model, expert=["math", None, {"code": 0.7, "chat": 0.3}]):
             model(**batch_of_three)
 
-    A pass keeps the override it began with, in a recomputation under gradient checkpointing too. The innermost override
-    counts; other threads, and copies of the model, have their own. A policy that keeps evidence beside a KV cache goes
-    on doing so. The choice is a constant to autograd.
+    A pass keeps its override, also in a recomputation under gradient checkpointing. The innermost override applies;
+    other threads, and copies of the model, have their own. A policy continues to store evidence for KV caches. The
+    choice is a constant to autograd.
 
     Args:
-        model: the model, or the part of it, that `set_routing` would take.
-        expert: the name of an expert or its index, whose weight is then 1; or weights w_i over experts, used as they
-            are: a mapping from names or indices, or a tensor [N]. All 0, or {}: the base model. A list has one entry
-            for each row of the batch. None: what the policy chooses.
+        model: the model, or the part of it, as for `set_routing`.
+        expert: name or index of an expert, with weight 1; or weights w_i over experts, used without normalisation: a
+            mapping from names or indices, or a tensor [N]. All 0, or {}: the base model. None: the policy's choice. A
+            list has one entry for each row of the batch.
 
     Raises:
         ValueError: no SMILE layers, layers that differ in the number or names of their experts, an unknown expert, a
-            weight that is not finite, or a part of a model whose policy stands on the whole. In a forward pass: a batch
+            weight that is not finite, or a part of a model with a policy on the whole. In a forward pass: a batch
             of another size than the list.
     """
     if not isinstance(model, nn.Module):
@@ -90,7 +90,7 @@ def _opened(model: nn.Module, layers: Iterable[SmileLinear], override: "Override
 def expert_weights(
     expert: Any, num_local_experts: int, names: Sequence[str] | None, where: str = "expert"
 ) -> dict[int, float]:
-    """What an override says of one row, as weights other than 0 by the experts' indices, the largest first.
+    """The nonzero weights of an override for one row, by expert index, in descending order.
 
     Raises:
         ValueError: as `routing_override`; the message begins with `where`.
@@ -121,7 +121,7 @@ def expert_weights(
 
 
 class Override:
-    """The experts asked for, as tensors: one choice for all tokens, or one for each row of a batch.
+    """The requested experts as tensors: one choice for all tokens, or one for each row of a batch.
 
     Args:
         asked: weights by expert, as `expert_weights` returns them; or a list of these, None where the policy chooses.

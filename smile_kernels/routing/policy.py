@@ -1,4 +1,4 @@
-"""What a routing policy is: its fields, and the evidence it adds up.
+"""Routing policies: fields and equations.
 
 With E_i(t, l) = ||V_i,l[:, :g]^T x_t||^2 for token t, expert i and SMILE layers l = 0, 1, ... in running order:
 
@@ -53,21 +53,21 @@ SCOPES = ("token", "sequence", "causal", "prompt")
 
 @dataclass(frozen=True)
 class RoutingPolicy:
-    """How the SMILE layers of a model choose their experts (the equations are at the top of this module).
+    """How the SMILE layers of a model choose their experts; the equations are in docs/routing.md and in this module.
 
     Args:
-        scope: whose scores count for a token: "token" its own; "sequence" those of its whole sequence (in generation
-            the prompt votes and its choice holds for the tokens that follow); "causal" those up to itself; "prompt"
-            those of the whole prompt in a first reading by the base model.
-        accumulate: add up the evidence of the layers below; always so with scope "prompt".
-        lock_after: reuse the choice made after the model's first `lock_after` blocks in all later ones, which compute
-            no scores. None: every layer chooses. With scope "prompt": how many blocks the first reading goes through;
+        scope: the tokens with scores that are pooled for a token: "token" itself; "sequence" its whole sequence (in
+            generation, the prompt determines the choice for all following tokens); "causal" the tokens up to it;
+            "prompt" the whole prompt, in a first pass of the base model.
+        accumulate: add the evidence of previous layers; always so with scope "prompt".
+        lock_after: reuse the choice of the model's first `lock_after` blocks in all later ones, which compute
+            no scores. None: every layer chooses. With scope "prompt": the number of blocks of the first pass;
             None: all.
-        num_experts_per_tok: m; None leaves each layer's own.
+        num_experts_per_tok: m; None: the number of each layer.
         calibrated: subtract each layer's `router_prior`; `calibrate` must have set it.
-        half_life: in tokens: a token's share counts half after so many more. None: nothing is forgotten. Not with
+        half_life: number of tokens after which a token's weight is halved. None: constant weights. Not with
             scope "token".
-        restart_at: token ids; the sums start anew where these stand one after another, at the last of them. Not with
+        restart_at: token ids; the sums restart at the last token of each occurrence of this sequence. Not with
             scope "token".
         top_p: in (0, 1]; below 1 a token takes the fewest of its m experts whose weights add up to top_p, and the
             others are not computed. Not with num_experts_per_tok 1.
@@ -75,7 +75,7 @@ class RoutingPolicy:
     The default is the published routing: softmax over the token's own scores, inside the layer's kernel.
 
     Raises:
-        ValueError: a value out of range, or a field that does nothing under the others; the message names the field.
+        ValueError: a value out of range, or a field without effect under the others; the message names the field.
     """
 
     scope: str = "token"
@@ -128,7 +128,7 @@ class RoutingPolicy:
 
     @property
     def is_published(self) -> bool:
-        """Whether each layer routes by itself, by the published rule."""
+        """Whether this is the published routing, computed by each layer itself."""
         return self.is_alone and self.top_p == 1
 
     @property
@@ -138,10 +138,10 @@ class RoutingPolicy:
 
     @classmethod
     def recommended(cls, model: torch.nn.Module, restart_at: Iterable[int] | None = None) -> "RoutingPolicy":
-        """The policy that did best in what was measured (docs/routing.md) for the model's kind.
+        """The best measured policy for this kind of model (docs/routing.md).
 
-        A causal language model that is calibrated: scope "prompt", in which the base's first quarter of the blocks
-        votes, with the tokens from the last `restart_at` on. Every other model: the published routing.
+        For a calibrated causal language model: scope "prompt" with the base's first quarter of the blocks, and with the
+        tokens from the last `restart_at` on. For every other model: the published routing.
 
         Args:
             model: a model with SMILE layers.
@@ -204,7 +204,7 @@ def energy_shares(energies: Tensor) -> Tensor:
     """p_i = E_i / sum_j E_j over the last dimension; all 0 where the energies are. NaN counts as 0."""
     energies = energies.nan_to_num(nan=0.0, posinf=_MOST).clamp_max(_MOST)
     shares = energies / energies.sum(-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
-    # A share that vanishes in rounding is still evidence; only an energy of 0 is none.
+    # A share that underflows is still evidence; only an energy of 0 is not.
     return torch.where(energies > 0, shares.clamp_min(_LEAST), 0)
 
 

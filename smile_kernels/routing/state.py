@@ -1,4 +1,4 @@
-"""A policy at work on one root module: the state of each of its forward passes, and what its layers are told."""
+"""A policy on one root module: the state of each forward pass, and the choices for its layers."""
 
 import copy
 import inspect
@@ -32,11 +32,11 @@ _SCOPES = {"token": 0, "causal": 1, "sequence": 2, "prompt": 2}  # as the operat
 
 
 class _HasVoted(Exception):
-    """Ends the base's reading of a prompt: the blocks that vote have run."""
+    """Ends the base's pass over a prompt after the blocks that determine the choice."""
 
 
 class LayerPolicy:
-    """What a SMILE layer asks (`layer.router_policy`): the policy of its root, as layer number `index` there.
+    """The `router_policy` of a SMILE layer: the policy of its root, with the layer's number `index` there.
 
     `before` is its number of experts per token in passes that began before it had a policy.
     """
@@ -45,7 +45,7 @@ class LayerPolicy:
         self.root, self.index, self.before = root, index, before
 
     def __call__(self, layer: SmileLinear, x: Tensor) -> Routing | None:
-        """(weights, ids) [..., m] for x [..., D]; None: the layer routes by itself."""
+        """(weights, ids) [..., m] for x [..., D]; None: the layer routes itself."""
         root = self.root
         state = getattr(root.current, "state", None)
         if state is None:
@@ -61,7 +61,7 @@ class LayerPolicy:
 
 
 def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
-    """The published routing to so many experts; None: that is the layer's own number, and it does so by itself."""
+    """The published routing to this number of experts; None if the layer can compute it itself."""
     if num_experts_per_tok == layer.num_experts_per_tok and top_p == 1:
         return None
     rows, g = layer.vh if layer.router is None else layer.router, layer.rank_of_router
@@ -70,7 +70,7 @@ def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int, top_p:
 
 
 class RootRouting:
-    """A policy at work on one root module: opens a state for each of its forward passes.
+    """A policy on one root module, with a state for each forward pass.
 
     `policy` may be replaced at any time: a pass follows the one it began with. Each has a serial number, by which a
     KV cache knows whose sums it holds.
@@ -116,7 +116,7 @@ class RootRouting:
 
     @property
     def override(self) -> "Override | None":
-        """The experts that this thread asks for."""
+        """The experts requested by this thread."""
         return getattr(self.current, "override", None)
 
     @override.setter
@@ -133,7 +133,7 @@ class RootRouting:
         return self.users == layers and self.handles[0].id in root._forward_pre_hooks
 
     def follow(self, policy: RoutingPolicy) -> None:
-        """Passes that begin from now on follow `policy`."""
+        """Use `policy` in passes that begin from now on."""
         self.plan = policy, next(self._serials)
 
     def release(self, layer: SmileLinear) -> None:
@@ -285,7 +285,7 @@ class ForwardPass:
         return choice
 
     def _choose(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
-        """What the policy chooses."""
+        """The policy's choice."""
         policy, index = self.policy, key[0]
         block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
         scores = policy.lock_after is None or block < policy.lock_after

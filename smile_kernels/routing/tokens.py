@@ -1,4 +1,4 @@
-"""Which rows of a layer's input are tokens of which sequence: padding, packing, KV caches and restarts."""
+"""Maps the rows of a layer's input to tokens and sequences: padding, packing, KV caches and restarts."""
 
 import itertools
 from typing import Any
@@ -16,9 +16,9 @@ __all__ = ["Tokens", "is_cache", "user_turn_ids"]
 def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     """The token ids that begin each user turn in a tokenizer's chat template, for `RoutingPolicy.restart_at`.
 
-    They are what stands before a user's text both at the start of a conversation and after an answer, from its last
-    special token on: `<|im_start|>user` and a line break in ChatML. None where the tokenizer has no chat template, or
-    one whose turns do not begin alike.
+    They precede a user's text both at the start of a conversation and after an answer, from the last special token on:
+    `<|im_start|>user` and a line break in ChatML. None if the tokenizer has no chat template, or if turns begin in
+    different ways.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -36,7 +36,7 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
 
 
 class Tokens:
-    """Which rows of a layer's input are tokens of which sequence, as far as the root's arguments tell.
+    """The mapping from rows of a layer's input to tokens and sequences, from the root's arguments.
 
     batch B and length S (None: not known, every row counts); real [B, S] bool (None: all are); starts and ends
     [1 or B, S], each token's first and last neighbour where sequences are packed; past, the tokens in the KV cache;

@@ -186,7 +186,7 @@ class UpscaleReport:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("layer", "rank", "energy held", "largest error", "seconds", "note")
+        table = Table("layer", "rank", "energy", "largest error", "seconds", "note")
         for layer in self.layers:
             names = self.expert_names or range(len(layer.energy))
             note = layer.skipped or ", ".join(f"expert {names[i]} untrained" for i in layer.untrained)

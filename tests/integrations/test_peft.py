@@ -282,3 +282,10 @@ def test_malformed_adapters_are_named(tmp_path, tensors, config, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(sk.SmileError, match=message):
         adapter_deltas(tmp_path, torch.nn.Sequential(torch.nn.Linear(6, 5)))
+
+
+def test_a_peft_model_is_refused_with_the_remedy():
+    base = build("LlamaForCausalLM")
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"finetuned\[0\]: is a PeftModel; expected its merge_and_unload\(\)"):
+        sk.upscale(base, [model], rank_of_expert=2, rank_of_router=2, progress=False)
