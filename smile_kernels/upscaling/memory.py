@@ -196,8 +196,10 @@ def _sources(
     for i, expert in enumerate(finetuned):
         if isinstance(expert, nn.Module):
             if hasattr(expert, "peft_config") and hasattr(expert, "merge_and_unload"):
-                remedy = "expected its merge_and_unload(), or its folder by integrations.peft.adapter_deltas"
-                raise SmileError(f"finetuned[{i}]: is a {type(expert).__name__}; {remedy}")
+                raise SmileError(
+                    f"finetuned[{i}]: is a {type(expert).__name__}; expected its merge_and_unload(), or its folder read by "
+                    "integrations.peft.adapter_deltas"
+                )
             sources.append(ModuleSource(f"finetuned[{i}]", expert, base))
         elif isinstance(expert, Mapping):
             sources.append(AdapterSource(f"finetuned[{i}]", expert, base, every))
