@@ -197,8 +197,8 @@ def _sources(
         if isinstance(expert, nn.Module):
             if hasattr(expert, "peft_config") and hasattr(expert, "merge_and_unload"):
                 raise SmileError(
-                    f"finetuned[{i}]: is a {type(expert).__name__}; expected its merge_and_unload(), or its folder read by "
-                    "integrations.peft.adapter_deltas"
+                    f"finetuned[{i}]: is a {type(expert).__name__}; expected its merge_and_unload(), or its "
+                    "folder read by integrations.peft.adapter_deltas"
                 )
             sources.append(ModuleSource(f"finetuned[{i}]", expert, base))
         elif isinstance(expert, Mapping):

@@ -219,7 +219,7 @@ def test_upscale_calibrates():
     assert get_routing(model) == RoutingPolicy.recommended(model)
     assert report.calibration.source == "written"
     plain = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=r"^inputs: Sequential says no kind of input"):
+    with pytest.raises(ValueError, match=r"^inputs: Sequential has no input that can be generated"):
         sk.upscale(plain, [nn.Sequential(nn.Linear(8, 8))], **options | {"exclude": None}, calibrate=True, inplace=True)
     assert type(plain[0]) is nn.Linear
     with pytest.raises(ValueError, match=r"^calibrated: is True"):

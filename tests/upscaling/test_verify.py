@@ -204,7 +204,7 @@ def test_one_model_at_a_time_from_folders(tmp_path, monkeypatch):
     assert [verdict.verdict for verdict in sk.verify(tmp_path / "out")] == ["truncated"] * 2
     assert most == [1] * 4
     for changed, message in (
-        ({"finetuned": [tmp_path / "m1"]}, "finetuned: holds 1 models; expected 2"),
+        ({"finetuned": [tmp_path / "m1"]}, "finetuned: has 1 models; expected 2"),
         ({"base": tmp_path / "none"}, "base: .*none: no such folder"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
