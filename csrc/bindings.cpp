@@ -207,7 +207,7 @@ void check_device_limits(const Tensor&, const smile::Sizes&) {}
 
 void check_ids(const smile::Sizes& n, const int32_t* ids, int64_t parts = 1) {
   for (int64_t e = 0; e < n.tokens * parts * n.num_experts_per_tok; ++e)
-    STD_TORCH_CHECK(ids[e] >= -1 && ids[e] < n.num_experts, "ids: holds ", ids[e], "; expected 0 to ", n.num_experts - 1,
+    STD_TORCH_CHECK(ids[e] >= -1 && ids[e] < n.num_experts, "ids: contains ", ids[e], "; expected 0 to ", n.num_experts - 1,
                     ", or -1 for no expert");
 }
 
@@ -316,7 +316,7 @@ struct Call {
     for (int64_t each : parts) of_parts += each;
     STD_TORCH_CHECK(of_parts == out_features, "parts: have ", of_parts, " outputs together; expected those of u, ", out_features);
     for (int64_t each : ranks)
-      STD_TORCH_CHECK(each >= 0 && each <= rank, "rank_of_parts: holds ", each, "; expected 0 to ", rank);
+      STD_TORCH_CHECK(each >= 0 && each <= rank, "rank_of_parts: contains ", each, "; expected 0 to ", rank);
     p.vh = keep(vh);
     p.s = keep(s);
     const bool u_rows = u.stride(2) == 1 && u.stride(1) == rank;

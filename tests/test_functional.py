@@ -159,7 +159,7 @@ def test_ids_out_of_range_are_named(backend):
     for bad in (5, -2, 2**32, -(2**40)):
         wrong = ids.long()
         wrong[3, 1] = bad
-        with pytest.raises((ValueError, RuntimeError), match=r"ids: holds .*; expected 0 to 4, or -1 for no expert"):
+        with pytest.raises((ValueError, RuntimeError), match=r"ids: contains .*; expected 0 to 4, or -1 for no expert"):
             call(p, routing=(weights, wrong), backend=backend)
     for dtype in (torch.float32, torch.bool, torch.complex64):
         with pytest.raises(ValueError, match=r"routing\[1\]: is torch"):
