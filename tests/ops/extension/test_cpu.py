@@ -205,7 +205,7 @@ def test_ids_out_of_range_are_refused():
     p = Problem.random(4, 24, 16, 3, 4, 2, 2)
     for bad in (3, -2):
         ids = torch.tensor([[0, 1]] * 3 + [[0, bad]], dtype=torch.int32)
-        with pytest.raises(RuntimeError, match=f"ids: holds {bad}; expected 0 to 2, or -1 for no expert"):
+        with pytest.raises(RuntimeError, match=f"ids: contains {bad}; expected 0 to 2, or -1 for no expert"):
             extension.apply(*p.arguments()[:7], torch.rand(4, 2), ids, False)
 
 
@@ -248,7 +248,7 @@ def test_opcheck_of_parts():
     torch.library.opcheck(ops.apply.default, (*arguments, weights, ids, True, *parts), test_utils=utils)
     with pytest.raises(RuntimeError, match="parts: have 8 outputs together; expected those of u, 5"):
         ops.linear(x, *{**layer, "u": layer["u"][:, :5], "expert_bias": None}.values(), 2, 2, False, *parts)
-    with pytest.raises(RuntimeError, match="rank_of_parts: holds 5; expected 0 to 4"):
+    with pytest.raises(RuntimeError, match="rank_of_parts: contains 5; expected 0 to 4"):
         ops.linear(x, *layer.values(), 2, 2, False, (5, 3), (4, 5))
 
 
