@@ -18,6 +18,7 @@ from rich.table import Table
 from smile_kernels.ops import library
 from smile_kernels.ops.excluded import device_name
 from smile_kernels.publishing import new_file, write_text
+from smile_kernels.upscaling import ExpertVerdict
 
 TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
@@ -32,6 +33,18 @@ def machine() -> dict:
         "transformers": transformers.__version__,
         "backend": library.choose_backend(None, "cpu", torch.float32, 1, training=False),
     }
+
+
+def check(verdicts: Sequence[ExpertVerdict]) -> str:
+    """The worst verdict of `verify`: "exact" or "truncated".
+
+    Raises:
+        RuntimeError: a forced expert is not the fine-tuned model, within what the ranks of the experts leave out.
+    """
+    worst = max(verdicts, key=lambda one: ("exact", "truncated", "off").index(one.verdict))
+    if worst.verdict == "off":
+        raise RuntimeError(f"the fused model is not what was fused: {worst}")
+    return worst.verdict
 
 
 def show(tables: Sequence[TableRows]) -> None:

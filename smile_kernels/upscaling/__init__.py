@@ -3,13 +3,14 @@
 from .disk import upscale_checkpoints
 from .experts import add_expert, remove_expert, replace_expert
 from .memory import upscale
-from .report import LayerReport, LostChange, UpscaleReport
+from .report import LayerReport, LostChange, LostSetting, UpscaleReport
 from .verify import ExpertVerdict, verify
 
 __all__ = [
     "ExpertVerdict",
     "LayerReport",
     "LostChange",
+    "LostSetting",
     "UpscaleReport",
     "add_expert",
     "remove_expert",

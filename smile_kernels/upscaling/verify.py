@@ -22,11 +22,12 @@ from ..checkpoint import REPORT, load_pretrained, transformers_class
 from ..config import read_config, read_smile_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
-from ..integrations.peft import ModuleDelta, is_adapter
+from ..integrations.peft import ModuleDelta, is_adapter, wide
 from ..nn import SmileLinear, is_conv1d, smile_layers
 from ..routing import RoutingPolicy
 from ..routing.state import LayerPolicy
 from ..schema import check_arguments, check_inputs
+from ..storage import read_tensors
 from .inputs import example_inputs
 from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport
@@ -86,7 +87,8 @@ def verify(
     Each module without submodules is run on its input in the fine-tuned model. A SMILE layer may differ by
     (W_i - W - U_i diag(s_i) V_i^T) x if that matrix is within the certificate of its truncation. Every other module
     must agree to rounding. So must the code between modules: it is checked by running the whole model with the outputs
-    of the fine-tuned model's modules. A larger vocabulary is compared on the fine-tuned model's tokens.
+    of the fine-tuned model's modules. A larger vocabulary is compared on the fine-tuned model's tokens. Where the SMILE
+    model is stored in a lower precision, the other models' tensors are rounded to it first.
 
     Args:
         model: the SMILE model or its checkpoint; it is run in evaluation mode and in float32 (float64 if it is).
@@ -122,11 +124,11 @@ def verify(
     count = _count_experts(model)
     if len(finetuned) != count:
         raise SmileError(f"finetuned: has {len(finetuned)} models; expected {count}, one for each expert")
-    base = _local("base", base)
-    experts = [_Expert(_local(f"experts[{i}]", expert), base) for i, expert in enumerate(finetuned)]
+    base, dtype = _local("base", base), _stored_dtype(model)
+    experts = [_Expert(_local(f"experts[{i}]", expert), base, dtype) for i, expert in enumerate(finetuned)]
     records, plain = [], None
     if base is not None:
-        start = _load(base)
+        start = _load(base, dtype)
         inputs = example_inputs(start, seed) if inputs is None else inputs
         plain = _run(start, inputs, seed)
         del start
@@ -134,14 +136,14 @@ def verify(
         progress(i, 2 * count)
         records.append(_record(expert.load(), inputs, seed))
         gc.collect()
-    fused = _load(model)
+    fused = _load(model, dtype)
     layers = smile_layers(fused)
     certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
     verdicts = []
     for i, (expert, record) in enumerate(zip(experts, records)):
         progress(count + i, 2 * count)
         with _evaluating(fused), _unrouted(layers.values()), _forced(layers, i):
-            verdict, module, errors = _compare(fused, i, record, expert.weight, certified, seed)
+            verdict, module, errors = _compare(fused, i, record, _Expected(expert.weight, certified, dtype), seed)
             error = _relative(_run(fused, record.inputs, seed), record.output)
         far = None if plain is None else _relative(plain, record.output)
         names = next(iter(layers.values())).expert_names
@@ -150,11 +152,33 @@ def verify(
     return verdicts
 
 
+class _Rounded(Mapping[str, Tensor]):
+    """Tensors as the fused model stores them: rounded to its `dtype`, and in float32 or float64 again."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        self.tensors, self.dtype = tensors, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _rounded(self.tensors[name], self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return wide(tensor.to(dtype) if dtype.itemsize < min(4, tensor.dtype.itemsize) else tensor)
+
+
 class _Expert:
     """One fine-tuned model, which is loaded once, and its weights, which are read one at a time."""
 
-    def __init__(self, given: Any, base: Any):
-        self.given, self.base = given, base
+    def __init__(self, given: Any, base: Any, dtype: torch.dtype):
+        self.given, self.base, self.dtype = given, base, dtype
         self.whole = isinstance(given, nn.Module) or (isinstance(given, Path) and not is_adapter(given))
         if not self.whole and (base is None or not isinstance(given, (Path, Mapping))):
             raise SmileError(f"base: is {base!r}; expected the base model of the adapter {given!r}")
@@ -164,18 +188,20 @@ class _Expert:
     def load(self) -> nn.Module:
         """The model; that of an adapter is a copy of the base with the adapter's changes."""
         if self.whole:
-            return _load(self.given)
-        tuned = _load(self.base) if isinstance(self.base, Path) else copy.deepcopy(_load(self.base))
+            return _load(self.given, self.dtype)
+        tuned = _load(self.base, self.dtype)
+        tuned = tuned if isinstance(self.base, Path) else copy.deepcopy(tuned)
+        computed = next(p.dtype for p in tuned.parameters() if p.is_floating_point())
         for name in self.source.may_change:
             module, _, part = name.rpartition(".")
             tensor = self.source.tensor(name)
             if tensor is not None:  # a separate parameter, even if it was tied
-                setattr(tuned.get_submodule(module), part, nn.Parameter(tensor.detach().clone()))
+                setattr(tuned.get_submodule(module), part, nn.Parameter(tensor.detach().clone().to(computed)))
         return tuned
 
     @functools.cached_property
-    def opened(self) -> tuple[ExpertSource, Mapping[str, Layer]]:
-        """Its tensors by the names of the model's, and the linear layers."""
+    def opened(self) -> tuple[ExpertSource, Mapping[str, Layer], Mapping[str, Tensor]]:
+        """Its tensors by the names of the model's, the linear layers, and the base's tensors."""
         if isinstance(self.base, nn.Module):
             tensors: Mapping[str, Tensor] = self.base.state_dict(keep_vars=True)
             layers, names = layers_of_model(self.base), ModelNames(self.base)
@@ -184,23 +210,28 @@ class _Expert:
             names = ModelNames(model_of_checkpoint(folder))
             by_name, origins = names.map(read_plain("base", folder))
             tensors, layers = StoredTensors(by_name), layers_of_checkpoint(folder, by_name, origins, names)
+        rounded = _Rounded(tensors, self.dtype)
         if isinstance(self.given, Path):
-            return open_source("experts", self.given, tensors, layers, names), layers
-        return AdapterSource("experts", self.given, tensors, layers), layers
+            return open_source("experts", self.given, rounded, layers, names), layers, tensors
+        return AdapterSource("experts", self.given, rounded, layers), layers, tensors
 
     @property
     def source(self) -> ExpertSource:
         return self.opened[0]
 
-    def weight(self, name: str) -> Tensor:
-        """A layer's weight [O, D]."""
+    def weight(self, name: str) -> tuple[Tensor, bool]:
+        """A layer's weight [O, D], and whether the fused model holds the base's less precisely than it was given."""
         if isinstance(self.given, nn.Module):
             module: Any = _unwrapped(self.given).get_submodule(name)
-            return module.weight.detach().T if is_conv1d(module) else module.weight.detach()
-        source, layers = self.opened
-        weight = source.tensor(layers[name].weight)
-        assert weight is not None
-        return weight.detach().T if layers[name].fan_in_fan_out else weight.detach()
+            weight, transposed, plain = module.weight, is_conv1d(module), module.weight
+        else:
+            source, layers, tensors = self.opened
+            transposed, plain = layers[name].fan_in_fan_out, tensors[layers[name].weight]
+            tensor = source.tensor(layers[name].weight)
+            assert tensor is not None
+            weight = tensor
+        coarser = self.dtype.itemsize < min(4, plain.dtype.itemsize)
+        return weight.detach().T if transposed else weight.detach(), coarser
 
 
 def _count_experts(model: _Model) -> int:
@@ -228,16 +259,34 @@ def _unwrapped(model: Any) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _load(place: _Model) -> nn.Module:
-    """A model in float32, or float64 if it is; folders as transformers, or load_pretrained, loads them."""
+def _stored_dtype(model: _Model) -> torch.dtype:
+    """The coarsest dtype of the factors that a fused model holds."""
+    if isinstance(model, nn.Module):
+        dtypes = {layer.u.dtype for layer in smile_layers(_unwrapped(model)).values()}
+    else:
+        stored = read_tensors(model)
+        dtypes = {t.dtype for name, t in stored.items() if name.endswith(".u") and f"{name[:-1]}vh" in stored}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _load(place: _Model, dtype: torch.dtype) -> nn.Module:
+    """A model in float32, or float64 if it is, its tensors rounded to `dtype`; folders as transformers loads them."""
     if isinstance(place, nn.Module):
         model = _unwrapped(place)
-        narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
-        return copy.deepcopy(model).float() if narrow else model
-    config = read_config(place)
-    if config.get("quantization_config"):
-        return load_pretrained(place, dtype=torch.float32)
-    return transformers_class(config).from_pretrained(place, dtype=torch.float32)
+        coarse = [p.dtype.itemsize for p in model.parameters() if p.is_floating_point()]
+        if min(coarse, default=4) >= 4 <= dtype.itemsize:
+            return model
+        model = copy.deepcopy(model)
+        wanted = torch.float64 if max(coarse, default=4) > 4 else torch.float32
+    else:
+        config, wanted = read_config(place), torch.float32
+        if config.get("quantization_config"):
+            return load_pretrained(place, dtype=wanted)
+        model = transformers_class(config).from_pretrained(place, dtype=wanted)
+    for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}.values():
+        if tensor.is_floating_point():
+            tensor.data = _rounded(tensor.data, dtype)
+    return model.to(wanted)
 
 
 @dataclass
@@ -304,18 +353,66 @@ def _record(model: nn.Module, inputs: Mapping[str, Tensor] | None, seed: int) ->
     return _Record(inputs, [call for call in calls if call.name not in computed], outputs, output)
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """What a SMILE layer may differ by from a fine-tuned layer.
+
+    Attributes:
+        weight_of: the fine-tuned weight of a layer [O, D], and whether the base's was rounded to `dtype`.
+        certified: per layer, the error of each expert's factors; empty if there is no report.
+        dtype: of the factors.
+    """
+
+    weight_of: Callable[[str], tuple[Tensor, bool]]
+    certified: Mapping[str, Sequence[float]]
+    dtype: torch.dtype
+
+    @property
+    def floor(self) -> float:
+        return ROUNDING + 4 * torch.finfo(self.dtype).eps
+
+    def rest(self, layer: SmileLinear, i: int, name: str) -> tuple[Tensor, str]:
+        """W_i - W - U_i diag(s_i) V_i^T, and whether it is rounding, or the error of the best factors of this rank."""
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        u, s, vh = (getattr(layer, part)[i].to(dtype) for part in ("u", "s", "vh"))
+        vh = vh[: layer.rank_of_expert]
+        given, rounded = self.weight_of(name)
+        weight = given.to(u)
+        rows = min(len(weight), len(layer.weight))  # a larger vocabulary has more
+        change = weight[:rows] - layer.weight[:rows].to(dtype)
+        rest = change - (u[:rows] * s) @ vh
+        size, left = torch.linalg.vector_norm(change), torch.linalg.vector_norm(rest)
+        # Then W was rounded after the factors were computed.
+        slack = torch.finfo(self.dtype).eps * torch.linalg.vector_norm(weight) if rounded else 0.0
+        if left <= self.floor * size + slack:
+            return rest, "exact"
+        certified = self.certified.get(name)
+        if certified is None:
+            least = torch.linalg.vector_norm(torch.linalg.svdvals(change)[layer.rank_of_expert :])
+        else:
+            least = certified[i] * size
+        inside = torch.linalg.vector_norm(u[:rows].T @ rest @ vh.T)
+        best = left <= (1 + 1e-3) * least + self.floor * size + slack
+        return rest, "truncated" if best and inside <= self.floor * torch.linalg.vector_norm(s) + slack else "off"
+
+    def explains(self, rest: Tensor, x: Tensor, got: Tensor, want: Tensor) -> bool:
+        """Whether the error of an output is explained by the error of the weight."""
+        got = got[..., : want.shape[-1]]
+        unexplained = torch.linalg.vector_norm(want.to(rest) - got.to(rest) - x.to(rest) @ rest.T)
+        return bool(unexplained <= self.floor * torch.linalg.vector_norm(want.to(rest)))
+
+
 def _compare(
     model: nn.Module,
     expert: int,
     record: _Record,
-    weight_of: Callable[[str], Tensor],
-    certified: Mapping[str, Sequence[float]],
+    expected: _Expected,
     seed: int,
 ) -> tuple[str, str, dict[str, float]]:
     """The verdict, the first module that is off, and the error of each module by itself."""
     leaves, errors = _leaves(model), dict[str, float]()
     first, truncated = "", False
-    fits: dict[str, bool] = {}
+    rests: dict[str, tuple[Tensor, str]] = {}
     for call in record.calls:
         module = leaves.get(call.name)
         if module is None:
@@ -331,48 +428,14 @@ def _compare(
         if error <= ROUNDING:
             continue
         if isinstance(module, SmileLinear) and error < math.inf:
-            rest, layer_fits = _rest(module, expert, weight_of, call.name, certified.get(call.name))
-            fits.setdefault(call.name, layer_fits)
-            if fits[call.name] and _explained(rest, module, call.args[0], got, want):
-                truncated = True
+            rest, verdict = rests.setdefault(call.name, expected.rest(module, expert, call.name))
+            if verdict != "off" and expected.explains(rest, call.args[0], got, want):
+                truncated = truncated or verdict == "truncated"
                 continue
         first = first or call.name
     between = _first_difference(model, record, seed)
     first = first or between
     return "off" if first else "truncated" if truncated else "exact", first, errors
-
-
-def _rest(
-    layer: SmileLinear,
-    i: int,
-    weight_of: Callable[[str], Tensor],
-    name: str,
-    certified: Sequence[float] | None,
-) -> tuple[Tensor, bool]:
-    """W_i - W - U_i diag(s_i) V_i^T, and whether it is the error of the best factors of this rank."""
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    u, s, vh = (getattr(layer, part)[i].to(wide) for part in ("u", "s", "vh"))
-    vh = vh[: layer.rank_of_expert]
-    weight = weight_of(name).to(u)
-    rows = min(len(weight), len(layer.weight))  # a larger vocabulary has more
-    change = weight[:rows] - layer.weight[:rows].to(wide)
-    rest = change - (u[:rows] * s) @ vh
-    floor = ROUNDING + 4 * torch.finfo(layer.u.dtype).eps
-    size, left = torch.linalg.vector_norm(change), torch.linalg.vector_norm(rest)
-    if certified is None:
-        least = torch.linalg.vector_norm(torch.linalg.svdvals(change)[layer.rank_of_expert :])
-    else:
-        least = certified[i] * size
-    inside = torch.linalg.vector_norm(u[:rows].T @ rest @ vh.T)
-    return rest, bool(left <= (1 + 1e-3) * least + floor * size) and bool(inside <= floor * torch.linalg.vector_norm(s))
-
-
-def _explained(rest: Tensor, layer: SmileLinear, x: Tensor, got: Tensor, want: Tensor) -> bool:
-    """Whether the error of an output is explained by the error of the weight."""
-    floor = ROUNDING + 4 * torch.finfo(layer.u.dtype).eps
-    got = got[..., : want.shape[-1]]
-    unexplained = torch.linalg.vector_norm(want.to(rest) - got.to(rest) - x.to(rest) @ rest.T)
-    return bool(unexplained <= floor * torch.linalg.vector_norm(want.to(rest)))
 
 
 def _first_difference(model: nn.Module, record: _Record, seed: int) -> str:

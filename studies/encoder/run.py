@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import BertModel
 
-from smile_kernels import RoutingPolicy, SmileLinear, set_routing, upscale, watch_routing
+from smile_kernels import RoutingPolicy, SmileLinear, set_routing, upscale, verify, watch_routing
 from smile_kernels.nn import smile_layers
 
 from .. import merge, report
@@ -100,16 +100,21 @@ def variants(case: Case) -> Iterator[Variant]:
         "TIES",
         (({"density": d, "scale": s}, merge.ties(vectors, d, s)) for d in case.densities for s in case.scales),
     )
+    few = dict(zip(("states", "attention_mask"), case.trained[0].validation.gather(torch.arange(4))))
     for g, r in SETTINGS:
-        model, report = upscale(case.base, uppers, rank_of_expert=r, rank_of_router=g, progress=False)
+        model, found = upscale(case.base, uppers, rank_of_expert=r, rank_of_router=g, progress=False)
+        details = {
+            **energy(found),
+            "verified": report.check(verify(model, case.base, uppers, report=found, inputs=few)),
+        }
         name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
-        yield Variant(name, lambda i, model=model: model, details=energy(report), timed=True)
+        yield Variant(name, lambda i, model=model: model, details=details, timed=True)
         if (g, r) == SHOWN:
             yield Variant(f"{name}, oracle routing", lambda i, model=model: with_own_expert(model, i))
             for kind, policy in POLICIES.items():
                 routed = copy.deepcopy(model)
                 set_routing(routed, policy)
-                yield Variant(f"{name}, {kind}", lambda i, routed=routed: routed, details=energy(report), timed=True)
+                yield Variant(f"{name}, {kind}", lambda i, routed=routed: routed, details=details, timed=True)
 
 
 def evaluate(variant: Variant, case: Case) -> dict:
@@ -317,6 +322,8 @@ def study(
         "fidelity": fidelity,
     }
     report.show(tables(results)[1:])  # the prompts and licences are left to the documentation
+    verdicts = ", ".join(f"{name} {runs[0]['verified']}" for name, runs in rows.items() if "verified" in runs[0])
+    print(f"verify, each expert forced against its fine-tuned model: {verdicts}")
     print(f"{time.perf_counter() - start:.0f} s in all")
     report.write(results, json_path, plot, draw)
     return results

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -276,6 +276,8 @@ def study(
         full = full_fine_tunes(loaded, step, size.rows) if size.full else None
         step("saving the fused model", 0, 1)
         save(next(m for m in METHODS if m.name == "recommended").build(case).model, case.tokenizer, folder)
+        step("verify", 0, 1)
+        verdict = shared.check(sk.verify(folder, case.base, case.finetuned, progress=partial(step, "verify")))
     plain = sum(p.numel() for p in case.model.parameters())
     results = {
         "machine": shared.machine(),
@@ -299,5 +301,6 @@ def study(
     shared.show(report.tables(results)[1:])  # the instructions are left to the documentation
     print(f"{time.perf_counter() - start:.0f} s in all")
     shared.write(results, json_path, plot, report.draw)
+    print(f"verify, each expert forced against its fine-tuned model: {verdict}")
     print(f"smile-kernels chat {folder}", f"vllm serve {folder} & vllm chat", sep="\n")
     return results

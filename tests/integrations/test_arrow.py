@@ -101,6 +101,12 @@ def test_adapters_of_other_ranks_and_targets():
     ours = sk.from_peft_arrow(arrow_of(ranks, targets))
     torch.testing.assert_close(logits(ours), want, rtol=1e-5, atol=1e-5)
     assert len(smile_layers(ours)) == 6
+    finetuned = []
+    for i in range(2):
+        one = arrow_of(ranks, targets)
+        one.set_adapter(f"task_{i}")
+        finetuned.append(one.merge_and_unload())
+    assert [verdict.verdict for verdict in sk.verify(ours, base(), finetuned)] == ["exact"] * 2
 
 
 def test_what_is_not_arrow_is_refused_and_stays(tmp_path):

@@ -267,8 +267,16 @@ class TestEvaluation:
         assert rows["TIES"]["scale"] in case.scales
         assert set(rows["SMILE (g 4, r 8), oracle routing"]["own_expert"].values()) == {100.0}
         assert rows["SMILE (g 8, full rank)"]["energy_least"] == pytest.approx(100, abs=1e-3)
+        verified = [rows[name].get("verified") for name in ("SMILE (g 8, full rank)", "SMILE (g 4, r 8)", "TIES")]
+        assert verified == ["exact", "truncated", None]
         for row in rows.values():
             assert len(row["accuracy"]) == 3
+
+    def test_a_fused_model_that_is_not_what_was_fused_ends_the_study(self, case, monkeypatch):
+        monkeypatch.setattr(run, "SETTINGS", ((4, 8),))
+        monkeypatch.setattr(run, "upscale", lambda base, uppers, **options: upscale(base, uppers[::-1], **options))
+        with pytest.raises(RuntimeError, match="the fused model is not what was fused: expert 0: off, first at layers"):
+            list(run.variants(case))
 
     def test_timings_say_what_is_missing(self, case, monkeypatch):
         def missing(*args):

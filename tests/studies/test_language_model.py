@@ -225,9 +225,10 @@ class TestStudy:
         for title, columns, rows in report.tables(results):
             assert rows, title
             assert all(len(row) == len(columns) for row in rows), title
-        last = capsys.readouterr().out.splitlines()[-2:]
+        last = capsys.readouterr().out.splitlines()[-3:]
         folder = small / "language_model" / "fused"
-        assert last == [f"smile-kernels chat {folder}", f"vllm serve {folder} & vllm chat"]
+        assert last[0] == "verify, each expert forced against its fine-tuned model: exact"
+        assert last[1:] == [f"smile-kernels chat {folder}", f"vllm serve {folder} & vllm chat"]
         served = methods.load(folder)
         recommended = next(m for m in methods.METHODS if m.name == "recommended")
         study = run.Study(TASKS, small)

@@ -182,6 +182,40 @@ def test_adapters(architecture, stored, tmp_path):
         assert [v.verdict for v in found] == [verdict] * 2
 
 
+@pytest.mark.parametrize(("given", "kept"), [("bfloat16", None), ("float32", "bfloat16"), ("float16", "bfloat16")])
+@pytest.mark.parametrize("kind", ["adapters", "whole"])
+def test_what_is_stored_in_low_precision(kind, given, kept, tmp_path):
+    """Rounding is no difference, also of changes as small as that of the weights; a truncation is."""
+    import peft
+
+    from tests.integrations.tiny_models import build as tiny
+
+    dtype = getattr(torch, given)
+    base = tiny("MistralForCausalLM").to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    for i in range(2):
+        torch.manual_seed(i)
+        expert = copy.deepcopy(base)
+        if kind == "adapters":
+            config = peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+            expert = peft.get_peft_model(expert, config)
+        with torch.no_grad():
+            for name, p in expert.named_parameters():
+                if kind == "whole" and "proj" in name:
+                    p += (0.02 * torch.randn(len(p), 3) @ torch.randn(3, p.shape[1])).to(dtype)
+                elif p.requires_grad and kind == "adapters":
+                    p *= 0.3
+        expert.save_pretrained(tmp_path / f"e{i}")
+    folders = [tmp_path / "e0", tmp_path / "e1"]
+    for rank, verdict in ((-1, "exact"), (1, "truncated")):
+        out, options = tmp_path / f"out{rank}", {"rank_of_expert": rank, "rank_of_router": 1}
+        sk.upscale_checkpoints(tmp_path / "base", folders, out, dtype=kept and getattr(torch, kept), **options)
+        assert [v.verdict for v in sk.verify(out)] == [verdict] * 2
+        swapped = sk.verify(out, tmp_path / "base", folders[::-1])
+        assert [(v.verdict, v.module) for v in swapped] == [("off", "model.layers.0.self_attn.q_proj")] * 2
+        assert [v.verdict for v in sk.verify(sk.load_pretrained(out), tmp_path / "base", folders)] == [verdict] * 2
+
+
 def test_one_model_at_a_time_from_folders(tmp_path, monkeypatch):
     base = build()
     models = [base, tuned(base, 1), tuned(base, 2)]
