@@ -811,7 +811,9 @@ def test_openai_server_whose_prompts_vote(served, tmp_path):
     assert texts(answers[0]) == want
     with routing_override(model, "m2"):
         assert texts(answers[1]) == [greedy(model, short[0])]
-    assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in str(answers[2]["error"])
+    error = answers[2]["error"]
+    assert error["code"] == 400
+    assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -850,6 +852,8 @@ def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
 def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRouting:
     """A policy's state without an engine, 3 experts of which 2 are chosen, its buffers poisoned."""
     routing = RememberedRouting(policy, 3, 2)
+    if policy.scope == "causal":
+        routing.cache = kv_sums.SumsCache("smile_routing.1", lambda: 3 * routers, None)
     routing.cache_name, routing.names = "smile_routing.1", [f"layers.{i}.mlp" for i in range(routers)]
     routing.evidence, routing.weights = torch.full((tokens, 3), torch.nan), torch.full((tokens, 2), torch.nan)
     routing.ids = torch.full((tokens, 2), -1, dtype=torch.int32)
@@ -899,6 +903,14 @@ def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypa
     assert y.shape[1] == 64
 
 
+@pytest.mark.parametrize(("op", "given"), [("smile_running_sums", ["sums"]), ("smile_vote", ["weights", "ids"])])
+def test_what_runs_between_cuda_graphs_writes_where_the_next_reads(op, given):
+    """A tensor of its own would lie elsewhere in each pass, and a captured graph reads where it lay when captured."""
+    schema = getattr(torch.ops.vllm, op).default._schema
+    assert schema.returns == []
+    assert [argument.name for argument in schema.arguments if argument.is_write] == given
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_sums_read_nothing_on_the_host(gamma, monkeypatch):
     """What runs between CUDA graphs, on tensors without values: three requests, two of them continued, and padding."""
@@ -922,9 +934,7 @@ def test_sums_read_nothing_on_the_host(gamma, monkeypatch):
         metadata = kv_sums.SumsMetadataBuilder(spec, ["sums"], config, torch.device("cpu")).build(0, common)
         pages = torch.empty(5, 1, 32, 6)
         monkeypatch.setattr(kv_sums, "get_attention_context", lambda name: (metadata, None, pages, common.slot_mapping))
-        sums = kv_sums.smile_running_sums(torch.empty(9, 1, 3), 1, gamma, "smile_routing.1")
-        assert sums.shape == (9, 1, 3)
-        assert sums.dtype == torch.float32
+        kv_sums.smile_running_sums(torch.empty(9, 1, 3), torch.empty(9, 1, 3), 1, gamma, "smile_routing.1")
 
 
 def test_requests_that_begin_on_blocks_of_the_same_pass():

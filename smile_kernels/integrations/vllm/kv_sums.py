@@ -151,16 +151,18 @@ class SumsBackend(AttentionBackend):
         return SumsMetadataBuilder
 
 
-def smile_running_sums(shares: Tensor, first: int, gamma: float, cache_name: str) -> Tensor:
-    """shares [T, P, N] of the routers from `first` on -> their sums over each token's request up to it, kept.
+def smile_running_sums(shares: Tensor, sums: Tensor, first: int, gamma: float, cache_name: str) -> None:
+    """shares [T, P, N] of the routers from `first` on -> sums, those over each token's request up to it, kept.
 
-    The sum before each token counts `gamma` times (RoutingPolicy.half_life).
+    The sum before each token counts `gamma` times (RoutingPolicy.half_life). What runs between CUDA graphs writes into
+    memory that it is given, where the next graph reads.
     """
     metadata, _, pages, slots = get_attention_context(cache_name)
     tokens, routers, n = shares.shape
     flat = shares.flatten(1)
     if metadata is None:  # vLLM measures its memory
-        return flat.cumsum(0).view_as(shares)
+        sums.copy_(shares.cumsum(0))
+        return
     if len(slots) != tokens:
         raise RuntimeError(f"routing: a SMILE layer has {tokens} tokens in a pass of {len(slots)}; expected as many")
     size, columns = pages.shape[2], slice(first * n, (first + routers) * n)
@@ -170,18 +172,18 @@ def smile_running_sums(shares: Tensor, first: int, gamma: float, cache_name: str
         before = torch.where(metadata.known, page[metadata.before // size, metadata.before % size], 0)
         if gamma == 1:
             # Differences of prefix sums over all requests, in float64: they must not lose a short one behind long ones.
-            sums = flat.double().cumsum(0)
-            sums = (sums - F.pad(sums, (0, 0, 1, 0))[metadata.start] + before).to(shares.dtype)
+            prefix = flat.double().cumsum(0)
+            upto = (prefix - F.pad(prefix, (0, 0, 1, 0))[metadata.start] + before).to(shares.dtype)
         else:
             begins = metadata.start == torch.arange(tokens, device=flat.device)
             own = flat + torch.where(begins[:, None], gamma * before, 0)
-            sums = running_sums(own[None], torch.where(begins, 0.0, gamma)[None])[0]
-        page[slots // size, slots % size] = sums
-    return sums.view_as(shares)
+            upto = running_sums(own[None], torch.where(begins, 0.0, gamma)[None])[0]
+        page[slots // size, slots % size] = upto
+    sums.copy_(upto.view_as(shares))
 
 
-def _running_sums_like(shares: Tensor, first: int, gamma: float, cache_name: str) -> Tensor:
-    return torch.empty_like(shares)
+def _running_sums_fake(shares: Tensor, sums: Tensor, first: int, gamma: float, cache_name: str) -> None:
+    pass
 
 
-direct_register_custom_op("smile_running_sums", smile_running_sums, fake_impl=_running_sums_like)
+direct_register_custom_op("smile_running_sums", smile_running_sums, ["sums"], _running_sums_fake)

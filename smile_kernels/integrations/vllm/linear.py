@@ -431,7 +431,9 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             if not self.votes:
                 weights, ids = self.prompt.served(len(x))
             elif torch.compiler.is_compiling():
-                weights, ids = torch.ops.vllm.smile_vote(x, self.names[0], self.prompt.weights.shape[1])
+                served = self.prompt.served(len(x))
+                weights, ids = (torch.empty_like(each) for each in served)
+                torch.ops.vllm.smile_vote(x, weights, ids, self.names[0])
             else:
                 weights, ids = self.vote(layer, x)
             weights, ids = (t[:, None].expand(-1, p, -1) for t in (weights, ids))

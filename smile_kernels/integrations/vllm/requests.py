@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.exceptions import VLLMClientError
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -27,6 +28,10 @@ KEY = "expert"
 FLAG = "smile_expert_per_request"  # in --additional-config: without it layers cost what they cost
 
 Asked = Sequence[tuple[int, float]]  # (expert, weight), as it travels with the request
+
+
+class RequestError(SmileError, VLLMClientError):
+    """What a request has wrong: the server answers it with status 400 and the message, and goes on."""
 
 
 def may_choose(config: VllmConfig) -> bool:
@@ -146,7 +151,10 @@ def admit_requests() -> None:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
         if (smile := smile_of(self.vllm_config)) is not None:
-            smile.admit(request, self.vllm_config)
+            try:
+                smile.admit(request, self.vllm_config)
+            except SmileError as error:
+                raise RequestError(str(error)) from error
         return request
 
     process_inputs.admits_experts = True  # type: ignore[attr-defined]

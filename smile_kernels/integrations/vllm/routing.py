@@ -146,9 +146,10 @@ class RememberedRouting:
         """L of the routers that `choose` is called for, [T, count(first, routers), N]; the last is kept."""
         self._follow(first, routers)
         tokens, scored = scores.shape[:2]
-        sums = energy_shares(scores.square())
+        sums = shares = energy_shares(scores.square())
         if self.cache is not None:
-            sums = torch.ops.vllm.smile_running_sums(sums, first, self.gamma, self.cache_name)
+            sums = torch.empty_like(shares)
+            torch.ops.vllm.smile_running_sums(shares, sums, first, self.gamma, self.cache_name)
         prior = prior[:scored] if self.policy.calibrated and prior is not None else None
         logs = log_evidence(sums, self.policy.accumulate, prior)
         if self.policy.accumulate:

@@ -304,16 +304,15 @@ def vote_first() -> None:
     Scheduler.update_from_output = update_from_output  # type: ignore[method-assign]
 
 
-def smile_vote(x: Tensor, name: str, width: int) -> tuple[Tensor, Tensor]:
-    """The SMILE layer `name` reads x [T, D]: its part of the votes; the experts that serve it, [T, width]."""
+def smile_vote(x: Tensor, weights: Tensor, ids: Tensor, name: str) -> None:
+    """The SMILE layer `name` reads x [T, D]: its part of the votes; into weights and ids [T, width] what serves it."""
     layer: Any = get_forward_context().no_compile_layers[name]
-    weights, ids = layer.quant_method.vote(layer, x)
-    return weights.clone(), ids.clone()
+    for into, served in zip((weights, ids), layer.quant_method.vote(layer, x)):
+        into.copy_(served)
 
 
-def _smile_vote_like(x: Tensor, name: str, width: int) -> tuple[Tensor, Tensor]:
-    shape = x.shape[0], width
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
+def _smile_vote_fake(x: Tensor, weights: Tensor, ids: Tensor, name: str) -> None:
+    pass
 
 
-direct_register_custom_op("smile_vote", smile_vote, fake_impl=_smile_vote_like)
+direct_register_custom_op("smile_vote", smile_vote, ["weights", "ids"], _smile_vote_fake)
