@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -214,12 +215,17 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Step]:
-    """One bar for each piece of work on stderr: a piece ends where the next one begins."""
+    """Progress on stderr, by piece of work: a bar on a terminal, elsewhere a line for each tenth."""
     columns = TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn()
+    console = Console(stderr=True)
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    tenths: dict[str, int] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def step(what: str, done: int, total: int) -> None:
+            if not console.is_terminal and tenths.get(what) != (tenth := 10 * done // max(total, 1)):
+                tenths[what] = tenth
+                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
             if what not in bars:
                 for bar in bars.values():
                     progress.update(bar, completed=1, total=1)

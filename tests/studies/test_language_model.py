@@ -259,3 +259,13 @@ class TestReport:
         assert found["of_individual"] == pytest.approx(100 * 50 / 75, abs=0.01)
         assert found["mean"] == 50.0
         assert found["rows"] == {"a": 2, "b": 2}
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys):
+    with run._progress() as step:
+        for done in range(1, 41):
+            step("fine-tuning", done, 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fine-tuning: 1 of 40"
+    assert lines[-1] == "fine-tuning: 40 of 40"
+    assert len(lines) == 11
