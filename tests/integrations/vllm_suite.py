@@ -83,8 +83,8 @@ PROMPTS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0
 # Longer than a block of the KV cache, or a chunk of prefill, of 32 tokens; the last begins as the one before it.
 LONG = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 40, 3, 150, 21)]
 LONG.append(LONG[3][:100] + LONG[1])
-TURN = (5, 7)  # begins a turn: the two last of these prompts have one, behind another prompt
-VOTING = [*LONG, LONG[0] + [*TURN] + LONG[2], LONG[3][:60] + [*TURN] + LONG[1]]
+TURN = (5, 7)  # begins a turn: two of these prompts have one, behind another prompt
+VOTING = [*LONG, LONG[0] + [*TURN] + LONG[2], LONG[3][:60] + [*TURN] + LONG[1], 6 * LONG[4]]
 BLOCK = 128  # tokens, in vLLM's KV cache on a CPU
 PER_REQUEST = {"additional_config": {"smile_expert_per_request": True}}
 CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 3, "block_size": 32, "max_model_len": 256}
@@ -188,10 +188,18 @@ def _in_vllm(folder: str, loras: tuple, prompts: list, options: dict) -> list[li
         (again,) = engine.generate(prompts[-1:], sampling, lora_request=request)
         assert again.num_cached_tokens >= BLOCK
         assert list(again.outputs[0].token_ids) == answers[-1][-1]
-    if not options.get("disable_log_stats", True):
+    assert_preempted(engine, options)
+    return answers
+
+
+def assert_preempted(engine, options: dict) -> None:
+    """Where an engine has room for one of the longest prompts and little more, and so counts."""
+    if "num_gpu_blocks_override" in options:
         (preemptions,) = (metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
         assert preemptions > 0
-    return answers
+
+
+SMALL = {**CHUNKS, "num_gpu_blocks_override": 9, "disable_log_stats": False}
 
 
 @pytest.mark.parametrize(
@@ -245,8 +253,7 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
         (
             "LlamaForCausalLM",
             RoutingPolicy("causal", accumulate=True),
-            # Room for one of the longest prompts and little more: requests are preempted.
-            {**CHUNKS, "num_gpu_blocks_override": 9, "disable_log_stats": False},
+            SMALL,
         ),
         (
             "LlamaForCausalLM",
@@ -367,6 +374,7 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
         outputs = engine.generate(given, [sampling(expert) for expert in asked])
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
         cached.append([output.num_cached_tokens for output in outputs])
+    assert_preempted(engine, options)
     with pytest.raises(ValueError, match="expert: is") as error:
         engine.generate(given[:1], sampling("maths"))
     (after,) = engine.generate(given[:1], sampling(asked[0]))  # the engine goes on
@@ -463,7 +471,7 @@ def test_adapters_on_an_int8_base(tmp_path):
 
 
 def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
-    """The expert that wins a prompt in transformers, and the greedy tokens it then gives."""
+    """The expert that wins a prompt in transformers, under scope "prompt", and the greedy tokens it then gives."""
     ids = torch.tensor([prompt])
     with watch_routing(model) as counts:
         model(ids)
@@ -481,8 +489,7 @@ def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
         (
             "LlamaForCausalLM",
             RoutingPolicy("prompt", half_life=20, restart_at=TURN),
-            # Room for one of the longest prompts and little more: votes and requests are preempted.
-            {"enforce_eager": True, **CHUNKS, "num_gpu_blocks_override": 9},
+            {"enforce_eager": True, **SMALL},
         ),
         (
             "Qwen2ForCausalLM",
@@ -720,11 +727,15 @@ def test_a_compiled_layer_reads_what_the_runner_says_of_each_pass(monkeypatch):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True)], ids=["token", "causal"])
+@pytest.mark.parametrize(
+    "policy",
+    [RoutingPolicy(), RoutingPolicy("causal", accumulate=True), RoutingPolicy("prompt", lock_after=1)],
+    ids=["token", "causal", "prompt"],
+)
 def test_the_same_tokens_with_and_without_a_lora_adapter(policy, served, tmp_path):
     case = served("LlamaForCausalLM")
     model, generator, tensors = with_routing(case.folder, tmp_path / "model", policy), torch.Generator(), {}
-    want = [greedy(model, prompt) for prompt in PROMPTS]
+    want = [voted(model, prompt)[1] for prompt in PROMPTS]
     for i, layer in enumerate(model.model.layers):
         for name in ("q_proj", "o_proj"):
             a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((8, 128), (128, 8)))
@@ -736,7 +747,7 @@ def test_the_same_tokens_with_and_without_a_lora_adapter(policy, served, tmp_pat
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     plain, adapted = in_vllm(tmp_path / "model", (None, str(tmp_path)), enable_lora=True, max_lora_rank=8)
     assert plain == want
-    assert adapted == [greedy(model, prompt) for prompt in PROMPTS] != want
+    assert adapted == [voted(model, prompt)[1] for prompt in PROMPTS] != want
 
 
 @pytest.mark.parametrize(
@@ -1057,6 +1068,35 @@ def test_what_cannot_vote_says_why():
         with pytest.raises(ValueError, match=message):
             routing.admit(SimpleNamespace(**{**plain, **given}), asked, config)
     routing.admit(SimpleNamespace(**plain), [(0, 0.5), (1, 0.5)], SimpleNamespace(**PER_REQUEST))
+
+
+def test_engines_whose_prompts_cannot_vote_are_refused():
+    sizes = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+    parallel = dict.fromkeys(sizes, 1) | {"use_ubatching": False, "use_sequence_parallel_moe": False}
+    model = {"runner_type": "generate", "is_multimodal_model": False, "is_encoder_decoder": False}
+    parts = {
+        "parallel_config": parallel,
+        "model_config": model,
+        "scheduler_config": {"async_scheduling": True, "get_scheduler_cls": lambda: Scheduler},
+        "cache_config": {"kv_sharing_fast_prefill": False},
+    }
+
+    def refused(part: str = "model_config", **changed) -> list[str]:
+        given = {
+            name: SimpleNamespace(**{**values, **(changed if name == part else {})}) for name, values in parts.items()
+        }
+        found = PromptRouting(RoutingPolicy("prompt"), 3, 1)._refused(SimpleNamespace(kv_transfer_config=None, **given))
+        return [name for name, (is_given, _) in found.items() if is_given]
+
+    assert refused() == []
+    for part, name, value, said in [
+        ("model_config", "runner_type", "pooling", "runner"),
+        ("model_config", "is_multimodal_model", True, "model"),
+        ("scheduler_config", "get_scheduler_cls", lambda: object, "scheduler_cls"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
+        ("parallel_config", "use_sequence_parallel_moe", True, "enable_expert_parallel"),
+    ]:
+        assert refused(part, **{name: value}) == [said]
 
 
 @pytest.mark.parametrize(
