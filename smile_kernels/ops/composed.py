@@ -327,7 +327,7 @@ def _check_ids(ids: Tensor, num_experts: int) -> None:
         least, most = ids.min().item(), ids.max().item()
         if least < -1 or most >= num_experts:
             worst = least if least < -1 else most
-            raise SmileError(f"ids: holds {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
+            raise SmileError(f"ids: contains {worst}; expected 0 to {num_experts - 1}, or -1 for no expert")
 
 
 def _any_is_none(ids: Tensor) -> bool:
