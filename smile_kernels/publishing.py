@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,8 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
             raise OSError(
                 error.errno, f"disk is full ({free:,} bytes free); no half-written file is left", str(file)
             ) from None
+        if error.filename is None:
+            error.filename = str(file)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -140,9 +143,15 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         ValueError: an empty path, a mount point, or a folder that overlaps an input.
         FileExistsError: the path is a file.
     """
-    if not str(folder).strip() or "\0" in str(folder):
-        raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write")
+    text = os.fsencode(folder)
+    if not text.strip() or b"\0" in text or not _is_utf8(text):
+        raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write, in UTF-8")
     path = Path(os.path.realpath(folder))
+    if path.is_symlink():
+        raise SmileError(f"out: {path} is a link to itself; expected the path of a folder to write")
+    above = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise FileExistsError(f"{above}: is not a folder; expected one, to write {path.name} in")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; expected a new or empty folder")
     if os.path.ismount(path):
@@ -153,6 +162,15 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
             how = "is" if path == source else "contains" if path in source.parents else "is inside"
             raise SmileError(f"out: {path} {how} {name}, {source}; expected a folder apart from every input")
     return path
+
+
+def _is_utf8(text: bytes) -> bool:
+    """Whether safetensors can open files of this path."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -228,11 +246,8 @@ def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:
         )
     if SETTINGS not in names:
         return {}
-    try:
-        begun = json.loads((work / SETTINGS).read_text())
-    except ValueError:
-        begun = None
-    if isinstance(begun, dict):
+    begun = _read_object(work / SETTINGS)
+    if begun is not None:
         return begun
     if not force:
         raise FileExistsError(f"{work / SETTINGS}: is damaged; expected --force, to start again")
@@ -263,12 +278,17 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; {} if there is no readable one."""
+    manifest = _read_object(folder / MANIFEST) or {}
+    return manifest if isinstance(manifest.get("files"), dict) and "settings" in manifest else {}
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where it is not a regular file, or holds no object."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-    whole = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "settings" in manifest
-    return manifest if whole else {}
+        value = json.loads(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _empty(folder: Path) -> bool:
@@ -336,7 +356,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
     file = folder.with_name(f".{folder.name}.lock")
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise FileExistsError(f"{file}: cannot be the lock of {folder} ({error.strerror})") from None
+        status = os.fstat(descriptor)
+        if status.st_size or not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise FileExistsError(f"{file}: was not created by smile-kernels; expected no file, for a lock")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -101,6 +101,7 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     for file in files:
         if not file.is_file():
             kind = "a link to a missing file" if file.is_symlink() else "no such file"
+            kind = "not a regular file" if file.exists() else kind
             raise FileNotFoundError(f"{file}: {kind}" + (f"; {index} names it" if index else ""))
         for tensor in read_safetensors(file) if file.suffix == ".safetensors" else read_pickled(file):
             if weight_map is not None and weight_map.get(tensor.name) != file.name:
@@ -160,8 +161,11 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            with safe_open(file, "pt") as f:
-                return f.get_tensor(name).clone()
+            try:
+                with safe_open(file, "pt") as f:
+                    return f.get_tensor(name).clone()
+            except SafetensorError as error:
+                raise SmileError(f"{file}: changed while it was read ({error}); fetch or write it again") from None
 
         return read
 
@@ -312,11 +316,14 @@ def parse_size(size: int | str) -> int:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises ValueError, naming the file, if there is none."""
+    text = read_text(file)
     try:
-        value = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise SmileError(f"{file}: is not JSON ({reason})") from None
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SmileError(f"{file}: is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: Python reads no number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise SmileError(f"{file}: cannot be read as JSON ({reason})") from None
     if not isinstance(value, dict):
         raise SmileError(f"{file}: contains a {type(value).__name__}; expected an object")
     return value

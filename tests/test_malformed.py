@@ -39,7 +39,10 @@ ODD_VALUES: list[Any] = [
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """A tiny language model as shards, a fine-tuned version, an adapter of it, and the fused checkpoint."""
-    folder = tmp_path_factory.mktemp("inputs")
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(folder: Path) -> Path:
     config = LlamaConfig(**TINY)
     torch.manual_seed(0)
     base = LlamaForCausalLM(config)

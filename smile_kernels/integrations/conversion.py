@@ -115,6 +115,11 @@ class ModelNames:
                 raise SmileError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
         kinds = {re.sub(r"\d+", "#", name) for name in self.state}
         for name, tensor in tensors.items():
+            if name in self.state and tuple(tensor.shape) != tuple(self.state[name].shape):
+                raise SmileError(
+                    f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}; expected "
+                    f"{list(self.state[name].shape)}, as {Path(folder) / 'config.json'} describes it"
+                )
             if name not in self.state and re.sub(r"\d+", "#", name) in kinds:
                 raise SmileError(
                     f"{tensor.file}: tensor {name!r} belongs to no block of the {type(self.model).__name__} that "

@@ -109,7 +109,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def is_adapter(directory: str | Path) -> bool:
     """Whether `directory` contains a PEFT adapter."""
-    return (Path(directory) / _CONFIG).is_file()
+    return (Path(directory) / _CONFIG).exists()
 
 
 @check_arguments
@@ -298,7 +298,7 @@ def _config(directory: Path) -> _Config:
             raise SmileError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
     for pattern in parsed.alpha_pattern or ():
         try:
-            regex.compile(pattern)
+            regex.compile(_whole(pattern))
         except regex.error as error:
             raise SmileError(
                 f"{directory / _CONFIG}: alpha_pattern: {pattern!r} is not a regular expression ({error})"
@@ -306,9 +306,14 @@ def _config(directory: Path) -> _Config:
     return parsed
 
 
+def _whole(pattern: str) -> str:
+    """The regular expression that PEFT makes of a pattern."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _matches(pattern: str, module: str) -> bool:
     try:
-        return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=1.0))
+        return bool(regex.match(_whole(pattern), module, timeout=1.0))
     except TimeoutError:
         raise SmileError(f"alpha_pattern: {pattern!r} takes more than a second on {module!r}; expected less") from None
 

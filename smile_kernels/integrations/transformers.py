@@ -31,7 +31,7 @@ from ..errors import SmileError
 from ..guard import guard_weights
 from ..nn import is_conv1d, replace_linear, smile_layers, why_not_linear
 from ..routing import set_routing
-from ..storage import read_safetensors
+from ..storage import read_pickled, read_safetensors
 from ..versions import expect, warn_if_newer
 
 
@@ -151,12 +151,21 @@ class SmileQuantizer(HfQuantizer):
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         known = {renamed(f"{name}.weight")[0] for name in config.modules}
         for file in kwargs.get("checkpoint_files") or ():
-            stored = read_safetensors(Path(file)) if str(file).endswith(".safetensors") else ()
-            for name in (tensor.name.removesuffix(".vh") for tensor in stored if tensor.name.endswith(".vh")):
-                if renamed(f"{name}.weight")[0] not in known:
+            for tensor in (read_safetensors if str(file).endswith(".safetensors") else read_pickled)(Path(file)):
+                name, _, part = tensor.name.rpartition(".")
+                key = renamed(f"{name}.weight")[0]
+                if part == "vh" and key not in known:
                     raise SmileError(
                         f"{file}: contains experts of {name!r}, which quantization_config.modules lacks; expected both"
                     )
+                if part in FACTORS and (target := key.removesuffix(".weight")) in self._layers:
+                    expected = getattr(self._layers[target][0], part)
+                    if expected is None or tensor.shape != expected.shape:
+                        described = "none" if expected is None else str(list(expected.shape))
+                        raise SmileError(
+                            f"{file}: tensor {tensor.name!r} has shape {list(tensor.shape)}; expected {described}, as "
+                            "quantization_config describes it"
+                        )
         if not self._layers:
             raise SmileError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
 

@@ -29,7 +29,7 @@ from ..checkpoint import REPORT, add_calibration, model_card
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
-from ..publishing import OutputFolder, check_folder, output_folder, write_text
+from ..publishing import MANIFEST, OutputFolder, check_folder, output_folder, write_text
 from ..routing import RoutingPolicy
 from ..schema import check_arguments, parse
 from ..storage import (
@@ -119,6 +119,7 @@ class Job:
             _check_quantized(remaining, dtype, embeddings_from)
         names = ModelNames(model_of_checkpoint(self.base))
         self.stored, self.packed = open_base(self.base, names)
+        self.beside = _files_beside(self.base)
         self.by_name, self.origins = names.map(self.stored)
         names.check_complete(self.base, self.by_name)
         self.tensors = StoredTensors(self.by_name)
@@ -149,6 +150,10 @@ class Job:
         """Add one expert's additional tokens to the base and all experts."""
         self.donor = which_expert(expert, self.config.expert_names or ())
         added = find_added_tokens(model, self.by_name, self.sources[self.donor])
+        starts = "tokenizer", "added_tokens", "special_tokens", "chat_template", "additional_chat_templates"
+        theirs = {place: file for file, place in _files_beside(self.experts[self.donor], *starts).items()}
+        ours = {place: file for file, place in self.beside.items()}
+        self.beside = {file: place for place, file in (ours | theirs).items()}
         own = [name for name in added.dims if name in self.origins]
         if split := next((name for name in own if self._split(name)), None):
             raise SmileError(
@@ -247,6 +252,16 @@ class Job:
             write_shard(folder / f"{index}.safetensors", tensors)
         write_text(folder / f"{index}.json", json.dumps(asdict(report)) + "\n")
 
+    def has_layer(self, folder: Path, index: int) -> bool:
+        """Whether the files of a layer are there, whole, from an interrupted run."""
+        layer, file = self.layers[index], folder / f"{index}.json"
+        try:
+            report = parse(LayerReport, read_json(file), str(file))
+            factors = [] if report.skipped else read_safetensors(file.with_suffix(".safetensors"))
+        except (SmileError, OSError):
+            return False
+        return report.name == layer.name and all(factor.name.startswith(f"{layer.stored}.") for factor in factors)
+
     def output_tensors(self, factors: Mapping[str, list[StoredTensor]], experts_only: bool) -> Iterator[StoredTensor]:
         """The tensors of the result: the base's in order, then the factors of each upscaled layer.
 
@@ -337,19 +352,12 @@ class Job:
                 )
         g = max((module.rank_of_router for module in modules.values()), default=self.config.rank_of_router)
         config = replace(self.config, modules=modules, rank_of_router=g)
-        _copy_beside(self.base, folder)
+        for source, name in self.beside.items():
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(source, folder / name)
         base_config = read_config(self.base)
         if self.added is not None:
             base_config = with_tokens(base_config, self.added)
-            _copy_beside(
-                self.experts[self.donor],
-                folder,
-                "tokenizer",
-                "added_tokens",
-                "special_tokens",
-                "chat_template",
-                "additional_chat",
-            )
         if self.dtype is not None and base_config:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
             base_config.pop("torch_dtype", None)
@@ -465,6 +473,7 @@ def upscale_checkpoints(
             if calibrate:
                 report = replace(report, calibration=add_calibration(output.output, routing, seed=0))
                 report.save(output.output / REPORT)
+            _check_unchanged(settings["files"], job.settings()["files"])
             output.publish()
             report.warn(remaining)
         barrier()
@@ -483,7 +492,7 @@ def _write(
     """Compute the layers and write the files that are not in the work folder yet; each process does its share."""
     rank, world, barrier = processes
     layers = output.work / "layers"
-    todo = [i for i in range(len(job.layers)) if not (layers / f"{i}.json").exists()]
+    todo = [i for i in range(len(job.layers)) if not job.has_layer(layers, i)]
     if len(todo) == len(job.layers):
         try:
             job.check_finite(slice(rank, None, world), progress)
@@ -563,16 +572,46 @@ def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return read().to(dtype)
 
 
-def _copy_beside(base: Path, folder: Path, *starts: str) -> None:
-    """Copy the other files of a checkpoint: tokenizers, generation settings, code; all, or by prefix."""
-    for file in sorted(base.iterdir()):
-        if starts and not file.name.startswith(starts):
+def _files_beside(folder: Path, *starts: str) -> dict[Path, Path]:
+    """The other files of a checkpoint, which are copied, and their places: tokenizers, settings, code; or by prefix.
+
+    Raises:
+        ValueError, OSError: one that cannot be copied.
+    """
+    found: list[Path] = []
+    for file in sorted(folder.iterdir()):
+        written_anew = file.name in ("config.json", "README.md", REPORT, MANIFEST) or file.name.startswith(".")
+        if written_anew or file.name.endswith(_WEIGHTS) or not file.name.startswith(starts or ""):
             continue
-        written_anew = file.name in ("config.json", "README.md", REPORT) or file.name.startswith(".")
-        if file.is_file() and not written_anew and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, folder / file.name)
-        elif file.is_dir() and _FOLDERS.match(file.name):
-            shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+        if not file.is_dir():
+            found.append(file)
+        elif _FOLDERS.match(file.name):
+            found += [file] if file.is_symlink() else [one for one in sorted(file.rglob("*")) if not _is_folder(one)]
+    for file in found:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: is a link to a missing file; expected the file, which is copied")
+        if not file.is_file():
+            raise SmileError(f"{file}: is not a regular file; expected one, since it is copied")
+        if not os.access(file, os.R_OK):
+            raise PermissionError(
+                errno.EACCES, "cannot be read; expected a file that can, since it is copied", str(file)
+            )
+    return {file: file.relative_to(folder) for file in found}
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _check_unchanged(before: Sequence[Any], now: Sequence[Any]) -> None:
+    """Raise ValueError if a file of the base or of an expert was changed since the job began."""
+    for i, (files, current) in enumerate(zip(before, now)):
+        if changed := sorted({name for name, *_ in set(files) ^ set(current)}):
+            where = f"experts[{i - 1}]" if i else "base"
+            raise SmileError(
+                f"{where}: {changed[0]} was changed while the model was upscaled; expected files that stay as they are "
+                "(--force starts again)"
+            )
 
 
 def _check_space(work: Path, needed: int) -> None:

@@ -16,7 +16,7 @@ from ..config import read_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..nn import is_conv1d, why_not_linear
-from ..storage import StoredTensor
+from ..storage import StoredTensor, read_tensors
 from ..svd import check_ranks
 from .reads import weight_readers
 from .report import LayerReport
@@ -145,8 +145,10 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known:
         return None
+    # Few modules have no tensors; a config that has layers by the million is found before all of them are built.
+    limit = 10_000 + 20 * len(read_tensors(folder))
     try:
-        with torch.device("meta"), _limited_modules():
+        with torch.device("meta"), _limited_modules(limit):
             model = cls(cls.config_class.from_pretrained(folder))
         model.tie_weights()
     except Exception as error:  # an architecture may raise anything on a config that does not fit
@@ -158,7 +160,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
 
 
 @contextmanager
-def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
+def _limited_modules(limit: int) -> Iterator[None]:
     """Stop a config that requests a billion layers before they are built."""
     count = 0
 
@@ -166,7 +168,7 @@ def _limited_modules(limit: int = 1_000_000) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > limit:
-            raise SmileError(f"it has more than {limit:,} modules")
+            raise SmileError(f"it has more than {limit:,} modules, too many for the tensors")
 
     handle = register_module_module_registration_hook(made)
     try:

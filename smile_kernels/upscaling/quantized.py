@@ -43,7 +43,7 @@ def quantization_of(folder: str | Path) -> dict[str, Any] | None:
     if not config:
         return None
     method = config.get("quant_method") if isinstance(config, Mapping) else config
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise SmileError(
             f"base: {folder} is stored as {method!r}; expected a checkpoint of plain weights, or of "
             f"{', '.join(sorted(METHODS))} with LoRA adapters"

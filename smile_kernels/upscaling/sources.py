@@ -208,6 +208,9 @@ class AdapterSource(ExpertSource):
                 raise SmileError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
             if isinstance(delta.weight, LowRankDelta):
                 parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}
+                sizes = [torch.linalg.vector_norm(part.double()).item() for part in (delta.weight.b, delta.weight.a)]
+                if abs(delta.weight.scale) * sizes[0] * sizes[1] > torch.finfo(torch.float32).max:
+                    raise SmileError(f"{self.where}: the change of {name} is larger than float32 can represent")
                 mine = (delta.weight.b.shape[0], delta.weight.a.shape[1])
                 mine = mine[::-1] if name in self.transposed else mine
                 if mine != tuple(shapes[f"{name}.weight"].shape):
@@ -286,6 +289,8 @@ def local_folder(argument: str, place: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither a local folder nor a repository that can be downloaded.
     """
+    if not str(place).strip() or "\0" in str(place):
+        raise SmileError(f"{argument}: is {str(place)!r}; expected a folder, or the id of a Hub repository")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(place))
     if hub is None or Path(place).exists():
         return Path(place)

@@ -129,12 +129,14 @@ def verify(
     records, plain = [], None
     if base is not None:
         start = _load(base, dtype)
-        inputs = example_inputs(start, seed) if inputs is None else inputs
-        plain = _run(start, inputs, seed)
+        with _naming(inputs):
+            inputs = example_inputs(start, seed) if inputs is None else inputs
+            plain = _run(start, inputs, seed)
         del start
     for i, expert in enumerate(experts):
         progress(i, 2 * count)
-        records.append(_record(expert.load(), inputs, seed))
+        with _naming(inputs if base is None else None):
+            records.append(_record(expert.load(), inputs, seed))
         gc.collect()
     fused = _load(model, dtype)
     layers = smile_layers(fused)
@@ -490,6 +492,20 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], seed: int) -> Tensor:
     if tensor is None:
         raise SmileError(f"model: returns a {type(output).__name__} with no floating-point tensor; expected one")
     return tensor
+
+
+@contextmanager
+def _naming(inputs: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Name inputs that the caller gave, where a model fails on them first."""
+    try:
+        yield
+    except SmileError:
+        raise
+    except Exception as error:
+        if inputs is None:
+            raise
+        shapes = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in inputs.items())
+        raise SmileError(f"inputs: {shapes}: the model fails on them ({type(error).__name__}: {error})") from error
 
 
 @contextmanager

@@ -1,0 +1,410 @@
+"""Faults of files, folders and calls that once were fused in silence, lost something, hung, or were told unclearly."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import smile_kernels as sk
+from smile_kernels.cli import app
+from tests.test_malformed import listing, write_inputs
+
+OPTIONS: dict[str, Any] = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def folder(whole, tmp_path) -> Path:
+    shutil.copytree(whole, tmp_path / "case")
+    return tmp_path / "case"
+
+
+@pytest.fixture(autouse=True)
+def _within_a_minute() -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+def fuse(folder: Path, **options: Any) -> object:
+    experts = [folder / "expert", folder / "adapter"]
+    return sk.upscale_checkpoints(folder / "base", experts, folder / "out", **OPTIONS | options)
+
+
+def load(folder: Path) -> object:
+    return AutoModelForCausalLM.from_pretrained(folder / "fused")
+
+
+def command(*arguments: str) -> Callable[[Path], object]:
+    """A command that ends with status 1 and one line; it is raised as the error that it tells of."""
+
+    def call(folder: Path) -> None:
+        result = CliRunner().invoke(app, [argument.format(folder=folder) for argument in arguments])
+        assert result.exit_code == 1
+        assert "Traceback" not in result.output
+        raise sk.SmileError(result.output.strip().splitlines()[-1])
+
+    return call
+
+
+def upscale_with(*more: str) -> Callable[[Path], object]:
+    given = {"--base": "{folder}/base", "--expert": "{folder}/expert", "--out": "{folder}/out"}
+    given |= {"--rank-of-expert": "4", "--rank-of-router": "2"} | dict(zip(more[::2], more[1::2]))
+    return command("upscale", *(word for pair in given.items() for word in pair))
+
+
+def settings(part: str, file: str = "config.json", **changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / part / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def text(file: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_text(content)
+
+
+def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        path = folder / "base" / "model.safetensors.index.json"
+        content = json.loads(path.read_text())
+        change(content["weight_map"])
+        path.write_text(json.dumps(content))
+
+    return apply
+
+
+def tensors(file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        stored = load_file(folder / file)
+        changed = change(stored)
+        save_file(stored if changed is None else changed, folder / file, metadata={"format": "pt"})
+
+    return apply
+
+
+def adapter(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    return tensors("adapter/adapter_model.safetensors", change)
+
+
+def fused(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        path = folder / "fused" / "config.json"
+        config = json.loads(path.read_text())
+        change(config["quantization_config"])
+        path.write_text(json.dumps(config))
+
+    return apply
+
+
+def pipe(file: str) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).unlink(missing_ok=True)
+        os.mkfifo(folder / file)
+
+    return make
+
+
+def link(file: str, target: str) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).symlink_to(target)
+
+    return make
+
+
+def pickled(state: object) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        (folder / "expert" / "model.safetensors").unlink()
+        torch.save(state, folder / "expert" / "pytorch_model.bin")
+
+    return write
+
+
+def same_tensor_in_two_files(folder: Path) -> None:
+    (folder / "base" / "model.safetensors.index.json").unlink()
+    for i, file in enumerate(sorted((folder / "base").glob("model-*"))):
+        file.rename(file.with_name(f"part{i}.safetensors"))
+    shutil.copy(folder / "base" / "part0.safetensors", folder / "base" / "copy.safetensors")
+
+
+def lost_shard(folder: Path) -> None:
+    (folder / "base" / "model.safetensors.index.json").unlink()
+    sorted((folder / "base").glob("model-*"))[1].unlink()
+
+
+def as_bin(folder: Path) -> None:
+    torch.save(load_file(folder / "fused" / "model.safetensors"), folder / "fused" / "pytorch_model.bin")
+    (folder / "fused" / "model.safetensors").unlink()
+
+
+def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: [change(folder) for change in changes]
+
+
+CONFIG, ADAPTER = "base/config.json", "adapter/adapter_config.json"
+# What is done to the folders, the call, and what its error says.
+FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
+    "a link loop in a folder": (link("base/1_loop/self", "."), fuse, "1_loop/self: is not a regular file"),
+    "a link to the parent": (link("base/2_up", ".."), fuse, "2_up: is not a regular file"),
+    "templates that are a link": (link("base/additional_chat_templates", "."), fuse, "templates: is not a regular"),
+    "a link to a missing file": (link("base/tokenizer.json", "gone"), fuse, "tokenizer.json: is a link to a missing"),
+    "a link to missing weights": (link("expert/model.safetensors", "gone"), fuse, "contains no weights|a missing file"),
+    "a pipe for a config": (pipe(CONFIG), fuse, "base/config.json: is not a regular file"),
+    "a pipe for an index": (pipe("base/model.safetensors.index.json"), fuse, "index.json: is not a regular file"),
+    "a pipe for weights": (pipe("expert/model.safetensors"), fuse, "expert/model.safetensors: not a regular file"),
+    "a pipe for an adapter": (pipe(ADAPTER), fuse, "adapter_config.json: is not a regular file"),
+    "a pipe beside the weights": (pipe("base/1_Pooling/a.json"), fuse, "1_Pooling/a.json: is not a regular file"),
+    "a pipe for a report": (pipe("fused/smile_report.json"), command("inspect", "{folder}/fused"), "not a regular"),
+    "a report of another kind": (
+        text("fused/smile_report.json", '{"layers": 5}'),
+        command("inspect", "{folder}/fused"),
+        "smile_report.json: layers: is 5; expected an array",
+    ),
+    "a billion layers": (settings("base", num_hidden_layers=10**9), fuse, "config.json: .* too many for the tensors"),
+    "fewer layers than stored": (settings("base", num_hidden_layers=1), fuse, "belongs to no block of the Llama"),
+    "a trillion tokens": (settings("base", vocab_size=10**12), fuse, r"embed_tokens\.weight' has shape .*config\.json"),
+    "negative sizes": (settings("base", hidden_size=-5), fuse, "config.json: transformers cannot build"),
+    "an architecture that is a string": (settings("base", architectures="L"), fuse, "architectures is 'L'; expected a"),
+    "an architecture of another model": (
+        settings("base", architectures=["BertForMaskedLM"]),
+        fuse,
+        "bert.* is missing; expected all of BertForMaskedLM",
+    ),
+    "a quantisation that is a string": (settings("base", quantization_config="x"), fuse, "stored as 'x'"),
+    "a quantisation that is a list": (settings("base", quantization_config=[1]), fuse, r"stored as \[1\]"),
+    "an expert's config that fits no model": (settings("expert", num_attention_heads=0), fuse, "expert/config.json"),
+    "deep JSON": (text(CONFIG, "[" * 200_000), fuse, r"base/config.json: cannot be read as JSON \(nested too deeply"),
+    "a number of 5,000 digits": (text(ADAPTER, f'{{"a": {"9" * 5000}}}'), fuse, "adapter_config.json: .* many digits"),
+    "a shard that is lost": (lost_shard, fuse, r"model-00002-of-00003\.safetensors: no such file"),
+    "a tensor in two files": (same_tensor_in_two_files, fuse, "is in .*, too; expected one"),
+    "an index that lacks a tensor": (index(lambda m: m.pop("model.norm.weight")), fuse, r"norm\.weight' is missing"),
+    "an index of numbers": (index(lambda m: m.update(x=5)), fuse, r"weight_map\['x'\] is 5; expected a weight file"),
+    "an index out of its folder": (
+        index(lambda m: m.update({name: "../expert/model.safetensors" for name in m})),
+        fuse,
+        r"weight_map\[.*\] is '\.\./expert/model\.safetensors'; expected a weight file of the same folder",
+    ),
+    "an adapter that is a list": (text(ADAPTER, "[]"), fuse, "adapter_config.json: contains a list"),
+    "an adapter without alpha": (
+        text(ADAPTER, '{"peft_type": "LORA"}'),
+        fuse,
+        "adapter_config.json: lora_alpha is mis",
+    ),
+    "an adapter of half its factors": (
+        adapter(lambda t: {name: one for name, one in t.items() if "lora_A" in name}),
+        fuse,
+        "q_proj has no lora_B",
+    ),
+    "an adapter of rank 0": (
+        adapter(lambda t: {name: (one[:0] if "_A" in name else one[:, :0]).clone() for name, one in t.items()}),
+        fuse,
+        r"\[0, 16\]; expected floating-point numbers",
+    ),
+    "an adapter of no modules": (adapter(lambda t: {"x": torch.ones(2)}), fuse, "has a tensor 'x'; expected <module>"),
+    "an adapter of another model": (
+        adapter(
+            lambda t: {f"{name}.{part}.weight": torch.ones(4, 4) for name in ("a.b",) for part in ("lora_A", "lora_B")}
+        ),
+        fuse,
+        "changes 'a.b', which the base lacks",
+    ),
+    "an adapter beyond float32": (
+        adapter(lambda t: {name: 1e30 * one for name, one in t.items()}),
+        fuse,
+        r"experts\[1\]: the change of \S*q_proj is larger than float32 can represent",
+    ),
+    "a pattern that takes forever": (
+        settings("adapter", "adapter_config.json", alpha_pattern={r"(?:.|..|...)+(?<=\d)": 3}),
+        fuse,
+        "alpha_pattern: .* takes more than a second",
+    ),
+    "a pattern of a group that is not closed": (
+        settings("adapter", "adapter_config.json", alpha_pattern={r"((.*)*)*\2z": 3}),
+        fuse,
+        "adapter_config.json: alpha_pattern: .* is not a regular expression",
+    ),
+    "a sparse tensor": (
+        pickled({"a": torch.eye(3).to_sparse()}),
+        fuse,
+        "pytorch_model.bin: tensor 'a' is torch.sparse",
+    ),
+    "a pickle of more": (pickled({"a": pickle.Pickler}), fuse, r"pytorch_model.bin: is a pickle of other .*Pickler"),
+    "NaN in s": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.s": t["lm_head.s"] * torch.nan}),
+        load,
+        r"lm_head\.s contains NaN or inf",
+    ),
+    "inf in vh": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.vh": t["lm_head.vh"] + torch.inf}),
+        load,
+        r"lm_head\.vh contains NaN or inf",
+    ),
+    "experts of a layer that is not there": (
+        fused(lambda c: c["modules"].update({"model.layers.9.mlp.up_proj": c["modules"]["lm_head"]})),
+        load,
+        r"layers\.9\.mlp\.up_proj'\]: LlamaForCausalLM has no such layer",
+    ),
+    "experts that the config leaves out": (
+        fused(lambda c: c["modules"].pop("lm_head")),
+        load,
+        r"model\.safetensors: contains experts of 'lm_head', which quantization_config\.modules lacks",
+    ),
+    "experts in a pickle that the config leaves out": (
+        both(as_bin, fused(lambda c: c["modules"].pop("lm_head"))),
+        load,
+        r"pytorch_model\.bin: contains experts of 'lm_head'",
+    ),
+    "more experts than stored": (
+        fused(lambda c: c.update(num_local_experts=2)),
+        load,
+        r"tensor '\S+' has shape \[1, .*\]; expected \[2, .*\], as quantization_config describes it",
+    ),
+    "a router that the config lacks": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.router": torch.ones(1, 2, 16)}),
+        load,
+        r"'lm_head\.router' has shape \[1, 2, 16\]; expected none",
+    ),
+    "no device of that name": (str, upscale_with("--device", "foo"), "device: is 'foo', which cannot compute here"),
+    "a device without data": (str, upscale_with("--device", "meta"), "device: is 'meta', which cannot compute here"),
+    "no workers": (str, upscale_with("--workers", "-1"), "workers: is -1; expected 1 or more"),
+    "an empty base": (str, upscale_with("--base", ""), "base: is ''; expected a folder, or the id"),
+    "an empty expert": (str, upscale_with("--expert", ""), r"experts\[0\]: is ''; expected a folder, or the id"),
+    "an empty output": (str, upscale_with("--out", ""), "out: is ''; expected the path"),
+    "an output in a base": (str, upscale_with("--out", "{folder}/base/out"), "is inside base"),
+    "an output in a file": (
+        text("notes", "mine"),
+        upscale_with("--out", "{folder}/notes/out"),
+        "notes: is not a folder",
+    ),
+    "an output that is a link to itself": (link("out", "out"), fuse, "out is a link to itself"),
+    "an output of another encoding": (str, lambda folder: fuse(folder / os.fsdecode(b"\xff")), "^$|in UTF-8|no such"),
+    "a manifest that lies": (
+        both(
+            lambda folder: (folder / "out").mkdir(),
+            text("out/notes", "mine"),
+            text("out/smile_manifest.json", '{"settings": "x", "files": {"notes": 1, "../base/config.json": 3}}'),
+        ),
+        lambda folder: fuse(folder, force=True),
+        "contains notes, which smile-kernels did not write",
+    ),
+    "a manifest that is a pipe": (pipe("out/smile_manifest.json"), fuse, "is not empty"),
+    "a manifest of another kind": (
+        both(lambda folder: (folder / "out").mkdir(), text("out/smile_manifest.json", "[" * 100_000)),
+        lambda folder: fuse(folder, force=True),
+        "contains smile_manifest.json, which smile-kernels did not write",
+    ),
+    "settings that are a pipe": (pipe("out.partial/settings.json"), fuse, "settings.json: is damaged"),
+    "a lock of the user's": (text(".out.lock", "mine"), fuse, r"\.out\.lock: was not created by smile-kernels"),
+    "a lock that is a folder": (lambda folder: (folder / ".out.lock").mkdir(), fuse, "cannot be the lock of"),
+    "a lock that is a link": (link(".out.lock", "notes"), fuse, "cannot be the lock of"),
+    "a lock that is a pipe": (pipe(".out.lock"), fuse, "was not created by smile-kernels"),
+    "inputs of another model": (
+        lambda folder: save_file({"nonsense": torch.ones(3)}, folder / "inputs"),
+        command(
+            "verify",
+            "{folder}/fused",
+            "--base",
+            "{folder}/base",
+            "--expert",
+            "{folder}/expert",
+            "--inputs",
+            "{folder}/inputs",
+        ),
+        r"inputs: nonsense torch\.float32 \[3\]: the model fails on them",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_refused_in_one_line_before_any_work(fault, folder):
+    make, call, message = FAULTS[fault]
+    make(folder)
+    before = listing(folder)
+    with pytest.raises((sk.SmileError, OSError), match=message):
+        call(folder)
+    assert listing(folder) == before
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a file in place of another": lambda folder: shutil.copy(
+        folder / "expert" / "model.safetensors", sorted((folder / "base").glob("model-*"))[0]
+    ),
+    "a file cut short": lambda folder: os.truncate(sorted((folder / "base").glob("model-*"))[-1], 100),
+    "a file more": lambda folder: (folder / "expert" / "notes").write_text("mine"),
+    "a folder removed": lambda folder: shutil.rmtree(folder / "expert"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_inputs_that_change_during_the_work_are_named(change, folder):
+    def changed(stage: str, done: int, total: int) -> None:
+        if stage == "layers" and done == 1:
+            CHANGES[change](folder)
+
+    with pytest.raises((sk.SmileError, OSError), match=r"base|expert"):
+        fuse(folder, progress=changed)
+    assert not (folder / "out").exists()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda layers: os.truncate(layers / "0.safetensors", 40),
+    "lost": lambda layers: (layers / "1.safetensors").unlink(),
+    "of another layer": lambda layers: shutil.copy(layers / "1.safetensors", layers / "2.safetensors"),
+    "without its report": lambda layers: (layers / "0.json").unlink(),
+    "with a report of another kind": lambda layers: (layers / "0.json").write_text('{"name": 5}'),
+}
+
+
+def test_damaged_layers_of_an_interrupted_run_are_computed_again(folder):
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "layers" and done == 5:
+            raise KeyboardInterrupt
+
+    fuse(folder)
+    whole = (folder / "out" / "model.safetensors").read_bytes()
+    for damage in DAMAGES.values():
+        shutil.rmtree(folder / "out")
+        with pytest.raises(KeyboardInterrupt):
+            fuse(folder, progress=interrupted)
+        damage(folder / "out.partial" / "layers")
+        fuse(folder)
+        assert (folder / "out" / "model.safetensors").read_bytes() == whole
+        assert not (folder / "out.partial").exists()
+
+
+def test_a_file_larger_than_the_system_allows_is_named(folder):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '\S*out\.partial/output/model\.safetensors'"):
+            fuse(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (folder / "out").exists()
+    fuse(folder)
