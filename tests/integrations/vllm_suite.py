@@ -1045,9 +1045,12 @@ def test_layers_score_where_somebody_votes(monkeypatch):
     monkeypatch.setattr(GPUModelRunner, "_sample", lambda self, logits, drafts: logits)
     votes.follow_votes()
     model = SimpleNamespace(get_hidden_size=lambda: 6, dtype=torch.bfloat16)
-    runner = SimpleNamespace(model_config=model, device=x.device)
+    smile = vllm_config(routing=routing.policy)
+    smile.routing = routing
+    runner = SimpleNamespace(model_config=model, device=x.device, vllm_config=SimpleNamespace(quant_config=smile))
     states = GPUModelRunner._model_forward(runner, positions=torch.arange(4))
     assert (states.shape, states.dtype) == ((4, 6), torch.bfloat16)
+    assert not routing.only_votes
 
 
 def test_what_cannot_vote_says_why():

@@ -150,14 +150,15 @@ def follow_votes() -> None:
         try:
             return forward(self, *args, **kwargs)
         except HasVoted:
-            config = self.model_config
-            tokens = len(kwargs["positions"])
+            config, tokens = self.model_config, len(kwargs["positions"])
             return torch.zeros(tokens, config.get_hidden_size(), dtype=config.dtype, device=self.device)
+        finally:
+            if (routing := votes_of(self.vllm_config)) is not None:
+                routing.only_votes = False  # vLLM's own trial passes go through all blocks
 
     @functools.wraps(sample)
     def sample_votes(self: Any, logits: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        routing = votes_of(self.vllm_config)
-        if routing is not None and logits is not None:
+        if (routing := votes_of(self.vllm_config)) is not None and logits is not None:
             logits = routing.cast(logits)
         return sample(self, logits, *args, **kwargs)
 
