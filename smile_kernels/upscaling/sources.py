@@ -3,6 +3,7 @@
 Weights and biases are read layer by layer, so that only a few layers are in memory at a time.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -209,8 +210,9 @@ class AdapterSource(ExpertSource):
             if isinstance(delta.weight, LowRankDelta):
                 parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}
                 sizes = [torch.linalg.vector_norm(part.double()).item() for part in (delta.weight.b, delta.weight.a)]
-                if abs(delta.weight.scale) * sizes[0] * sizes[1] > torch.finfo(torch.float32).max:
-                    raise SmileError(f"{self.where}: the change of {name} is larger than float32 can represent")
+                largest = abs(delta.weight.scale) * sizes[0] * sizes[1]
+                if all(map(math.isfinite, sizes)) and largest > torch.finfo(torch.float32).max:
+                    raise SmileError(f"{self.where}: the change of {name} is {largest:.1e}; expected what float32 holds")
                 mine = (delta.weight.b.shape[0], delta.weight.a.shape[1])
                 mine = mine[::-1] if name in self.transposed else mine
                 if mine != tuple(shapes[f"{name}.weight"].shape):
