@@ -1,4 +1,4 @@
-"""Fuzzing: hypothesis draws the cases; each runs in a process of its own, limited in time and memory."""
+"""Fuzzing: hypothesis draws the cases; each is limited in time and memory, most in a process of their own."""
 
 import os
 import resource
@@ -6,7 +6,8 @@ import select
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -49,10 +50,33 @@ def outcome(job: Callable[[], object]) -> str:
     return result or f"fault: the process ended with {status}"
 
 
-def _run(job: Callable[[], object]) -> str:
+@contextmanager
+def limited(seconds: int = SECONDS) -> Iterator[None]:
+    """This process, limited in time and memory: what exceeds them raises."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"did not end in {seconds} s")
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    _limit_memory()
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _limit_memory() -> None:
     with open("/proc/self/statm") as f:
         used = int(f.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _run(job: Callable[[], object]) -> str:
+    _limit_memory()
     sys.setrecursionlimit(1000)
     try:
         with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import smile_kernels as sk
 from smile_kernels.cli import app
+from tests.fuzzing import limited
 from tests.test_malformed import listing, write_inputs
 
 OPTIONS: dict[str, Any] = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
@@ -35,14 +36,9 @@ def folder(whole, tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _within_a_minute() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+def _limits() -> Iterator[None]:
+    with limited(120):
+        yield
 
 
 def fuse(folder: Path, **options: Any) -> object:

@@ -182,7 +182,7 @@ def test_adapters(architecture, stored, tmp_path):
         assert [v.verdict for v in found] == [verdict] * 2
 
 
-@pytest.mark.parametrize(("given", "kept"), [("bfloat16", None), ("float32", "bfloat16"), ("float16", "bfloat16")])
+@pytest.mark.parametrize(("given", "kept"), [("bfloat16", None), ("float32", "bfloat16")])
 @pytest.mark.parametrize("kind", ["adapters", "whole"])
 def test_what_is_stored_in_low_precision(kind, given, kept, tmp_path):
     """Rounding is no difference, also of changes as small as that of the weights; a truncation is."""
@@ -211,9 +211,8 @@ def test_what_is_stored_in_low_precision(kind, given, kept, tmp_path):
         out, options = tmp_path / f"out{rank}", {"rank_of_expert": rank, "rank_of_router": 1}
         sk.upscale_checkpoints(tmp_path / "base", folders, out, dtype=kept and getattr(torch, kept), **options)
         assert [v.verdict for v in sk.verify(out)] == [verdict] * 2
-        swapped = sk.verify(out, tmp_path / "base", folders[::-1])
-        assert [(v.verdict, v.module) for v in swapped] == [("off", "model.layers.0.self_attn.q_proj")] * 2
-        assert [v.verdict for v in sk.verify(sk.load_pretrained(out), tmp_path / "base", folders)] == [verdict] * 2
+    swapped = sk.verify(sk.load_pretrained(out), tmp_path / "base", folders[::-1])
+    assert [(v.verdict, v.module) for v in swapped] == [("off", "model.layers.0.self_attn.q_proj")] * 2
 
 
 def test_one_model_at_a_time_from_folders(tmp_path, monkeypatch):
