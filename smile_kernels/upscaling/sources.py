@@ -212,7 +212,9 @@ class AdapterSource(ExpertSource):
                 sizes = [torch.linalg.vector_norm(part.double()).item() for part in (delta.weight.b, delta.weight.a)]
                 largest = abs(delta.weight.scale) * sizes[0] * sizes[1]
                 if all(map(math.isfinite, sizes)) and largest > torch.finfo(torch.float32).max:
-                    raise SmileError(f"{self.where}: the change of {name} is {largest:.1e}; expected what float32 holds")
+                    raise SmileError(
+                        f"{self.where}: the change of {name} is {largest:.1e}; expected what float32 holds"
+                    )
                 mine = (delta.weight.b.shape[0], delta.weight.a.shape[1])
                 mine = mine[::-1] if name in self.transposed else mine
                 if mine != tuple(shapes[f"{name}.weight"].shape):
