@@ -219,6 +219,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         r"\[0, 16\]; expected floating-point numbers",
     ),
+    "an adapter of eight bits": (
+        adapter(lambda t: {name: one.to(torch.float8_e4m3fn) for name, one in t.items()}),
+        fuse,
+        "is torch.float8_e4m3fn .*; expected floating-point numbers, of 16 bits or more",
+    ),
     "an adapter of no modules": (adapter(lambda t: {"x": torch.ones(2)}), fuse, "has a tensor 'x'; expected <module>"),
     "an adapter of another model": (
         adapter(
@@ -282,6 +287,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         tensors("fused/model.safetensors", lambda t: t | {"lm_head.router": torch.ones(1, 2, 16)}),
         load,
         r"'lm_head\.router' has shape \[1, 2, 16\]; expected none",
+    ),
+    "a fused model of an architecture without a name": (
+        settings("fused", architectures=[None]),
+        lambda folder: sk.load_pretrained(folder / "fused"),
+        r"architectures is \[None\]; expected a list of names",
     ),
     "no device of that name": (str, upscale_with("--device", "foo"), "device: is 'foo', which cannot compute here"),
     "a device without data": (str, upscale_with("--device", "meta"), "device: is 'meta', which cannot compute here"),

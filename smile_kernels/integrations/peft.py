@@ -323,10 +323,10 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
         if (directory / name).exists():
             stored = read(directory / name)
             for tensor in stored:
-                if not tensor.dtype.is_floating_point or 0 in tensor.shape:
+                if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2 or 0 in tensor.shape:
                     raise SmileError(
                         f"{directory / name}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}; expected "
-                        "floating-point numbers"
+                        "floating-point numbers, of 16 bits or more"
                     )
             return {tensor.name: tensor.load() for tensor in stored}
     raise FileNotFoundError(f"directory: {directory} has no adapter_model.safetensors and no adapter_model.bin")

@@ -355,6 +355,9 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
             raise SmileError(f"{where}: {name} is on the meta device, as offloaded parameters are; expected its data")
         if type(tensor) not in (Tensor, nn.Parameter):
             continue  # a quantised tensor
-        # The least and the largest entry are NaN where any is.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # The least and the largest entry are NaN where any is; PyTorch compares no numbers of eight bits.
+        comparable = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+        if not torch.stack(torch.aminmax(comparable)).isfinite().all():
             raise SmileError(f"{where}: {name} contains NaN or inf; expected finite numbers")

@@ -177,6 +177,8 @@ def test_dtypes_that_are_carried_along(form, dtype, tmp_path):
         else:
             save_file(model.state_dict(), tmp_path / name / "model.safetensors")
     sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", dtype=dtype, **RANKS)
+    in_memory, _ = sk.upscale(base, [expert], progress=False, **RANKS)
+    assert in_memory.scale.dtype == base.scale.dtype
     written = read_tensors(tmp_path / "out")
     for name, tensor in base.named_buffers():
         kept = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
