@@ -49,7 +49,7 @@ template <class T> struct BiasTerm {
 
 // ---- the experts ----
 
-// dweights_e = a_e . (s_i * h_e) + dy_t . expert_bias_i, zero for no expert, a warp to an entry.
+// dweights_e = a_e . (s_i * h_e) + dy_t . expert_bias_i, zero for no expert; one warp per entry.
 template <class T> __global__ void __launch_bounds__(kThreads) dweights_kernel(Backward p, const float* a) {
   const Sizes& n = p.n;
   const int lane = threadIdx.x % 32;
@@ -70,7 +70,7 @@ template <class T> static void apply_backward(const Backward& p, float* a, const
   const Sizes& n = p.n;
   const int64_t m = n.num_experts_per_tok, r = n.rank_of_expert, vh_stride = n.vh_rows * n.in_features;
   const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
-  // With a_e = u_i^T dy_t: w (s * a) is the gradient of h, and w (s * h) what du multiplies dy with.
+  // With a_e = u_i^T dy_t: w (s * a) is the gradient of h, and w (s * h) is the factor of dy in du.
   const Coefficients dh{a, p.weights, p.s, r}, z{p.h, p.weights, p.s, r};
 
   if (p.dx != nullptr || p.dvh != nullptr || p.ds != nullptr || p.dweights != nullptr) {
@@ -148,7 +148,7 @@ void cuda_apply_backward(DType dtype, const Backward& p, float* a, const Groups&
 
 // ---- the router ----
 
-// In place, q_e [g] -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is; a warp to an entry.
+// In place, q_e [g] -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is zero; one warp per entry.
 static __global__ void __launch_bounds__(kThreads) dq_kernel(RouteBackward p, float* q) {
   const int lane = threadIdx.x % 32;
   const int64_t e = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32, m = p.n.num_experts_per_tok, g = p.n.rank_of_router;

@@ -1,6 +1,6 @@
-// torch.ops.smile_kernels_ext: the operators as PyTorch sees them, in its stable ABI (2.10 and later). Shapes are checked
-// here; smile.h has their meaning. Built without SMILE_CUDA this is the CPU library, which also defines the schemas; the
-// CUDA library adds its kernels to them, so it is loaded after it.
+// torch.ops.smile_kernels_ext: the operators registered with PyTorch, in its stable ABI (2.10 and later). Shapes are checked
+// here; smile.h documents them. Built without SMILE_CUDA this is the CPU library, which also defines the schemas; the CUDA
+// library adds its kernels to them, so it is loaded second.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #if __has_include(<torch/csrc/stable/macros.h>)
@@ -31,7 +31,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-// None where there are none: a program exported by PyTorch passes defaults on, and cannot pass an empty list on.
+// None instead of an empty list: a program exported by PyTorch passes defaults, and cannot pass an empty list.
 using MaybeIntegers = std::optional<std::vector<int64_t>>;
 
 smile::DType dtype_of(const Tensor& x) {
@@ -59,7 +59,7 @@ struct Shape {
   Shape(std::initializer_list<int64_t> sizes) {
     for (int64_t each : sizes) size[dim++] = each;
   }
-  // The same with the number of parts before dimension `at`, where a layer has parts.
+  // The same with the number of parts inserted before dimension `at`, if the layer has parts.
   Shape with(const std::vector<int64_t>& parts, int64_t at) const {
     Shape whole = *this;
     if (parts.empty()) return whole;
@@ -69,7 +69,7 @@ struct Shape {
   }
 };
 
-// Shape, dtype and device of a tensor beside x.
+// Checks shape, dtype and device of a tensor against x.
 void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype, Shape shape) {
   bool fits = t.dim() == shape.dim;
   for (int64_t d = 0; d < shape.dim; ++d) fits = fits && t.size(d) == shape.size[d];
@@ -83,7 +83,7 @@ void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype,
   STD_TORCH_CHECK(false, name, ": has another dtype than expected beside this x");
 }
 
-// A contiguous tensor beside `like`; the shim's allocation costs a tenth of a call of aten::new_empty.
+// A contiguous tensor on the device of `like`; the shim's allocation costs a tenth of a call of aten::new_empty.
 Tensor empty(const Tensor& like, ScalarType dtype, Shape shape) {
   int64_t strides[4], stride = 1;
   for (int64_t d = shape.dim; d-- > 0; stride *= shape.size[d]) strides[d] = stride;
@@ -100,7 +100,7 @@ Tensor dispatch(const char* name, std::initializer_list<StableIValue> arguments)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// at::linear: the base product is the one that users of nn.Linear know.
+// at::linear: the base product has the same bits as nn.Linear.
 Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   return dispatch("aten::linear", {from(x), from(weight), from(bias)});
@@ -111,13 +111,13 @@ Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 ? x : torch::s
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 #if defined(SMILE_CUDA)
-// On a GPU the kernels of a small batch compute y whole, and read h where they expand it.
+// On a GPU the kernels of a small batch compute all of y, and read h to expand it.
 constexpr bool kAlwaysNeedsH = true;
 bool computes_base_product(const smile::Sizes& n, const Tensor&) { return smile::is_small(n); }
 
 Tensor kernel_input(const Tensor& x) { return with_whole_rows(x); }
 
-// Where to launch: the caller's current stream on the device of x, which is the current device meanwhile.
+// Where to launch: the caller's current stream on the device of x, which is the current device during the call.
 struct Launch {
 #if defined(SMILE_EMULATION)
   void* stream = nullptr;
@@ -231,7 +231,7 @@ void run_backward(const Tensor& x, const smile::RouteBackward& p) {
 }
 #endif
 
-// The tensors of one forward call, checked, as the kernels want them. It owns what had to be copied.
+// The tensors of one forward call, checked, in the layout of the kernels. It owns the copies.
 struct Call {
   Tensor x;
   smile::Forward p{};
@@ -259,10 +259,10 @@ struct Call {
     return owned.back().const_data_ptr();
   }
 
-  // The dimensions of a tensor that it would have without parts.
+  // The first of the dimensions that a tensor has without parts.
   int64_t first() const { return parts.empty() ? 0 : 1; }
 
-  // Routing by the first `rank` rows of each expert in `router`, which may be a view of vh: its expert stride is free.
+  // Routing by the first `rank` rows of each expert in `router`, which may be a view of vh with any expert stride.
   void set_router(const char* name, const Tensor& router, int64_t rank, int64_t num_experts_per_tok) {
     const int64_t at = first();
     STD_TORCH_CHECK(router.dim() == at + 3 && rank >= 1 && rank <= router.size(at + 1), name, ": has ", router.dim(),
@@ -295,7 +295,7 @@ struct Call {
     p.ids = static_cast<int32_t*>(const_cast<void*>(keep(ids_)));
   }
 
-  // The experts, of which u and expert_bias may be rows cut out of larger ones: their expert strides are free.
+  // The experts. u and expert_bias may be slices of larger tensors, with any expert stride.
   void set_experts(const Tensor& vh, const Tensor& s, const Tensor& u, const std::optional<Tensor>& expert_bias, bool save) {
     const int64_t at = first();
     STD_TORCH_CHECK(vh.dim() == at + 3 && s.dim() == at + 2 && u.dim() == 3,
@@ -329,7 +329,7 @@ struct Call {
     }
     if (save || kAlwaysNeedsH) {
       h = empty(x, real_of(x), Shape{p.n.tokens, p.n.num_experts_per_tok, rank}.with(parts, 1));
-      // Where ids name no expert, or a part has fewer ranks, no kernel writes it.
+      // No kernel writes h where an id is not an expert, or where a part has fewer ranks.
       if (save && (p.router == nullptr || !ranks.empty())) torch::stable::zero_(*h);
       p.h = h->mutable_data_ptr();
     }
@@ -348,7 +348,7 @@ struct Call {
     }
   }
 
-  // What the experts are added to, in place.
+  // The tensor that the experts are added to, in place.
   void set_output(const Tensor& y_) {
     y = y_;
     check("y", *y, x, x.scalar_type(), {p.n.tokens, p.n.out_features});
@@ -393,7 +393,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
   return {*call.y, *call.weights, *call.ids, call.saved(save)};
 }
 
-// Adds the experts to y in place, routed by weights and ids where these are given; returns those it chose, and h.
+// Adds the experts to y in place, routed by weights and ids if given; returns the weights and ids it chose, and h.
 std::tuple<Tensor, Tensor, Tensor> delta_in_place(
     const Tensor& y, const Tensor& x, const Tensor& vh, const Tensor& s, const Tensor& u,
     const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router, const std::optional<Tensor>& weights,
@@ -427,7 +427,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta(
   return {out, chosen, chosen_ids, h};
 }
 
-// `given` as doubles or floats beside x; null where there is none.
+// `given` as doubles or floats, to match x; null if absent.
 const void* optional_real(const char* name, const std::optional<Tensor>& given, Call& call, std::initializer_list<int64_t> shape) {
   if (!given) return nullptr;
   check(name, *given, call.x, real_of(call.x), shape);
@@ -496,7 +496,7 @@ Tensor matrix_product(const Tensor& a, const Tensor& b) {
   return dispatch("aten::mm", {from(a), from(b)});
 }
 
-// A gradient like t, which the kernels write whole; without tokens there is nothing to launch, and it is zero.
+// A gradient like t, which the kernels write entirely; without tokens nothing is launched, and it is zero.
 Tensor gradient(bool wanted, const Tensor& t, int64_t tokens) {
   if (!wanted) return empty(t, t.scalar_type(), {0});
   Tensor result = torch::stable::empty_like(t);
@@ -506,8 +506,8 @@ Tensor gradient(bool wanted, const Tensor& t, int64_t tokens) {
 
 void* address(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
-// Gradients in the order of the arguments, weights last; bit i of `needs` asks for number i, the others stay empty. Without
-// `weight`, dx is that of the experts alone.
+// Gradients in the order of the arguments, weights last; bit i of `needs` requests number i, the others are empty. Without
+// `weight`, dx contains only the experts' part.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply_backward(
     const Tensor& dy_, const Tensor& x_, const std::optional<Tensor>& weight, const Tensor& vh_, const Tensor& s_, const Tensor& u_,
     const std::optional<Tensor>& expert_bias_, const Tensor& weights_, const Tensor& ids_, const Tensor& h_,

@@ -1,4 +1,4 @@
-// The choice among scores that a layer's own router and a routing policy share.
+// The choice of experts by score, used by a layer's own router and by routing policies.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace smile {
 
 // Top-m of the scores, ties to the lower index, and the softmax over them. NaN ranks last, and an infinite score counts
-// as the largest finite one, so that it cannot spoil the weights of the others.
+// as the largest finite one, so that the weights of the others stay finite.
 template <class R> void choose(const R* scores, int64_t count, int64_t m, R* weights, int32_t* ids) {
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {

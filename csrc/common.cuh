@@ -1,4 +1,4 @@
-// What the CUDA kernels are made of: number types, asynchronous copies, warp sums, top-m, and a 32 x 32 tile of a
+// Building blocks of the CUDA kernels: number types, asynchronous copies, warp sums, top-m, and a 32 x 32 tile of a
 // product held by one warp, on tensor cores where the architecture has them for the type.
 #pragma once
 
@@ -61,7 +61,7 @@ template <class T> __device__ __forceinline__ Vector<T> load_vector(const T* row
   return v;
 }
 
-// 16 bytes into shared memory, there only after the wait for the group of copies that they belong to.
+// Copies 16 bytes into shared memory; they can be read only after waiting for their group of copies.
 #if defined(SMILE_EMULATION)
 using emulation::commit_copies, emulation::copy_async, emulation::wait_copies;
 #elif __CUDA_ARCH__ >= 800
@@ -93,14 +93,14 @@ __device__ __forceinline__ void end_of_copies() {
 #endif
 }
 
-// Waits until at most `kLeft` groups of copies are still under way.
+// Waits until at most `kLeft` groups of copies are pending.
 template <int kLeft> __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
   wait_copies<kLeft>();
 #endif
 }
 
-// An id outside [0, N) stands for no expert.
+// An id outside [0, N) means no expert.
 __device__ __forceinline__ bool is_expert(int32_t id, int64_t num_experts) { return id >= 0 && id < num_experts; }
 
 // ---- warps ----
@@ -182,7 +182,7 @@ template <class T> constexpr bool kTensorCores = false;
 #endif
 
 // c (+)= a b. a is [32, depth] with a row every lda elements, or [depth, 32] where kTransposedA. b is [32, depth], a row
-// for each column of c, or [depth, 32] where kTransposedB. Both lie in shared memory; depth is a multiple of 16.
+// for each column of c, or [depth, 32] where kTransposedB. Both are in shared memory; depth is a multiple of 16.
 template <class T, bool kOnTensorCores = kTensorCores<T>> class WarpTile {
  public:
   __device__ __forceinline__ WarpTile() {

@@ -101,8 +101,8 @@ static bool has_tiles() {
 }
 #endif
 
-// ATEN_CPU_CAPABILITY=avx2 or default asks for narrower vectors than the processor has, as it does for PyTorch's kernels;
-// avx512 for those without tiles.
+// ATEN_CPU_CAPABILITY=avx2 or default selects narrower vectors than the processor has, as for PyTorch's kernels; avx512
+// selects the kernels without tiles.
 static Kernels widest() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");

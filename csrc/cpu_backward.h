@@ -1,8 +1,8 @@
-// The CPU backward, included by cpu_kernels.h in its namespace. Numbers are multiplied and summed in R whatever their type;
-// x and dy are copied to R once. Every step is split over threads by what it writes and sums in a fixed order, so results
-// are the same on any number of threads.
+// The CPU backward, included by cpu_kernels.h in its namespace. Numbers of every type are multiplied and summed in R; x and
+// dy are copied to R once. Every step is split over threads by its outputs and sums in a fixed order, so results are the
+// same on any number of threads.
 
-// An array of R as it is, or a copy of one of T.
+// An array of R itself, or a copy of an array of T.
 template <class T, class R> class Reals {
  public:
   Reals(const void* source, int64_t rows, int64_t columns, int64_t row_stride, ParallelFor parallel_for) {
@@ -35,7 +35,7 @@ template <class R, class RowAt> void lay_out(int64_t depth, const RowAt& row_at,
   }
 }
 
-// The three products that the gradients consist of, over entries grouped by expert.
+// The three products that make up the gradients, over entries grouped by expert.
 template <class T> class GroupedProducts {
  public:
   using R = typename RealOf<T>::type;
@@ -74,7 +74,7 @@ template <class T> class GroupedProducts {
     });
   }
 
-  // out[t] [columns] = (what it holds, where `adds`) + the sum over its entries of coefficients[e] [rank] times the factor.
+  // out[t] [columns] = (its old value, where `adds`) + the sum over its entries of coefficients[e] [rank] times the factor.
   void expand(const R* coefficients, int64_t rank, const T* factor, int64_t expert_stride, int64_t columns, T* out, bool adds) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
     parallel(parallel_for, blocks, kWidth * n.tokens * m * rank, [&](int64_t from, int64_t to) {
@@ -167,7 +167,7 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
   const Reals<T, R> dy(p.dy, n.tokens, o, o, parallel_for);
   std::unique_ptr<R[]> a(new R[count * r]), dh(new R[count * r]), z(new R[count * r]);
 
-  // a_e = u_i^T dy_t, of which w (s * a) is the gradient of h; z = w (s * h) is what du multiplies dy with.
+  // With a_e = u_i^T dy_t, w (s * a) is the gradient of h; z = w (s * h) is the factor of dy in du.
   if (p.dx || p.dvh || p.ds || p.dweights)
     products.project(dy, o, static_cast<const T*>(p.u), o * r, true, r, a.get());
   else
@@ -176,7 +176,7 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
     for (int64_t e = from; e < to; ++e) {
       const int32_t i = p.ids[e];
       double dweight = 0;
-      if (i >= 0) {  // else there is no expert
+      if (i >= 0) {  // otherwise there is no expert
         const R w = weights[e];
         for (int64_t k = e * r, j = i * r; k < (e + 1) * r; ++k, ++j) {
           dh[k] = w * s[j] * a[k];
@@ -185,7 +185,7 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
         }
         if (p.dweights && p.expert_bias) {
           const T* bias = static_cast<const T*>(p.expert_bias) + i * o;
-          R parts[16] = {};  // one chain of additions would round more, and take longer
+          R parts[16] = {};  // one chain of additions has larger rounding errors, and is slower
           for (int64_t c = 0; c < o; ++c) parts[c % 16] += dy[e / m][c] * to_real(bias[c]);
           for (const R part : parts) dweight += part;
         }
@@ -233,7 +233,7 @@ template <class T> void route_backward(const RouteBackward& p, ParallelFor paral
   const T* router = static_cast<const T*>(p.router);
   std::unique_ptr<R[]> q(new R[count * g]);
   products.project(x, d, router, g * d, false, g, q.get());
-  // In place, q_e -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is.
+  // In place, q_e -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is zero.
   parallel(parallel_for, n.tokens, 4 * m * g, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; ++t) {
       R mean = 0;

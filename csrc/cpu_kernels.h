@@ -5,8 +5,8 @@
 //
 // A chunk of tokens goes through: float copy of x (where needed) -> products with the router's rows, and with W where
 // the tokens are few -> top-m -> entries sorted by expert -> the other rows of the selected experts -> expand into y.
-// Every step is split over threads by what it writes, so no two threads write the same number and the result does not
-// depend on how many there are.
+// Every step is split over threads by its outputs, so no two threads write the same number and the result does not depend
+// on the number of threads.
 
 namespace smile {
 namespace SMILE_NAMESPACE {
@@ -93,7 +93,7 @@ template <> SMILE_INLINE float16 from_real<float16>(float v) {
   return {uint16_t(sign | half)};
 }
 
-// How numbers x of type X are multiplied with rows of type T: `lanes` of them at once, summed in R.
+// How numbers x of type X are multiplied with rows of type T: `lanes` at a time, summed in R.
 template <class X> struct Operand {
   using R = typename RealOf<X>::type;
   using type = Vector<R>;
@@ -102,7 +102,7 @@ template <class X> struct Operand {
   static SMILE_INLINE Vector<R> multiply_add(type a, type b, Vector<R> sum) { return sum + a * b; }
 };
 
-// The type that x is multiplied in: its own where there is an instruction for it, else float or double.
+// The type in which x is multiplied: its own if there is an instruction for it, else float or double.
 template <class T> struct MultiplyAs { using type = typename RealOf<T>::type; };
 
 #if SMILE_BFLOAT16_DOT
@@ -191,7 +191,7 @@ template <class R> struct Buffer {
 
 // ---- threads ----
 
-// Fewer multiply-adds than this cost less than waking a second thread (about 2 us).
+// Fewer multiply-adds than this take less time than waking a second thread (about 2 us).
 constexpr int64_t kWorkPerThread = 1 << 16;
 
 template <class Body> void parallel(ParallelFor parallel_for, int64_t count, int64_t work_per_item, const Body& body) {
@@ -270,13 +270,13 @@ void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_
 
 // ---- products with packed rows ----
 //
-// A panel holds rows of a factor side by side, so that a number of x, or a pair of them, is multiplied with a vector of rows
-// and no sum over lanes is left. Packing pays from a few x on.
+// A panel holds rows of a factor interleaved, so that a number of x, or a pair of them, is multiplied with a vector of rows
+// and no sum over lanes is needed. Packing is faster from a few x on.
 
 constexpr int kPanel = 4;                // vectors of rows in one panel
-constexpr int64_t kPackFrom = 3;         // x that a row needs for packing to pay
+constexpr int64_t kPackFrom = 3;         // number of x from which packing a row is faster
 
-// What a panel consists of: numbers of R, or pairs of bfloat16 where there is an instruction for their dot products.
+// The elements of a panel: numbers of R, or pairs of bfloat16 if there is an instruction for their dot products.
 template <class X> struct Packed {
   using R = X;
   static constexpr int numbers = 1;
@@ -295,11 +295,11 @@ template <> struct Packed<bfloat16> {
 };
 #endif
 
-// Columns in a panel: it stays in the caches while many x pass. Sums of few numbers at a time round less.
+// Columns in a panel: it stays in the caches for many x. Sums of few numbers at a time have smaller rounding errors.
 template <class X> constexpr int64_t kPanelDepth = std::is_same<X, bfloat16>::value ? 256 : 32;
 template <class X> constexpr int64_t kPanelWidth = kPanel * kLanes<typename Packed<X>::R>;
 
-// bfloat16 is multiplied 16 x 16 x 32 numbers at once; a panel of it has whole tiles, the last one filled up with zeros.
+// bfloat16 is multiplied 16 x 16 x 32 numbers at once; a panel of it has whole tiles, the last one padded with zeros.
 template <class X> constexpr bool kTiles = SMILE_BFLOAT16_TILES && std::is_same<X, bfloat16>::value;
 
 template <class X> constexpr int64_t packed_depth(int64_t depth) {
@@ -307,8 +307,8 @@ template <class X> constexpr int64_t packed_depth(int64_t depth) {
   return (depth + numbers * each - 1) / (numbers * each) * each;
 }
 
-// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel. The vectors past them are 0: what memory held there
-// before may be denormal numbers, whose products take a hundred times as long.
+// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel. The vectors past them are set to 0, since the memory
+// may contain denormal numbers, whose products take a hundred times as long.
 template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel) {
   using R = typename Packed<X>::R;
   constexpr int lanes = kLanes<R>, numbers = Packed<X>::numbers;
@@ -376,10 +376,10 @@ struct TilesInUse {
   ~TilesInUse() { _tile_release(); }
 };
 
-// sums [kTile][panel] = x panel, x with a row every x_stride numbers, its depth filled up to whole tiles.
+// sums [kTile][panel] = x panel, x with a row every x_stride numbers, its depth padded to whole tiles.
 inline void multiply_tiles(const bfloat16* x, int64_t x_stride, const float* panel, int64_t depth, float* sums) {
   constexpr int64_t kRow = kPanelWidth<bfloat16> * sizeof(float);
-  asm volatile("" ::: "memory");  // the tile instructions do not say what they read and write
+  asm volatile("" ::: "memory");  // the tile instructions do not declare the memory that they read and write
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -414,7 +414,7 @@ void tile_product(int64_t count, const At& x_at, const float* panel, int64_t dep
     const int64_t m = std::min<int64_t>(kTile, count - e);
     const bfloat16* first = x_at(e);
     const int64_t apart = m > 1 ? x_at(e + 1) - first : 0;
-    bool in_place = m == kTile && stride == depth;  // sixteen x that lie evenly need no copy
+    bool in_place = m == kTile && stride == depth;  // sixteen x at equal distances need no copy
     for (int64_t t = 2; in_place && t < m; ++t) in_place = x_at(e + t) == first + t * apart;
     if (in_place) {
       multiply_tiles(first, apart, panel, depth, sums);
@@ -463,7 +463,7 @@ template <class R> R norm(const R* q, int64_t count) {
   return largest * std::sqrt(sum);
 }
 
-// entries[first[i] : first[i + 1]] become the places e where expert_at(e) is i, in order; -1 stands for no expert.
+// entries[first[i] : first[i + 1]] become the places e where expert_at(e) is i, in order; -1 means no expert.
 template <class ExpertAt>
 void sort_by_expert(const ExpertAt& expert_at, int64_t count, int64_t num_experts, std::vector<int64_t>& first,
                     std::vector<int32_t>& entries) {
@@ -541,7 +541,7 @@ template <class T> class Chunk {
   }
 
  private:
-  // A part has no experts where its rank is 0. What singular values of 0 multiply is left out, unless h is wanted.
+  // A part with rank 0 has no experts. Products with singular values of 0 are skipped, unless h is requested.
   void find_ranks() {
     rank.resize(experts);
     first_q.resize(num_parts);
@@ -557,7 +557,7 @@ template <class T> class Chunk {
     }
   }
 
-  // Blocks of outputs, none of which belongs to two parts.
+  // Blocks of outputs; each belongs to one part.
   void cut_outputs() {
     int64_t o = 0;
     for (int64_t part = 0; part < num_parts; ++part) {
@@ -572,7 +572,7 @@ template <class T> class Chunk {
     const int64_t part = num_parts == 1 ? 0 : e / n.num_experts_per_tok % num_parts;
     return ids[e] < 0 || !has_experts(part) ? -1 : part * n.num_experts + ids[e];
   }
-  // Rows of h that the router's products already hold.
+  // Rows of h that the router's products already contain.
   int64_t known_rows(int64_t v) const { return p.router && p.tied_router ? std::min(n.rank_of_router, rank[v]) : 0; }
 
   void read_x() {
@@ -593,7 +593,7 @@ template <class T> class Chunk {
     });
   }
 
-  // Splits rows x entries into products small enough for the caches, and many enough for the threads.
+  // Splits rows x entries into products that fit in the caches and suffice for the threads.
   void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, int64_t entries_per_token,
                     R* out, int64_t out_stride) {
     const int64_t rows_at_once = count <= kTokens ? kRows : 4 * kRows, entries_at_once = 8 * kTokens;
@@ -633,7 +633,7 @@ template <class T> class Chunk {
                    tokens, 1, &q[i * n.rank_of_router], q_columns());
   }
 
-  // q = x R^T by panels of rows, whichever expert they belong to.
+  // q = x R^T by panels of rows, which may belong to several experts.
   void run_packed_router_product() {
     constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 32 * kTokens;
     const int64_t g = n.rank_of_router, rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
@@ -650,7 +650,7 @@ template <class T> class Chunk {
     });
   }
 
-  // h of the entries of each expert, beside the rows that are known; for tiles, which care little about their width.
+  // h of the entries of each expert, except for the rows that are known; for tiles, whose speed depends little on their width.
   void run_packed_shrink_products() {
     constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t r = n.rank_of_expert, panels = (r + kWidth - 1) / kWidth;
@@ -711,7 +711,7 @@ template <class T> class Chunk {
     });
   }
 
-  // z = w s h; the rows that the router has computed are h as well.
+  // z = w s h; the rows that the router has computed are also rows of h.
   void scale() {
     const int64_t r = n.rank_of_expert;
     parallel(parallel_for, tokens * slots, 2 * r, [&](int64_t from, int64_t to) {
@@ -730,7 +730,7 @@ template <class T> class Chunk {
     });
   }
 
-  // Every block of outputs is read once, collects all experts in `sums`, and is rounded once.
+  // Every block of outputs is read once, accumulates all experts in `sums`, and is rounded once.
   void expand() {
     constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 512;
     const int64_t r = n.rank_of_expert, count = int64_t(blocks.size());
@@ -802,7 +802,7 @@ template <class T> class Chunk {
   const ParallelFor parallel_for;
   const int64_t num_parts, experts, slots;  // P, P N, P m
   bool copies_x;                            // x is not plain rows of R
-  std::vector<int64_t> rank, routed, first_q;  // of each expert; those whose scores are formed; a part's first among them
+  std::vector<int64_t> rank, routed, first_q;  // of each expert; experts with scores; a part's first among them
   struct Block { int64_t part, o, width; };
   std::vector<Block> blocks;
   int64_t tokens_at_once;

@@ -1,5 +1,5 @@
 // One step of a routing policy on the CPU: from the energies of a layer's router to its choice of experts.
-// smile_kernels/routing/policy.py has the equations, smile.h the meaning of every pointer.
+// The equations are in smile_kernels/routing/policy.py, the pointers are documented in smile.h.
 #include <vector>
 
 #include "choose.h"
@@ -8,7 +8,7 @@
 namespace smile {
 namespace {
 
-// p_i = E_i / sum_j E_j in place; all 0 where the energies are, and on padding. NaN counts as 0.
+// p_i = E_i / sum_j E_j in place; all 0 if all energies are 0, and on padding. NaN counts as 0.
 template <class R> void to_shares(R* energies, int64_t count, bool is_real) {
   R sum = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -21,7 +21,7 @@ template <class R> void to_shares(R* energies, int64_t count, bool is_real) {
     if (energies[i] > 0) energies[i] = std::max(energies[i] / sum, R(kLeastShare));
 }
 
-// L of one token or sequence: log S - log Pbar + L of the layers below.
+// L of one token or sequence: log S - log Pbar + L of the previous layers.
 template <class R> void add_up(const Evidence& p, const R* sums, const R* below, R* logs) {
   R total = 0, largest = std::numeric_limits<R>::lowest();
   int64_t present = 0;
@@ -35,7 +35,7 @@ template <class R> void add_up(const Evidence& p, const R* sums, const R* below,
     if (below) logs[i] += below[i];
     largest = std::max(largest, logs[i]);
   }
-  // The softmax does not see it; sums over many layers stay exact.
+  // Does not change the softmax; keeps sums over many layers exact.
   for (int64_t i = 0; below && i < p.num_experts; ++i) logs[i] -= largest;
 }
 

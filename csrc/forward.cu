@@ -1,4 +1,4 @@
-// Forward on a GPU. Many tokens: route; group entries by expert; h = vh x; expand onto the base product of cuBLAS.
+// Forward on a GPU. Many tokens: route; group entries by expert; h = vh x; expand and add to the base product of cuBLAS.
 // Few tokens: router rows; route and h; then y in one pass over W, with the experts in the same sums.
 #include "products.cuh"
 
@@ -6,7 +6,7 @@ namespace smile {
 
 // ---- grouping ----
 
-// Block i finds expert i's place by counting all ids, then lists its entries in order; so no block waits for another.
+// Block i finds expert i's offset by counting all ids, then lists its entries in order; so no block waits for another.
 static __global__ void __launch_bounds__(kThreads) group_kernel(Sizes n, const int32_t* ids, Groups groups, int tiles) {
   SMILE_SHARED(int, count, [kMostExperts]);
   SMILE_SHARED(int, taken, [kWarps]);
@@ -23,7 +23,7 @@ static __global__ void __launch_bounds__(kThreads) group_kernel(Sizes n, const i
     tile += (count[e] + kTileEntries - 1) / kTileEntries;
   }
   const int end = begin + count[i], own_tiles = (count[i] + kTileEntries - 1) / kTileEntries;
-  const bool last = i == experts - 1;  // which also marks the tiles that are not needed
+  const bool last = i == experts - 1;  // which also marks the unused tiles
   for (int k = tile + threadIdx.x; k < (last ? tiles : tile + own_tiles); k += kThreads) {
     const int from = begin + (k - tile) * kTileEntries;
     groups.tiles[3 * k] = k < tile + own_tiles ? i : -1;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void few_dots(const T* const (&rows)[kRows], const T*
   }
 }
 
-// q[t, row] for the router row that this block has; its warps split the depth.
+// q[t, row] for the router row of this block; its warps split the depth.
 template <class T> __global__ void __launch_bounds__(kThreads) few_router_rows_kernel(Forward p, bool is_aligned, float* q) {
   SMILE_SHARED(float, parts, [kWarps][kFew]);
   const Sizes& n = p.n;
@@ -129,7 +129,7 @@ template <class T> static void many_router_rows(const Forward& p, const T* x, in
   project<T, false>(projection, blocks(tokens, kTileEntries), stream);
 }
 
-// Calls use(t, tokens) once q holds the router's products of these tokens, chunk by chunk.
+// Calls use(t, tokens) for each chunk of tokens, when q holds the router's products of these tokens.
 template <class T, class F> static void for_router_rows(const Forward& p, float* q, void* stream, const F& use) {
   const int64_t chunk = route_chunk(p.n);
   for (int64_t t = 0; t < p.n.tokens; t += chunk) {
@@ -215,7 +215,7 @@ static __device__ __forceinline__ void write_row(const Evidence& p, int64_t row,
   choose(log, p.num_experts, int(m), static_cast<float*>(p.weights) + row * m, p.ids + row * m);
 }
 
-// A token a warp; or a sequence a block, whose warps take runs of tokens one after the other, and then what stood before them.
+// One warp per token; or one block per sequence, whose warps sum consecutive runs of tokens, then add the sums before them.
 static __global__ void __launch_bounds__(kThreads) evidence_kernel(Evidence p) {
   SMILE_SHARED(double, of_warp, [kWarps][kMostExperts]);
   SMILE_SHARED(double, left, [kWarps]);
@@ -326,7 +326,7 @@ void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* strea
 
 // ---- a few tokens ----
 
-// h[e, k] for entry e = blockIdx.y, a row to a warp. Every block routes for itself; the first of a token writes it down.
+// h[e, k] for entry e = blockIdx.y, one warp per row. Every block routes for itself; the first of a token stores the result.
 template <class T> __global__ void __launch_bounds__(kThreads) few_h_kernel(Forward p, bool is_aligned, const float* q) {
   constexpr int kMostSlots = 64;
   SMILE_SHARED(float, own_weights, [kMostSlots]);
@@ -355,8 +355,8 @@ template <class T> __global__ void __launch_bounds__(kThreads) few_h_kernel(Forw
   if (threadIdx.x % 32 == 0) static_cast<float*>(p.h)[e * n.rank_of_expert + k] = all;
 }
 
-// y[:, o] for two outputs o to a warp: W's rows, where y does not hold their product, then the chosen experts' rows of u,
-// into the same sums.
+// y[:, o], two outputs o per warp: W's rows, if y does not hold their product, then the chosen experts' rows of u, added to
+// the same sums.
 template <class T> __global__ void __launch_bounds__(kThreads) few_y_kernel(Forward p, bool is_aligned) {
   constexpr int kRows = 2;
   const Sizes& n = p.n;

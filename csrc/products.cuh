@@ -1,7 +1,7 @@
-// The three products that forward and backward consist of, each over entries grouped by expert:
+// The three products that make up forward and backward, each over entries grouped by expert:
 //
-//     project     out[e]    = F_i x_t                 a rank of numbers for every entry
-//     expand      out[t]   += sum_j F_i^T c_e          back to full width, all entries of a token at once
+//     project     out[e]    = F_i x_t                 rank numbers for every entry
+//     expand      out[t]   += sum_j F_i^T c_e          to full width, all entries of a token at once
 //     accumulate  out_i     = sum_e c_e x_t^T          a factor's gradient
 //
 // where entry e is slot j of token t, i its expert, and c_e = w_e (s_i * v_e) a vector of coefficients.
@@ -25,12 +25,12 @@ struct Projection {
   bool factor_aligned;
   float* out;  // [entries, out_columns]
   int64_t out_columns;
-  // The groups' tiles, or null: every token with every expert, whose columns then lie side by side in `out`.
+  // The groups' tiles, or null: every token with every expert, with the experts' columns side by side in `out`.
   const int32_t *tiles, *entries;
   int64_t tokens, num_experts_per_tok;
 };
 
-// A tile of 64 entries x 32 columns. Two warps split the entries, two the depth; copies run two passes ahead.
+// A tile of 64 entries x 32 columns. Two warps split the entries, two the depth; copies are issued two passes ahead.
 template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads) project_kernel(Projection p) {
   constexpr int kM = kTileEntries, kN = 32, kDepth = 128 / sizeof(T), kStages = 3, kPad = kVector<T>;
   constexpr int kStrideA = kDepth + kPad, kStrideB = (kTransposed ? kN : kDepth) + kPad;
@@ -142,14 +142,14 @@ struct Expansion {
   const void* factor;  // expert i: [columns, rank], or [rank, columns]
   int64_t columns, expert_stride;
   bool factor_aligned;
-  const void* bias;  // [N, columns], an expert's at a multiple of bias_stride, weighted by `weights`; or null
+  const void* bias;  // [N, columns], expert i's at i * bias_stride, weighted by `weights`; or null
   int64_t bias_stride;
   const float* weights;  // [T, m]
   void* out;             // [T, columns], token t at t * out_stride
   int64_t out_stride;
-  bool out_aligned, adds;  // onto what `out` holds
+  bool out_aligned, adds;  // to the values in `out`
   const int32_t* ids;      // [T, m]
-  const int32_t* order;    // [T], the order in which tokens are put together, -1 for one left as it is; or null
+  const int32_t* order;    // [T], the order in which tokens are grouped, -1 for an unchanged token; or null
   int64_t tokens, num_experts, num_experts_per_tok;
 };
 
@@ -166,8 +166,8 @@ template <class T, bool kTransposed> __device__ __forceinline__ float expand_one
   return sum;
 }
 
-// A tile of 64 tokens x 64 columns. It goes through the experts that any of its tokens has; the coefficients of a token
-// that has not are zero. Every number of `out` is read, added to and rounded once.
+// A tile of 64 tokens x 64 columns. It iterates over the experts of its tokens; the coefficients of a token without that
+// expert are zero. Every number of `out` is read, added to and rounded once.
 template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads) expand_kernel(Expansion p) {
   constexpr int kM = 64, kN = 64, kDepth = 32, kPad = kVector<T>;
   constexpr int kStrideA = kDepth + kPad, kStrideB = (kTransposed ? kN : kDepth) + kPad, kStrideOut = kN + 4;
@@ -237,7 +237,7 @@ template <class T, bool kTransposed> __global__ void __launch_bounds__(kThreads)
     if (t < 0 || c >= p.columns) continue;
     float* added = sums + row * kStrideOut + along;
     float value[kVector<T>];
-    // Another token's expert may be at fault, which this one met with coefficients of zero.
+    // The value that is not finite may come from another token's expert, multiplied by a coefficient of zero: recompute.
 #pragma unroll 1
     for (int v = 0; v < kVector<T>; ++v)
       if (!(fabsf(added[v]) <= FLT_MAX) && c + v < p.columns) added[v] = expand_one<T, kTransposed>(p, t, c + v);
@@ -329,7 +329,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) accumulate_kernel
   sum.store(sums + part * kM * kStrideOut + columns, kStrideOut);
   __syncthreads();
   for (int at = threadIdx.x; at < kM * kN; at += kThreads) {
-    // Neighbouring threads write neighbouring numbers, whichever way the gradient lies.
+    // Neighbouring threads write neighbouring numbers, for either layout of the gradient.
     const int k = p.width_stride == 1 ? at / kN : at % kM, d = p.width_stride == 1 ? at % kN : at / kM;
     if (rank0 + k < p.out_rank && d0 + d < p.width)
       static_cast<T*>(p.out)[i * p.expert_stride + (rank0 + k) * p.rank_stride + (d0 + d) * p.width_stride] =

@@ -1,12 +1,12 @@
-// One SMILE layer as its kernels see it: plain pointers, sizes and a stream; no framework types.
+// Interface of the kernels of a SMILE layer: plain pointers, sizes and a stream; no framework types.
 //
 //     q_i = R_i x;  score_i = |q_i|_2;  I = top-m(score);  w = softmax(score_I);  h_i = vh_i[:r] x
 //     y   = x W^T + b + sum_{i in I} w_i (u_i (s_i * h_i) + expert_bias_i)
 //
-// An entry is a pair (token t, slot j), at place t * m + j of weights, ids and h.
+// An entry is a pair (token t, slot j), at index t * m + j of weights, ids and h.
 //
-// A layer of P parts is P projections of one x, their outputs side by side, each routed by itself: an entry is then a triple
-// (token, part, slot), at place (t * P + p) * m + j; u and expert_bias hold, for each of N experts, the rows of all parts.
+// A layer of P parts is P projections of one x with concatenated outputs, each with its own router: an entry is then a
+// triple (token, part, slot), at index (t * P + p) * m + j; u and expert_bias hold the rows of all parts for each expert.
 #pragma once
 
 #include <cstdint>
@@ -23,14 +23,14 @@ struct Sizes {
   int64_t num_experts_per_tok;  // m
   int64_t rank_of_expert;       // r
   int64_t rank_of_router;       // g
-  int64_t vh_rows;              // rows an expert has in vh, at least r
+  int64_t vh_rows;              // rows of an expert in vh, at least r
 };
 
-// The parts of a layer, on a CPU only; count is 1 and the pointers null where there is one part.
+// The parts of a layer, on a CPU only; with one part, count is 1 and the pointers are null.
 struct Parts {
   int64_t count;            // P
   const int64_t* features;  // [P] outputs of each
-  const int64_t* ranks;     // [P] ranks of r that its experts have, the others are not read; 0: it has no experts
+  const int64_t* ranks;     // [P] how many of the r ranks its experts have, the others are not read; 0: no experts
 };
 
 // "real" is float, or double where x is double (on a CPU only). On a GPU x has unit x_stride[1].
@@ -39,7 +39,7 @@ struct Forward {
   Parts parts;
   const void* x;                 // [T, D], element (t, d) at t * x_stride[0] + d * x_stride[1]
   int64_t x_stride[2];
-  const void* weight;            // [O, D]; null, as bias is, where y holds x W^T + b already
+  const void* weight;            // [O, D]; null, as is bias, if y already holds x W^T + b
   const void* bias;              // [O] or null
   const void* vh;                // [P, N, vh_rows, D]
   const void* s;                 // [P, N, r] real
@@ -50,15 +50,15 @@ struct Forward {
   const void* router;            // [P, N, g, D]; null: weights and ids are given, not written
   int64_t router_expert_stride;  // elements from one expert's router rows to the next one's
   bool tied_router;              // the router rows are the first rows of vh
-  void* energies;                // [T, P, N] real, squared scores, in place of weights and ids; null: not wanted. CPU only
+  void* energies;                // [T, P, N] real, squared scores, instead of weights and ids; null: not computed. CPU only
   void* weights;                 // [T, P, m] real
   int32_t* ids;                  // [T, P, m]
-  void* h;                       // [T, P, m, r] real; null: not wanted (on a GPU it is always there)
+  void* h;                       // [T, P, m, r] real; null: not stored (never null on a GPU)
   void* y;                       // [T, O] in the dtype of x; null: route only
   int64_t y_stride;              // elements from one token's outputs to the next one's
 };
 
-// Gradients; a null pointer is one that is not wanted. What is float here is double where x is double (on a CPU only).
+// Gradients; those with a null pointer are not computed. float is double here where x is double (on a CPU only).
 struct Backward {
   Sizes n;
   const void* dy;           // [T, O]
@@ -93,20 +93,20 @@ struct RouteBackward {
 
 // ---- CPU ----
 
-// Calls body(begin, end, context) on parts of [0, count), none shorter than grain but the last.
+// Calls body(begin, end, context) on parts of [0, count), each of length grain or more, except for the last.
 using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Routes where p.router is set, then, where p.y is set, adds the experts to the x W^T + b that it holds; writes the whole
-// of p.y where p.weight is set.
+// Routes if p.router is set; then, if p.y is set, adds the experts to the x W^T + b in it, or, if p.weight is set, computes
+// that product too.
 void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for);
 
 void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for);
 void cpu_route_backward(DType dtype, const RouteBackward& p, ParallelFor parallel_for);
 
-// Whose shares count for a token: its own, those of the tokens up to it, or those of its whole sequence.
+// Tokens whose shares are summed for a token: itself, the tokens up to it, or its whole sequence.
 enum class Scope { token, causal, sequence };
 
-// A share that vanishes in rounding is still evidence; only an energy of 0 is none.
+// A share too small for its dtype still counts as evidence, as kLeastShare; an energy of 0 does not.
 constexpr double kLeastShare = 1e-30, kMostEnergy = 1e36;
 
 // One step of a routing policy, on B sequences of S tokens, with R = 1 row for each sequence in scope sequence, else S.
@@ -116,11 +116,11 @@ struct Evidence {
   bool accumulates;
   void* energies;             // [B, S, N] real, overwritten by the shares
   const bool* real;           // [B, S], false on padding; null: all true
-  const float* factors;       // [B, S], element (b, t) at b * factor_strides[0] + t * factor_strides[1]: what is left of
-  int64_t factor_strides[2];  // the sum before a token (causal), or how much its share counts (sequence); null: 1
-  const void* before;         // [B, N] real, the causal sums before; null: 0
+  const float* factors;       // [B, S], element (b, t) at b * factor_strides[0] + t * factor_strides[1]: the decay of
+  int64_t factor_strides[2];  // the sum before a token (causal), or the weight of its share (sequence); null: 1
+  const void* before;         // [B, N] real, the causal sums of earlier tokens; null: 0
   const void* prior;          // [N] real, log Pbar; null: 0
-  const void* below;          // [B, R, N] real, the evidence of the layers below; null: 0
+  const void* below;          // [B, R, N] real, the evidence of the previous layers; null: 0
   void* sums;                 // [B, R, N] real
   void* evidence;             // [B, R, N] real
   void* weights;              // [B, R, m] real
@@ -128,8 +128,8 @@ struct Evidence {
 };
 void cpu_evidence(bool is_double, const Evidence& p, ParallelFor parallel_for);
 
-// So few tokens that the base product is best computed here: it is bound by reading W, which a call of
-// PyTorch's before this one does no faster, at a cost of its own that a small layer feels.
+// For so few tokens these kernels compute the base product too: it is bound by reading W, and a separate call of PyTorch
+// is no faster and adds its own overhead, which is noticeable for a small layer.
 inline bool cpu_is_small(const Sizes& n) { return n.tokens <= 8; }
 
 // ---- CUDA: float32, bfloat16, float16; every launcher only enqueues on the stream (a cudaStream_t) ----
@@ -149,30 +149,30 @@ inline int64_t tile_count(const Sizes& n) {
 }
 void cuda_group(const Sizes& n, const int32_t* ids, const Groups& groups, void* stream);
 
-// Writes p.weights and p.ids. q [route_chunk(n), N, g] is scratch.
+// Writes p.weights and p.ids. q [route_chunk(n), N, g] is scratch space.
 inline int64_t route_chunk(const Sizes& n) {
   const int64_t fits = (int64_t(1) << 24) / (n.num_experts * n.rank_of_router) + 1;
   return n.tokens < fits ? n.tokens : fits;
 }
 void cuda_route(DType dtype, const Forward& p, float* q, void* stream);
 
-// The step e of a routing policy, for the router rows and x of p. q as for cuda_route.
+// Step e of a routing policy, for the router rows and x of p. q as for cuda_route.
 void cuda_evidence(DType dtype, const Forward& p, const Evidence& e, float* q, void* stream);
 
 // Writes p.h and adds the experts to p.y, which holds x W^T + b.
 void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* stream);
 
-// A few tokens at once: routes where p.router is set, writes p.h, and p.y including x W^T + b, which it holds already where
-// p.weight is null. q [T, N, g] is scratch.
+// Few tokens: routes if p.router is set, writes p.h, and p.y including x W^T + b, which p.y already holds if p.weight is
+// null. q [T, N, g] is scratch space.
 inline bool is_small(const Sizes& n) {
   return n.tokens <= 8 && n.num_experts * n.rank_of_router <= 4096 && n.tokens * n.num_experts_per_tok <= 64;
 }
 void cuda_small(DType dtype, const Forward& p, float* q, void* stream);
 
-// a [T, m, r] is scratch.
+// a [T, m, r] is scratch space.
 void cuda_apply_backward(DType dtype, const Backward& p, float* a, const Groups& groups, void* stream);
 
-// dq [T, m, g] is scratch.
+// dq [T, m, g] is scratch space.
 void cuda_route_backward(DType dtype, const RouteBackward& p, float* dq, const Groups& groups, void* stream);
 
 }  // namespace smile
