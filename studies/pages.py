@@ -21,12 +21,10 @@ def sections() -> dict[Path, dict[str, str]]:
     def read(name: str) -> dict:
         return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
-    docs, language = ROOT / "docs", read("language_model")
+    docs, easy, hard, language = ROOT / "docs", read("encoder"), read("encoder_hard"), read("language_model")
     return {
-        docs / "demo.md": {
-            "easy": encoder.markdown(read("encoder")),
-            "hard": encoder.markdown(read("encoder_hard")),
-        },
+        docs / "demo.md": {"easy": encoder.markdown(easy), "hard": encoder.markdown(hard)},
+        docs / "log.md": {"easy": encoder.markdown_by_layer(easy), "hard": encoder.markdown_by_layer(hard)},
         docs / "language_model.md": {"results": language_model.markdown(language)},
         ROOT / "README.md": {"language model": language_model.headline(language)},
     }

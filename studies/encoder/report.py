@@ -11,6 +11,7 @@ from .. import report as shared
 from ..report import TableRows
 
 MERGED = ("simple averaging", "task arithmetic", "TIES")
+BY_LAYER = "Tokens at their own expert, %, by layer"
 
 
 def averages(row: dict) -> list[float]:
@@ -87,7 +88,7 @@ def tables(results: dict) -> list[TableRows]:
         ),
         ("Points above the merged models, on average", ["", *(row["name"] for row in merged)], margins),
         ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
-        ("Tokens at their own expert, %, by layer", ["layer", *(row["name"] for row in smile)], routing),
+        (BY_LAYER, ["layer", *(row["name"] for row in smile)], routing),
         ("CPU time to encode one batch of 32 texts on one thread", ["", "ms", "over the plain encoder"], timing),
         _fidelity_table(results),
     ]
@@ -116,8 +117,13 @@ def _fidelity_table(results: dict) -> TableRows:
 
 
 def markdown(results: dict) -> str:
-    """The tables as Markdown."""
-    return shared.markdown(results, results["seeds"], tables(results))
+    """The tables as Markdown, without the one by layer."""
+    return shared.markdown(results, results["seeds"], [table for table in tables(results) if table[0] != BY_LAYER])
+
+
+def markdown_by_layer(results: dict) -> str:
+    """The table of routing by layer as Markdown."""
+    return shared.markdown(results, results["seeds"], [table for table in tables(results) if table[0] == BY_LAYER])
 
 
 def draw(results: dict) -> Figure:
