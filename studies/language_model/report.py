@@ -8,21 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from .. import report as shared
-from ..report import TableRows, markdown_table
-
-Right = Mapping[str, Sequence[str]]  # {task: [one string of 0 and 1 a seed]}
-
-
-def row_scores(by_seed: Sequence[str]) -> list[float]:
-    """Each row's share of seeds in which it was answered right."""
-    return [statistics.fmean(map(int, column)) for column in zip(*by_seed)]
-
-
-def stratified(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Mean over tasks, in percent, and its standard error: rows are drawn within tasks, tasks and seeds are fixed."""
-    means = [statistics.fmean(rows) for rows in scores]
-    variance = sum(statistics.variance(rows) / len(rows) for rows in scores)
-    return 100 * statistics.fmean(means), 100 * variance**0.5 / len(scores)
+from ..report import Right, TableRows, markdown_table, row_scores, stratified
 
 
 def outcome(right: Right, reference: Right | None) -> dict:

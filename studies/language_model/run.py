@@ -5,18 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -25,6 +21,7 @@ from smile_kernels.publishing import write_text
 
 from .. import report as shared
 from ..data import new_folder
+from ..report import Step
 from . import report
 from .evaluate import Question, correct, generate, own_expert_by_block, time_per_token
 from .methods import METHODS, Case, Method
@@ -35,7 +32,6 @@ VALIDATION = 12  # rows a task by which the scales of merged models are chosen
 PICTURED = 2  # rows a task that are read for the share of tokens at their own expert
 FULL = ("adjective", "town")  # tasks that are also fine-tuned in full
 FULL_RANK = 64  # of experts that are full fine-tunes
-Step = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass(frozen=True)
@@ -213,30 +209,6 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
         tokenizer.save_pretrained(whole)
 
 
-@contextmanager
-def _progress() -> Iterator[Step]:
-    """Progress on stderr, by piece of work: a bar on a terminal, elsewhere a line for each tenth."""
-    columns = TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    bars: dict[str, TaskID] = {}
-    tenths: dict[str, int] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-
-        def step(what: str, done: int, total: int) -> None:
-            if not console.is_terminal and tenths.get(what) != (tenth := 10 * done // max(total, 1)):
-                tenths[what] = tenth
-                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-            if what not in bars:
-                for bar in bars.values():
-                    progress.update(bar, completed=1, total=1)
-                bars[what] = progress.add_task(what)
-            progress.update(bars[what], completed=done, total=total)
-
-        yield step
-        for bar in bars.values():
-            progress.update(bar, completed=1, total=1)
-
-
 def study(
     size: Size,
     tasks: Sequence[Task] = tuple(TASKS),
@@ -272,7 +244,7 @@ def study(
     folder = out or cache / "language_model" / "fused"
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: is {out}, which holds something; expected a new or empty folder")
-    with _progress() as step:
+    with shared.progress() as step:
         step("tasks and base model", 0, 1)
         loaded = Study(tasks, cache)
         found = measure(loaded, methods, size, step)

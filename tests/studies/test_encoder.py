@@ -5,16 +5,17 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import BertConfig, BertModel
 
 from bench import routing as trials
-from smile_kernels import set_routing, upscale, watch_routing
+from smile_kernels import RoutingPolicy, routing_override, set_routing, upscale, watch_routing
 from smile_kernels.nn import smile_layers
 from studies import data, merge, pages
 from studies import report as shared
 from studies.encoder import model as encoder
-from studies.encoder import report, run
+from studies.encoder import report, routing, run
 
 
 def words(count: int, labels: str = "ab") -> data.Rows:
@@ -134,17 +135,22 @@ class TestMerging:
 
 
 @pytest.fixture
-def case() -> run.Case:
-    """Three tasks of random texts on a random encoder of two layers, the upper one "fine-tuned" by random changes."""
+def bert() -> BertModel:
+    """A random encoder of two layers."""
     config = BertConfig(
         vocab_size=50,
         hidden_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=40,
-        max_position_embeddings=16,
+        max_position_embeddings=24,
     )
-    bert = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+    return BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def case(bert) -> run.Case:
+    """Three tasks of random texts on the encoder, its upper layer "fine-tuned" by random changes."""
     lower, base = encoder.Lower(bert, 1), encoder.Upper(bert, 1)
 
     def split(rows: int) -> encoder.Split:
@@ -152,12 +158,13 @@ def case() -> run.Case:
         states = [lower(t[None], attention_mask=torch.ones(1, len(t), dtype=torch.bool))[0] for t in tokens]
         return encoder.Split(tokens, states, torch.randint(2, (rows,)))
 
-    def trained() -> encoder.Trained:
+    def trained(task: data.Task) -> encoder.Trained:
         changes = {n: 0.2 * torch.randn_like(p) for n, p in base.named_parameters() if "LayerNorm" not in n}
-        head = nn.Linear(24, 2)
-        return encoder.Trained(data.TASKS[0], 0, split(20), split(30), head, [(merge.add_to(base, changes), head)])
+        head, rows = nn.Linear(24, 2), {"test": [(f"w{i} w{i + 1}", "ab"[i % 2]) for i in range(30)]}
+        pair = (merge.add_to(base, changes), head)
+        return encoder.Trained(task, rows, ["a", "b"], split(12), split(20), split(30), head, [pair])
 
-    return run.Case(base, [trained() for _ in range(3)], 0, (0.3, 1.0), (0.5,))
+    return run.Case(base, [trained(task) for task in data.TASKS[2:5]], 0, (0.3, 1.0), (0.5,))
 
 
 class TestEncoder:
@@ -213,22 +220,101 @@ class TestTrials:
         model, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
         shipped, heads = copy.deepcopy(model), [task.probe for task in case.trained]
         set_routing(shipped, trials.SHIPPED[policy])
-        trials.follow(model, rule)
-        texts = [trials.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states]
-        assert trials.answer(model, heads, texts) == trials.answer(shipped, heads, texts)
+        routing.follow(model, rule)
+        texts = [routing.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states]
+        assert routing.answer(model, heads, texts) == routing.answer(shipped, heads, texts)
+
+
+class TestRouting:
+    def tokenizer(self) -> Tokenizer:
+        vocabulary = {"[UNK]": 0, "[CLS]": 1} | {f"w{i}": i + 2 for i in range(40)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+        return tokenizer
+
+    def test_sets_of_texts(self, case, bert):
+        lower = encoder.Lower(bert, 1)
+        sizes = routing.Sizes(prompted=10, words=8, misled=6, mixed=4)
+        sets = routing.text_sets(case.trained, lower, self.tokenizer(), "test", sizes)
+        assert {name: len(texts) for name, texts in sets.items()} == {
+            "prompted": 30,
+            "words": 16,  # of the two tasks that are in WORDS
+            "misled": 18,
+            "mixed": 12,
+        }
+        assert all(len(text.states) == 3 for text in sets["words"])  # [CLS] and two words
+        misled = len(case.trained[1].task.prompt.split()) + 3
+        assert all(len(text.states) == misled for text in sets["misled"][:6])
+        for k, text in enumerate(sets["mixed"][:4]):
+            (i, start, cut, label), (j, middle, end, other) = text.parts
+            first, second = case.trained[0].test, case.trained[1].test
+            assert (i, start, middle, j, end) == (0, 0, cut, 1, len(text.states))
+            assert (cut, end - cut + 1) == (len(first.tokens[k]), len(second.tokens[9 - k]))
+            assert (label, other) == (first.labels[k], second.labels[9 - k])
+
+    def test_every_contender_answers(self, case, bert):
+        texts = [routing.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states[:8]]
+        noise = routing.random_pieces(encoder.Lower(bert, 1), self.tokenizer(), 4, 10)
+        found = run.route_all([case], {"prompted": texts, "one task": texts[:8]}, noise, lambda *_: None, (4, 8))
+        rows = found["prompted"]
+        assert list(rows) == list(found["one task"])
+        assert len(rows) == len(routing.POLICIES) + 5
+        assert rows["oracle"]["own"] == [[100.0] * 3]
+        tasks = [task.task.name for task in case.trained]
+        assert all(list(row["right"]) == tasks for row in rows.values())
+        assert all(len(right) == 8 for row in rows.values() for (right,) in row["right"].values())
+        assert all(list(row["right"]) == tasks[:1] for row in found["one task"].values())
+        assert len({str(row) for row in rows.values()}) > len(rows) / 2
+
+    def test_the_recommended_policy_of_an_encoder_is_the_published_one(self, case):
+        model, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
+        assert RoutingPolicy.recommended(model) == routing.POLICIES[routing.PUBLISHED]
+
+    def test_one_layer_votes(self, case):
+        """Residuals and weights against the definition, text by text, in float64."""
+        model, _ = upscale(case.base, case.uppers, rank_of_expert=3, rank_of_router=2, progress=False)
+        split = case.trained[0].test
+        states, mask = split.gather(torch.arange(6))
+        seen: dict[str, torch.Tensor] = {}
+        names = list(smile_layers(model))
+        for name in names:
+            case.base.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: seen.update({name: args[0].double()})
+            )
+        case.base(states, attention_mask=mask)
+        found = routing.residuals(model, states, mask)
+        for name in names:
+            vh = model.get_submodule(name).vh.double()
+            for row, length in enumerate(mask.sum(1)):
+                x = seen[name][row, :length]
+                want = [(x - x @ v.T @ v).square().sum(-1).mean().sqrt() for v in vh]
+                torch.testing.assert_close(found[name][row].double(), torch.stack(want), rtol=1e-4, atol=1e-5)
+        layer = names[-1]
+        vote = routing.LayerVote(model, layer, threshold=0.33)
+        w = (-found[layer]).softmax(-1)
+        kept = w * ((w > 0.33) | (w == w.amax(-1, keepdim=True)))
+        with routing_override(model, list(kept / kept.sum(-1, keepdim=True))):
+            want = model(states, attention_mask=mask)
+        torch.testing.assert_close(vote(states, attention_mask=mask), want)
+        assert routing.LayerVote.by_validation(model, case.trained).layer in names
 
     def test_the_parts_of_a_text_are_read_out_and_routed_on_their_own(self, case):
         model, _ = upscale(case.base, case.uppers, rank_of_expert=-1, rank_of_router=4, progress=False)
-        trials.follow(model, trials.oracle)
+        routing.follow(model, routing.oracle)
         heads = [task.finetuned[0][1] for task in case.trained]
         states = case.trained[0].test.states
         cuts = [len(s) // 2 for s in states]
-        texts = [trials.Text(s, [(0, 0, c, 0), (1, c, len(s), 1)]) for s, c in zip(states, cuts)]
-        result = trials.answer(model, heads, texts)
+        texts = [routing.Text(s, [(0, 0, c, 0), (1, c, len(s), 1)]) for s, c in zip(states, cuts)]
+        result = routing.answer(model, heads, texts)
         assert result["own"] == [100.0, 100.0, None]
-        alone = [trials.Text(s, [(0, 0, len(s), label)]) for s, label in zip(states, case.trained[0].test.labels)]
+        assert result["right"][2] == ""
+        alone = [routing.Text(s, [(0, 0, len(s), label)]) for s, label in zip(states, case.trained[0].test.labels)]
         accuracy = encoder.accuracy(case.uppers[0], heads[0], case.trained[0].test)
-        assert trials.answer(model, heads, alone)["accuracy"][0] == pytest.approx(accuracy)
+        right = routing.answer(model, heads, alone)["right"][0]
+        assert 100 * right.count("1") / len(right) == pytest.approx(accuracy)
+        together = routing.individual(case.uppers, heads, alone)["right"][0]
+        assert 100 * together.count("1") / len(together) == pytest.approx(accuracy)
 
 
 class TestEvaluation:

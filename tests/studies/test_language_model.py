@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smile_kernels import get_routing
+from studies import report as shared
 from studies.language_model import evaluate, methods, model, report, run, tasks
 
 TASKS = [
@@ -247,10 +248,15 @@ class TestStudy:
 class TestReport:
     def test_errors_are_stratified(self):
         # Two tasks: rows (1, 0, 1, 0) have variance 1/3 over 4 rows; rows (1, 1) none.
-        assert report.stratified([[1, 0, 1, 0], [1, 1]]) == (75.0, pytest.approx(100 * (1 / 12) ** 0.5 / 2))
+        assert shared.stratified([[1, 0, 1, 0], [1, 1]]) == (75.0, pytest.approx(100 * (1 / 12) ** 0.5 / 2))
 
     def test_rows_are_means_over_seeds(self):
-        assert report.row_scores(["110", "010"]) == [0.5, 1.0, 0.0]
+        assert shared.row_scores(["110", "010"]) == [0.5, 1.0, 0.0]
+
+    def test_differences_are_paired_and_stratified(self):
+        found = shared.difference({"a": ["1100", "1100"], "b": ["11"]}, {"a": ["0100", "1100"], "b": ["01"]})
+        rows = [[0.5, 0.0, 0.0, 0.0], [1.0, 0.0]]
+        assert found == shared.stratified(rows)
 
     def test_differences_are_paired(self):
         own = {"a": ["1100", "1111"], "b": ["10", "10"]}
@@ -262,7 +268,7 @@ class TestReport:
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys):
-    with run._progress() as step:
+    with shared.progress() as step:
         for done in range(1, 41):
             step("fine-tuning", done, 40)
     lines = capsys.readouterr().err.splitlines()
