@@ -24,7 +24,7 @@ test: .venv/ready
 test-all: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
-# The sweep over the architectures of transformers, which is among the tests of test-all; writes docs/compatibility.md.
+# The sweep over the architectures of transformers, which is among the tests of test-all; writes docs/architectures.md.
 architectures: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility.py architectures -n 2 -m exhaustive tests/upscaling/test_architectures.py
 

@@ -20,7 +20,7 @@ from .models import tokens_per_second
 from .routing import mean
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "routing.md", ROOT / "docs" / "log.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "log.md")
 NOT_MEASURED = "Not measured yet."
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

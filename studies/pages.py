@@ -24,7 +24,7 @@ def sections() -> dict[Path, dict[str, str]]:
     docs, easy, hard, language = ROOT / "docs", read("encoder"), read("encoder_hard"), read("language_model")
     return {
         docs / "demo.md": {"easy": encoder.markdown(easy), "hard": encoder.markdown(hard)},
-        docs / "log.md": {"easy": encoder.markdown_by_layer(easy), "hard": encoder.markdown_by_layer(hard)},
+        docs / "log.md": {"easy": encoder.markdown(easy, details=True), "hard": encoder.markdown(hard, details=True)},
         docs / "language_model.md": {"results": language_model.markdown(language)},
         ROOT / "README.md": {"language model": language_model.headline(language)},
     }

@@ -1,9 +1,9 @@
-"""Runs the tests in the environment at hand, and writes what it holds and what passed to docs/compatibility.md.
+"""Runs the tests in the current environment, and writes its versions and the outcomes to docs/compatibility.md.
 
     python tests/compatibility.py NAME [PYTEST ARGUMENTS]
 
-NAME is that of a record in the document: the newest, the oldest, or one more pair of versions; or `architectures`, for
-the table of what the tests recorded of each architecture of transformers.
+NAME is a record of that page: the newest or oldest versions, or another set; or `architectures`, for the table of the
+tests' results for each architecture of transformers in docs/architectures.md.
 """
 
 import datetime
@@ -23,12 +23,12 @@ from _pytest.terminal import TerminalReporter  # public in pytest only from 8.1 
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "compatibility.md"
+VERSIONS, ARCHITECTURES = ROOT / "docs" / "compatibility.md", ROOT / "docs" / "architectures.md"
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 
 
 class Outcomes:
-    """A plugin of pytest that keeps how many tests came to which end, and the names of those that failed."""
+    """A pytest plugin that counts the tests by outcome, and records the names of those that failed."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -45,11 +45,11 @@ class Outcomes:
 
 
 def installed() -> list[tuple[str, str, str]]:
-    """Name, bounds and installed version of what pyproject.toml names, extras included, in its order."""
+    """Name, bounds and installed version of every dependency in pyproject.toml, including extras, in its order."""
     found = {}
     for line in metadata.requires("smile-kernels") or ():
         requirement = Requirement(line)
-        if requirement.name == "smile-kernels":  # an extra that takes in another
+        if requirement.name == "smile-kernels":  # an extra that includes another
             continue
         try:
             version = metadata.version(requirement.name)
@@ -61,7 +61,7 @@ def installed() -> list[tuple[str, str, str]]:
 
 
 def ran(commit: str, arguments: list[str], outcomes: Outcomes, seconds: float) -> str:
-    """When, where and on what the tests ran, and how they ended."""
+    """Date, commit and machine of the tests, and their outcomes."""
     ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.counts.items() if count) or "no test ran"
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     return (
@@ -71,7 +71,7 @@ def ran(commit: str, arguments: list[str], outcomes: Outcomes, seconds: float) -
 
 
 def record(outcomes: Outcomes) -> str:
-    """What was installed, and what failed."""
+    """Installed versions and failed tests."""
     lines = [
         "| package | bounds | installed |",
         "| --- | --- | --- |",
@@ -83,12 +83,12 @@ def record(outcomes: Outcomes) -> str:
 
 
 def architectures(how: str, outcomes: Outcomes) -> str:
-    """How the tests ran, a row for each architecture that was tried, and the names of those that could not be.
+    """How the tests ran, a row for each architecture that was tested, and the names of those that could not be.
 
-    Of the model types that these tests left out, the rows that the document has stay, and how they came there.
+    Rows of model types that were not among these tests are kept, with the record of their run.
     """
     cells = {row["model_type"]: _cells(row) for row in outcomes.architectures}
-    block = DOCUMENT.read_text().partition("<!-- tested:architectures -->")[2]
+    block = ARCHITECTURES.read_text().partition("<!-- tested:architectures -->")[2]
     before = {row[0]: row for row in re.findall("^" + r"\| ([^|]*?) " * 6 + r"\|$", block, re.MULTILINE)[2:]}
     skipped = re.search(r"^Not tried: (.*)\.$", block, re.MULTILINE)
     before |= {name: None for name in skipped[1].split(", ")} if skipped and skipped[1] != "none" else {}
@@ -105,7 +105,7 @@ def architectures(how: str, outcomes: Outcomes) -> str:
         f"name, {ends.count('PEFT')} times no adapter that PEFT makes, {ends.count('failed')} times failed. The other "
         f"{len(rows) - len(tried)} model types have no tiny model that runs on random inputs here.",
         "",
-        "| model type | class | linear layers | full | LoRA | layers that hold no experts, since |",
+        "| model type | class | linear layers | full | LoRA | layers without experts, and why |",
         "| --- | --- | --- | --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in tried),
         "",
@@ -115,7 +115,7 @@ def architectures(how: str, outcomes: Outcomes) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...] | None:
-    """The cells of an architecture's row; None where it was not tried."""
+    """The cells of an architecture's row; None if it was not tested."""
     if "class" not in row:
         return None
     ends = (str(row.get(way, "failed")).replace("|", "/") for way in ("full", "lora"))
@@ -123,17 +123,18 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def write(name: str, text: str) -> None:
-    """Puts `text` between the markers of record `name` in the document.
+    """Writes `text` between the markers of record `name` in its page.
 
     Raises:
-        ValueError: the document has no such record.
+        ValueError: the page has no such record.
     """
-    document = DOCUMENT.read_text()
+    page = ARCHITECTURES if name == "architectures" else VERSIONS
+    document = page.read_text()
     start, end = f"<!-- tested:{name} -->", f"<!-- /tested:{name} -->"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(document):
         raise ValueError(f"NAME: is {name!r}; expected one of {re.findall('<!-- tested:(.*?) -->', document)}")
-    DOCUMENT.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", document))
+    page.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", document))
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from ..report import TableRows
 from .routing import PUBLISHED
 
 MERGED = ("simple averaging", "task arithmetic", "TIES")
-BY_LAYER = "Tokens at their own expert, %, by layer"
+SETTINGS, BY_LAYER = "Settings chosen on the validation splits", "Tokens at their own expert, %, by layer"
 
 
 def averages(row: dict) -> list[float]:
@@ -89,7 +89,7 @@ def tables(results: dict) -> list[TableRows]:
         ),
         ("Points above the merged models, on average", ["", *(row["name"] for row in merged)], margins),
         *([_routing_table(results["routing"])] if "routing" in results else []),
-        ("Settings chosen on the validation splits", ["", "seed", "scale", "density", "validation, %"], chosen),
+        (SETTINGS, ["", "seed", "scale", "density", "validation, %"], chosen),
         (BY_LAYER, ["layer", *(row["name"] for row in smile)], routing),
         ("CPU time to encode one batch of 32 texts on one thread", ["", "ms", "over the plain encoder"], timing),
         _fidelity_table(results),
@@ -133,14 +133,10 @@ def _fidelity_table(results: dict) -> TableRows:
     return "Embeddings of a published fine-tune (sre-embedding-model)", columns, rows
 
 
-def markdown(results: dict) -> str:
-    """The tables as Markdown, without the one by layer."""
-    return shared.markdown(results, results["seeds"], [table for table in tables(results) if table[0] != BY_LAYER])
-
-
-def markdown_by_layer(results: dict) -> str:
-    """The table of routing by layer as Markdown."""
-    return shared.markdown(results, results["seeds"], [table for table in tables(results) if table[0] == BY_LAYER])
+def markdown(results: dict, details: bool = False) -> str:
+    """The tables as Markdown; with `details`, the chosen settings and routing by layer, otherwise all other tables."""
+    chosen = [table for table in tables(results) if (table[0] in (SETTINGS, BY_LAYER)) == details]
+    return shared.markdown(results, results["seeds"], chosen)
 
 
 def draw(results: dict) -> Figure:

@@ -258,7 +258,7 @@ def outcome(base: nn.Module, tune, folder) -> str:
 def test_every_architecture_that_can_be_made_tiny(model_type, tmp_path, record_property):
     """Equal once what the report lists is put in, in memory and from disk; or refused by name on both paths.
 
-    `tests/compatibility.py architectures` makes the table of docs/compatibility.md of what is recorded here.
+    `tests/compatibility.py architectures` writes the records of this test to docs/architectures.md.
     """
     try:
         base = build_tiny(model_type)
