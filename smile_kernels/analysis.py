@@ -159,7 +159,7 @@ class Analysis:
             values = [means[key] for key in (*ZONES, "held", "average", "task_arithmetic", "expanded")]
             shape = shapes.pop() if len(shapes) == 1 else ""
             table.add_row(name, shape, f"{means['relative']:.3g}", *(f"{value:.1%}" for value in values))
-        console = Console(width=100 + longest)
+        console = Console(width=100 + longest, color_system=None)
         with console.capture() as text:
             console.print(table)
         return text.get().rstrip("\n") + _LEGEND

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -235,7 +235,7 @@ def _experts(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 @contextmanager
 def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """Shows progress by stage: finished parts and their total; bars on a terminal, otherwise plain lines."""
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)
@@ -254,10 +254,13 @@ def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-def _console() -> Console:
-    """Console for results: as wide as the terminal; without a terminal, wide enough that no line wraps."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=240)
+def _console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal; without one, wide enough that no line wraps. NO_COLOR disables all styles."""
+    style: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    console = Console(stderr=stderr, color_system=style)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(stderr=stderr, color_system=style, width=240)
 
 
 def _say(text: str) -> None:
@@ -386,12 +389,12 @@ def inspect(
     """
     with _errors():
         from .checkpoint import describe
+        from .publishing import check_outputs, write_text
 
+        check_outputs(plot=plot, json=json_path)
         description = describe(folder)
         _show(description, _console(), table)
         if json_path:
-            from .publishing import write_text
-
             write_text(json_path, json.dumps(description, indent=1) + "\n")
         if plot:
             _plot(description, plot)
@@ -420,13 +423,10 @@ def analyze(
       smile-kernels analyze --base mistral --expert math --expert code --plot zones.png --json zones.json
     """
     with _errors():
-        for name, file in (("plot", plot), ("json", json_path)):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
-        if plot and plot.suffix not in (".png", ".svg", ".pdf"):
-            raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
         from .analysis import analyze as run
+        from .publishing import check_outputs
 
+        check_outputs(plot=plot, json=json_path)
         options: dict[str, Any] = {"include": include, "exclude": exclude, "workers": workers}
         with _progress() as advance:
             analysis = run(base, expert, rank_of_expert=rank_of_expert, scale=scale, progress=advance, **options)
@@ -483,6 +483,7 @@ def bench(
             seconds=seconds,
             json_file=json_path,
             plot_file=plot,
+            console=_console(),
         )
 
 
@@ -513,7 +514,7 @@ def tune(
 
         device, kind = torch.device("cuda"), _dtype(torch, dtype)
         layers = [layer_shape(name) for name in shape]
-        console = Console(stderr=True)
+        console = _console(stderr=True)
         for name, (in_features, out_features, bias) in zip(shape, layers):
             with console.status(name) as status:
 
@@ -566,8 +567,9 @@ def doctor(
     console = _console()
     device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with _errors():
-        if report is not None and not report.parent.is_dir():
-            raise SmileError(f"report: is {str(report)!r}; expected a file in a folder that exists")
+        from .publishing import check_outputs
+
+        check_outputs(report=report)
         if forget:
             from .ops import excluded
 
@@ -686,7 +688,7 @@ def _show_backends(device_type: str, console: Console) -> None:
     for name, reason in left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if left_out:
-        console.print("smile-kernels doctor --forget chooses it again", markup=False, highlight=False)
+        console.print("`smile-kernels doctor --forget` enables it again", markup=False, highlight=False)
 
 
 def _settings(config: Path | None, given: dict[str, Any], out: str | None) -> dict[str, Any]:
@@ -805,13 +807,14 @@ def _bytes(count: float) -> str:
 
 def _plot(description: dict[str, Any], file: Path) -> None:
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from .publishing import new_file
 
     layers = description["layers"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    shades = plt.cm.viridis([i / max(1, len(layers) - 1) for i in range(len(layers))])
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shades = matplotlib.colormaps["viridis"]([i / max(1, len(layers) - 1) for i in range(len(layers))])
     for layer, shade in zip(layers, shades):
         left.plot(range(1, len(layer["s"]) + 1), layer["s"], color=shade, linewidth=0.8)
     left.set(xlabel="singular value", ylabel="size, mean over experts", yscale="log", title="Singular values, by layer")
@@ -819,7 +822,8 @@ def _plot(description: dict[str, Any], file: Path) -> None:
     if known:
         right.plot(*zip(*known), ".", markersize=4)
     right.set(xlabel="layer", ylabel="captured energy", title="Captured energy, by layer and expert")
-    figure.savefig(file)
+    with new_file(file) as f:
+        figure.savefig(f, format=file.suffix.removeprefix("."))
 
 
 @contextmanager

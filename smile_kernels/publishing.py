@@ -29,11 +29,33 @@ from typing import IO, Any
 
 from .errors import SmileError
 
-__all__ = ["MANIFEST", "OutputFolder", "check_folder", "new_file", "output_folder", "work_folder", "write_text"]
+__all__ = [
+    "MANIFEST",
+    "OutputFolder",
+    "check_folder",
+    "check_outputs",
+    "new_file",
+    "output_folder",
+    "work_folder",
+    "write_text",
+]
 
 MANIFEST = "smile_manifest.json"
 SETTINGS = "settings.json"
 _HASHED_BYTES = 1 << 20  # larger files are compared by size: weights are not edited by hand
+
+
+def check_outputs(*, plot: Path | None = None, **files: Path | None) -> None:
+    """Check output files by name before any work: their folders exist, and a plot has a known type.
+
+    Raises:
+        SmileError: a file cannot be written; the message names it.
+    """
+    for name, file in {"plot": plot, **files}.items():
+        if file is not None and not file.absolute().parent.is_dir():
+            raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
 
 
 @contextmanager

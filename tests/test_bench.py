@@ -415,7 +415,7 @@ def test_whole_models_run_and_agree(tiny_workloads):
         assert models.tokens_per_second(record, variants["dense"], "prefill") > 0
     table = report.models_table(part)
     assert "3 requests of 6 + 3 tokens" in table
-    assert "smile:cuda cannot run: it serves cuda tensors" in table
+    assert "smile:cuda cannot run: it supports cuda tensors" in table
 
 
 def test_a_model_with_wrong_outputs_is_refused(tiny_workloads, monkeypatch):

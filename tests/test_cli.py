@@ -11,9 +11,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from smile_kernels.analysis import analyze
 from smile_kernels.cli import app
 from smile_kernels.config import read_smile_config
 from smile_kernels.storage import read_tensors
+from smile_kernels.upscaling import upscale_checkpoints
 from tests.integrations import tiny_models
 from tests.upscaling.checkpoints import RANKS, command, contents, run
 
@@ -112,6 +114,25 @@ def test_inspect(tmp_path, folders):
     result = CliRunner().invoke(app, ["inspect", str(folders[0])])
     assert result.exit_code == 1
     assert "is not a SMILE checkpoint" in result.output
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--plot", "a.txt"])
+    assert result.stderr == "error: plot: is 'a.txt'; expected a name that ends with .png, .svg or .pdf\n"
+
+
+def test_no_color_gives_plain_text_on_a_terminal(tmp_path, folders, monkeypatch):
+    run(*command(folders, tmp_path / "out"))
+    arguments = ["inspect", str(tmp_path / "out")]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[1m" in run(*arguments)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in run(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning")
+def test_reports_are_plain_text(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report = upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    found = analyze(folders[0], folders[1:])
+    assert "\x1b" not in report.table() + str(report) + found.table() + str(found)
 
 
 def test_doctor_says_what_would_run_and_why_not(monkeypatch):
@@ -119,7 +140,7 @@ def test_doctor_says_what_would_run_and_why_not(monkeypatch):
     output = run("doctor")
     assert torch.__version__ in output
     assert "would run" in output
-    assert "it serves cuda tensors, not cpu tensors" in output
+    assert "it supports cuda tensors, not cpu tensors" in output
 
 
 def test_tune_times_each_layer_and_keeps_the_choices(monkeypatch):

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import SmileError
-from ..publishing import new_file, write_text
+from ..publishing import check_outputs, new_file, write_text
 from .measure import Record, limits, machine, measure, summary
 from .peers import BASELINE, PEERS
 from .problems import Case, Setting, layer_shape
@@ -61,23 +61,22 @@ def bench(
     _check(layers, tokens, setting, dtype, device, peers, graph)
     if not 0 < seconds < float("inf"):
         raise SmileError(f"seconds: is {seconds}; expected a number above 0")
-    for name, file in (("json", json_file), ("plot", plot_file)):
-        if file is not None and not file.parent.is_dir():
-            raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
+    check_outputs(plot=plot_file, json=json_file)
     if plot_file is not None:
         import matplotlib  # noqa: F401  before anything is measured
     cases = [Case(layer, setting, t, DTYPES[dtype]) for layer in layers for t in tokens]
     result: Record = {"machine": machine(device), "limits": [], "records": []}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    shown = console if console.is_terminal else Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, redirect_stdout=False) as progress:
         task = progress.add_task("the machine's limits", total=len(cases) + 1)
         result["limits"].append(limits(device, [DTYPES[dtype]], seconds))
         for case in cases:
             progress.update(task, advance=1, description=f"{case.layer}, {case.tokens} tokens")
             record = measure(case, peers, device=device, backward=backward, graph=graph, seconds=seconds)
             result["records"].append(record)
-            progress.console.print(table(record, result["limits"][0]))
-    console.print(footnote(result), highlight=False)
+            show(record, result["limits"][0], console)
+    console.print(footnote(result), highlight=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file, result)
     if plot_file is not None:
@@ -131,9 +130,9 @@ def describe(record: Record) -> str:
     )
 
 
-def table(record: Record, limits: Record) -> Table:
-    """One record, a row a peer."""
-    shown = Table(title=describe(record), title_justify="left")
+def show(record: Record, limits: Record, console: Console) -> None:
+    """Print one record: a table with one row per peer, and why other peers have none."""
+    shown = Table(box=None, pad_edge=False)
     shown.add_column("peer", no_wrap=True)
     for column in ("µs", "spread", "/linear", "/floor", "TFLOP/s", "GB/s", "MiB"):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -148,29 +147,31 @@ def table(record: Record, limits: Record) -> Table:
             f"{row['gbps']:.1f}",
             f"{row['memory'] / 2**20:.2f}",
         )
-    reasons = [
-        f"{name}: {kind.replace('_', ' ')}: {peer[kind]}"
-        for name, peer in record["peers"].items()
-        for kind in ("refused", "cannot_run")
-        if kind in peer
-    ]
-    shown.caption, shown.caption_justify = "\n".join(reasons), "left"
-    return shown
+    console.print(describe(record), markup=False, highlight=False, soft_wrap=True)
+    console.print(shown)
+    for name, peer in record["peers"].items():
+        for kind in ("refused", "cannot_run"):
+            if kind in peer:
+                reason = f"{name}: {kind.replace('_', ' ')}: {peer[kind]}"
+                console.print(reason, markup=False, highlight=False, soft_wrap=True)
+    console.print()
 
 
 def footnote(result: Record) -> str:
-    """The machine, its limits, and how to read the columns."""
+    """The machine, its limits, and the meaning of the columns."""
     m, measured = result["machine"], result["limits"][0]
     rates = ", ".join(f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in measured["matmul"].items())
     smallest, largest = measured["bandwidth"][0], measured["bandwidth"][-1]
     waiting = max((p["waiting"] for r in result["records"] for p in summary(r, measured).values()), default=0.0)
-    busy = f"\nThe machine was busy: up to {waiting:.0%} of the time was spent waiting for it." * (waiting > 0.1)
+    busy = f"\nOther work ran on the machine: up to {waiting:.0%} of the time was spent waiting for a core." * (
+        waiting > 0.1
+    )
     return (
         f"{m['device']}, torch {m['versions']['torch']}, commit {m['commit']}; measured limits: {rates}, "
         f"{largest[1] / 1e9:.0f} GB/s from memory ({smallest[1] / 1e9:.0f} GB/s for {smallest[0] / 2**20:.0f} MiB).\n"
-        f"µs: median of interleaved rounds; spread: half the interquartile range; /linear: over {BASELINE}, median of "
-        "the ratios within a round; /floor: over what the layer's least bytes and FLOPs take at the measured limits; "
-        f"MiB: allocated by the call, output included.{busy}"
+        f"µs: median of interleaved rounds; spread: half the interquartile range; /linear: relative to {BASELINE}, "
+        "median of the ratios of each round; /floor: relative to the time of the minimum bytes and FLOPs at the "
+        f"measured limits; MiB: allocated by the call, including the output.{busy}"
     )
 
 

@@ -51,7 +51,7 @@ def _linear(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
 def why_not(backend: str, device: str, *layer: Any) -> str | None:
     """Why a backend cannot be timed on a device, with `layer` as for `library.why_not`; None if it can."""
     if backend == "triton" and device == "cpu":
-        return "on a CPU it is interpreted, which is no measure of it"
+        return "on a CPU it runs in Triton's interpreter, whose times are meaningless"
     return library.why_not(backend, device, *layer)
 
 

@@ -56,7 +56,7 @@ def why_not(
     training: with gradients.
     """
     if backend in ("cuda", "cpu") and backend != device_type:
-        return f"it serves {backend} tensors, not {device_type} tensors"
+        return f"it supports {backend} tensors, not {device_type} tensors"
     try:
         return _implementation(backend).why_not(device_type, dtype, num_experts, training)
     except ImportError as error:

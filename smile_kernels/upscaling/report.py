@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -186,26 +187,27 @@ class UpscaleReport:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("layer", "rank", "energy", "largest error", "seconds", "note")
+        plain: dict[str, Any] = {"box": None, "pad_edge": False}
+        table = Table("layer", "rank", "energy", "largest error", "seconds", "note", **plain)
         for layer in self.layers:
             names = self.expert_names or range(len(layer.energy))
             note = layer.skipped or ", ".join(f"expert {names[i]} untrained" for i in layer.untrained)
             held = "" if layer.skipped else f"{min(layer.energy):.4f} to {max(layer.energy):.4f}"
             error = "" if layer.skipped else f"{max(layer.error):.4f}"
             table.add_row(layer.name, str(layer.rank or ""), held, error, f"{layer.seconds:.2f}", note)
-        lost = Table("not in the result", "size of the change, by expert", "why")
+        lost = Table("not in the result", "size of the change, by expert", "reason", **plain)
         for change in self.lost:
             lost.add_row(change.name, _sizes(change), change.reason)
-        settings = Table("setting that is not in the result", "in the base", "by expert")
+        settings = Table("setting that is not in the result", "in the base", "by expert", **plain)
         for one in self.settings:
             settings.add_row(one.name, one.base, ", ".join(one.experts))
-        console = Console(width=120)
+        console = Console(width=120, color_system=None)
         with console.capture() as text:
             console.print(table)
             if self.lost:
-                console.print(lost)
+                console.print("", lost)
             if self.settings:
-                console.print(settings)
+                console.print("", settings)
         return text.get().rstrip("\n") + (f"\n{self.calibration}" if self.calibration else "")
 
 

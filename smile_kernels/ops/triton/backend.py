@@ -36,9 +36,9 @@ def why_not(device_type: str, dtype: torch.dtype, num_experts: int, training: bo
     if INTERPRETED.value and version < (3, 7) and Version(numpy.__version__) >= Version("2.4"):
         return f"Triton {triton.__version__}'s interpreter needs NumPy before 2.4, not {numpy.__version__}"
     if INTERPRETED.value and device_type != "cpu":
-        return f"Triton's interpreter serves cpu tensors, not {device_type} tensors"
+        return f"Triton's interpreter supports cpu tensors, not {device_type} tensors"
     if not INTERPRETED.value and device_type != "cuda":
-        return f"it serves cuda tensors, not {device_type} tensors; TRITON_INTERPRET=1 interprets it on a CPU, slowly"
+        return f"it supports cuda tensors, not {device_type} tensors; TRITON_INTERPRET=1 interprets it on a CPU, slowly"
     if dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device_type == "cuda" and not torch.cuda.is_available():
