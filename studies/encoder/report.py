@@ -5,14 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+import matplotlib
+import torch
 from matplotlib.figure import Figure
 
 from .. import report as shared
 from ..report import TableRows
 from .routing import PUBLISHED
 
-MERGED = ("simple averaging", "task arithmetic", "TIES")
+MERGED = ("simple averaging", "task arithmetic", "TIES", "TSV-Merge", "Iso-C", "Fisher merging", "RegMean")
+MERGED += ("AdaMerging, by task", "AdaMerging, by layer")
 SETTINGS, BY_LAYER = "Settings chosen on the validation splits", "Tokens at their own expert, %, by layer"
+CHOSEN = ("scale", "density", "kept", "steps")  # the settings
 
 
 def averages(row: dict) -> list[float]:
@@ -57,7 +61,7 @@ def tables(results: dict) -> list[TableRows]:
         [
             row["name"],
             str(seed),
-            *(f"{run[key]:g}" if key in run else "–" for key in ("scale", "density")),
+            ", ".join(f"{key} {run[key]:g}" for key in CHOSEN if key in run),
             f"{run['validation']:.1f}",
         ]
         for row in rows
@@ -89,11 +93,38 @@ def tables(results: dict) -> list[TableRows]:
         ),
         ("Points above the merged models, on average", ["", *(row["name"] for row in merged)], margins),
         *([_routing_table(results["routing"])] if "routing" in results else []),
-        (SETTINGS, ["", "seed", "scale", "density", "validation, %"], chosen),
+        *([_cost_table(results)] if "data" in rows[0]["runs"][0] else []),
+        (SETTINGS, ["", "seed", "settings", "validation, %"], chosen),
         (BY_LAYER, ["layer", *(row["name"] for row in smile)], routing),
         ("CPU time to encode one batch of 32 texts on one thread", ["", "ms", "over the plain encoder"], timing),
         _fidelity_table(results),
     ]
+
+
+def _cost_table(results: dict) -> TableRows:
+    """What each method needs; a merged model takes the time of the plain encoder, whose layers it has."""
+    ratios = {t["name"]: f"{t['ratio']:.2f}×" for t in results["time"] if t["ratio"]}
+    rows = [
+        [
+            row["name"],
+            f"{row['parameters']:.2f}×",
+            row["runs"][0]["data"],
+            str(row["runs"][0]["passes"]),
+            f"{statistics.fmean(run['seconds'] for run in row['runs']):.1f}",
+            ratios.get(row["name"], "as plain" if row["name"] in MERGED else "–"),
+        ]
+        for row in results["rows"]
+        if not row["name"].startswith("base")
+    ]
+    columns = [
+        "",
+        "parameters",
+        "data beside the fine-tuned models",
+        "passes",
+        "CPU seconds to build",
+        "time per batch",
+    ]
+    return "What each method needs", columns, rows
 
 
 def _routing_table(sets: dict) -> TableRows:
@@ -143,15 +174,11 @@ def draw(results: dict) -> Figure:
     """A picture in three panels: accuracy by method, what it costs in parameters, and where the tokens are routed."""
     rows = results["rows"]
     smile = [row for row in rows if row["name"].startswith("SMILE")]
-    colours = {
-        "base + probe": "#9aa0a6",
-        "individual": "#202124",
-        "simple averaging": "#e8a33d",
-        "task arithmetic": "#d9713c",
-    }
-    colours["TIES"] = "#b5473c"
-    blues = ["#9ecae1", "#4f9bcb", "#2171b5", "#2e8b57", "#7cb342", "#08306b", "#4a2c8f"]
-    colours |= {row["name"]: blue for row, blue in zip(smile, blues)}
+    plain = [row["name"] for row in rows if row not in smile and row["name"] not in ("base + probe", "individual")]
+    colours = {"base + probe": "#9aa0a6", "individual": "#202124"}
+    for names, colormap in ((plain, "YlOrBr"), ([row["name"] for row in smile], "GnBu")):
+        shades = matplotlib.colormaps[colormap](torch.linspace(0.35, 1, len(names)).tolist())
+        colours |= dict(zip(names, map(tuple, shades)))
 
     individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
     figure = Figure(figsize=(16, 6), layout="constrained")

@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import BertModel
 
 from smile_kernels import RoutingPolicy, SmileLinear, set_routing, upscale, verify, watch_routing
@@ -25,6 +26,7 @@ from ..data import MINILM, QUICK, SRE, TASKS
 from . import routing
 from .model import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
 from .report import draw, tables
+from .routing import LayerVote
 
 SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
 SHOWN = (16, 32)  # the setting that oracle routing and routing policies are shown for
@@ -32,8 +34,12 @@ POLICIES = {
     "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
 }
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic and TIES
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic, TIES, TSV-Merge and Iso-C
 DENSITIES = (0.1, 0.3)  # of TIES
+KEPT = (0.1, 0.5, 0.9, 1.0)  # of what is off the diagonal in RegMean
+STEPS = (25, 50, 100)  # of AdaMerging and WEMoE
+ADAPTED = {"texts": 8, "start": 0.3, "rate": 1e-2, "gate_rate": 1e-3}  # the same; texts of each task in a step
+FISHER_TEXTS = 64  # of each task
 EMBEDDING_RANKS = (8, 32, 128, -1)
 HELD_OUT = {"validation": 200, "test": 600}
 
@@ -46,6 +52,8 @@ class Variant:
     build: Callable[[int], nn.Module]
     probe: bool = False  # read out by the probe of the base's features instead of the fine-tuned head
     copies: int = 1  # how many such modules serve all tasks
+    data: str = "none"  # what is seen when it is built
+    passes: int = 1  # through the layers, to answer a text
     timed: bool = False
     details: dict = field(default_factory=dict)  # chosen settings, captured energy
 
@@ -77,45 +85,153 @@ class Case:
     def uppers(self) -> list[Upper]:
         return [task.finetuned[self.seed][0] for task in self.trained]
 
-    def best(self, name: str, options: Iterable[tuple[dict, dict[str, Tensor]]]) -> Variant:
-        """The best of `options` (settings, change of the base) by the mean accuracy on the validation splits alone."""
+    @cached_property
+    def vectors(self) -> dict[str, Tensor]:
+        return merge.task_vectors(self.base, self.uppers)
+
+    def head(self, i: int) -> nn.Linear:
+        return self.trained[i].finetuned[self.seed][1]
+
+    def merged(self, change: dict[str, Tensor]) -> nn.Module:
+        return merge.add_to(self.base, change)
+
+    def best(
+        self, name: str, options: Iterable[tuple[dict, nn.Module]], data: str = "validation", timed: bool = False
+    ) -> Variant:
+        """The best of `options` (settings, module) by the mean accuracy on the validation splits alone."""
         best, best_score = None, -1.0
-        for settings, change in options:
-            module = merge.add_to(self.base, change)
-            score = statistics.fmean(accuracy(module, t.finetuned[self.seed][1], t.validation) for t in self.trained)
-            if score > best_score:
-                details = {**settings, "validation": score}
-                best, best_score = Variant(name, lambda i, module=module: module, details=details), score
+        for settings, module in options:
+            scores = (accuracy(module, self.head(i), task.validation) for i, task in enumerate(self.trained))
+            if (score := statistics.fmean(scores)) > best_score:
+                details, best_score = {**settings, "validation": score}, score
+                best = Variant(name, lambda i, module=module: module, data=data, timed=timed, details=details)
         return best
+
+    def scaled(self, change: dict[str, Tensor]) -> Iterator[tuple[dict, nn.Module]]:
+        """Options by the scale of a change."""
+        return (({"scale": s}, self.merged(merge.scaled(change, s))) for s in self.scales)
+
+
+def fisher(case: Case) -> nn.Module:
+    """Fisher merging, from a task's first training texts."""
+    information = []
+    for i, (task, upper) in enumerate(zip(case.trained, case.uppers)):
+
+        def log_probabilities(theta: dict[str, Tensor], row: int, i: int = i, task: Trained = task) -> Tensor:
+            states, mask = task.train.gather(torch.tensor([row]))
+            features = functional_call(case.base, theta, (states,), {"attention_mask": mask})
+            return case.head(i)(features)[0].log_softmax(-1)
+
+        theta = {name: upper.get_parameter(name) for name in case.vectors}
+        texts = range(min(FISHER_TEXTS, len(task.train.labels)))
+        information.append(merge.fisher_information(log_probabilities, theta, texts))
+    return case.merged(merge.fisher(case.vectors, information))
+
+
+def regmean(case: Case) -> Iterator[tuple[dict, nn.Module]]:
+    """RegMean, from a task's first training texts; options by what is kept off the diagonal."""
+    of_models = []
+    for task, upper in zip(case.trained, case.uppers):
+        texts = ((s[None], torch.ones(1, len(s), dtype=torch.bool)) for s in task.train.states)
+        of_models.append(merge.grams(upper, ({"states": s, "attention_mask": mask} for s, mask in texts)))
+    return (({"kept": k}, case.merged(merge.regmean(case.vectors, of_models, k))) for k in KEPT)
+
+
+def _entropies(case: Case, model: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    """The entropy of a model's answers to some test texts of each task, drawn anew each time."""
+    for i, task in enumerate(case.trained):
+        rows = torch.randint(len(task.test.labels), (ADAPTED["texts"],), generator=generator)
+        yield merge.entropy(case.head(i)(model(*task.test.gather(rows))))
+
+
+def adamerging(case: Case, by_layer: bool) -> Iterator[tuple[dict, nn.Module]]:
+    """AdaMerging with weights by task, or by task and parameter; options by the steps of its adaptation."""
+    weights = torch.full((len(case.trained), len(case.vectors) if by_layer else 1), ADAPTED["start"])
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def losses() -> Iterator[Tensor]:
+        change = merge.weighted(case.vectors, weights)
+        theta = {name: case.base.get_parameter(name) + delta for name, delta in change.items()}
+        yield from _entropies(case, lambda x, mask: functional_call(case.base, theta, (x, mask)), generator)
+
+    for step in merge.adapt([weights.requires_grad_(True)], losses, ADAPTED["rate"]):
+        if step in STEPS:
+            yield {"steps": step}, case.merged(merge.weighted(case.vectors, weights.detach()))
+        if step >= max(STEPS):
+            return
+
+
+def wemoe(case: Case) -> Iterator[tuple[dict, nn.Module]]:
+    """Weight ensembling of the MLPs; options by the steps of its adaptation."""
+    mlps = [(f"layers.{n}.intermediate.dense", f"layers.{n}.output.dense") for n in range(len(case.base.layers))]
+    torch.manual_seed(case.seed)
+    model = merge.weight_ensembling(case.base, case.vectors, mlps, ADAPTED["start"])
+    generator = torch.Generator().manual_seed(case.seed)
+    gates = [p for p in model.parameters() if p.requires_grad]
+
+    def losses() -> Iterator[Tensor]:
+        return _entropies(case, lambda x, mask: model(x, attention_mask=mask), generator)
+
+    for step in merge.adapt(gates, losses, ADAPTED["gate_rate"]):
+        if step in STEPS:
+            yield {"steps": step}, copy.deepcopy(model)
+        if step >= max(STEPS):
+            return
 
 
 def variants(case: Case) -> Iterator[Variant]:
-    """Every row of the table in its order. A further way to merge or to route is one more `Variant` here."""
-    uppers, vectors = case.uppers, merge.task_vectors(case.base, case.uppers)
+    """Every row of the table in its order. A further way to merge or to route is one more `Variant` here.
+
+    What a row costs to build is the time between it and the one before it.
+    """
+    uppers, vectors = case.uppers, case.vectors
     yield Variant("base + probe", lambda i: case.base, probe=True, timed=True)
     yield Variant("individual", lambda i: uppers[i], copies=len(uppers))
-    average = merge.add_to(case.base, merge.task_arithmetic(vectors, 1 / len(uppers)))
+    average = case.merged(merge.task_arithmetic(vectors, 1 / len(uppers)))
     yield Variant("simple averaging", lambda i: average)
-    yield case.best("task arithmetic", (({"scale": s}, merge.task_arithmetic(vectors, s)) for s in case.scales))
+    yield case.best("task arithmetic", case.scaled(merge.task_arithmetic(vectors, 1)))
     yield case.best(
         "TIES",
-        (({"density": d, "scale": s}, merge.ties(vectors, d, s)) for d in case.densities for s in case.scales),
+        (
+            ({"density": d, **scale}, module)
+            for d in case.densities
+            for scale, module in case.scaled(merge.ties(vectors, d, 1))
+        ),
     )
-    few = dict(zip(("states", "attention_mask"), case.trained[0].validation.gather(torch.arange(4))))
+    yield case.best("TSV-Merge", case.scaled(merge.tsv(vectors)))
+    yield case.best("Iso-C", case.scaled(merge.isotropic(vectors)))
+    fishers = fisher(case)
+    yield Variant("Fisher merging", lambda i: fishers, data="training")
+    yield case.best("RegMean", regmean(case), data="training, validation")
+    unlabelled = "test, unlabelled; validation"
+    yield case.best("AdaMerging, by task", adamerging(case, by_layer=False), unlabelled)
+    yield case.best("AdaMerging, by layer", adamerging(case, by_layer=True), unlabelled)
+    yield case.best("WEMoE", wemoe(case), unlabelled, timed=True)
     for g, r in SETTINGS:
-        model, found = upscale(case.base, uppers, rank_of_expert=r, rank_of_router=g, progress=False)
-        details = {
-            **energy(found),
-            "verified": report.check(verify(model, case.base, uppers, report=found, inputs=few)),
-        }
-        name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
-        yield Variant(name, lambda i, model=model: model, details=details, timed=True)
-        if (g, r) == SHOWN:
-            yield Variant(f"{name}, oracle routing", lambda i, model=model: with_own_expert(model, i))
-            for kind, policy in POLICIES.items():
-                routed = copy.deepcopy(model)
-                set_routing(routed, policy)
-                yield Variant(f"{name}, {kind}", lambda i, routed=routed: routed, details=details, timed=True)
+        yield from fused(case, g, r)
+
+
+def fused(case: Case, g: int, r: int) -> Iterator[Variant]:
+    """SMILE with routers of rank g and experts of rank r; of SHOWN under each routing of the table too."""
+    start = time.process_time()
+    model, found = upscale(case.base, case.uppers, rank_of_expert=r, rank_of_router=g, progress=False)
+    seconds = {"seconds": time.process_time() - start}
+    few = dict(zip(("states", "attention_mask"), case.trained[0].validation.gather(torch.arange(4))))
+    verified = report.check(verify(model, case.base, case.uppers, report=found, inputs=few))
+    details = {**energy(found), **seconds}
+    name = f"SMILE (g {g}, {f'r {r}' if r > 0 else 'full rank'})"
+    yield Variant(name, lambda i: model, details={**details, "verified": verified}, timed=True)
+    if (g, r) != SHOWN:
+        return
+    yield Variant(f"{name}, oracle routing", lambda i: with_own_expert(model, i), details=seconds)
+    for kind, policy in POLICIES.items():
+        routed = copy.deepcopy(model)
+        set_routing(routed, policy)
+        yield Variant(f"{name}, {kind}", lambda i, routed=routed: routed, details=details, timed=True)
+    start = time.process_time()
+    vote = LayerVote.by_validation(model, case.trained)
+    details = {**details, "seconds": seconds["seconds"] + time.process_time() - start}
+    yield Variant(f"{name}, one layer votes", lambda i: vote, details=details, timed=True, passes=2, data="validation")
 
 
 def evaluate(variant: Variant, case: Case) -> dict:
@@ -128,7 +244,8 @@ def evaluate(variant: Variant, case: Case) -> dict:
         shares.append({name: 100 * (count[i] / count.sum()).item() for name, count in counts.items()})
     own = {name: statistics.fmean(share[name] for share in shares) for name in shares[0]}
     parameters = variant.copies * sum(p.numel() for p in variant.build(0).parameters())
-    return {"accuracy": scores, "own_expert": own, "upper_parameters": parameters, **variant.details}
+    costs = {"upper_parameters": parameters, "data": variant.data, "passes": variant.passes}
+    return {"accuracy": scores, "own_expert": own, **costs, **variant.details}
 
 
 def merge_and_test(cases: Sequence[Case], step: report.Step) -> tuple[dict[str, list[dict]], dict[str, nn.Module]]:
@@ -136,11 +253,14 @@ def merge_and_test(cases: Sequence[Case], step: report.Step) -> tuple[dict[str, 
     rows: dict[str, list[dict]] = {}
     encoders: dict[str, nn.Module] = {}
     for case in cases:
+        start = time.process_time()
         for variant in variants(case):
+            seconds = time.process_time() - start
             step(f"{variant.name}, seed {case.seed}", 0, 1)
-            rows.setdefault(variant.name, []).append(evaluate(variant, case))
+            rows.setdefault(variant.name, []).append({"seconds": seconds, **evaluate(variant, case)})
             if variant.timed and case is cases[0]:
                 encoders["plain encoder" if variant.probe else variant.name] = variant.build(0)
+            start = time.process_time()
     return rows, encoders
 
 

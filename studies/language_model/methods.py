@@ -26,6 +26,7 @@ ROUTER_RANK = 8  # g, where a row says nothing else
 SCALES = (0.3, 0.45, 0.6)  # of task arithmetic
 TIES_SCALES = (0.7, 1.0)
 DENSITY = 0.2  # of TIES
+SINGULAR_SCALES = (0.5, 1.0, 1.5)  # of TSV-Merge and Iso-C
 
 
 @dataclass
@@ -161,6 +162,18 @@ def ties(case: Case) -> Contender:
     return _best(case, ((s, merge.ties(case.vectors, **s)) for s in settings))
 
 
+def singular(
+    method: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> Callable[[Case], Contender]:
+    """`method`, TSV-Merge or Iso-C, at the best scale."""
+
+    def build(case: Case) -> Contender:
+        change = method(case.vectors)
+        return _best(case, (({"scale": s}, merge.scaled(change, s)) for s in SINGULAR_SCALES))
+
+    return build
+
+
 def oracle(case: Case) -> Contender:
     """Every token at its own task's expert."""
     contender = Contender.of(case.smile(ROUTER_RANK))
@@ -219,6 +232,8 @@ METHODS = [
     Method("simple averaging", averaging, routed=False, turns=False),
     Method("task arithmetic", task_arithmetic, routed=False, turns=False),
     Method("ties", ties, routed=False, turns=False),
+    Method("tsv-merge", singular(merge.tsv), routed=False, turns=False),
+    Method("iso-c", singular(merge.isotropic), routed=False, turns=False),
     Method("published", smile(), full=True, pictured=True, timed=True),
     Method("recommended", recommended, full=True, timed=True),
     Method(
