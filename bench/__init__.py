@@ -1,4 +1,4 @@
-"""What is measured for this repository, and where its results are kept."""
+"""Measurements of this repository, and the folders of their results."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""What changed between two results beyond noise: python bench/compare.py old.json new.json.
+"""Changes between two results that exceed the noise: python bench/compare.py old.json new.json.
 
-Compares times over F.linear, each round's own: a faster or slower machine is not taken for faster or slower code. Ends
-with status 1 where a peer of the new results is slower, refused, or cannot run where it could before.
+Compares times relative to F.linear in the same round, so that the speed of the machine has no effect. The exit status
+is 1 if a peer of the new results is slower, refused, or can no longer run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ LEAST, PROBABILITY = 0.05, 0.01
 
 
 def compare(old: Record, new: Record) -> tuple[list[str], list[str]]:
-    """(what became worse, what became better), a line for each case and peer that both results hold."""
+    """(worse, better): a line for each case and peer in both results that changed."""
     worse, better = [], []
     before = {_key(record): record["peers"] for record in old["records"]}
     for record in new["records"]:
@@ -51,7 +51,7 @@ def _over_linear(peers: Record, name: str) -> list[float]:
 
 
 def _spread(values: list[float]) -> float:
-    """Half the interquartile range over the median."""
+    """Half the interquartile range, relative to the median."""
     low, middle, high = quantiles(values, n=4)
     return (high - low) / 2 / middle
 

@@ -1,4 +1,4 @@
-"""From fine-tuned weights to SMILE layers: ours against fusion_bench's upscale_to_smile_linear."""
+"""From fine-tuned weights to SMILE layers: this package and fusion_bench's upscale_to_smile_linear."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SETTING = Setting(2, 32, 16)
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures it."""
+    """Name -> the function that measures it."""
     layers = [(768, 768), (768, 3072)] if device == "cpu" else [(768, 768), (4096, 4096), (4096, 14336)]
     plans = {f"layer {d} to {o}": lambda d=d, o=o: measure_layer(d, o, device) for d, o in layers}
     return plans | {"model": lambda: measure_model(device)}
@@ -24,7 +24,7 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
 
 @torch.no_grad()
 def measure_layer(in_features: int, out_features: int, device: str, seconds: float = 3.0) -> Record:
-    """One layer and its experts. Ours is refused where its error is over 0.1% above that of fusion_bench's full SVD."""
+    """One layer and its experts. Refused if its error is more than 0.1% above that of fusion_bench's full SVD."""
     base = nn.Linear(in_features, out_features, device=device)
     finetuned = [_finetuned(base, seed) for seed in range(SETTING.num_local_experts)]
     calls = {
@@ -75,7 +75,7 @@ def measure_model(device: str) -> Record:
 
 
 def _finetuned(base: nn.Linear, seed: int) -> nn.Linear:
-    """The layer, moved by a full-rank difference whose singular values fall off as a power of their index."""
+    """The layer plus a full-rank difference whose singular values decay as a power of their index."""
     generator = torch.Generator().manual_seed(seed)
     o, d = base.weight.shape
     k = min(o, d)

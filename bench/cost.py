@@ -1,9 +1,9 @@
-"""What each Triton kernel moves and multiplies, and what that predicts a layer to take beside the dense one.
+"""Bytes and FLOPs of each Triton kernel, and the predicted time of a layer relative to the dense one.
 
     python -m bench.cost                                # the tables of predictions
     python -m bench.cost --write                        # the same, into bench/NOTES.md
 
-What no implementation can avoid is `Case.work`; here is what these kernels do, a `Work` for each launch.
+`Case.work` is the minimum for every implementation; this module counts what these kernels do, a `Work` for each launch.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from smile_kernels.publishing import write_text
 
 NOTES = Path(__file__).with_name("NOTES.md")
 
-# What bench/gpu.py measures, and what is predicted here.
+# The cases of bench/gpu.py and of the predictions.
 SETTINGS = [Setting(8, 32, 16), Setting(8, 128, 16), Setting(8, 32, 16, 2), Setting(3, 512, 8), Setting(64, 64, 8)]
 LAYERS = ["mistral-7b.q", "mistral-7b.up", "mistral-7b.down", "clip-b32.attn"]
 TOKENS = [1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192]
 TRAINED = [Case("mistral-7b.q", SETTINGS[i], t, torch.bfloat16) for i in (0, 2, 4) for t in (2048, 8192)]
 
-# An H200, of whose published rates copies and products get about as much as `configs` assumes; not measured.
+# Of an H200: published rates times the fractions that `configs` assumes; not measured.
 DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
 BANDWIDTH, RATE, RAMP = configs.BANDWIDTH, configs.RATE, configs.RAMP
 OVERLAPPED = ("stream", "route", "selected", "scale", "expand", "tail", "dh", "dx tail")
 OVERLAPPED_GROUPED = ("schedule", "sort", "gather", "scaled", "scatter", "a", "ds", "du", "dexpert_bias")
-# Seconds of the host for a launch of a Triton kernel, for what a call takes besides, and for F.linear.
+# Host seconds for a launch of a Triton kernel, for the rest of a call, and for F.linear.
 LAUNCH, OPERATOR, LINEAR = 16e-6, 32e-6, 5e-6
 
 
@@ -51,7 +51,7 @@ def _tail(case: Case, columns: int, biases: int, block: int) -> Work:
 
 
 def _group(case: Case, entries: int) -> dict[str, Work]:
-    """ids are read twice, the order is written; the rest is a few numbers an expert."""
+    """ids are read twice, the order is written; the rest is a few numbers per expert."""
     return {"count": Work(4 * entries, 0), "schedule": Work(0, 0), "sort": Work(8 * entries, 0)}
 
 
@@ -69,7 +69,7 @@ def _scatter(case: Case, name: str, r: int, columns: int, biases: int) -> dict[s
 
 
 def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 128) -> dict[str, Work]:
-    """The launches of one forward, in their order: name -> work.
+    """The launches of one forward, in order: name -> work.
 
     Args:
         case: the layer and the batch; the router is the first rows of each expert.
@@ -86,13 +86,13 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
     k, chosen, base = max(r, g), round(case.present()), case.dense()
     routing = 8 * t * m
     if linear in ("decode", "decode_one_launch"):
-        # The first half also adds its partial sums and scales them; the second reads all of u, chosen or not.
+        # The first half also adds its partial sums and scales them; the second reads u of all experts.
         handed_on = Work(size * t * n * r + 4 * t * n * bias, 0)
         shrink = _low_rank(case, n * k, splits) + Work(4 * splits * t * n * k + 4 * n * r + routing, 0) + handed_on
         stream = base + Work(size * n * o * (r + bias), product(t, n * r, o)) + handed_on
         return {"shrink": shrink, "stream": stream} if linear == "decode" else {"shrink, stream": shrink + stream}
 
-    again = Work(size * t * o, 0)  # what one kernel wrote of y, another reads
+    again = Work(size * t * o, 0)  # one kernel writes y, another reads it
     found = {}
     if linear == "route_first":
         found["gate"] = _low_rank(case, n * g, splits)
@@ -112,22 +112,22 @@ def kernels(case: Case, linear: str, apply: str, splits: int = 1, block: int = 1
     else:
         found["shrink"] = _low_rank(case, n * k, splits)
         found["route and scale"] = Work(4 * splits * t * n * g + routing, 2 * t * n * g)
-    # Experts a token did not choose are zeros in the scaled products.
+    # The scaled products are zero for experts that a token did not choose.
     last = list(found)[-1]
     found[last] += Work(4 * splits * t * m * r + size * t * n * (r + bias), t * m * r)
     tail = _tail(case, o, bias, block)
-    # "one_product" forms every product, so nothing is left to group.
+    # "one_product" computes every product, so nothing is grouped.
     if apply in ("delta", "grouped"):
         return {**found, "tail": tail + again, "base": base + again}
     return {**found, "expand": base + tail}
 
 
 def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
-    """The launches of the backward for every gradient, in their order: name -> work.
+    """The launches of the backward for every gradient, in order: name -> work.
 
     Args:
         case: the layer and the batch; the router is the first rows of each expert, and no more than the expert has.
-        apply: as the forward's; "grouped" groups the tokens here too, with the others each expert takes all tokens.
+        apply: as for the forward; "grouped" groups the tokens here too, otherwise each expert processes all tokens.
         block: tokens of a block of the tail, which covers all experts present in it.
     """
     (d, o, bias), t, size = case.shape, case.tokens, case.dtype.itemsize
@@ -155,7 +155,7 @@ def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
     found["a"] = products(r)
     if bias and m > 1:
         found["a of the biases"] = products(1)
-    # The router's gradient takes a and h once more; what is written are dh, the scaled products and shares of ds.
+    # The router's gradient reads a and h once more; dh, the scaled products and parts of ds are written.
     shares = 4 * (entries if grouped else t / configs.route_blocks(n, m, r)["BLOCK_T"] * n) * r
     found["dh"] = Work(round(4 * 2 * entries * r + 2 * size * t * columns * r + shares), 6 * entries * r)
     if grouped:
@@ -173,7 +173,7 @@ def backward(case: Case, apply: str, block: int = 128) -> dict[str, Work]:
 
 
 def chosen_paths(case: Case, device: configs.Device, save: bool = False) -> tuple[str, str]:
-    """(linear, apply): how the heuristics run a case."""
+    """(linear, apply): the paths that the heuristics select for a case."""
     (d, o, _), t = case.shape, case.tokens
     n, r, g, m = astuple(case.setting)
     linear = configs.linear_path(device, case.dtype, t, d, o, n, max(r, g), g, r, m, save)
@@ -200,14 +200,14 @@ def splits(case: Case, linear: str, device: configs.Device) -> int:
 
 
 def in_tiles(case: Case, linear: str, device: configs.Device = DEVICE) -> dict[str, float]:
-    """Launch -> the least seconds of its product in the tiles really taken, which read operands from the cache."""
+    """Launch -> the minimum seconds of its product in the selected tiles, which read operands from the cache."""
     (d, o, _), t, size = case.shape, case.tokens, case.dtype.itemsize
     rows, tile, parts = _first_product(case, linear, device)
     names = configs.BLOCKS["decode" if linear.startswith("decode") else "shrink"]
     first = configs.product_seconds(device, t, d, rows, size, tile[names[0]], tile[names[1]], parts)
     wide = tile if linear.startswith("decode") else configs.tile("expand", device, case.dtype, t, o, d)
     base = configs.product_seconds(device, t, d, o, size, wide["BLOCK_T"], wide["BLOCK_O"])
-    if linear.startswith("decode"):  # its first half leaves the other multiprocessors to the second
+    if linear.startswith("decode"):  # the second half uses the other multiprocessors
         ours = {"stream": base, "shrink, stream": base}
     else:
         ours = {"shrink": first, "gate": first, "expand": base}
@@ -216,9 +216,9 @@ def in_tiles(case: Case, linear: str, device: configs.Device = DEVICE) -> dict[s
 
 
 def seconds(works: dict[str, Work], least: dict[str, float]) -> float:
-    """The time of launches one after another in a CUDA graph: the floor of each, and the ramps that nothing hides.
+    """The time of consecutive launches in a CUDA graph: the floor of each, plus start-up times that do not overlap.
 
-    least: launch -> seconds, where its tiles take longer than that floor.
+    least: launch -> seconds, for launches whose tiles take longer than the floor.
     """
     overlapped = OVERLAPPED + OVERLAPPED_GROUPED if "sort" in works else OVERLAPPED
     return sum(
@@ -228,7 +228,7 @@ def seconds(works: dict[str, Work], least: dict[str, float]) -> float:
 
 
 def predicted(case: Case, graph: bool = True) -> float:
-    """The time of the paths that the heuristics take, over that of F.linear: in CUDA graphs or as the host launches."""
+    """The time of the paths that the heuristics select, relative to F.linear: in CUDA graphs, or eager."""
     linear, apply = chosen_paths(case, DEVICE)
     works, least = kernels(case, linear, apply, splits(case, linear, DEVICE)), in_tiles(case, linear)
     ours, dense = seconds(works, least), seconds({"dense": case.dense()}, least)
@@ -238,7 +238,7 @@ def predicted(case: Case, graph: bool = True) -> float:
 
 
 def floor_ratio(case: Case, training: bool = False) -> float:
-    """The least time of the layer over the least time of the dense one."""
+    """The minimum time of the layer relative to the minimum time of the dense one."""
     return case.work(backward=training).floor(BANDWIDTH, RATE) / case.dense(training).floor(BANDWIDTH, RATE)
 
 
@@ -247,7 +247,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Name -> the table of predictions in Markdown."""
+    """Name -> table of predictions in Markdown."""
     letters = {
         "decode": "d",
         "one_product fused": "f",

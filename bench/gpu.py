@@ -1,12 +1,12 @@
-"""All that a GPU is needed for, in one call of under ten minutes: what is right first, then what it takes.
+"""All checks and measurements that need a GPU, in one call of less than ten minutes.
 
     python -m bench.gpu --out results                    # everything; ends within --seconds, 530 by default
-    TRITON_INTERPRET=1 python -m bench.gpu --rehearse    # the same on a CPU in small, where nothing is measured
+    TRITON_INTERPRET=1 python -m bench.gpu --rehearse    # the same on a CPU with small shapes, without measurements
     python -m bench.gpu --sanitize                       # compute-sanitizer on a small case of each kernel
 
-Everything on the GPU runs in child processes, which may crash or hang: what does is named, and the rest goes on.
-Results are written as they come, to triton.json under --out and in bench/results/<device>/; `python -m bench.report`
-makes the documents' tables of them. The call prints failures, headline and aims last, and ends with status 0.
+Everything on the GPU runs in child processes, which may crash or hang: these are named, and the rest continues.
+Results are written when available, to triton.json under --out and in bench/results/<device>/; `python -m bench.report`
+writes the tables of the documents. The call prints failures, headline and aims last, and ends with status 0.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from .gpu_rows import Listing, Machine, Row, Soak, perform_job
 
 ROOT = Path(__file__).parents[1]
 HEADLINE_LAYERS = ("mistral-7b.q", "mistral-7b.up", "mistral-7b.down")
-HEADLINE_TOKENS = (1, 16, 2048, 64, 512, 4, 128, 32, 256, 8192)  # what matters most first
+HEADLINE_TOKENS = (1, 16, 2048, 64, 512, 4, 128, 32, 256, 8192)  # most important first
 PRINTED_BYTES = 9_000
-# When each stage ends at the latest, as a share of the seconds of the call; what ends sooner leaves the rest more time.
+# Latest end of each stage, as a share of the seconds of the call; time that a stage does not use is left for the rest.
 ENDS = {
     "machine": 0.06,
     "paths": 0.19,
@@ -58,7 +58,7 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: on a GPU, or in a rehearsal."""
+    """The settings of a run: on a GPU, or in a rehearsal."""
 
     device: str
     checks: Sequence[selftest.Check]
@@ -76,7 +76,7 @@ class Plan:
 
 
 def on_gpu() -> Plan:
-    """The headline is N8 r32 g16 top-1 of a 7-8B model's layers; after it come the other settings."""
+    """First the headline, N8 r32 g16 top-1 of a 7-8B model's layers, then the other settings."""
     usual = SETTINGS[0]
     rows = [Row(la, usual, t, "graph", "cuda") for t in HEADLINE_TOKENS for la in HEADLINE_LAYERS]
     eager = [Row(la, usual, t, "eager", "cuda") for t in (1, 16, 64, 2048) for la in HEADLINE_LAYERS]
@@ -120,13 +120,13 @@ def on_gpu() -> Plan:
 
 
 def build_for_this_gpu() -> list[str]:
-    """What setup.py reads: only this architecture, and a status that says whether it was built."""
+    """Environment of setup.py: only this architecture, and an exit status that tells whether it was built."""
     major, minor = torch.cuda.get_device_capability()
     return [f"TORCH_CUDA_ARCH_LIST={major}.{minor}", "SMILE_KERNELS_FORCE_CUDA_BUILD=1"]
 
 
 def on_cpu() -> Plan:
-    """The rehearsal: every stage under Triton's interpreter, on shapes that take it a second."""
+    """The rehearsal: every stage under Triton's interpreter, on shapes that take a second."""
     layer, small, other = "32x32", Setting(3, 4, 2, 1), Setting(3, 4, 2, 2)
     every = [check for check in selftest.checks("cpu") if check.backend == "triton" and not check.training]
     checks = {c.path: replace(c, shape=(5, 48, 32, 3, 4, 2, 1)) for c in every if c.dtype == torch.bfloat16}
@@ -183,14 +183,14 @@ class Call:
             write_json(folder / "triton.json", self.part)
 
     def run(self) -> None:
-        """Every stage in its order, whatever became of those before."""
+        """Run every stage in order, also if earlier ones failed."""
         for name in ENDS:
             with self.stage(name):
                 getattr(self, f"_{name}")()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What a stage raises is written down, and the next one begins."""
+        """Record the error of a stage, and continue with the next."""
         print(f"{self.spent:5.0f} s  {name}", flush=True)
         try:
             yield
@@ -203,7 +203,7 @@ class Call:
             print(f"results are not written: {error}", flush=True)
 
     def jobs(self, stage: str, jobs: Sequence[Any], seconds: float, workers: int = 1) -> None:
-        """Measure rows, leaving out the paths that failed; what did not end in time is counted."""
+        """Measure rows, skipping the paths that failed; jobs that did not end in time are counted."""
         done = 0
 
         def ended(job: Any, outcome: Outcome) -> None:
@@ -222,12 +222,12 @@ class Call:
             self.part["stages"][stage] = f"{len(jobs) - done} of {len(jobs)} rows did not end in time"
 
     def restart(self, first: int = 0) -> None:
-        """End the processes from `first` on, which begin anew with their next job: free memory, nothing remembered."""
+        """End the processes from `first` on, which restart with their next job: this frees memory and drops caches."""
         for worker in self.workers[first:]:
             worker.close()
 
     def _machine(self) -> None:
-        """The device and its limits; the CUDA library is built beside everything that follows."""
+        """The device and its limits; the CUDA library is built in parallel with the following stages."""
         if self.plan.build is not None:
             log = open(self.out / "build.log", "wb")  # noqa: SIM115  the builder holds it
             self.builder = subprocess.Popen(
@@ -248,7 +248,7 @@ class Call:
             self.folders[-1].mkdir(parents=True, exist_ok=True)
 
     def _paths(self) -> None:
-        """Every path but the single launch against the reference, in many processes, which also compiles it."""
+        """Compare every path, except for the single launch, with the reference, in many processes, which compile it."""
         self._verify("paths", [check for check in self.plan.checks if not check.waits], self.plan.check_seconds)
 
     def _verify(self, stage: str, checks: Sequence[selftest.Check], seconds: float) -> None:
@@ -267,7 +267,7 @@ class Call:
         self.failed = (*self.failed, *sorted(failed))
 
     def _compile(self) -> None:
-        """The headline's kernels at their real sizes into Triton's cache, which every process shares."""
+        """Compile the headline's kernels at their full sizes into Triton's cache, which all processes share."""
         rows = [replace(row, prepare=True) for row in self.plan.headline if row.mode != "eager"]
         self.jobs("compile", rows, float("inf"), self.plan.workers)
         self.restart(1)
@@ -276,7 +276,7 @@ class Call:
         self.jobs("headline", self.plan.headline, self.plan.job_seconds)
 
     def _tests(self) -> None:
-        """The tests without stopping at a failure, ended as a group when their time is over."""
+        """The tests, without stopping at a failure, ended as a group at their time limit."""
         log = self.out / "tests.jsonl"
         log.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.pytest_log"]
@@ -290,14 +290,14 @@ class Call:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-            # pytest ends by itself on an interrupt and writes what it has; what does not is killed.
+            # pytest ends on an interrupt and writes its results; otherwise it is killed.
             for sent, until in ((signal.SIGINT, self.ends("tests") - 10), (signal.SIGKILL, self.ends("tests"))):
                 try:
                     process.wait(max(0.1, until - time.monotonic()))
                     break
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, sent)
-                    self.part["stages"]["tests"] = "the time was over before the last test"
+                    self.part["stages"]["tests"] = "the time limit was reached before the last test"
             _kill(process)
             output.seek(0)
             said = output.read().decode(errors="replace").strip().splitlines()
@@ -322,7 +322,7 @@ class Call:
             raise RuntimeError("the CUDA library was not built in time") from None
         if status != 0:
             raise RuntimeError(f"the CUDA library was not built, exit status {status}: see build.log")
-        self.restart()  # processes that began before have found no library
+        self.restart()  # earlier processes found no library
         known = {check.name for check in self.plan.checks}
         listed = self.workers[0](Listing(self.plan.device), self.plan.job_seconds)
         if listed.failure is not None:
@@ -341,7 +341,7 @@ class Call:
         self.jobs("soak", [job], job.seconds + self.plan.job_seconds)
 
     def _single(self) -> None:
-        """The single launch, whose programs wait for one another: in a process of its own, when all else is done."""
+        """The single launch, whose programs wait for one another: in a separate process, after everything else."""
         self.restart()
         self._verify("single", [check for check in self.plan.checks if check.waits], self.plan.single_seconds)
         if not any(check["failure"] for check in self.part["checks"] if check["linear"] == "decode_one_launch"):
@@ -357,12 +357,12 @@ class Call:
         try:
             text = self.text()
             (self.out / "summary.txt").write_text(text + "\n")
-        except Exception as error:  # the results are written already
+        except Exception as error:  # the results are already written
             text = f"no summary: {type(error).__name__}: {error}; the results are in {self.out / 'triton.json'}"
         print(f"\n{text}"[:PRINTED_BYTES], flush=True)
 
     def text(self) -> str:
-        """What is printed last: failures, the headline, where another path was faster, the aims."""
+        """The final summary: failures, the headline, cases in which another path was faster, the aims."""
         failures = gpu_tables.failures(self.part)
         headline = gpu_tables.headline(self.part) or "Nothing was timed."
         aims = "\n".join(gpu_tables.aims(self.part))
@@ -378,7 +378,7 @@ class Call:
 
 
 def _failed(job: Any, failure: str | None) -> Record:
-    """The record of a row that gave none."""
+    """The record of a row without a result."""
     about = {"layer": job.layer, "setting": vars(job.setting), "tokens": job.tokens} if isinstance(job, Row) else {}
     return {"name": job.name, **about, "mode": getattr(job, "mode", job.name), "failure": failure}
 
@@ -392,7 +392,7 @@ def _shown(record: Record) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """Whole lines of the text, about `most` characters of it."""
+    """Whole lines of the text, about `most` characters."""
     lines: list[str] = []
     length = 0
     for i, line in enumerate(text.splitlines()):
@@ -404,14 +404,14 @@ def _cut(text: str, most: int) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """End a process and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
 
 
 def sanitize() -> None:
-    """Small cases of every path under compute-sanitizer, each tensor an allocation of its own; stops at a finding."""
+    """Small cases of every path under compute-sanitizer, each tensor in a separate allocation; stops at a finding."""
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer: not found; it comes with the CUDA toolkit")
     chosen = "test_forward_by_every_path and bfloat16 or test_backward and tied"
@@ -425,7 +425,7 @@ def sanitize() -> None:
 
 def main(arguments: Sequence[str] | None = None, work: Callable[[Any], Any] = perform_job) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the results, beside bench/results; made where missing")
+    parser.add_argument("--out", type=Path, help="another folder for the results; created if missing")
     parser.add_argument("--seconds", type=float, default=530.0, help="of the whole call")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, under Triton's interpreter")
     parser.add_argument("--sanitize", action="store_true")

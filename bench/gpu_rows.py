@@ -1,6 +1,6 @@
-"""What `bench.gpu` measures on the GPU: one row a job, in a process that may crash or hang.
+"""The rows that `bench.gpu` measures on the GPU: one row per job, in a process that may crash or hang.
 
-Each path is compared with the float64 reference before it is timed. What is wrong or cannot run is named, not timed.
+Each path is compared with the float64 reference before it is timed. Paths that are wrong or cannot run are named.
 """
 
 import functools
@@ -25,7 +25,7 @@ from smile_kernels.selftest import Check, checks, perform, triton_paths
 from smile_kernels.testing import Problem, assert_close, expectations, taking
 
 DTYPE = torch.bfloat16
-# Copies of a layer are used in turn, so that its weights come from memory and not from the L2 cache.
+# Copies of a layer are used in turn, so that its weights are read from memory and not from the L2 cache.
 ROTATED_BYTES = 200e6
 CALLS = 20  # in one graph, or in one sample
 CHECKED_TOKENS = 128  # rows compared number by number; the others by the norm of the difference
@@ -35,9 +35,9 @@ PEERS_BESIDE = ("expert loop", "fusion_bench")
 
 @dataclass(frozen=True)
 class Row:
-    """What one row is about.
+    """One row.
 
-    `mode`: "graph", "eager", "kernels" (time of each kernel) or "training". `prepare`: compile and check, time nothing.
+    `mode`: "graph", "eager", "kernels" (time of each kernel) or "training". `prepare`: compile and check only.
     `skip`: paths that failed and are left out. `only`: the calls to make, by default all.
     """
 
@@ -62,7 +62,7 @@ class Row:
 
 @functools.lru_cache(maxsize=4)
 def _copies(layer: str, setting: Setting, most_tokens: int, device: str) -> list[Problem]:
-    """A layer with a long batch, of which rows take a part, and copies of its parameters."""
+    """A layer with a long batch, of which rows use a part, and copies of its parameters."""
     first = Case(layer, setting, most_tokens, DTYPE).problem(device)
     count = max(2, -(-int(ROTATED_BYTES) // (first.weight.numel() * first.weight.itemsize))) if device == "cuda" else 2
     tensors: dict[str, Any] = first.tensors()
@@ -97,7 +97,7 @@ def _forward_calls(row: Row, copies: list[Problem]) -> tuple[dict[str, Call], di
     if row.mode != "eager":
         n, r = row.setting.num_local_experts, row.setting.rank_of_expert
         for linear, apply in triton_paths(row.device, DTYPE, row.tokens, n, max(r, g)):
-            few = row.device == "cuda" and row.tokens <= 64  # where these two are never the best
+            few = row.device == "cuda" and row.tokens <= 64  # where these two are never the fastest
             # Programs of the single launch wait for one another: only a row of its own takes it.
             if not (few and apply in ("delta", "grouped")) and (linear != "decode_one_launch" or row.only):
                 calls[f"{linear} {apply}"] = by(linear, apply)
@@ -112,14 +112,14 @@ def _forward_calls(row: Row, copies: list[Problem]) -> tuple[dict[str, Call], di
             calls[name] = lambda p, built=built: built[id(p)](p.x)
         except CannotRunError as reason:
             cannot[name] = str(reason)
-        except Exception as error:  # whatever a peer raises is why it cannot run
+        except Exception as error:  # the exception is the reason why a peer cannot run
             cannot[name] = f"raised {type(error).__name__}: {error}"[:500]
     wanted = calls if row.only is None else row.only
     return {name: call for name, call in calls.items() if name in wanted and name not in row.skip}, cannot
 
 
 def _check(row: Row, copies: list[Problem], calls: dict[str, Call]) -> dict[str, str]:
-    """Compare every call's result with the reference, and drop the wrong ones from `calls`: name -> what is wrong."""
+    """Compare every call's result with the reference, and remove the wrong ones from `calls`: name -> the error."""
     p, m = copies[0], row.setting.num_experts_per_tok
     _, ids = reference.route(p.x.double(), p.rows().double(), m)
     rows = torch.linspace(0, row.tokens - 1, min(row.tokens, CHECKED_TOKENS), device=p.x.device).long()
@@ -138,7 +138,7 @@ def _check(row: Row, copies: list[Problem], calls: dict[str, Call]) -> dict[str,
         except AssertionError as reason:
             wrong[name] = str(reason)
             del calls[name]
-        except Exception as error:  # whatever a path raises is why it is not timed; a dead device raises again below
+        except Exception as error:  # the reason why a path is not timed; a failed device raises again below
             torch.empty(1, device=p.x.device).fill_(0).item()
             wrong[name] = f"raised {type(error).__name__}: {error}"[:500]
             del calls[name]
@@ -171,7 +171,7 @@ def _timed(row: Row, copies: list[Problem], calls: dict[str, Call], graph: bool)
 
 
 def forward(row: Row) -> Record:
-    """F.linear, the layer as it chooses, every path of it, the CUDA kernels, and a loop over the experts."""
+    """F.linear, the layer with its own choice, every path of it, the CUDA kernels, and a loop over the experts."""
     copies = problems(row)
     calls, cannot = _forward_calls(row, copies)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def forward(row: Row) -> Record:
 
 
 def training(row: Row) -> Record:
-    """Forward and backward into every tensor: F.linear's and the layer's, whose gradients are checked first."""
+    """Forward and backward with every gradient: F.linear, and the layer, whose gradients are checked first."""
     copies = []
     for p in problems(row):
         copies.append(replace(p, **{name: t.detach().requires_grad_() for name, t in p.tensors().items()}))
@@ -214,7 +214,7 @@ def training(row: Row) -> Record:
 
 @contextmanager
 def _one_after_another() -> Iterator[None]:
-    """While this lasts, no kernel starts before the one ahead of it has ended."""
+    """In this context no kernel starts before the previous one has ended."""
     device = configs.device_of
     configs.device_of = lambda d: replace(device(d), pdl=False)
     try:
@@ -224,7 +224,7 @@ def _one_after_another() -> Iterator[None]:
 
 
 def kernels(row: Row) -> Record:
-    """Microseconds of each kernel of a path by itself, in the order of launches: path -> [name, median] for each.
+    """Microseconds of each kernel of a path separately, in the order of launches: path -> [name, median] for each.
 
     The two halves of a path alone. No kernel overlaps another here.
     """
@@ -256,7 +256,7 @@ def kernels(row: Row) -> Record:
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine and its limits; a rehearsal has none, as it measures nothing."""
+    """The machine and its limits; a rehearsal has none, since it measures nothing."""
 
     device: str
     rehearsal: bool
@@ -266,7 +266,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Listing:
-    """The checks of a device, as a process sees them that began after a library was built."""
+    """The checks of a device, in a process that started after a library was built."""
 
     device: str
 
@@ -275,7 +275,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Soak:
-    """Random layers by random paths against the reference for a while, shapes up to `largest`."""
+    """Compare random layers on random paths with the reference for some time, with shapes up to `largest`."""
 
     device: str
     seconds: float
@@ -286,7 +286,7 @@ class Soak:
 
 
 def soak(job: Soak, seed: int | None = None) -> Record:
-    """How many random layers agreed with the reference; the first that does not raises, and is named."""
+    """The number of random layers that agreed with the reference; the first one that does not raises, and is named."""
     import random
 
     start, count, draw = time.monotonic(), 0, random.Random(seed)
@@ -311,7 +311,7 @@ def soak(job: Soak, seed: int | None = None) -> Record:
 
 
 def perform_job(job: Any) -> Any:
-    """What one job measures; the work of the processes that `bench.gpu` starts."""
+    """Run one job; the work of the processes that `bench.gpu` starts."""
     if isinstance(job, Machine):
         rates = [] if job.rehearsal else [limits(job.device, (DTYPE,))]
         return {"machine": {**machine(job.device), "rehearsal": job.rehearsal}, "limits": rates}

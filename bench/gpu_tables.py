@@ -1,4 +1,4 @@
-"""What `bench.gpu` measured, as tables and as aims met or missed: plain functions of its records."""
+"""Results of `bench.gpu` as tables, and aims that are met or missed: plain functions of its records."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ from smile_kernels.benchmark.measure import Record
 from smile_kernels.benchmark.peers import BASELINE
 from smile_kernels.benchmark.problems import Case, Setting
 
-# The peers that loop over the experts as fusion_bench's layer does, the original first.
+# The peers that loop over the experts like fusion_bench's layer, the original first.
 LOOPS = ("fusion_bench", "expert loop")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, its first column to the left."""
+    """A table with its first column aligned to the left."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -24,7 +24,7 @@ def case_of(record: Record) -> Case:
 
 
 def over_linear(record: Record) -> dict[str, float]:
-    """Name -> the median of each round's time over F.linear's in that round."""
+    """Name -> the median of the time relative to F.linear in the same round."""
     dense = record["us"][BASELINE]
     return {
         name: statistics.median(a / b for a, b in zip(us, dense))
@@ -34,9 +34,9 @@ def over_linear(record: Record) -> dict[str, float]:
 
 
 def floor_ratio(record: Record, limits: Sequence[Record]) -> float | None:
-    """The layer's least time over the dense layer's, at the bandwidth from memory and the matmul rate measured here.
+    """The layer's minimum time relative to the dense layer's, at the measured memory bandwidth and matmul rate.
 
-    None where these limits were not measured.
+    None if these limits were not measured.
     """
     if not limits:
         return None
@@ -54,7 +54,7 @@ def _timed(part: Record, *modes: str) -> list[Record]:
 
 
 def _merged(part: Record, mode: str) -> list[tuple[Record, dict[str, float]]]:
-    """Each case with the ratios of all its records: some paths are measured in a row of their own."""
+    """Each case with the ratios of all its records: some paths are measured in separate rows."""
     found: dict[tuple[str, str, int], tuple[Record, dict[str, float]]] = {}
     for record in _timed(part, mode):
         key = record["layer"], str(Setting(**record["setting"])), record["tokens"]
@@ -67,7 +67,7 @@ def _cell(ratio: float | None) -> str:
 
 
 def forward(part: Record, mode: str) -> str:
-    """Time over F.linear of the layer as it chooses and of its every path, a row a layer, setting and tokens."""
+    """Time relative to F.linear of the layer's own choice and of every path; a row per layer, setting and tokens."""
     merged = _merged(part, mode)
     if not merged:
         return ""
@@ -83,7 +83,7 @@ def forward(part: Record, mode: str) -> str:
 
 
 def headline(part: Record) -> str:
-    """The layer as it chooses, over F.linear: a row a layer and mode, a column a number of tokens (the floor)."""
+    """The layer's own choice relative to F.linear (the floor): a row per layer and mode, columns by tokens."""
     records = _timed(part, "graph", "eager", "training")
     if not records:
         return ""
@@ -101,7 +101,7 @@ def headline(part: Record) -> str:
 
 
 def faster_paths(part: Record) -> str:
-    """Rows in which a path was over 3% faster than the one that the layer chose: a line each."""
+    """Rows in which a path was more than 3% faster than the layer's own choice: a line each."""
     lines = []
     for record, ratios in _merged(part, "graph"):
         chosen = ratios.pop("chosen", None)
@@ -112,7 +112,7 @@ def faster_paths(part: Record) -> str:
 
 
 def kernels(part: Record) -> str:
-    """Each kernel of each path by itself, in µs, in the order of launches."""
+    """Each kernel of each path separately, in µs, in the order of launches."""
     rows = []
     for record in part["records"]:
         for path, launched in record.get("kernels", {}).items():
@@ -124,7 +124,7 @@ def kernels(part: Record) -> str:
 
 
 def failures(part: Record) -> str:
-    """What failed: paths against the reference, rows, tests. One line each."""
+    """Failures: paths that differ from the reference, rows, tests. One line each."""
     lines = [f"{c['name']}: {c['failure']}" for c in part["checks"] if c["failure"]]
     for record in part["records"]:
         if record.get("failure"):
@@ -136,7 +136,7 @@ def failures(part: Record) -> str:
 
 
 def summary(part: Record) -> str:
-    """How many paths and tests agreed with the reference."""
+    """The number of paths and tests that agreed with the reference."""
     checks, tests = part["checks"], part["tests"]
     agreed = sum(check["failure"] is None for check in checks)
     soaked = sum(record.get("agreed", 0) for record in part["records"])
@@ -147,7 +147,7 @@ def summary(part: Record) -> str:
 
 
 def aims(part: Record) -> list[str]:
-    """A line for each row that has an aim: the ratio to F.linear measured, and the most it may be.
+    """A line for each row with an aim: the measured ratio to F.linear, and its limit.
 
     Decode in graphs, N8 r32 g16 top-1 and D >= 4096: 1.10 times the floor's ratio. Prefill from 2048 tokens: 1.08.
     Forward and backward: 1.15. A loop over the experts takes 20 times as long up to 64 tokens, 1.5 at 2048.

@@ -1,10 +1,10 @@
-"""Host time of a call of the Triton backend: no GPU is needed, launches are recorded instead of run.
+"""Host time of a call of the Triton backend: no GPU is needed, since launches are recorded instead of run.
 
     python -m bench.host                                # a line of JSON
 
-Triton's own just-in-time compiler runs over a driver that records. CPU time of this process, so that other processes
-do not count, in microseconds; F.linear, the layer, and the layer with every launch by Triton itself take turns. What
-Triton's launcher in C and the CUDA driver take is not in it.
+Triton's own just-in-time compiler runs with a driver that records. CPU time of this process, which excludes other
+processes, in microseconds; F.linear, the layer, and the layer with every launch by Triton itself are interleaved. The
+time of Triton's launcher in C and of the CUDA driver is not included.
 """
 
 import functools
@@ -29,17 +29,17 @@ DEVICE = configs.Device("H200", "sm90", 132, pdl=True, tma=True)
 
 
 class Launched(NamedTuple):
-    """One launch as the driver met it."""
+    """One launch as seen by the driver."""
 
     kernel: str
     grid: tuple[int, int, int]
     overlaps: bool
-    hook: Any  # what Triton calls before it
+    hook: Any  # called by Triton before the launch
     arguments: tuple
 
 
 class Driver:
-    """Stands in for the driver of a GPU: kernels are compiled, loaded and launched in name only."""
+    """A substitute for the driver of a GPU: kernels are compiled, but only recorded as loaded and launched."""
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
@@ -70,7 +70,7 @@ class Driver:
 
 
 def record() -> Driver:
-    """From now on, launches for tensors on the CPU are recorded, as if those lay on a GPU."""
+    """From now on, launches for tensors on the CPU are recorded, as if the tensors were on a GPU."""
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     configs.device_of = lambda _: DEVICE

@@ -1,4 +1,4 @@
-"""Projections that read one x as one layer of parts, beside F.linear and a layer each: python -m bench.run merged."""
+"""Projections of one x as one layer of parts, F.linear, and a layer for each: python -m bench.run merged."""
 
 import statistics
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TOKENS = 1, 8, 2048
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures one layer, bfloat16, on one thread."""
+    """Name -> the function that measures one layer, bfloat16, on one thread."""
     return {
         f"{name}, {t} tokens": lambda sizes=sizes, t=t: measure_layer(sizes, t)
         for name, sizes in LAYERS.items()
@@ -28,7 +28,7 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
 
 @torch.no_grad()
 def measure_layer(sizes: tuple[int, ...], tokens: int) -> Record:
-    """Samples of each call, and the median over rounds of its process time over that of F.linear."""
+    """Samples of each call, and the median over rounds of its process time relative to F.linear."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     options = {"bias": False, "expert_bias": False, "dtype": torch.bfloat16}

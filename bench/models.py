@@ -19,14 +19,14 @@ from smile_kernels.benchmark.problems import Setting
 from smile_kernels.ops import library
 from smile_kernels.testing import Problem
 
-# Largest difference to the reference, relative to its largest output, that a variant may show: rounding through all
-# layers of the model. In bfloat16 it is that of the dense layers and of a token in a hundred routed otherwise.
+# Largest allowed difference of a variant to the reference, relative to its largest output: rounding through all layers
+# of the model. In bfloat16 it allows for rounding in dense layers and for one token in a hundred routed differently.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and what is asked of it: `batch` requests for each of the N tasks, in one batch."""
+    """A model and its requests: `batch` requests for each of the N tasks, in one batch."""
 
     name: str
     config: transformers.PretrainedConfig
@@ -74,7 +74,7 @@ def workloads(device: str) -> list[Workload]:
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures it."""
+    """Name -> the function that measures it."""
     return {w.name: lambda w=w: measure_model(w, device) for w in workloads(device)}
 
 
@@ -82,9 +82,9 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
 def measure_model(workload: Workload, device: str, seconds: float = 6.0) -> Record:
     """Prefill and decode time of every variant, interleaved, with the memory of its parameters and of a forward.
 
-    The dense model answers every request with the same weights: the time to stay near, not a way to serve N tasks. The
-    N separate models each answer their own requests. A variant further from the torch backend's output than
-    TOLERANCE is refused.
+    The dense model answers every request with the same weights; it is the lower bound of the time, and does not solve N
+    tasks. The N separate models each answer their own requests. A variant whose output differs from that of the torch
+    backend by more than TOLERANCE is refused.
     """
     torch.manual_seed(0)
     auto = transformers.AutoModelForCausalLM if workload.decode else transformers.AutoModel
@@ -140,7 +140,7 @@ def measure_model(workload: Workload, device: str, seconds: float = 6.0) -> Reco
 
 
 def tokens_per_second(record: Record, variant: dict[str, Any], phase: str) -> float:
-    """Median over rounds of the tokens (images, where there is no prompt) one variant handles in a second."""
+    """Median over rounds of the tokens (images, if there is no prompt) that one variant processes per second."""
     amount = record["requests"] * (record["decoded"] if phase == "decode" else max(record["prompt"], 1))
     return amount / statistics.median(variant[phase]["wall_us"]) * 1e6
 
@@ -178,7 +178,7 @@ def _prefill_all(models: list[nn.Module], inputs: dict[str, Tensor]) -> Callable
 
 
 def _decode_all(models: list[nn.Module], inputs: dict[str, Tensor], steps: int) -> Callable[[], None]:
-    """Greedy decoding after a prefill that is not timed; the cache is cut back to the prompt after every call."""
+    """Greedy decoding after a prefill that is not timed; the cache is cropped to the prompt after every call."""
     shares = [(model, *_prefill(model, share)) for model, share in _split(models, inputs)]
 
     def call() -> None:
@@ -214,7 +214,7 @@ def _in_backend(backend: str | None, call: Callable[[], None]) -> Callable[[], N
 
 
 def _with_layers(model: nn.Module, convert: Callable[[nn.Module], nn.Module], kind: type = nn.Linear) -> nn.Module:
-    """A copy of the model that shares its tensors, with every layer of a kind but the output head converted."""
+    """A copy of the model that shares its tensors, with every layer of a kind converted, except for the output head."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     converted = copy.deepcopy(model, memo=shared)
     for name, layer in model.named_modules():
@@ -224,7 +224,7 @@ def _with_layers(model: nn.Module, convert: Callable[[nn.Module], nn.Module], ki
 
 
 def _smile_layer(linear: nn.Linear, setting: Setting) -> SmileLinear:
-    """Random experts around a linear layer, which keeps its tensors."""
+    """Random experts for a linear layer, which keeps its tensors."""
     layer = SmileLinear(
         linear.in_features,
         linear.out_features,

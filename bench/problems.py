@@ -1,4 +1,4 @@
-"""The layers, settings and numbers of tokens that the committed results are measured on."""
+"""The layers, settings and numbers of tokens of the committed results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What no two runs of a plan share."""
+        """A name that is unique for each run of a plan."""
         case = self.case
         passes = "forward+backward" if self.backward else "forward"
         name = f"{case.layer} {case.setting} T{case.tokens} {str(case.dtype).removeprefix('torch.')} {passes}"
@@ -75,5 +75,5 @@ def cpu() -> list[Run]:
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures it."""
+    """Name -> the function that measures it."""
     return {run.name: lambda run=run: run(device) for run in cpu()}

@@ -10,7 +10,7 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # of pytest-xdist's processes only the first writes
+    if not hasattr(config, "workerinput"):  # only the first of pytest-xdist's processes writes
         config.pluginmanager.register(_Log(os.environ["BENCH_PYTEST_LOG"]))
 
 

@@ -1,6 +1,6 @@
 """Tables and plots from bench/results: python -m bench.report writes them into the documents.
 
-A block is what lies between <!-- bench:NAME --> and <!-- /bench -->. Nothing in it is typed.
+A block is the text between <!-- bench:NAME --> and <!-- /bench -->, which is entirely generated.
 """
 
 import json
@@ -26,7 +26,7 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def load(results: Path = RESULTS) -> dict[str, dict[str, Record]]:
-    """Device folder -> part -> what `bench.run` wrote."""
+    """Device folder -> part -> the results of `bench.run`."""
     found: dict[str, dict[str, Record]] = {}
     for file in sorted(results.glob("*/*.json")):
         content = json.loads(file.read_text())
@@ -38,15 +38,15 @@ def load(results: Path = RESULTS) -> dict[str, dict[str, Record]]:
 
 
 def summaries(part: Record) -> list[tuple[Record, dict[str, dict[str, float]]]]:
-    """Every record of layers with its summary, by the limits of its number of threads."""
+    """Every record of layers with its summary, with the limits for its number of threads."""
     limits = {rates["threads"]: rates for rates in part["limits"]}
     return [(record, summary(record, limits[record["threads"]])) for record in part["records"]]
 
 
 def over_linear(part: Record, passes: str) -> str:
-    """Time over F.linear of every peer, a row a layer, number of tokens and threads, a column a peer and dtype.
+    """Time relative to F.linear of every peer; a row per layer, tokens and threads, a column per peer and dtype.
 
-    Geometric means over the settings; a cell in which a setting was refused or could not run is empty.
+    Geometric means over the settings; a cell is empty if a setting was refused or could not run.
     """
     cells: dict[tuple[str, int, int], dict[tuple[str, str], list[float]]] = {}
     settings: dict[tuple[str, int, int], set[str]] = {}
@@ -78,7 +78,7 @@ def over_linear(part: Record, passes: str) -> str:
 
 
 def peers_table(part: Record) -> str:
-    """Every column of every peer, on the cases that all of them were asked to run."""
+    """Every column of every peer, on the cases for all peers."""
     blocks = []
     for record, peers in summaries(part):
         if not record["name"].endswith("all peers"):
@@ -105,7 +105,7 @@ def peers_table(part: Record) -> str:
 
 
 def slower(part: Record) -> str:
-    """Where another SMILE implementation beats the best of ours by more than both spreads."""
+    """Cases in which another SMILE implementation is faster than every backend here by more than both spreads."""
     lines = []
     for record, peers in summaries(part):
         ours = {name: row for name, row in peers.items() if name.startswith("smile:")}
@@ -122,7 +122,7 @@ def slower(part: Record) -> str:
 
 
 def refused(part: Record) -> str:
-    """What was refused or could not run, with the reason and how many records it concerns."""
+    """Peers that were refused or could not run, with the reason and the number of records."""
     counts: dict[str, int] = {}
     for record in part["records"]:
         for reason in _reasons(record.get("peers") or record["variants"]):
@@ -131,7 +131,7 @@ def refused(part: Record) -> str:
 
 
 def models_table(part: Record) -> str:
-    """Whole models: tokens (images) per second and memory, a row a variant."""
+    """Whole models: tokens (images) per second and memory, a row per variant."""
     rows, notes = [], []
     for record in part["records"]:
         task = f"{record['requests']} requests"
@@ -171,7 +171,7 @@ def construction_table(part: Record) -> str:
 
 
 def svd_table(part: Record) -> str:
-    """Process time of a truncated SVD, the peers' over ours, and what ours and the closest peer are worth."""
+    """Process time of a truncated SVD, the peers' relative to ours, and the accuracy of ours and the closest peer."""
     rows = []
     for record in part["records"]:
         seconds = {name: median(peer["process_s"]) for name, peer in record["peers"].items()}
@@ -196,7 +196,7 @@ def streaming_table(part: Record) -> str:
 
 
 def routing_table(part: Record, tasks: int) -> str:
-    """Accuracy of every way to choose experts on each set of texts, the mean over the seeds."""
+    """Accuracy of every rule for choosing experts on each set of texts, the mean over the seeds."""
     records = [record for record in part["records"] if len(record["tasks"]) == tasks]
     rows = []
     for way in dict.fromkeys(way for record in records for way in record["sets"]["prompted"]):
@@ -206,7 +206,7 @@ def routing_table(part: Record, tasks: int) -> str:
 
 
 def routing_costs_table(part: Record, what: str) -> str:
-    """Times over the first call's, of models ("batch") or of a layer ("layer")."""
+    """Times relative to the first call, of models ("batch") or of a layer ("layer")."""
     rows, names = [], []
     for record in part["records"]:
         if what not in record:
@@ -218,7 +218,7 @@ def routing_costs_table(part: Record, what: str) -> str:
 
 
 def _machine(part: Record) -> list[str]:
-    """The machine, versions and commit of a part, and its limits: a line each."""
+    """The machine, versions and commit of a part, and its limits: one line each."""
     machine = part["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
@@ -243,12 +243,12 @@ def machine_line(part: Record) -> str:
 
 
 def gpu_machine_line(part: Record) -> str:
-    """The GPU, versions, commit and limits of what bench.gpu measured; empty where it did not come so far."""
+    """The GPU, versions, commit and limits of bench.gpu's results; empty if they were not measured."""
     return "\n".join(_machine(part)) if "device" in part["machine"] else ""
 
 
 def plot(part: Record, file: Path) -> None:
-    """Time over F.linear in the forward, against tokens: a panel a layer and dtype, a line a peer."""
+    """Time relative to F.linear in the forward against tokens: a panel per layer and dtype, a line per peer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,7 +293,7 @@ def plot(part: Record, file: Path) -> None:
     pyplot.close(figure)
 
 
-# Device -> block -> the part it is made of, and how.
+# Device -> block -> its part of the results, and the function that writes it.
 BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
     "cpu": {
         "forward": ("layers", lambda part: over_linear(part, "forward")),
@@ -348,7 +348,7 @@ def block(name: str, results: dict[str, dict[str, Record]]) -> str:
 
 
 def fill(text: str, results: dict[str, dict[str, Record]]) -> str:
-    """A document with its blocks written anew."""
+    """A document with its blocks generated."""
 
     def filled(match: re.Match[str]) -> str:
         return f"{match[1]}\n{block(match[2], results)}\n{match[3]}"

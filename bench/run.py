@@ -1,7 +1,7 @@
-"""Measure what the tables are made of: python -m bench.run [layers models construction ...] [--device cpu|cuda].
+"""Measure the data of the tables: python -m bench.run [layers models construction ...] [--device cpu|cuda].
 
-Every record is written to bench/results/<device>/<part>.json as soon as it is measured. Interrupted and started again,
-it goes on where it stopped, unless the commit or the machine has changed: then everything is measured anew.
+Every record is written to bench/results/<device>/<part>.json as soon as it is measured. An interrupted run resumes,
+unless the commit or the machine has changed: then everything is measured again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from smile_kernels.benchmark.measure import Record, limits, machine
 from . import construction, folder_of, merged, models, problems, routing, streaming, svd
 
 PARTS = {"models": models.plan, "construction": construction.plan}
-# On a GPU bench.gpu measures the layers. What comes after them takes longer: only if asked for.
+# On a GPU bench.gpu measures the layers. The parts after the default ones take longer, and run only by name.
 PARTS_ON_CPU = {
     "layers": problems.plan,
     "svd": svd.plan,
@@ -33,13 +33,13 @@ PARTS_ON_CPU = {
 def measure_all(
     plan: dict[str, Callable[[], Record]], file: Path, device: str, rates: Callable[[], list[Record]]
 ) -> None:
-    """Measure what `file` does not hold yet, writing after each record.
+    """Measure the records that are missing in `file`, and write after each record.
 
     Args:
-        plan: name -> what measures it.
+        plan: name -> the function that measures it.
         file: the results.
         device: "cpu" or "cuda".
-        rates: measures the machine's limits, once a file.
+        rates: measures the machine's limits, once per file.
     """
     result = {"machine": machine(device), "limits": [], "records": []}
     if file.exists():
@@ -47,7 +47,7 @@ def measure_all(
         if all(found["machine"][key] == result["machine"][key] for key in ("device", "commit", "versions")):
             result = found
         else:
-            print(f"{file}: from another commit or machine, measured anew")
+            print(f"{file}: from another commit or machine; is measured again")
     start, threads = time.monotonic(), torch.get_num_threads()
     result["limits"] = result["limits"] or rates()
     held = {record["name"] for record in result["records"]}
@@ -85,12 +85,12 @@ def main() -> None:
         if part not in plans:
             parser.error(f"parts: {part!r} is unknown on {options.device}; expected some of {', '.join(plans)}")
     if os.getloadavg()[0] > 0.5:
-        print(f"the load is {os.getloadavg()[0]:.1f}: what else runs here will be in the figures")
+        print(f"the load is {os.getloadavg()[0]:.1f}: other work on this machine affects the results")
     folder = folder_of("cpu" if on_cpu else torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         file = folder / f"{part}.json"
-        # Only the layers are set against a floor.
+        # Only the layers have a floor.
         measure_all(plans[part](options.device), file, options.device, measure_limits if part == "layers" else list)
 
 

@@ -1,8 +1,8 @@
 """Peak memory of `smile-kernels upscale` against the size of the model.
 
 Random checkpoints of a Llama's shapes (hidden 1024, MLP 2816, bfloat16) and two fine-tuned versions of each are
-written to a temporary folder; each size is fused by a process of its own, whose peak resident memory the kernel
-reports to it. What an idle process needs is measured on a model of one small layer, and subtracted.
+written to a temporary folder; each size is fused by a separate process, whose peak resident memory the kernel reports.
+The memory of an idle process is measured on a model of one small layer, and subtracted.
 """
 
 import functools
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, blocks: int, shapes: dict[str, tuple[int, int
 
         weight = 0.02 * draw(0)
         if expert:
-            weight += 2e-3 * draw(expert) * 0.97 ** torch.arange(shape[1])  # a spectrum that decays
+            weight += 2e-3 * draw(expert) * 0.97 ** torch.arange(shape[1])  # a decaying spectrum
         return weight.bfloat16()
 
     folder.mkdir(parents=True)
@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, blocks: int, shapes: dict[str, tuple[int, int
     write_tensors(folder, tensors, max_shard_size="200MB")
 
 
-# A process reports its own peak: what its parent learns from wait4 is at least the parent's own size.
+# A process reports its own peak: the value of wait4 is at least the size of the parent.
 PROGRAM = r"""
 import re
 from smile_kernels.cli import app
@@ -107,7 +107,7 @@ def measure_streaming(blocks: int, workers: int) -> Record:
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures it."""
+    """Name -> the function that measures it."""
     return {
         f"{blocks} blocks, {workers} at a time": lambda b=blocks, w=workers: measure_streaming(b, w)
         for blocks in (2, 8, 32)

@@ -1,8 +1,8 @@
-"""Truncated SVD of one difference of weights, one thread, against what else computes it.
+"""Truncated SVD of one weight difference, one thread, compared with other implementations.
 
-The peers run side by side in one process on the same float32 matrix: fusion_bench's `svd` (the full decomposition which
-its upscaling cuts), `torch.linalg.svd(full_matrices=False)` and `torch.svd_lowrank(q=rank + 16, niter=4)`. Each record
-holds the times and what each peer's factors are worth against the full decomposition.
+The peers run in one process on the same float32 matrix: fusion_bench's `svd` (the full decomposition, which its
+upscaling truncates), `torch.linalg.svd(full_matrices=False)` and `torch.svd_lowrank(q=rank + 16, niter=4)`. Each record
+contains the times, and the accuracy of each peer's factors relative to the full decomposition.
 """
 
 import statistics
@@ -32,7 +32,7 @@ def difference(spectrum: str, size: int) -> Tensor:
 
 
 def peers(a: Tensor) -> dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
-    """Name -> a call that gives u [O, >= r], s, and v [D, >= r], the slow ones last."""
+    """Name -> a call that returns u [O, >= r], s, and v [D, >= r], the slow ones last."""
     from fusion_bench.models.smile_moe.linear_from_hf_config import svd
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +80,7 @@ def measure_svd(spectrum: str, size: int, rounds: int) -> Record:
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures it."""
+    """Name -> the function that measures it."""
     return {
         f"{spectrum} {size}": lambda spectrum=spectrum, size=size: measure_svd(spectrum, size, 1 if size > 2048 else 3)
         for size in (1024, 2048, 4096)

@@ -157,7 +157,7 @@ def test_tests_that_hang_end_with_their_outcomes(tmp_path, monkeypatch):
     assert time.monotonic() - call.start < 60
     assert call.part["tests"]["passed"] == 1
     assert [test["message"].split()[-1] for test in call.part["tests"]["failed"]] == ["AssertionError"]
-    assert call.part["stages"]["tests"] == "the time was over before the last test"
+    assert call.part["stages"]["tests"] == "the time limit was reached before the last test"
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 2048])
