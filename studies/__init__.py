@@ -1,1 +1,1 @@
-"""Studies on real models and texts: fine-tune, fuse, measure what is left. Not part of the installed package."""
+"""Studies on real models and texts: fine-tune, fuse, compare. Not part of the installed package."""

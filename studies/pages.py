@@ -1,4 +1,4 @@
-"""`python -m studies.pages`: the sections of the documentation that are made from the committed results."""
+"""`python -m studies.pages`: writes the sections of the documentation that are generated from the committed results."""
 
 from __future__ import annotations
 

