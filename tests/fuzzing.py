@@ -1,4 +1,4 @@
-"""Fuzzing: hypothesis draws the cases; each is limited in time and memory, most in a process of their own."""
+"""Fuzzing: hypothesis draws the cases; each is limited in time and memory, most in a separate process."""
 
 import os
 import resource
@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, Phase, settings
 
 from smile_kernels import SmileError
 
-SECONDS, BYTES = 60, 2 << 30  # of wall time, on a loaded machine; of memory beyond what the tests hold
+SECONDS, BYTES = 60, 2 << 30  # of wall time, on a loaded machine; of memory in addition to that of the tests
 
 
 def fuzzed(few: int, many: int) -> Callable[[Callable], Callable]:
-    """A test whose argument `examples` is hypothesis' settings: few fixed cases, or many random ones (exhaustive)."""
+    """A test with hypothesis' settings as argument `examples`: few fixed cases, or many random ones (exhaustive)."""
     common: dict[str, Any] = {"deadline": None, "database": None, "phases": (Phase.generate, Phase.shrink)}
     common["suppress_health_check"] = [*HealthCheck]
     seeded = settings(max_examples=few, derandomize=True, **common)
@@ -29,7 +29,7 @@ def fuzzed(few: int, many: int) -> Callable[[Callable], Callable]:
 
 
 def outcome(job: Callable[[], object]) -> str:
-    """How a job ends in a process of its own: "success", the type of a user error, or "fault: ..."."""
+    """The outcome of a job in a separate process: "success", the type of a user error, or "fault: ..."."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -52,7 +52,7 @@ def outcome(job: Callable[[], object]) -> str:
 
 @contextmanager
 def limited(seconds: int = SECONDS) -> Iterator[None]:
-    """This process, limited in time and memory: what exceeds them raises."""
+    """Limits this process in time and memory: exceeding them raises."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"did not end in {seconds} s")

@@ -43,7 +43,7 @@ def call(p: Problem, **options) -> torch.Tensor:
 def problems_of_parts(
     sizes: tuple[int, ...], ranks: tuple[int, ...], tokens: int, d: int, n: int, g: int, m: int, **options
 ) -> list[Problem]:
-    """One problem for each part, all of one x. The experts of a part of rank 0 are not those of the layer."""
+    """One problem for each part, with the same x. The experts of a part of rank 0 are not those of the layer."""
     problems = [
         Problem.random(tokens, d, o, n, max(rank, 1), g, m, seed=seed, **options)
         for seed, (o, rank) in enumerate(zip(sizes, ranks))
@@ -52,7 +52,7 @@ def problems_of_parts(
 
 
 def side_by_side(problems: list[Problem], ranks: tuple[int, ...]) -> dict[str, torch.Tensor | None]:
-    """The tensors of a layer of these parts, with NaN where it must not read."""
+    """The tensors of a layer of these parts, with NaN in numbers that it must not read."""
     r, rows = max(ranks), max(p.vh.shape[1] for p in problems)
 
     def padded(t: torch.Tensor, ranks: int, rank: int, dim: int = -1) -> torch.Tensor:
@@ -83,7 +83,7 @@ def check_parts(
     backward: bool = True,
     routing: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """`layer` of parts, called as smile_linear, beside the float64 reference of each part.
+    """Compare `layer` of parts, called like smile_linear, with the float64 reference of each part.
 
     routing: weights and ids [T, P, m], or the layer's own.
     """
@@ -107,7 +107,7 @@ def check_parts(
         elif ids is None:
             ids = reference.select(reference.scores(p.x.detach().double(), p.rows().double()), m)[1]
         wanted.append((o, expectations(p, ids.to(x.device), weights=weights, dy=None if dy is None else dy[:, o])))
-    # What plain PyTorch makes of the layer as a whole: a gradient of few numbers may be exact by luck.
+    # Plain PyTorch's error for the whole layer: a gradient of few numbers may be exact by chance.
     errors = {name: max(want[name][1] for _, want in wanted if name in want) for _, want in wanted for name in want}
     for part, ((o, want), p, rank) in enumerate(zip(wanted, problems, ranks)):
         assert_close(f"y of part {part}", y[:, o].detach(), want["y"][0], errors["y"])

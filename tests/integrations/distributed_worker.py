@@ -1,8 +1,8 @@
-"""Run by test_distributed.py: sharded layers and models against the same ones in one process.
+"""Run by test_distributed.py: sharded layers and models, compared with unsharded ones in one process.
 
     python -m tests.integrations.distributed_worker PROCESSES...
 
-The processes are forks of one that has imported everything, since imports take longer than what is checked.
+The processes are forks of one that has imported everything, since imports take longer than the tests.
 """
 
 import copy
@@ -74,7 +74,7 @@ def check_layers(mesh) -> None:
 
 
 def check_pair(mesh) -> None:
-    """A column layer feeding a row layer, the hidden width split unevenly and never gathered."""
+    """A column layer before a row layer, with the hidden width split unevenly and never gathered."""
     torch.manual_seed(1)
     want = torch.nn.Sequential(
         SmileLinear(12, 22, 3, 4, 2, 2, dtype=torch.float64),
@@ -92,7 +92,7 @@ def check_pair(mesh) -> None:
 
 
 def check_model(mesh, architecture: str) -> None:
-    """A transformers model by its own plan: logits, gradients and greedy tokens."""
+    """A transformers model with its own plan: logits, gradients and greedy tokens."""
     base = build(architecture)
     experts = [fine_tuned(base, seed) for seed in (1, 2, 3)]
     want = fuse(base, experts, num_experts_per_tok=2)
@@ -112,9 +112,9 @@ def check_model(mesh, architecture: str) -> None:
 
 
 def check_fully_sharded(mesh, policy: MixedPrecisionPolicy | None) -> None:
-    """FSDP2, each decoder layer a unit: two optimizer steps, one batch row a rank against all rows in one process.
+    """FSDP2 with a unit per decoder layer: two optimizer steps, one batch row per rank, and all rows in one process.
 
-    All experts are used, so that a rounding cannot choose another one.
+    All experts are used, so that rounding cannot change the choice.
     """
     base = build("LlamaForCausalLM")
     want = fuse(base, [fine_tuned(base, seed) for seed in (1, 2, 3)], num_experts_per_tok=3)
@@ -144,7 +144,7 @@ def check_fully_sharded(mesh, policy: MixedPrecisionPolicy | None) -> None:
         if policy is None:
             torch.testing.assert_close(full(q), p, rtol=1e-9, atol=1e-9, msg=name)
         else:
-            # bfloat16 arithmetic: at most twice as far off as the same steps in one process.
+            # bfloat16 arithmetic: at most twice the error of the same steps in one process.
             error, allowed = (full(q) - p).norm(), 2 * (r - p).norm() + 1e-5
             assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
         if name.endswith(".s"):
@@ -218,7 +218,7 @@ def main(rank: int, processes: int, store: Path) -> None:
 if __name__ == "__main__":
     model = build("LlamaForCausalLM")
     ids = inputs(model)["input_ids"]
-    model(ids, labels=ids).loss.backward()  # imports what is imported at first use
+    model(ids, labels=ids).loss.backward()  # imports modules that are imported at first use
     torch.compile(model.lm_head, backend="aot_eager")(torch.randn(2, model.config.hidden_size))
     for processes in map(int, sys.argv[1:]):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""PEFT's Arrow models on SMILE layers, against PEFT itself."""
+"""PEFT's Arrow models on SMILE layers, compared with PEFT."""
 
 import copy
 
@@ -27,11 +27,11 @@ def base(kind: str = "llama") -> nn.Module:
 
 
 def adapters(folder, count: int, kind: str = "llama", targets=TARGETS) -> list[str]:
-    """Saved adapters of rank 4 that change a lot."""
+    """Saved adapters of rank 4 with large changes."""
     for i in range(count):
         config = peft.LoraConfig(r=4, lora_alpha=6 + i, target_modules=targets, fan_in_fan_out=kind == "gpt2")
         model = peft.get_peft_model(base(kind), config)
-        torch.manual_seed(i + 1)  # else the adapters are one, and scores are tied
+        torch.manual_seed(i + 1)  # otherwise the adapters are equal, and scores are tied
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_" in name:
@@ -66,7 +66,7 @@ def test_outputs_are_those_of_peft(kind, top_k, temperature, tmp_path):
 
 
 def arrow_of(ranks: list[int], targets: list[list[str]], pad: int | None = None) -> nn.Module:
-    """An Arrow model of two adapters; with `pad` of that rank and on all targets, zeros where they have nothing."""
+    """An Arrow model of two adapters; with `pad`, all have that rank and all targets, padded with zeros."""
     every, model = sorted({target for some in targets for target in some}), None
     for i, (rank, some) in enumerate(zip(ranks, targets)):
         config = peft.LoraConfig(r=pad or rank, lora_alpha=2 * (pad or rank), target_modules=every if pad else some)
@@ -95,7 +95,7 @@ def arrow_of(ranks: list[int], targets: list[list[str]], pad: int | None = None)
 
 
 def test_adapters_of_other_ranks_and_targets():
-    """PEFT takes neither; it gives what it gives for the same adapters filled up with zeros."""
+    """PEFT supports neither; the expected outputs are those for the same adapters padded with zeros."""
     ranks, targets = [4, 2], [["q_proj", "down_proj"], ["q_proj", "v_proj"]]
     want = logits(arrow_of(ranks, targets, pad=4))
     ours = sk.from_peft_arrow(arrow_of(ranks, targets))

@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, and print what they promise."""
+"""The examples run as documented in their first lines, and print the documented output."""
 
 import os
 import re
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs an example as a script, in this process, since its imports take longer than it does; what it prints."""
+    """Run an example as a script in this process, since its imports take longer than the script; return its output."""
 
     def script(name: str) -> str:
         monkeypatch.syspath_prepend(EXAMPLES)

@@ -1,4 +1,4 @@
-"""fusion_bench's own modules against what they become here: same outputs, both key layouts, no fusion_bench needed."""
+"""fusion_bench's modules and their conversions: equal outputs, both key layouts, without fusion_bench installed."""
 
 import copy
 import importlib.util
@@ -43,7 +43,7 @@ def theirs(layout: str, rank: int, gate: int, m: int, bias: bool = True) -> nn.M
 
 
 def clear_tokens(module: nn.Module, m: int, dtype: torch.dtype) -> torch.Tensor:
-    """Inputs whose m-th and next score are apart by more than the dtype rounds, so that no choice is an accident."""
+    """Inputs whose m-th and next score differ by more than rounding, so that no choice depends on it."""
     x = torch.randn(400, D).to(dtype)
     gate = module.gate.weight if hasattr(module.gate, "weight") else module.gate.weights
     scores = (x.double() @ gate.double().T).view(len(x), N, -1).norm(dim=-1).sort(dim=-1, descending=True).values
@@ -76,7 +76,7 @@ def test_low_precision_is_as_near_to_exact_as_theirs(layout, dtype):
     want = module.double()(x.double())
     ours = from_fusion_bench(module.to(dtype))(x)
     assert ours.dtype == dtype
-    assert (ours.double() - want).norm() <= 2 * (low.double() - want).norm()  # the bound of every low-precision test
+    assert (ours.double() - want).norm() <= 2 * (low.double() - want).norm()  # as in every low-precision test
 
 
 def test_tied_gate_needs_no_router_and_a_foreign_gate_keeps_one():
@@ -130,8 +130,8 @@ def test_state_dict_of_either_layout(layout, rank):
 def language_model(name: str, base: nn.Module) -> tuple[nn.Module, dict]:
     """fusion_bench's model without its experts, and its config.
 
-    Its Llama and Qwen2 classes run on transformers 5 before 5.24, which removed a module that they import. Elsewhere
-    its layers are put into transformers' own class, which has the same keys.
+    Its Llama and Qwen2 classes run on transformers 5 before 5.24, which removed a module that they import. Otherwise
+    its layers are inserted in transformers' own class, which has the same keys.
     """
     ranks = {"num_local_experts": N, "rank_of_expert": 4, "rank_of_router": 2, "num_experts_per_tok": 1}
     theirs = {"model_type": f"smile_{name.lower()}", "architectures": [f"Smile{name}ForCausalLM"]}
@@ -150,7 +150,7 @@ def language_model(name: str, base: nn.Module) -> tuple[nn.Module, dict]:
 
 @pytest.mark.parametrize("name", ["Mistral", "Llama", "Qwen2", "Gemma2"])
 def test_language_models(name, tmp_path):
-    """In place, from the folder they are saved in, and saved anew."""
+    """In place, from the folder they are saved in, and saved again."""
     base = build(f"{name}ForCausalLM")
     model, config = language_model(name, base)
     model.load_state_dict(base.state_dict(), strict=False)
@@ -162,7 +162,7 @@ def test_language_models(name, tmp_path):
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
         assert (base(ids).logits - want).abs().max() > 0.1
-    save_model(model, tmp_path / "model.safetensors")  # tied weights once
+    save_model(model, tmp_path / "model.safetensors")  # tied weights are stored once
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert from_fusion_bench(model) is model
     loaded = load_pretrained(tmp_path)
@@ -174,7 +174,7 @@ def test_language_models(name, tmp_path):
         assert all(layer.router is None for layer in layers)
         torch.testing.assert_close(ours(ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
     biased = [key for key, layer in smile_layers(loaded).items() if layer.bias is not None]
-    for key in biased:  # fusion_bench adds an expert's whole bias to the base's, which verify finds
+    for key in biased:  # fusion_bench adds an expert's bias to that of the base, which verify detects
         torch.testing.assert_close(loaded.get_submodule(key).expert_bias[0], experts[0].get_submodule(key).bias)
     for verdict in verify(loaded, base, experts):
         assert (verdict.verdict, verdict.module) == (("off", biased[0]) if biased else ("exact", ""))

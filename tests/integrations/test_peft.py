@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them, against what PEFT itself merges."""
+"""LoRA adapters written by PEFT, compared with the models that PEFT merges."""
 
 import copy
 import json
@@ -111,7 +111,7 @@ def test_dora_is_dense_and_says_so(architecture, tmp_path):
 
 
 def test_trained_biases_that_were_not_saved_are_named(tmp_path):
-    """As PEFT before 0.21 writes an adapter with `bias="lora_only"`."""
+    """An adapter with `bias="lora_only"` as written by PEFT before 0.21."""
     base, _ = adapter("Qwen2ForCausalLM", tmp_path, target_modules=["q_proj", "up_proj"], bias="lora_only")
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -184,7 +184,7 @@ def test_quiet_without_reason(tmp_path):
     ids=["Mistral", "Qwen2", "GPT2"],
 )
 def test_one_adapter_is_exactly_the_merged_model(architecture, options, tmp_path):
-    """In memory and from disk: with one expert the weight is 1, so nothing but rounding may differ."""
+    """In memory and from disk: with one expert the weight is 1, so only rounding may differ."""
     base, merged = adapter(architecture, tmp_path / "adapter", **options)
     base.save_pretrained(tmp_path / "base")
     ranks = {"rank_of_expert": 6, "rank_of_router": 2}
@@ -224,7 +224,7 @@ def test_trained_biases_in_double_precision(architecture, options, tmp_path):
 
 
 def test_a_mixed_pool(tmp_path):
-    """A full fine-tune and two adapters of other ranks and targets: the command line's model is the one in memory."""
+    """A full fine-tune and two adapters of other ranks and targets: the command writes the same model as in memory."""
     base, _ = adapter("MistralForCausalLM", tmp_path / "a", target_modules=["q_proj", "v_proj"])
     adapter("MistralForCausalLM", tmp_path / "b", seed=5, target_modules=["q_proj", "up_proj"], r=2, lora_alpha=9)
     full = fine_tuned(base, 7)

@@ -1,4 +1,4 @@
-"""SMILE experts beside a quantised shared weight."""
+"""SMILE experts with a quantised shared weight."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_torchao(bits):
         assert type(linear.weight.data) is not torch.Tensor
     assert (split[0].vh.dtype, split[0].u.dtype, split[0].s.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     got, want = split(x).double(), nn.Sequential(dense)(x).double() + delta
-    # Two roundings to bfloat16 on either side.
+    # Two roundings to bfloat16 on each side.
     torch.testing.assert_close(got, want, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * want.abs().max().item())
 
 

@@ -59,7 +59,7 @@ def test_round_trip(architecture, dtype, fused, tmp_path):
     for name, p in expected.named_parameters():
         p.data = p if name.endswith(".s") else p.to(dtype)
     want = output(expected)
-    # The same tensors through the same operators; T5 keeps some layers in float32, whatever the model's dtype.
+    # The same tensors and operators; T5 keeps some layers in float32 for every dtype.
     for got in (loaded, again):
         assert len(smile_layers(got)) == LAYERS[architecture]
         assert {layer.s.dtype for layer in smile_layers(got).values()} == {torch.float32}
@@ -69,7 +69,7 @@ def test_round_trip(architecture, dtype, fused, tmp_path):
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_made_by_upscale_from_folders(architecture, tmp_path):
-    """What `smile-kernels upscale` writes is the model that `upscale` makes in memory, bit for bit."""
+    """`smile-kernels upscale` writes the model that `upscale` returns in memory, bit for bit."""
     base = build(architecture)
     experts = [fine_tuned(base, seed) for seed in (1, 2)]
     for i, model in enumerate((base, *experts)):
@@ -92,9 +92,9 @@ def test_made_by_upscale_from_folders(architecture, tmp_path):
 
 
 def test_with_and_without_the_import(fused, tmp_path):
-    """Ours first, without importing transformers; or theirs alone, which finds nothing to load.
+    """This package first, without importing transformers; or transformers alone, which finds no file to load.
 
-    What transformers saved names no file that is missing: there the base model is loaded, with a warning.
+    A folder saved by transformers names no missing file: there the base model is loaded, with a warning.
     """
     base, model = fused("LlamaForCausalLM")
     sk.save_pretrained(model, tmp_path / "saved")
@@ -161,7 +161,7 @@ def test_a_layer_that_is_not_linear_is_refused(fused, tmp_path):
 
 
 def test_tensor_parallelism_of_transformers_is_refused(fused, tmp_path, monkeypatch):
-    """By its `from_pretrained`, which needs the variables of torchrun."""
+    """In its `from_pretrained`, which requires the variables of torchrun."""
     _, model = fused("LlamaForCausalLM")
     model.save_pretrained(tmp_path)
     with socket.socket() as free:
@@ -179,7 +179,7 @@ def test_tensor_parallelism_of_transformers_is_refused(fused, tmp_path, monkeypa
 
 
 def test_conv1d_checkpoint_keeps_its_orientation_on_disk(fused, tmp_path):
-    """As streaming writes it: the base checkpoint's own tensors, [in_features, out_features], untouched."""
+    """As written from disk to disk: the base checkpoint's tensors, [in_features, out_features], unchanged."""
     _, model = fused("GPT2LMHeadModel")
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -236,7 +236,7 @@ def test_generate(architecture, fused, tmp_path):
 
 
 def test_continuous_batching(fused):
-    """A paged cache; it cannot hold a policy's sums, and each request raises."""
+    """A paged cache; it cannot store a policy's sums, and each request raises."""
     _, model = fused("LlamaForCausalLM")
     model = copy.deepcopy(model)
     prompts = [[5, 6, 7, 8], [9, 10, 11]]
@@ -272,7 +272,7 @@ def test_compile_without_graph_breaks(fused, tmp_path):
 
 
 def test_trainer_fine_tunes_the_experts(fused, tmp_path):
-    """Only the experts move; the loss falls; half() and float() work as on any model."""
+    """Only the experts change; the loss decreases; half() and float() work as on any model."""
     _, model = fused("LlamaForCausalLM")
     model.save_pretrained(tmp_path / "model")
     loaded = type(model).from_pretrained(tmp_path / "model")
@@ -290,6 +290,6 @@ def test_trainer_fine_tunes_the_experts(fused, tmp_path):
     losses.append(loaded(input_ids=ids, labels=ids).loss.item())
     assert losses[1] < losses[0] - 0.1
     for name, p in loaded.named_parameters():
-        # Rows of an expert that no token chose stay where they are; every layer's experts move somewhere.
+        # Rows of an expert that no token chose do not change; some expert of every layer does.
         assert torch.equal(p, before[name]) == (name.rpartition(".")[2] not in experts), name
     assert loaded.half().lm_head.weight.dtype == torch.float16

@@ -1,4 +1,4 @@
-"""Real architectures at toy size, with random weights, and what the tests feed them."""
+"""Real architectures at toy size, with random weights, and their inputs in the tests."""
 
 import copy
 
@@ -58,7 +58,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fine_tuned(model: nn.Module, seed: int, rank: int = 3) -> nn.Module:
-    """The model after a change of low rank to each linear layer, biases included."""
+    """The model after a low-rank change to each linear layer, including biases."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
     with torch.no_grad():

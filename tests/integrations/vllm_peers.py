@@ -1,7 +1,7 @@
 """The calls into vLLM's LoRA kernels that benchmarks make, under Triton's interpreter: `make test-vllm`.
 
-vLLM's CPU build leaves its Triton kernels out; here it is told of a driver, so that the very functions a GPU runs are
-called with the arguments that benchmarks give them.
+vLLM's CPU build disables its Triton kernels; here a driver is reported to it, so that the functions of a GPU are called
+with the arguments of the benchmarks.
 """
 
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ def test_moe_lora(setting, tokens):
 @pytest.mark.parametrize("tokens", [1, 9, 150])
 @pytest.mark.parametrize("m", [1, 2])
 def test_moe_lora_of_large_rank(tokens, m, monkeypatch):
-    """Two kernels of bfloat16 operands, whose products the interpreter takes from their raw bits."""
+    """Two kernels with bfloat16 operands, which the interpreter multiplies as raw bits."""
 
     def dot(self, a, b, d, *_):
         a, b = ((t.data.astype(np.uint32) << 16).view(np.float32) for t in (a, b))
@@ -68,5 +68,5 @@ def test_moe_lora_of_large_rank(tokens, m, monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     y, want, _ = run("vllm.moe_lora", Setting(4, 144, 5, m), tokens, torch.float32)
-    # x and vh, then h and u, are rounded to 8 bits; what the experts add is a tenth of y.
+    # x and vh, then h and u, are rounded to 8 bits; the experts' part is a tenth of y.
     assert ((y - want).norm(dim=1) < 2**-7 * want.norm(dim=1)).all()

@@ -13,7 +13,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["own tokens", "every token", "every expert"])
 def way(request, monkeypatch):
-    """Each way in which the composition computes experts on a CPU, whatever the size of the problem."""
+    """Each way in which the composition computes experts on a CPU, for problems of any size."""
     monkeypatch.setenv("SMILE_KERNELS_BACKEND", "torch")
     always = 2**62 * (request.param != "own tokens")
     monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(DTYPES, always))
@@ -45,7 +45,7 @@ def test_forward_and_backward_match_the_reference(way, shape, dtype, router):
 
 @pytest.mark.parametrize("shape", ["top-1", "top-2", "all", "many-tokens"])
 def test_one_product_for_router_and_experts(monkeypatch, shape):
-    """What pays in bfloat16 from a few tokens on, on layers wide enough."""
+    """The path for bfloat16 from a few tokens on, in wide layers."""
     t, d, o, n, r, _, m = SHAPES[shape]
     p = Problem.random(t, d, o, n, r, r, m, dtype=torch.bfloat16)
     assert not composed._one_product_pays(p.x, p.vh, p.u, m, r)
@@ -77,7 +77,7 @@ def test_given_routing_with_duplicate_experts(way, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 2])
 def test_runs_of_tokens_that_chose_alike(monkeypatch, dtype, m):
-    """As routing policies give sequences: an expert may have several runs; a change of one slot ends a run."""
+    """Runs as in sequences under routing policies: an expert may have several; a change of one slot ends a run."""
     monkeypatch.setattr(composed, "LONG_RUN", 3)
     monkeypatch.setattr(composed, "_sorted", None)
     monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(DTYPES, 0))
@@ -95,7 +95,7 @@ def test_runs_of_tokens_that_chose_alike(monkeypatch, dtype, m):
 
 
 def on_blocks(monkeypatch, p: Problem, weights, ids, dy, block):
-    """Drive the padded layout, which devices other than the CPU take, through the meta of a CPU tensor."""
+    """Test the padded layout of other devices on the CPU."""
     monkeypatch.setattr(composed, "BLOCK", block)
     monkeypatch.setattr(composed, "_host_reads_are_free", lambda x: False)
     args = p.arguments()[:7]
@@ -122,7 +122,7 @@ def test_padded_blocks_match_the_reference(monkeypatch, shape, dtype, block):
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("blocks", [False, True], ids=["loop", "blocks"])
 def test_an_id_of_minus_one_is_no_expert(way, monkeypatch, m, blocks):
-    """Its weight is ignored and has no gradient, for some slots, for whole tokens, and for all of a run of tokens."""
+    """Its weight is ignored and has no gradient, for some slots, for all of a token, and for all of a run of tokens."""
     monkeypatch.setattr(composed, "_host_reads_are_free", lambda x: not blocks)
     for tokens, share in ((9, 0.3), (300, 0.3), (5, 1.0)):
         p = Problem.random(tokens, 24, 16, 4, 4, 3, m, dtype=torch.float64)

@@ -67,7 +67,7 @@ def test_backend_choice(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot run here"):
         call(problem("top-1"))
     assert call(problem("top-1"), backend="torch").shape == (33, 16)
-    # Without Triton, a GPU serves by the extension what it takes, and by the composition the rest.
+    # Without Triton, a GPU uses the extension where supported, otherwise the composition.
     with monkeypatch.context() as patch:
         patch.setitem(library._MODULES, "triton", ".not_installed")
         patch.setattr(extension, "unavailable", lambda _: None)

@@ -1,4 +1,4 @@
-"""Compiles csrc/ in ways the package does not: with sanitizers, for a CPU in place of a GPU, with nvcc's reports."""
+"""Builds of csrc/ for tests: with sanitizers, for a CPU instead of a GPU, with nvcc's reports."""
 
 import fcntl
 import hashlib
@@ -22,7 +22,7 @@ LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
 
 
 def cached(name: str, command: Sequence[str | Path]) -> Path:
-    """What `command` writes to the path appended to it, made once for one state of the sources."""
+    """The file that `command` writes to the path appended to it, built once for each state of the sources."""
     digest = hashlib.sha256(repr((command, torch.__version__)).encode())
     for path in sorted([*CSRC.iterdir(), *HERE.glob("*.h"), *HERE.glob("*.cpp")]):
         digest.update(path.read_bytes())
@@ -54,7 +54,7 @@ def emulated_library(*flags: str) -> Path:
 
 
 def run_sanitized(library: Path, *arguments: str) -> str:
-    """sanitize.py on a library built with SANITIZERS; their findings fail the caller."""
+    """Run sanitize.py on a library built with SANITIZERS; findings fail the caller."""
     preload = [
         subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so")

@@ -1,4 +1,4 @@
-"""What compiled operators are checked against, whichever library they come from; sanitize.py uses it too."""
+"""Checks of compiled operators for every library; also used by sanitize.py."""
 
 import torch
 
@@ -59,7 +59,7 @@ def check_forward(ops, problem: Problem) -> None:
         if routing[1] is None:
             assert torch.equal(own_weights, weights)
             assert torch.equal(own_ids, ids)
-        if hasattr(ops, "delta"):  # the module `extension` has delta_ alone
+        if hasattr(ops, "delta"):  # only the module `extension` has delta_
             apart = ops.delta(base, *experts, *routing, m, p.rank_of_router, False)
             assert torch.equal(apart[0], onto)
             assert apart[3].numel() == 0

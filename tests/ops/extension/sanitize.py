@@ -31,7 +31,7 @@ if sys.argv[2] == "emulated":
 else:
     few = [cases.SHAPES[i] for i in (1, 2, 4)]
     every = sys.argv[2] == "every-cpu"
-    for capability in ("default", "avx2", "avx512", ""):  # "": all there is, tiles too
+    for capability in ("default", "avx2", "avx512", ""):  # "": everything, including tiles
         if child := os.fork():
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
                 sys.exit(f"failed on {capability}")

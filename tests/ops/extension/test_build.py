@@ -1,4 +1,4 @@
-"""What setup.py makes of a machine where the extension can be built, and of one where it cannot."""
+"""setup.py on machines where the extension can be built, and where it cannot."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ LIBRARY = "smile_kernels/ops/_extension_cpu.so"
 
 
 def wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
-    """The wheel of a copy of the sources, so that neither build sees files of the other."""
+    """The wheel of a copy of the sources, so that builds are independent."""
     names = ("csrc", "smile_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
     source = folder / "source"
     source.mkdir()

@@ -1,4 +1,4 @@
-"""The compiled CPU operator, against the reference and through PyTorch's own machinery."""
+"""The compiled CPU operator, compared with the reference and checked with PyTorch's own tests."""
 
 import threading
 import warnings
@@ -149,7 +149,7 @@ def test_same_bits_on_any_number_of_threads():
     torch.set_num_threads(before)
     for y, h in results[1:]:
         assert torch.equal(h, results[0][1])
-        # The base product is PyTorch's, which may sum in another order on another number of threads.
+        # The base product is PyTorch's, whose order of summation may depend on the number of threads.
         assert_close("y", y, results[0][0].double(), 1e-6)
 
 

@@ -81,7 +81,7 @@ def test_the_emulation_notices(case, found):
 def test_forward_and_backward_match_reference(ops, shape, dtype, router):
     p = Problem.random(*shape, dtype=dtype, router=router, bias=router, expert_bias=not router)
     check_forward(ops, p)
-    if p.x.numel() > 1:  # the error of plain PyTorch on a single number says nothing
+    if p.x.numel() > 1:  # the error of plain PyTorch on a single number is not representative
         check_backward(ops, p)
 
 

@@ -1,4 +1,4 @@
-"""A SMILE model in a C++ program that has no Python: the extension and an AOTInductor package."""
+"""A SMILE model in a C++ program without Python: the extension and an AOTInductor package."""
 
 import subprocess
 from pathlib import Path

@@ -8,7 +8,7 @@ import smile_kernels as sk
 from smile_kernels.testing import Problem, assert_close, expectations
 
 reason = sk.backends("cpu")["cpu"]
-if sys.argv[1].endswith(".whl"):  # a source distribution is compiled where there is a compiler
+if sys.argv[1].endswith(".whl"):  # a source distribution is compiled if there is a compiler
     assert (reason is None) == ("-abi3-" in sys.argv[1]), reason
 p = Problem.random(70, 96, 80, 4, 8, 4, 2)
 leaves = {name: t.requires_grad_() for name, t in p.tensors().items()}

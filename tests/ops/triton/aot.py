@@ -1,13 +1,12 @@
-"""Compile the kernels ahead of time, for devices that are not here, and report what they use.
+"""Compile the kernels ahead of time, for devices that are not present, and report their resources.
 
     python tests/ops/triton/aot.py [usual | recorded | every | extreme] [FAMILY ...]
     python tests/ops/triton/aot.py --write
 
-prints one JSON line a kernel: those of decode and prefill; of one layer in every regime; every tile of every kernel; or
-those of the largest layers.
---write keeps the second as what this version of Triton makes of them, in resources.json, which the tests compare
-with. The backend's own launchers run on tensors without storage, and Triton compiles what they launch instead
-of running it.
+prints one JSON line per kernel: those of decode and prefill; of one layer in every regime; every tile of every kernel;
+or those of the largest layers.
+--write stores the second for this version of Triton in resources.json, with which the tests compare. The backend's own
+launchers run on tensors without storage, and Triton compiles the launched kernels without running them.
 """
 
 import argparse
@@ -44,12 +43,12 @@ class Target:
 
     family: str  # its tiles
     triton: GPUTarget
-    shared: int  # bytes of shared memory a block may have
+    shared: int  # shared memory per block, in bytes
     pdl: bool
     tma: bool
 
 
-# The tiles of sm80 also serve devices of 99 KB a block: 8.6, 8.9 and 12.0.
+# The tiles of sm80 are also used by devices with 99 KB per block: 8.6, 8.9 and 12.0.
 TARGETS = {
     "sm80": Target("sm80", GPUTarget("cuda", 80, 32), 101376, pdl=False, tma=False),
     "sm90": Target("sm90", GPUTarget("cuda", 90, 32), 232448, pdl=True, tma=True),
@@ -70,12 +69,12 @@ INSTRUCTIONS = {
 }
 
 
-# What reads and writes the memory of the device. ACQBULK waits for the kernel ahead.
+# Instructions that read and write device memory. ACQBULK waits for the previous kernel.
 LOAD, STORE = r"\b(LDG|LDGSTS|UTMALDG)\b", r"\b(STG|ATOMG|RED|UTMASTG)\b"
 
 
 class _Driver:
-    """Stands in for the driver of a device that is not here."""
+    """A substitute for the driver of a device that is not present."""
 
     def __init__(self, name: str):
         self.name = name
@@ -92,7 +91,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling(name: str) -> Iterator[dict[str, dict]]:
-    """While this lasts, launches for device `name` are compiled and not run; what each kernel uses, by a label."""
+    """In this context, launches for device `name` are compiled and not run; yields each kernel's resources by label."""
     target, found = TARGETS[name], {}
     run, device = JITFunction.run, configs.device_of
 
@@ -118,7 +117,7 @@ def compiling(name: str) -> Iterator[dict[str, dict]]:
 
 
 def resources(kernel) -> dict:
-    """Registers, shared memory, spilled bytes and the instructions that matter of a compiled kernel."""
+    """Registers, shared memory, spilled bytes and the relevant instructions of a compiled kernel."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         number = {k: int(re.search(rf"\.{k}:\s*(\d+)", text)[1]) for k in ("vgpr_count", "vgpr_spill_count")}
@@ -151,7 +150,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _in_a_loop(sass: str, pattern: str) -> bool:
-    """Whether an instruction lies between a label and a later branch back to it."""
+    """Whether an instruction is between a label and a later branch back to it."""
     lines = sass.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
     for i, line in enumerate(lines):
@@ -187,7 +186,7 @@ class Layer:
             backend.apply(self.empty(tokens, self.d), *self.parameters, *self.routing(tokens), save)
 
     def evidence(self, length: int, scope: int) -> None:
-        """A routing step over 4 sequences, with all that it can take."""
+        """A routing step over 4 sequences, with all optional arguments."""
         real, rows = torch.float32, 1 if scope == 2 else length
         state = (self.empty(self.n, dtype=real), self.empty(4, length, dtype=torch.bool))
         state += tuple(self.empty(*shape, dtype=real) for shape in ((4, length), (4, self.n), (4, rows, self.n)))
@@ -217,7 +216,7 @@ def _allow_tf32(allowed: bool) -> Iterator[None]:
 
 
 def usual(name: str) -> dict[str, dict]:
-    """Decode and prefill of the layer most used."""
+    """Decode and prefill of the most common layer."""
     with compiling(name) as found:
         layer = Layer(8, 32, 16)
         layer.linear(1, "decode")
@@ -273,9 +272,9 @@ def every(name: str) -> dict[str, dict]:
                             tma = TARGETS[name].tma and operands == "half"
                             for apply in ("fused", "delta", *(["tma"] if tma else [])):
                                 layer.linear(2048, apply=apply)
-                            # Few tokens read the rows of the chosen experts alone.
+                            # For few tokens, only the rows of the chosen experts are read.
                             layer.apply(64)
-                            # Blocks of entries of every size that the grouped kernels have.
+                            # Every block size of the grouped kernels.
                             for tokens in sorted({t[0] * layer.n for t in kernels["gather"]}):
                                 layer.apply(tokens, "grouped", save=True)
                                 layer.backward(tokens, "grouped")
@@ -290,7 +289,7 @@ def every(name: str) -> dict[str, dict]:
 
 
 def extreme(name: str) -> dict[str, dict]:
-    """What layers of the most experts, and of the largest ranks, choose by themselves."""
+    """The kernels chosen for layers with the most experts, and with the largest ranks."""
     with compiling(name) as found:
         for layer in (Layer(256, 64, 256, 256), Layer(256, 1024, 16, 2), Layer(2, 1024, 256, 2)):
             for tokens in (1, 64, 2048):

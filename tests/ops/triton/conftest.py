@@ -8,7 +8,7 @@ DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: on the GPU, or on the CPU under the interpreter."""
+    """The device of the kernels: the GPU, or the CPU under the interpreter."""
     if reason := backend.why_not(DEVICE, torch.float32, 1, False):
         pytest.fail(f"tests/ops/triton needs Triton's interpreter or a GPU: {reason}")
     return DEVICE
@@ -16,7 +16,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """What torch.empty gives holds NaN, or a number that no kernel may take for a count or an expert."""
+    """Tensors from torch.empty contain NaN, or an integer that is neither a valid count nor an expert."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -33,7 +33,7 @@ def _poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def take(monkeypatch):
-    """Make layers take given paths, whatever the heuristics say."""
+    """Make layers use given paths instead of those of the heuristics."""
 
     def take(linear: str = "route_first", apply: str = "fused"):
         monkeypatch.setattr(configs, "linear_path", lambda *_: linear)

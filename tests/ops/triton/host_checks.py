@@ -1,6 +1,6 @@
-"""What the host does for a launch, checked over Triton's own compiler and a driver that records: no GPU is needed.
+"""Launches as made by the host, with Triton's own compiler and a driver that records: no GPU is needed.
 
-Run by test_host.py in a process of its own, as Triton cannot compile where it interprets: prints check -> failure.
+Run by test_host.py in a separate process, since Triton cannot compile where it interprets: prints check -> failure.
 """
 
 import json
@@ -23,7 +23,7 @@ def problem(tokens: int = 5, **options) -> Problem:
 
 
 def calls(p: Problem, linear: str, apply: str, count: int = 1) -> list[host.Launched]:
-    """What `count` calls launch."""
+    """The launches of `count` calls."""
     DRIVER.launched.clear()
     with taking(linear, apply):
         for _ in range(count):
@@ -32,7 +32,7 @@ def calls(p: Problem, linear: str, apply: str, count: int = 1) -> list[host.Laun
 
 
 def a_kernel_is_compiled_once_for_all_calls():
-    """Whatever counters `decode` takes: both parities of their rows, from the eager part and from the captured one."""
+    """The counters of `decode`: both parities of their rows, from the eager part and from the captured one."""
     p = problem()
     DRIVER.loaded.clear()
     known, launch._known = launch._known, lambda: False
@@ -113,7 +113,7 @@ def a_triton_that_launches_otherwise_is_left_to_it():
 
 
 def the_first_launch_of_a_chain_does_not_overlap():
-    """Given routing, few tokens: `expand` reads x before it waits, and nothing before it must have started early."""
+    """Given routing, few tokens: `expand` reads x before it waits, so no earlier kernel may have started early."""
     if not host.DEVICE.pdl:
         return
     p = problem(16)
@@ -128,7 +128,7 @@ def the_first_launch_of_a_chain_does_not_overlap():
 
 
 def kept_launches_take_the_host_less_than_half_the_time():
-    for _ in range(5):  # a busy machine spoils single rounds
+    for _ in range(5):  # single rounds are slow on a busy machine
         slow = {
             path: times
             for path, times in host.measure(calls=200, rounds=3).items()

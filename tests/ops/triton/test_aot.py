@@ -1,7 +1,7 @@
-"""The kernels compile for devices that are not here: no spills, shared memory within limits, tensor cores, wide loads.
+"""The kernels compile for absent devices: no spills, shared memory within limits, tensor cores, wide loads.
 
-resources.json holds what each kernel uses, by version of Triton; `python tests/ops/triton/aot.py --write` renews it
-where a change is meant.
+resources.json has the resources of each kernel by version of Triton; `python tests/ops/triton/aot.py --write` updates
+it after an intended change.
 """
 
 import json
@@ -20,8 +20,8 @@ DEVICES = list(SHARED)
 
 
 def compiled(which: str, *devices: str) -> dict[str, dict]:
-    """What each kernel compiled for the devices uses. Triton cannot compile in a process in which it interprets."""
-    # Where this process found its Triton, the other shall too.
+    """Resources of the compiled kernels by device. Triton cannot compile in a process in which it interprets."""
+    # The other process must find the same Triton.
     path = os.pathsep.join([str(HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, HERE / "aot.py", which, *devices]
@@ -40,12 +40,12 @@ def check(kernels: dict[str, dict]) -> None:
             continue
         if "PRECISION=ieee" in key and "float32" in key:
             assert not {"HGMMA", "UTCMMA", "HMMA"} & used.keys(), f"{key}: a float32 product is not exact: {used}"
-        # Rows of x, of the weight and of the factors come 16 bytes a load, ahead of the products that use them.
+        # Rows of x, of the weight and of the factors are loaded 16 bytes at a time, before the products that use them.
         if key.split()[1] in ("shrink._shrink", "decode._decode") or "BASE=True" in key:
             assert "UTMALDG" in used or used.get("LDGSTS.128", 0) >= 0.8 * used["LDGSTS"] > 0, (key, used)
             assert used["in loops"], (key, used)
-        # A kernel that starts early waits for what it depends on, and the one before it lets it start. Only the weight
-        # and what else no kernel of ours made is read before that, and nothing is written.
+        # A kernel that starts early waits for its inputs, and the previous one lets it start. Before the wait it reads only
+        # the weight and other tensors that no kernel here wrote, and writes nothing.
         if "PDL=True" in key:
             assert used.get("griddepcontrol", 0) > 0, (key, used)
         if "late loads" in used:
@@ -55,7 +55,7 @@ def check(kernels: dict[str, dict]) -> None:
 
 
 def check_prefill(kernels: dict[str, dict]) -> None:
-    """The tensor cores' own instructions in the loops of prefill, and launches that overlap."""
+    """Tensor core instructions in the loops of prefill, and launches that overlap."""
     for device, matrix, overlaps in (
         ("sm80", "HMMA", False),
         ("sm90", "HGMMA", True),
@@ -66,7 +66,7 @@ def check_prefill(kernels: dict[str, dict]) -> None:
         prefill = {k: used for k, used in own.items() if "expand._expand bfloat16" in k and "BLOCK_T=128" in k}
         assert bool(prefill) == bool(own), device
         assert all(matrix in used["in loops"] for used in prefill.values()), prefill
-        # All but decode in one launch.
+        # All except for decode in one launch.
         alone = {key for key in own if "PDL=True" not in key and "SHRINK=True EXPAND=True" not in key}
         assert not alone if overlaps else alone == own.keys(), device
 

@@ -19,7 +19,7 @@ BROKEN = {("decode", "fused"): "hung", ("one_product", "tma"): "raised", ("route
 
 
 def faulty(job):
-    """The work of `bench.gpu` on a machine where three paths are broken, if they are asked for by name."""
+    """The work of `bench.gpu` on a machine where three paths are broken if requested by name."""
     linear = backend.linear
 
     def broken(*args):
@@ -82,7 +82,7 @@ def test_broken_paths_are_named_and_the_rest_is_measured(tmp_path, monkeypatch, 
         assert f"- triton {path} bfloat16 inference, T5 48 to 32 N3 r4 g2 top-1: {found[tuple(path.split())]}" in text
     assert "Nothing was timed." in text
 
-    # Nothing takes it for a measurement.
+    # It is not mistaken for a measurement.
     assert sorted(RESULTS.rglob("*")) == before
     assert len(list(tmp_path.iterdir())) <= 6
     (tmp_path / "gpu").mkdir()
@@ -122,7 +122,7 @@ def test_the_plan_of_a_gpu_is_whole(monkeypatch):
     assert graph == set(gpu.product(gpu.HEADLINE_LAYERS, (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)))
     assert {row.tokens for row in plan.headline if row.mode == "eager"} >= {1, 16}
     assert sum(row.mode == "training" for row in plan.headline) == 2
-    # Stages follow one another, and the last ends before the call does.
+    # Stages are consecutive, and the last ends before the call.
     assert sorted(gpu.ENDS.values()) == [*gpu.ENDS.values()]
     assert max(gpu.ENDS.values()) < 1
 
@@ -236,12 +236,12 @@ def test_tables_and_aims_of_made_up_records():
     assert gpu_tables.faster_paths(part) == "q T1 graph: chosen 1.10, decode fused 1.05"
     assert gpu_tables.failures(part) == "- row q T4 graph: hung: no answer within 30 s\n- test t.py::x: E no"
     assert "0 of 0 checks of paths agree" in gpu_tables.summary(part)
-    # Without the machine's limits there is no floor and no aim, but what was timed is shown.
+    # Without the machine's limits there is no floor and no aim, but times are shown.
     unlimited = {**part, "limits": []}
     assert "| 1.10 (–) | 1.30 (–) |" in gpu_tables.headline(unlimited)
     assert [line for line in gpu_tables.aims(unlimited) if "expert loop" not in line] == []
     assert gpu_tables.headline({**part, "machine": {"rehearsal": True}}) == ""
-    # A path in a row of its own stands beside the others.
+    # A path from a separate row is shown with the others.
     alone = part_of(row(1, "graph", chosen=1.1), row(1, "graph", single_fused=1.0))
     assert gpu_tables.forward(alone, "graph").splitlines()[2].endswith("| 1.04 | 1.10 | 1.00 |")
     assert gpu_tables.faster_paths(alone) == "q T1 graph: chosen 1.10, single fused 1.00"

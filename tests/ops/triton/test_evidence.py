@@ -1,4 +1,4 @@
-"""The routing step's kernel: against loops in float64, and in models beside the composition."""
+"""The routing step's kernel, compared with loops in float64, and in models with the composition."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What only a GPU can show: real sizes, CUDA graphs, no waiting for the host, equal bits, streams, devices.
+"""Tests that need a GPU: real sizes, CUDA graphs, no waiting for the host, equal bits, streams, devices.
 
-The CUDA kernels of the compiled extension go through the same tests, where their library is built.
+The CUDA kernels of the compiled extension run the same tests if their library is built.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 # N, r, g, m
 SETTINGS = [(8, 32, 16, 1), (8, 128, 16, 1), (8, 32, 16, 2), (3, 512, 8, 1), (64, 64, 8, 1)]
-# Linear path, apply path, and whether it takes more tokens than 16.
+# Linear path, apply path, and whether it supports more than 16 tokens.
 PATHS = [
     ("decode", "fused", False),
     ("decode_one_launch", "fused", False),
@@ -36,7 +36,7 @@ def problem(tokens: int, d: int, o: int, setting, **options) -> Problem:
 
 @pytest.fixture(params=["triton", "cuda"])
 def name(request) -> str:
-    """A backend that serves this GPU."""
+    """A backend that runs on this GPU."""
     if reason := library.why_not(request.param, "cuda"):
         pytest.skip(reason)
     return request.param
@@ -53,7 +53,7 @@ def call(p: Problem, name: str) -> torch.Tensor:
 
 
 def check(p: Problem, name: str = "triton", tf32: bool = False) -> None:
-    """y, and the choice of experts: it may differ from the reference's only where two scores are within rounding."""
+    """y, and the choice of experts, which may differ from the reference's only where scores are equal up to rounding."""
     y, weights, ids, _ = linear(p, name)
     scores = reference.scores(p.x.double(), p.rows().double())
     best = scores.sort(-1, descending=True).values[:, : p.num_experts_per_tok]
@@ -62,11 +62,11 @@ def check(p: Problem, name: str = "triton", tf32: bool = False) -> None:
     torch.testing.assert_close(weights, chosen.softmax(-1).float(), rtol=1e-4, atol=1e-6)
     want, plain_error = expectations(p, ids)["y"]
     if p.x.dtype == torch.float32:
-        # cuBLAS adds short sums, a kernel may add one number after another: a rounding of the sum for each, at random.
+        # cuBLAS adds short sums; a kernel may add one number after another, with a random rounding error for each.
         one_by_one = p.x.shape[1] ** 0.5 * torch.finfo(torch.float32).eps / 2 * want.abs().max().item()
         plain_error = max(plain_error, one_by_one)
     if tf32:
-        # Triton cuts operands to TF32 where cuBLAS may round them.
+        # Triton truncates operands to TF32, cuBLAS may round them.
         cut = {name: _cut_to_tf32(t) for name, t in p.tensors().items() if name != "s"}
         plain_error = max(plain_error, (expectations(replace(p, **cut), ids)["y"][0] - want).abs().max().item())
     assert_close("y", y, want, plain_error)
@@ -138,7 +138,7 @@ def test_a_captured_graph_of_the_chosen_path_gives_the_bits_of_eager_calls(token
 
 @pytest.mark.parametrize(("linear_path", "apply_path", "many"), PATHS)
 def test_launches_that_overlap_give_the_bits_of_those_that_do_not(linear_path, apply_path, many, take, monkeypatch):
-    monkeypatch.undo()  # Poisoning launches kernels in between, and nothing overlaps.
+    monkeypatch.undo()  # Poisoning launches other kernels, so that nothing overlaps.
     take(linear_path, apply_path)
     problems = [problem(1000 if many else 16, 1024, 1536, SETTINGS[0], seed=i) for i in range(2)]
     device = configs.device_of(problems[0].x.device)

@@ -1,4 +1,4 @@
-"""Launches as the host makes them: see host_checks.py, which runs here in a process of its own."""
+"""Launches as made by the host: see host_checks.py, which runs here in a separate process."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_every_check_runs(found):
 def test_counters_first_needed_in_a_capture_are_refused(monkeypatch):
     device = torch.device("cpu", 7)
     monkeypatch.setattr(decode, "_capturing", lambda _: True)
-    decode.prepare(device)  # leaves it to the first call
+    decode.prepare(device)  # left to the first call
     with pytest.raises(RuntimeError, match="decode: its counters on cpu:7 are first needed while a CUDA graph"):
         decode.arrivals(device)
     monkeypatch.setattr(decode, "_capturing", lambda _: False)

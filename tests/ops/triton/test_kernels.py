@@ -30,7 +30,7 @@ def reference_ids(p: Problem) -> torch.Tensor:
 
 
 def check(p: Problem, *, backward: bool) -> None:
-    """y, and with `backward` every gradient, against the reference, which plain PyTorch's own error bounds."""
+    """Compare y, and with `backward` every gradient, with the reference; plain PyTorch's own error is the bound."""
     leaves = {name: t.requires_grad_(backward) for name, t in p.tensors().items()}
     y = call(p)
     assert y.dtype == p.x.dtype
@@ -88,7 +88,7 @@ def test_delta_onto_outputs_among_others(path, tokens, device, take):
 
 
 def possible(dtype: torch.dtype, device: str) -> list[str]:
-    """The ways in which a small layer can be routed here."""
+    """The paths by which a small layer can be routed."""
     return configs.linear_paths(configs.device_of(torch.zeros(0, device=device).device), dtype, 1, 1, 1, False)
 
 
@@ -207,7 +207,7 @@ def test_ties_go_to_the_lower_index(linear, device, take):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")
 def test_scores_of_any_magnitude_route_as_the_reference_says(device):
-    """Squares that overflow or vanish, infinities and NaN: each token by itself, weights always finite."""
+    """Squares that overflow or vanish, infinities and NaN: tokens are independent, weights always finite."""
     x = torch.randn(9, 12, device=device)
     router = torch.randn(5, 4, 12, device=device) * 0.3
     x[1] *= 1e30
@@ -346,7 +346,7 @@ def test_heuristics_choose_what_can_run():
     assert configs.linear_path(device, half, 4, 4096, 4096, 64, 64, 8, 64, 1, False) == "route_first"
     assert configs.apply_path(device, half, 2048, 4096, 4096, 8, 32, 1) == "delta"
     assert configs.apply_path(device, half, 16, 4096, 4096, 8, 128, 1) == "fused"
-    for tokens in (32, 64, 128, 256):  # the tiles of the fused product would be bound by the cache
+    for tokens in (32, 64, 128, 256):  # the tiles of the fused product are limited by the cache
         assert configs.apply_path(device, half, tokens, 4096, 4096, 8, 32, 1) == "delta"
     assert configs.apply_path(device, half, 64, 768, 768, 8, 32, 1) == "fused"
     assert configs.apply_path(device, torch.float32, 64, 4096, 4096, 8, 32, 1) == "fused"

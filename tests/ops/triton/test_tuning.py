@@ -14,7 +14,7 @@ DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
 
 @pytest.fixture(autouse=True)
 def own_table(monkeypatch, tmp_path):
-    """Each test has a user table of its own, and leaves none behind."""
+    """Each test has its own user table, which is removed afterwards."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     configs.tables.cache_clear()
     yield
@@ -26,7 +26,7 @@ def parameters(p: Problem) -> tuple:
 
 
 def record_launches(monkeypatch, tell) -> None:
-    """Tell of every launch: the kernel's name and its constants."""
+    """Record every launch: the kernel's name and its constants."""
     kernels = type(common.dot)
     launcher = kernels.__getitem__
 
@@ -96,7 +96,7 @@ def test_what_is_compiled_does_not_depend_on_the_batch(linear, apply, device, mo
 
 
 def test_tuning_takes_the_fastest_and_other_processes_read_it(device, monkeypatch):
-    """With times made up so that one path and one tile are best."""
+    """With simulated times for which one path and one tile are best."""
     p = Problem.random(40, 32, 32, 3, 4, 2, dtype=torch.bfloat16, device=device)
     name = configs.device_of(p.x.device).name
     chosen = []
