@@ -1,4 +1,4 @@
-"""Functions that change a model in place: an exception anywhere in the middle leaves the model as it was."""
+"""Functions that change a model in place: after an exception at any point the model is unchanged."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ def fused() -> nn.Module:
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
-    """Everything that a call may change."""
+    """The state that a call may change."""
     modules = {name: (id(module), type(module), module.training) for name, module in model.named_modules()}
     hooks = [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
     layers = smile_layers(model)
@@ -58,7 +58,7 @@ class Interrupted(BaseException):
 
 
 def calls_made(call: Callable[[], object], failing: int | None = None) -> tuple[int, bool]:
-    """How many functions of the package a call calls, and whether it fails; that of number `failing` raises instead."""
+    """The number of package functions in a call, and whether it fails; function number `failing` raises instead."""
     count = 0
 
     def trace(frame: Any, event: str, argument: object) -> None:
@@ -113,10 +113,10 @@ def test_a_failure_anywhere_leaves_the_model_as_it_was(tmp_path, name):
     before = state(model)
     for number in range(1, total, max(1, total // POINTS)):
         _, failed = calls_made(functools.partial(call, model, folder), number)
-        if not failed:  # a generator that is thrown away swallows what it raises
+        if not failed:  # a discarded generator hides its exceptions
             model = make()
             before = state(model)
-        elif number < 0.97 * total:  # what is called once the work is done may fail without undoing it
+        elif number < 0.97 * total:  # a failure after the end of the work need not undo it
             assert same(state(model), before), f"changed by a failure at call {number} of {total}"
             points += 1
     print(f"{name}: {points} failures among {total} calls")

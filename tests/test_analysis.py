@@ -1,4 +1,4 @@
-"""Subspace analysis, against plain computations in float64."""
+"""Subspace analysis, compared with plain computations in float64."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Bad calls: each argument of each public call made wrong in turn raises an error that names it, before any work."""
+"""Bad calls: a wrong value for each argument of each public call raises an error that names it, before any work."""
 
 import copy
 from collections import Counter
@@ -20,7 +20,7 @@ T, D, O, N, R, G, M = 5, 12, 10, 3, 4, 2, 2
 
 
 def wrong_tensors(tensor: Tensor) -> list[Any]:
-    """What may be passed in place of a tensor and must be refused."""
+    """Values that may be passed instead of a tensor and must be refused."""
     other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
     wrong = [
         "x", 3, [1.0], tensor.to("meta"), tensor.to(torch.complex64), tensor.to(torch.int64), tensor.bool(),
@@ -173,7 +173,7 @@ def test_every_bad_call_names_its_argument():
         except (ValueError, TypeError, RuntimeError) as error:
             subject = str(error).split(":")[0].split("[")[0]
             if named in ("weight", "vh") and subject in ("x", "bias", "vh", "u", "weight", "rank_of_router"):
-                continue  # two shapes that do not fit: either may be named
+                continue  # two shapes that do not match: either may be named
             if named.split("[")[0] not in str(error) and named != "backend":
                 faults.append(f"{label}: names no {named}: {type(error).__name__}: {str(error)[:150]}")
             elif not isinstance(error, ValueError) and named not in ("backend", "ids"):
@@ -195,7 +195,7 @@ def test_the_valid_call_is_taken(backend):
 
 
 class Odd:
-    """An object of no use."""
+    """An object that no argument accepts."""
 
 
 ODD: list[Any] = [

@@ -1,4 +1,4 @@
-"""Benchmarks: what is counted, what is refused, what is kept, and what is shown."""
+"""Benchmarks: counts, refusals, stored results and tables."""
 
 import copy
 import json
@@ -475,7 +475,7 @@ def test_given_routing_is_timed_and_every_sequence_has_its_own_expert(monkeypatc
 
 def test_streaming_is_measured_above_an_idle_process(monkeypatch):
     monkeypatch.setattr(streaming, "SHAPES", {"small": (64, 48)})
-    large = torch.ones(2**28)  # what this process holds does not count
+    large = torch.ones(2**28)  # the memory of this process does not count
     record = streaming.measure_streaming(2, 1)
     assert record["base_bytes"] == 2 * 64 * 48 * 2
     assert record["input_bytes"] == 3 * record["base_bytes"]

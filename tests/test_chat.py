@@ -1,4 +1,4 @@
-"""`smile-kernels chat`: what it answers, what it says of the experts, commands, and folders that cannot chat."""
+"""`smile-kernels chat`: answers, the experts that it prints, commands, and folders that cannot chat."""
 
 import copy
 import os
@@ -74,7 +74,7 @@ def test_each_line_is_answered_within_its_conversation(fused, tokenizer):
 
 
 def test_the_shares_are_those_of_the_answer(fused, tokenizer, tmp_path):
-    """By the published routing each token routes alone, so reading question and answer at once routes them the same."""
+    """With the published routing tokens are independent, so question and answer in one pass have the same routing."""
     folder = tmp_path / "published"
     model = load_pretrained(fused)
     set_routing(model, RoutingPolicy())
@@ -129,7 +129,7 @@ def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
         start = seen.index(awaited, start) + len(awaited)
         os.write(main, keys)
     answered: list = []
-    while not answered:  # Python may miss a signal that comes just before it waits for a key
+    while not answered:  # Python may miss a signal just before it waits for a key
         process.send_signal(signal.SIGINT)
         answered = select.select([main], [], [], 5)[0]
     assert process.wait(timeout=60) == 0

@@ -1,4 +1,4 @@
-"""Models saved, loaded and described, and bad input refused by name."""
+"""Saving, loading and describing models; bad input is refused by name."""
 
 import copy
 
@@ -13,7 +13,7 @@ from tests.upscaling.checkpoints import stored
 
 
 class Block(nn.Module):
-    """Tied weights, a parameter of its own, SMILE layers with and without biases, and one of another dtype."""
+    """Tied weights, a separate parameter, SMILE layers with and without biases, and one of another dtype."""
 
     def __init__(self, smile: bool):
         super().__init__()

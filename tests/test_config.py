@@ -1,4 +1,4 @@
-"""The SMILE settings of a checkpoint: read back as written, and bad ones refused by key."""
+"""The SMILE settings of a checkpoint: equal when read back, and bad ones refused by key."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The cost model of `Case.work` and bench/cost.py against cases worked by hand, and against what is launched."""
+"""The cost model of `Case.work` and bench/cost.py, compared with cases computed by hand, and with the launches."""
 
 import pytest
 import torch
@@ -31,11 +31,11 @@ def test_the_dense_layer():
 @pytest.mark.parametrize(
     ("setting", "experts", "ratio"),
     [
-        # Router: 8 x 16 rows of 8 KB = 1048576 bytes. One expert: 16 rows more of vh, 131072; u, 262144; s, 128.
+        # Router: 8 x 16 rows of 8 KB = 1048576 bytes. One expert: 16 more rows of vh, 131072; u, 262144; s, 128.
         ((8, 32, 16), 1, (33570816 + 1048576 + 131072 + 262144 + 128) / 33570816),
         # All experts: 8 times the latter.
         ((8, 32, 16), 8, (33570816 + 1048576 + 8 * (131072 + 262144 + 128)) / 33570816),
-        # A router of more rows than the expert has: nothing of vh is left to read.
+        # A router with more rows than the expert has: no other rows of vh are read.
         ((8, 4, 16), 1, (33570816 + 1048576 + 4096 * 4 * 2 + 16) / 33570816),
     ],
 )
@@ -86,7 +86,7 @@ def test_the_launches_of_a_small_layer():
 def test_grouping_avoids_what_a_dense_tail_multiplies():
     many = case(8192, 64, 64, 8)
     fused, grouped = kernels(many, "one_product", "fused"), kernels(many, "route_first", "grouped")
-    # Every token meets 64 of 4096 ranks; a block of 128 tokens meets 55.5, rounded to 55 or 56 experts, on average.
+    # Every token uses 64 of 4096 ranks; a block of 128 tokens uses 55.5 experts on average, rounded to 55 or 56.
     assert grouped["scatter 0"].flops == 2 * 8192 * 64 * 4096
     assert fused["expand"].flops - many.dense().flops == 2 * 8192 * 55 * 64 * 4096
     assert grouped["gate"].flops + grouped["gather"].flops == 2 * 8192 * (64 * 8 + 64) * 4096
@@ -125,7 +125,7 @@ def test_two_experts_a_token_cost_as_one_where_every_expert_takes_all_tokens():
     ],
 )
 def test_every_launch_is_counted(linear, apply, m, monkeypatch):
-    """As many launches as the model says, cuBLAS's products among them."""
+    """The number of launches is that of the model, including cuBLAS's products."""
     if reason := backend.why_not("cpu", torch.float32, 1, False):
         pytest.skip(reason)
     small = case(5, 3, 4, 2, m, layer="16x24")
@@ -153,5 +153,5 @@ def test_predictions_name_every_case():
     tables = cost.tables()
     assert tables["graph"].count("→") == len(cost.LAYERS) * len(cost.SETTINGS) * len(cost.TOKENS)
     assert tables["training"].count("mistral-7b.q") == len(cost.TRAINED)
-    # Decode of the setting most used: the floor, the prediction, the path.
+    # Decode of the most common setting: the floor, the prediction, the path.
     assert "1.04 → 1.11 d" in tables["graph"]

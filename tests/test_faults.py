@@ -1,4 +1,4 @@
-"""Faults of files, folders and calls that once were fused in silence, lost something, hung, or were told unclearly."""
+"""Faulty files, folders and calls that were once fused silently, lost data, hung, or had an unclear message."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def load(folder: Path) -> object:
 
 
 def command(*arguments: str) -> Callable[[Path], object]:
-    """A command that ends with status 1 and one line; it is raised as the error that it tells of."""
+    """A command that ends with status 1 and one line, which is raised as an error."""
 
     def call(folder: Path) -> None:
         result = CliRunner().invoke(app, [argument.format(folder=folder) for argument in arguments])
@@ -161,7 +161,7 @@ def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 CONFIG, ADAPTER = "base/config.json", "adapter/adapter_config.json"
-# What is done to the folders, the call, and what its error says.
+# The change to the folders, the call, and its error message.
 FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
     "a link loop in a folder": (link("base/1_loop/self", "."), fuse, "1_loop/self: is not a regular file"),
     "a link to the parent": (link("base/2_up", ".."), fuse, "2_up: is not a regular file"),

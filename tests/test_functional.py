@@ -1,4 +1,4 @@
-"""The public functions: shapes, dtypes, transforms, and bad input refused by name."""
+"""The public functions: shapes, dtypes, transforms; bad input is refused by name."""
 
 import functools
 
@@ -59,7 +59,7 @@ def test_routing_is_float32_whatever_the_dtype(dtype):
     assert weights.dtype == torch.float32
     exact = reference.scores(p.x.double(), p.rows().double())
     chosen = exact.gather(1, ids.long())
-    # Two scores closer than float32 summation resolves may swap; none further apart may.
+    # Scores that are equal up to float32 summation may swap, others may not.
     assert torch.all(chosen[:, 0] >= exact.amax(-1) * (1 - 1e-5))
     torch.testing.assert_close(weights.double(), chosen.softmax(-1), rtol=0, atol=5e-5)
 
@@ -200,7 +200,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def delta_beside(x, weight, bias, vh, s, u, expert_bias, router, **options):
-    """smile_linear by a base product made apart."""
+    """smile_linear with a separate base product."""
     return smile_delta(torch.nn.functional.linear(x, weight, bias), x, vh, s, u, expert_bias, router, **options)
 
 
@@ -415,7 +415,7 @@ def test_parts_that_do_not_fit_are_named(change, message):
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.999, 1.0, 1])
 def test_the_fewest_experts_whose_weights_reach_top_p(top_p):
     scores = (3 * torch.randn(40, 6, dtype=torch.float64)).requires_grad_()
-    scores.data[0, :] = 1.0  # all alike
+    scores.data[0, :] = 1.0  # all equal
     weights, ids = select_experts(scores, 4, top_p)
     counts = set()
     for t in range(len(scores)):

@@ -1,4 +1,4 @@
-"""Malformed inputs: each ends in success or in a user error, within limits of time and memory, and changes no input."""
+"""Malformed inputs: success or a user error, within limits of time and memory, and inputs are unchanged."""
 
 import copy
 import functools
@@ -70,7 +70,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def mutate(folder: Path, rng: random.Random) -> str:
-    """One random fault in one file of a folder; returns what it was."""
+    """Add one random fault to one file of a folder; return its description."""
     file = rng.choice(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix in (".json", ".safetensors")))
     kinds = ["truncated", "flipped", "deleted", "emptied", "folder", "fifo", "loop", "dangling"]
     if file.suffix == ".json":
@@ -194,7 +194,7 @@ def test_malformed_folders(inputs, tmp_path, examples):
 
 
 def load_into(folder: Path) -> None:
-    """All or nothing: a model that a checkpoint does not fit is left as it was."""
+    """A model that does not match the checkpoint is unchanged."""
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**TINY))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The layer as users hold it: copied, cast, compiled, exported, and against the published module."""
+"""The layer in use: copied, cast, compiled, exported, and compared with the published module."""
 
 import copy
 import pickle
@@ -92,7 +92,7 @@ def test_bad_sizes_are_named(name, args):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_random_layers_equal_fusion_bench(data):
-    """Against the published module; tokens whose scores nearly tie are left out, since its order there is arbitrary."""
+    """Compared with the published module, except for tokens with near-ties, whose order is arbitrary there."""
     published = pytest.importorskip("fusion_bench.models.smile_moe.linear_from_hf_config")
     n = data.draw(st.integers(2, 6), "N")
     d, o = data.draw(st.integers(2, 24), "D"), data.draw(st.integers(2, 24), "O")
@@ -122,7 +122,7 @@ def test_random_layers_equal_fusion_bench(data):
 
 
 def projections(dense: bool = True, **options) -> list[torch.nn.Linear]:
-    """Layers that read one x: of several sizes and ranks, and one without experts."""
+    """Layers with the same x: of several sizes and ranks, and one without experts."""
     sizes = {"in_features": 23, "num_local_experts": 4, "rank_of_router": 3, "num_experts_per_tok": 2, **options}
     layers = [
         sk.SmileLinear(out_features=70, rank_of_expert=5, **sizes),
@@ -192,7 +192,7 @@ def test_a_merged_layer_is_copied_cast_stored_and_compiled():
 
 
 class Attention(torch.nn.Module):
-    """Projections of one x, apart or merged."""
+    """Projections of one x, separate or merged."""
 
     def __init__(self, layers):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Output folders: whole or absent after an interruption at every file operation, and nothing foreign ever deleted."""
+"""Output folders: complete or absent after an interruption at any file operation; other files are never deleted."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ KILLED = 9
 
 
 def write_output(folder: Path, settings: dict, *, force: bool = False) -> bool:
-    """A job of two resumable parts and an output of three files; returns whether there was anything to do."""
+    """A job of two resumable parts and an output of three files; returns whether there was work to do."""
     with output_folder(check_folder(folder), settings, force=force) as output:
         if output.complete:
             return False

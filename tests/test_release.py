@@ -1,4 +1,4 @@
-"""What a release says of itself: one version, its changelog, its extras, and the files for GitHub."""
+"""Metadata of a release: one version, its changelog, its extras, and the files for GitHub."""
 
 import re
 import sys

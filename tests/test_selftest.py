@@ -1,4 +1,4 @@
-"""`smile-kernels doctor --verify`: what it finds, what is left out for it, what undoes it, and what is kept."""
+"""`smile-kernels doctor --verify`: failures, excluded paths, how they are enabled again, stored results."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FAULTS = {"wrong": "wrong", "die": "died", "raise": "raised"}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache folder and choices of this test's own."""
+    """A separate cache folder and separate choices for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SMILE_KERNELS_BACKEND", raising=False)
 
@@ -38,7 +38,7 @@ def check(linear="", apply="", *, backend="triton", dtype=BF16, training=False, 
 
 
 def faulty(job):
-    """The work of a machine whose composition is broken in the way that the check's seed names."""
+    """The work on a machine whose composition has the error selected by the check's seed."""
     fault = [*FAULTS, None][job.seed]
     linear = composed.linear
 
@@ -75,7 +75,7 @@ def test_what_is_broken_is_named_and_the_rest_is_checked():
 
 
 def test_every_kind_of_wrong_result_is_seen(monkeypatch):
-    """A planted error in y, ids, weights, a gradient, and a number that is not written."""
+    """Inserts an error in y, ids, weights or a gradient, or leaves a number unwritten."""
     one = check(backend="torch", dtype=FP32)
     selftest.perform(one)
     linear, backward = composed.linear, composed.linear_backward
@@ -209,7 +209,7 @@ def test_a_failed_path_of_triton_gives_way_to_the_next():
     assert [chosen(1)[0], chosen(2048)[1], chosen(2048, n=64, r=64)[1]] == ["decode", "delta", "grouped"]
     exclude("decode")
     assert chosen(1) == ("one_product", "fused")
-    assert configs.linear_paths(device, BF16, 1, 8, 32, False)[0] == "decode"  # what can be verified anew
+    assert configs.linear_paths(device, BF16, 1, 8, 32, False)[0] == "decode"  # can be verified again
     exclude("decode", "one_product", "fused")
     assert chosen(1) == ("route_first", "tma")
     exclude("delta", "grouped")

@@ -1,4 +1,4 @@
-"""Tensors on disk: read back as written, in any shards, and damaged files refused by name."""
+"""Tensors on disk: equal when read back, from any shards; damaged files are refused by name."""
 
 import json
 import pickle

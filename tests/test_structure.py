@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: the order of imports, short functions, tests that hide no package."""
+"""Rules for the whole repository: the order of imports, short functions, words, tests that hide no package."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "smile_kernels"
-# From top to bottom: a module imports from its own room and from those below.
+# From top to bottom: a module imports only from its own level and from those below.
 ROOMS = (
     ("__init__", "__main__"),
     ("cli",),
@@ -28,15 +28,15 @@ ROOMS = (
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 BACKENDS = ("composed", "extension", "triton")
-# What a module of ops/ may not import: a backend neither another nor what chooses among them.
+# Modules of ops/ that another may not import: a backend imports no other backend, and not the module that chooses.
 APART = {"reference": (*BACKENDS, "library"), **dict.fromkeys(BACKENDS, (*BACKENDS, "library"))}
 INSTALLS = r"pip install [^\n`]*smile[-_]kernels"
 CHANGES = ("add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update")
-LONGEST = 80  # lines of a function, its docstring aside
+LONGEST = 80  # lines of a function, without its docstring
 
 
 def imports(source: str, module: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """What a module imports, anywhere in its text, as paths; `module` is its own path."""
+    """The imports of a module, anywhere in its text, as paths; `module` is its own path."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
@@ -47,7 +47,7 @@ def imports(source: str, module: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def wrong_imports(source: str, module: tuple[str, ...]) -> list[str]:
-    """The imports that go up, or from one backend to another, or out of the package into the repository."""
+    """Imports from a higher level, from one backend to another, or of code that is not installed."""
     wrong = []
     for path in imports(source, module):
         own, other = (p[1] if len(p) > 1 else "__init__" for p in (module, path))
@@ -65,7 +65,7 @@ def wrong_imports(source: str, module: tuple[str, ...]) -> list[str]:
 
 
 def long_functions(source: str) -> list[str]:
-    """The functions, but GPU kernels, that are too long."""
+    """The functions that are too long, except for GPU kernels."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(each) for each in node.decorator_list):
@@ -102,7 +102,7 @@ def test_an_import_from_above_is_found(module, source):
 
 
 def changed_state(source: str) -> list[str]:
-    """Names of a module that its functions rebind, or whose dict, list or set they change."""
+    """Names of a module that its functions rebind, or whose dict, list or set they modify."""
     tree = ast.parse(source)
     assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
     targets = [target for node in assigned for target in getattr(node, "targets", None) or [node.target]]
@@ -123,7 +123,7 @@ def changed_state(source: str) -> list[str]:
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda file: file.stem)
 def test_no_module_of_ops_has_mutable_state(file):
-    """Caches by functools.cache and lru_cache hold what follows from their arguments alone."""
+    """Caches by functools.cache and lru_cache depend only on their arguments."""
     assert changed_state(file.read_text()) == []
 
 
@@ -143,7 +143,7 @@ def test_mutable_state_is_found(source):
 def test_the_plan_of_rooms_names_every_module():
     plan = (ROOT / "CONTRIBUTING.md").read_text().split("```")[3]
     modules = [file for file in PACKAGE.rglob("*.py") if not file.name.startswith("__")]
-    inside = {"triton", "vllm", "benchmark"}  # these folders are named as one
+    inside = {"triton", "vllm", "benchmark"}  # these folders are listed as one
     assert [f.name for f in modules if not inside & {*f.parts} and f.name not in plan] == []
     assert [name for name in re.findall(r"\w+\.py\b", plan) if not list(PACKAGE.rglob(name))] == []
 
@@ -162,7 +162,7 @@ def test_a_long_function_is_found():
 
 
 def test_no_folder_of_tests_hides_a_package():
-    """Each is a package, so pytest puts the repository's root alone on sys.path, where no `triton` is."""
+    """Each is a package, so pytest adds only the root of the repository to sys.path, which has no `triton`."""
     folders = {file.parent for file in (ROOT / "tests").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 

@@ -1,4 +1,4 @@
-"""Truncated SVD against the float64 SVD, on every spectrum differences of weights have; SMILE factors of a layer."""
+"""Truncated SVD compared with the float64 SVD, for spectra of weight differences; SMILE factors of a layer."""
 
 import math
 
@@ -61,11 +61,11 @@ SPECTRA = (
 
 
 def assert_optimal(a: Tensor, result, rank: int, g: int) -> None:
-    """What `truncated_svd` promises, against the float64 SVD of the same bits."""
+    """The documented properties of `truncated_svd`, compared with the float64 SVD of the same bits."""
     wide = a.double()
     try:
         _, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    except torch.linalg.LinAlgError:  # equal singular values defeat LAPACK's divide and conquer, which torch calls
+    except torch.linalg.LinAlgError:  # LAPACK's divide and conquer, which torch calls, fails for equal singular values
         _, s, vh = map(torch.from_numpy, scipy.linalg.svd(wide, full_matrices=False, lapack_driver="gesvd"))
     r, k, total = len(result.s), len(result.vh), s.norm().item()
     assert (r, k) == (rank, max(rank, g))
@@ -90,7 +90,7 @@ def assert_optimal(a: Tensor, result, rank: int, g: int) -> None:
 
     g = min(g, live)
     epsilon = torch.finfo(result.s.dtype).eps
-    if g and (g == len(s) or s[g - 1] - s[g] > 32 * epsilon * s[0]):  # else the router's subspace is not unique
+    if g and (g == len(s) or s[g - 1] - s[g] > 32 * epsilon * s[0]):  # otherwise the router's subspace is not unique
         rows = result.vh[:g].double().T
         sine = torch.linalg.matrix_norm(rows - vh[:g].T @ (vh[:g] @ rows), 2).item()
         assert sine <= 1e-3 or not certificate.router_converged
@@ -211,7 +211,7 @@ def test_directions_at_rounding_level_are_null(shape, dtype):
     assert not factors["vh"][0, 8:].any()
     assert not factors["s"][0, 8:].any()
     assert not factors["u"][0, :, 8:].any()
-    # A router that needs no more rows than the update has leaves the expert's other directions alone.
+    # A router with no more rows than the rank of the update does not change the expert's other directions.
     _, [certificate] = decompose_linear(weight, None, [expert], [None], rank_of_expert=12, rank_of_router=8)
     assert certificate.directions == (8 if dtype == torch.float32 else 12)
 
@@ -354,7 +354,7 @@ def test_biases_on_one_side_only():
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e9])
 def test_an_update_counts_by_its_size_beside_the_weight(size):
     weight, (trained,) = layer(1, 30, 40)
-    rounded = (weight * 3) / 3  # off by rounding, and nothing else
+    rounded = (weight * 3) / 3  # only rounding errors
     assert not torch.equal(rounded, weight)
     factors, certificates = decompose_linear(
         size * weight,

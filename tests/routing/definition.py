@@ -1,4 +1,4 @@
-"""The definition of routing policies as a plain nested loop, and tiny models of transformers to hold to it."""
+"""The definition of routing policies as a plain nested loop, and tiny transformers models to compare with it."""
 
 import itertools
 import math
@@ -61,7 +61,7 @@ def bert(**changes) -> nn.Module:
 
 
 def albert() -> nn.Module:
-    """Its two layers are one, run twice."""
+    """A model that runs one layer twice."""
     config = tf.AlbertConfig(**SIZES, embedding_size=16, intermediate_size=24, max_position_embeddings=64)
     return smile(tf.AlbertModel(config, add_pooling_layer=False), layers_per_block=6)
 
@@ -127,7 +127,7 @@ def restarts(ids, pattern, b, t):
 
 
 def fewest(weights, order, top_p):
-    """Of experts in the order of their weights the fewest whose weights add up to top_p; -1 for the others."""
+    """The smallest number of experts, by weight, whose weights add up to top_p; -1 for the others."""
     count = (
         next((k for k in range(1, len(order)) if sum(weights[:k]) >= top_p), len(order)) if top_p < 1 else len(order)
     )
@@ -138,7 +138,7 @@ def fewest(weights, order, top_p):
 def definition(calls, real, policy, groups=None, token_ids=None):
     """The equations, loop by loop: for each call the weights and ids [B, S, m], over tokens real [B][S] (bool).
 
-    groups [B][S] numbers the sequences packed in a row. Padding gets whatever its sequence gets.
+    groups [B][S] numbers the sequences packed in a row. Padding has the routing of its sequence.
     """
     out, evidence, choice = [], {}, {}
     for number, (layer, x, _) in enumerate(calls):
@@ -185,7 +185,7 @@ def definition(calls, real, policy, groups=None, token_ids=None):
 
 
 def assert_follows(calls, real, policy, groups=None, token_ids=None):
-    """Each recorded output is the layer's under the routing of the definition, where tokens are real."""
+    """Compare each recorded output with the layer's under the routing of the definition, except for padding."""
     assert calls
     chosen = set()
     for (layer, x, y), routing in zip(calls, definition(calls, real, policy, groups, token_ids)):

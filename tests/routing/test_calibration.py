@@ -1,4 +1,4 @@
-"""Calibration: the mean shares of the definition, on what a model writes, on random inputs, and on given ones."""
+"""Calibration: the mean shares by definition, on generated text, on random inputs, and on given ones."""
 
 import math
 
@@ -52,7 +52,7 @@ def shares_by_loop(calls, real):
 
 @torch.no_grad()
 def base_of(model: nn.Module) -> None:
-    """Switches every expert off for good."""
+    """Disables every expert permanently."""
     for layer in model.modules():
         if isinstance(layer, SmileLinear):
             layer.u.zero_()
@@ -64,7 +64,7 @@ def test_given_inputs_are_read_by_the_base(build):
     model = build()
     layer = next(m for m in model.modules() if isinstance(m, SmileLinear))
     with torch.no_grad():
-        layer.vh[2] = 0  # an expert that left the layer alone
+        layer.vh[2] = 0  # an expert that did not change the layer
     ids, mask = tokens(4, 6), torch.ones(4, 6, dtype=torch.int64)
     mask[1, 4:], mask[2, :3] = 0, 0
     before = {name: t.clone() for name, t in model.state_dict().items()}

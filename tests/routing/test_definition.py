@@ -1,4 +1,4 @@
-"""Routing policies against their definition, over batches, paddings, packed sequences and parts of models."""
+"""Routing policies compared with their definition, with batches, padding, packed sequences and parts of models."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_packed_sequences_are_told_apart(policy, how):
 
 
 def test_encoder_decoder():
-    """T5: its stacks route their own tokens, the decoder's first pass chooses for the generation."""
+    """T5: its stacks route their own tokens, and the decoder's first pass chooses for the generation."""
     model = t5()
     set_routing(model, POLICIES["causal"])
     with pytest.raises(NotImplementedError, match="cross-attention"):
@@ -140,7 +140,7 @@ def test_towers_route_their_own_tokens():
 
 @by_name({name: POLICIES[name] for name in ("sequence+layers", "causal+layers")})
 def test_autocast_scores_in_float32(policy):
-    """Under autocast the policy sees the same inputs as without, where these are exact in bfloat16."""
+    """With autocast the policy has the same inputs as without, if these are exact in bfloat16."""
     layers = [SmileLinear(16, 16, N, R, G) for _ in range(3)]
     with torch.no_grad():
         for layer in layers:
@@ -166,7 +166,7 @@ def test_autocast_scores_in_float32(policy):
 
 
 def test_an_expert_that_left_a_layer_alone_keeps_its_standing():
-    """Expert 2 wins at the first layer; at the second its update is 0, and it must still win there and at the third."""
+    """Expert 2 is chosen at layer 1; at layer 2 its update is 0, and it must be chosen there and at layer 3."""
     layers = [SmileLinear(8, 8, 3, 2, 2) for _ in range(3)]
     x = torch.randn(1, 4, 8)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_an_expert_that_left_a_layer_alone_keeps_its_standing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_extreme_values_choose_as_moderate_ones(dtype):
-    """Scores near the ends of the range, zero tokens and NaN do not spoil the sums."""
+    """Scores near the ends of the range, zero tokens and NaN do not affect the sums."""
     layer = SmileLinear(8, 8, N, R, G, dtype=dtype)
     set_routing(layer_root := nn.Sequential(layer), RoutingPolicy("sequence"))
     x = torch.randn(2, 5, 8).to(dtype)

@@ -1,4 +1,4 @@
-"""The operator `evidence`, one step of a policy: against loops in float64, and beside the composition it stands for."""
+"""The operator `evidence`, one step of a policy, compared with loops in float64 and with the composition."""
 
 import itertools
 import math
@@ -88,7 +88,7 @@ def check_step(case, scope, dtype, device="cpu", step=library.evidence):
     for given in (False, True):
         p = Problem.random(batch * length, d, 8, n, 1, g, dtype=dtype, seed=int(torch.randint(2**31, ())))
         x = p.x.view(batch, length, d)
-        x[0, 0] = 0  # no vote
+        x[0, 0] = 0  # no evidence
         if n > 2:
             p.vh[1] = 0  # an expert that did not change the layer
         kept = 1 if scope == SEQUENCE else length
@@ -107,12 +107,12 @@ def check_step(case, scope, dtype, device="cpu", step=library.evidence):
         inputs = x, p.vh[:, :g], real, factors, before, scope
         want = sums_of(*inputs)
         assert_close("sums", got[3], want, (composed_sums(*inputs) - want).abs().max())
-        # Of its own sums: a small share's logarithm shows every rounding.
+        # From its own sums, since the logarithm of a small share amplifies rounding.
         want = evidence_of(got[3], prior, below, given)
         plain = log_evidence(got[3], given, prior)
         plain = plain if below is None else (plain + below) - (plain + below).amax(-1, keepdim=True)
         assert_close("evidence", got[2], want, (plain - want).abs().max())
-        # The choice is exactly that of its own evidence, whose last digits decide where experts are nearly equal.
+        # The choice is exactly that of its own evidence, since rounding determines it if experts are nearly equal.
         best, ids = got[2].sort(dim=-1, descending=True, stable=True)
         assert torch.equal(got[1].long(), ids[..., :m])
         torch.testing.assert_close(got[0], best[..., :m].softmax(-1), rtol=1e-5, atol=1e-6)
@@ -163,7 +163,7 @@ def test_bad_arguments_are_named():
     POLICIES | {"prompt": RoutingPolicy("prompt", restart_at=(7,)), "half-life": RoutingPolicy("sequence", half_life=2)}
 )
 def test_the_composition_follows_the_same_policy(policy, monkeypatch):
-    """What serves other devices: plain PyTorch."""
+    """Plain PyTorch, as used on other devices."""
     model, ids = llama(), tokens(3, 7)
     set_routing(model, policy)
     mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [1] * 7])

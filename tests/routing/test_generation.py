@@ -1,4 +1,4 @@
-"""Routing policies beside KV caches: prompts, decoding, beams, cropping, continuation."""
+"""Routing policies with KV caches: prompts, decoding, beams, cropping, continuation."""
 
 import copy
 
@@ -77,7 +77,7 @@ def test_the_prompts_choice_holds_in_generation(policy, cache):
             for (layer, x, y), (w, i) in zip(calls, choices, strict=True):
                 want = layer(x, routing=(w.expand(-1, length, -1), i.expand(-1, length, -1)))
                 torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
-        kv.reset()  # an emptied cache votes anew
+        kv.reset()  # after a reset, the next prompt chooses again
         ids = tokens(6, 6)
 
 
@@ -96,7 +96,7 @@ def test_prompts_padded_on_the_left_generate_as_alone(policy):
 
 @by_name({"sequence": POLICIES["sequence+layers"], "causal": POLICIES["causal+layers"]})
 def test_beams_follow_their_cache(policy):
-    """Rows of a cache that are repeated, chosen and reordered go on as if each had been alone from the start."""
+    """Rows of a cache that are repeated, selected and reordered continue as if each had been processed alone."""
     model = llama()
     set_routing(model, policy)
     prompts, following, order = tokens(2, 5), tokens(4, 2), torch.tensor([3, 0, 0, 2])

@@ -1,4 +1,4 @@
-"""What policies read of other libraries: changes on the other side are followed, or refused by name, never ignored."""
+"""Guards for the parts of other libraries that policies read: changes there are handled, or refused by name."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from smile_kernels.routing import set_routing, watch_routing
 from tests.routing.definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, tokens
 
 TWO = {name: POLICIES[name] for name in ("sequence+layers", "causal+layers")}
-# Public methods of transformers' Cache, 5.18 to 5.24. Those that move or repeat batch rows are followed.
+# Public methods of transformers' Cache, 5.18 to 5.24. Those that move or repeat batch rows are handled.
 CACHE_METHODS = {
     *("activate_past_recording", "batch_repeat_interleave", "batch_select_indices", "crop", "early_initialization"),
     *("get_conv_state", "get_mask_sizes", "get_max_cache_shape", "get_max_length", "get_query_offset"),
@@ -23,7 +23,7 @@ CACHE_METHODS = {
 
 
 class Renamed(nn.Module):
-    """A model whose KV cache has a name of its own."""
+    """A model whose KV cache has an unusual name."""
 
     def __init__(self):
         super().__init__()
@@ -82,14 +82,14 @@ def test_a_cache_whose_rows_cannot_be_followed_is_refused(policy):
 
 
 def test_caches_have_the_methods_that_are_known():
-    """A new one may move batch rows: look at it, follow it or not, and add it here."""
+    """A new one may move batch rows: check it, handle it if necessary, and add it here."""
     methods = {name for name, _ in inspect.getmembers(tf.Cache, inspect.isfunction) if not name.startswith("_")}
     assert methods <= CACHE_METHODS, f"unknown: {sorted(methods - CACHE_METHODS)}"
 
 
 @by_name(TWO)
 def test_a_pytorch_that_does_not_number_backward_passes(policy, monkeypatch):
-    """Training goes on; recomputation, which needs the number, is refused."""
+    """Training works; recomputation, which needs the number, is refused."""
     monkeypatch.delattr(torch._C, "_current_graph_task_id")
     model = bert()
     set_routing(model, policy)

@@ -1,4 +1,4 @@
-"""Experts asked for in place of the policy's: for a model, and for each row of a batch."""
+"""Experts selected by the caller instead of the policy: for a model, and for each row of a batch."""
 
 import copy
 import threading
@@ -15,7 +15,7 @@ from tests.routing.definition import POLICIES, N, albert, bert, by_name, llama, 
 
 NAMES = ("math", "code", "chat", "law")
 EVERY = {"published": RoutingPolicy(), "prompt": RoutingPolicy("prompt"), **POLICIES}
-# What may be asked for, and the weights it means.
+# Possible selections, and their weights.
 ASKED = [("code", {1: 1.0}), (3, {3: 1.0}), ({"law": 0.25, 0: -0.5}, {3: 0.25, 0: -0.5}), ({}, {})]
 
 
@@ -62,7 +62,7 @@ def test_one_expert_for_all_tokens(policy):
 
 @by_name(EVERY)
 def test_each_row_its_own_and_generation(policy):
-    """Rows mixed in one batch, padded on the left, give what each gives alone; None what the policy gives."""
+    """Rows in one batch, padded on the left, have the same results as alone; None has the policy's."""
     model, ids = named(mistral()), tokens(5, 5)
     set_routing(model, policy)
     asked = ["math", None, {"code": 0.75, 2: 0.5, "law": 0.25}, {}, None]
@@ -177,7 +177,7 @@ def test_a_recomputation_sees_the_override_of_its_forward_pass(policy, asked):
             model.gradient_checkpointing_disable()
         with routing_override(model, asked):
             first = model(input_ids=ids, labels=ids, use_cache=False).loss
-        with routing_override(model, None):  # a pass without one, whose graph lives beside the other's
+        with routing_override(model, None):  # a pass without one, with both graphs pending
             second = model(input_ids=ids, labels=ids, use_cache=False).loss
         (first + 2 * second).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]

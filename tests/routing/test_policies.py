@@ -1,4 +1,4 @@
-"""Policies as values: what they refuse, where they are stored, what they save, and how they are watched."""
+"""Policies as values: refused arguments, storage, saved work, and `watch_routing`."""
 
 import json
 import runpy
@@ -159,7 +159,7 @@ def test_the_published_policy_restores_each_layer_s_own_number_of_experts():
 def test_locked_layers_compute_no_scores(monkeypatch):
     model = bert()
     calls = []
-    evidence = library.evidence  # asked first for each layer that scores
+    evidence = library.evidence  # read first for each layer that computes scores
     monkeypatch.setattr(library, "evidence", lambda *a: calls.append(1) or evidence(*a))
     set_routing(model, POLICIES["sequence+layers, lock 1"])
     logits(model, input_ids=tokens(2, 5))
@@ -176,7 +176,7 @@ def test_locked_layers_compute_no_scores(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_one_expert_for_all_tokens(dtype, monkeypatch):
-    """The case that needs no grouping of tokens, forward and backward, for weights other than 1 too."""
+    """The case without grouping of tokens, forward and backward, also for weights other than 1."""
     p = Problem.random(9, 23, 29, 5, 3, 4, dtype=dtype)
     ids, weights = torch.full((9, 1), 3, dtype=torch.int32), torch.rand(9, 1) + 0.5
     dy = torch.randn(9, 29).to(dtype)
@@ -187,7 +187,7 @@ def test_one_expert_for_all_tokens(dtype, monkeypatch):
     got = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy, allow_unused=True)))}
     for name, (want, plain_error) in expectations(p, ids, weights=weights, dy=dy).items():
         assert_close(name, got[name], want, plain_error)
-    monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(composed.EVERY_TOKEN, 0))  # however large the problem
+    monkeypatch.setattr(composed, "EVERY_TOKEN", dict.fromkeys(composed.EVERY_TOKEN, 0))  # for any size of the problem
     for chosen, groups in ((ids, False), (torch.arange(9, dtype=torch.int32)[:, None] % 5, True)):
         with torch.no_grad(), torch.profiler.profile() as profile:
             y = functional.smile_linear(*p.arguments(), **options, routing=(leaves["weights"], chosen), backend="torch")

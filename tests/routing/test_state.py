@@ -33,7 +33,7 @@ from tests.routing.definition import (
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
 @by_name({name: POLICIES[name] for name in ("sequence+layers, m 2", "causal+layers, lock 1, m 2")})
 def test_gradient_checkpointing_sees_the_same_routing(policy, reentrant):
-    model = llama().double()  # nothing but another routing moves a gradient by as much as is asked
+    model = llama().double()  # only another routing changes a gradient by that much
     set_routing(model, policy)
     ids, masks = (tokens(2, 6), tokens(2, 6)), (torch.ones(2, 6), torch.ones(2, 6).tril(4))
 
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_sees_the_same_routing(policy, reentrant):
         else:
             model.gradient_checkpointing_disable()
         losses = [model(input_ids=i, attention_mask=m, labels=i, use_cache=False).loss for i, m in zip(ids, masks)]
-        sum(losses).backward()  # two passes are under way
+        sum(losses).backward()  # two passes are pending
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     plain = gradients(False)
@@ -115,7 +115,7 @@ def test_threads_do_not_meet(policy):
 
 
 def test_nested_models_and_resetting():
-    """The latest call on a part wins there; layers given back to the token's own choice have no state and no hooks."""
+    """The latest call for a part applies there; layers set back to the published routing have no state and no hooks."""
     inner, ids = bert(), tokens(2, 5)
     published = logits(inner, input_ids=ids)
     set_routing(inner, POLICIES["sequence"])
@@ -166,7 +166,7 @@ def test_a_model_in_a_model_has_its_own_evidence():
     set_routing(model, POLICIES["sequence+layers"])  # one root: evidence goes in and comes out
     own, inside = run()
     assert_follows([own[0], *inside, own[1]], real, POLICIES["sequence+layers"])
-    set_routing(model.inner, POLICIES["causal+layers"])  # two: the outer pass stays under way behind the inner one
+    set_routing(model.inner, POLICIES["causal+layers"])  # two: the outer pass remains pending during the inner one
     own, inside = run()
     assert_follows(inside, real, POLICIES["causal+layers"])
     for (layer, inputs, y), (_, ids) in zip(own, definition(own, real, POLICIES["sequence+layers"])):
@@ -188,7 +188,7 @@ def test_copies_route_for_themselves(how):
 
 
 def test_policies_switch_between_passes_never_within_one():
-    """Passes of other threads follow one policy from first to last layer, while another thread sets new ones."""
+    """Passes of other threads use one policy from the first to the last layer, while another thread sets new ones."""
     model, ids = bert(), tokens(2, 5)
     policies = [RoutingPolicy(), POLICIES["sequence+layers"], POLICIES["causal"], POLICIES["layers"]]
     wanted = []
@@ -254,7 +254,7 @@ def test_a_pass_under_way_keeps_its_policy_and_its_number_of_experts(first, seco
     set_routing(model, second)
     handle.remove()
     assert get_routing(model) == second
-    torch.testing.assert_close(logits(model, input_ids=ids), after)  # a pass that begins while the other is under way
+    torch.testing.assert_close(logits(model, input_ids=ids), after)  # a pass that begins while the other is pending
     set_routing(model, first)
     set_routing(model, second)
     go.set()

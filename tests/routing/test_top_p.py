@@ -1,4 +1,4 @@
-"""top_p of a policy: as many of the m best experts as a token needs, under every scope, stored and overridden."""
+"""top_p of a policy: the smallest number of the m best experts, for every scope, stored and overridden."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_the_published_routing_keeps_the_fewest_experts(top_p):
             used |= {int(count) for count in (layer.router_policy(layer, given)[1] >= 0).sum(-1).unique()}
     assert used == (set() if top_p == 1 else used)
     assert len(used) > 1 or top_p in (0.3, 1)
-    torch.testing.assert_close(model[0](x), calls[0][2])  # a layer by itself, too
+    torch.testing.assert_close(model[0](x), calls[0][2])  # also a single layer
     sk.set_routing(model, sk.RoutingPolicy())
     assert all(layer.router_policy is None for layer in smile_layers(model).values())
 

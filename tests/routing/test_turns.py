@@ -1,4 +1,4 @@
-"""Conversations: sums that are forgotten and restarted, and prompts that the base reads first."""
+"""Conversations: sums that decay and restart, and prompts that the base processes first."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def new_cache(model, kind: str, length: int) -> tf.Cache:
 
 
 def conversation() -> torch.Tensor:
-    """Two rows of 12 tokens, in which 7 and 7 8 7 stand at different places."""
+    """Two rows of 12 tokens, with 7 and 7 8 7 at different positions."""
     ids = torch.randint(10, 50, (2, 12))
     ids[0, 2:5] = torch.tensor([7, 8, 7])
     ids[0, 8], ids[1, 5:10] = 7, torch.tensor([7, 8, 7, 8, 7])
@@ -73,7 +73,7 @@ def test_sums_restart_where_the_ids_stand(policy, side):
 @by_name(TURNS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_restarts_are_found_across_passes(policy, cache):
-    """The ids may be split over chunks of the prompt, and over tokens that are decoded."""
+    """The ids may be split over chunks of the prompt, and over decoded tokens."""
     model, ids = mistral(), conversation()
     set_routing(model, policy)
     whole = logits(model, input_ids=ids, use_cache=False)
@@ -170,7 +170,7 @@ def prompt_choice(calls, real, policy, ids):
 
 
 def assert_serves(calls, choice, real):
-    """Every layer and token of a row is served by the row's experts."""
+    """Every layer and token of a row uses the row's experts."""
     for layer, x, y in calls:
         weights, ids = (t[:, None].expand(-1, x.shape[1], -1) for t in choice)
         torch.testing.assert_close(y[real], layer(x, routing=(weights, ids))[real], rtol=1e-4, atol=1e-5)

@@ -41,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def base_folder(tokenizer, tmp_path_factory):
-    torch.manual_seed(0)  # a fixture of the module has no test's seed
+    torch.manual_seed(0)  # fixtures of a module have no seed of a test
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -184,7 +184,7 @@ def report_nothing(what: str, done: int, total: int) -> None: ...
 
 @pytest.fixture
 def small(base_folder, tmp_path, monkeypatch):
-    """A study of the three tasks on the tiny model, in a cache folder of its own."""
+    """A study of the three tasks on the tiny model, with its own cache folder."""
     shutil.copytree(base_folder, tmp_path / "language_model" / "base")
     monkeypatch.setattr(run, "FULL", ("double",))
     monkeypatch.setattr(run, "FULL_RANK", 8)

@@ -1,6 +1,6 @@
 """Tiny models of a dozen architectures, fine-tuned in full and by LoRA, fused in memory and from disk.
 
-With one expert at full rank the fused model is the fine-tuned one to rounding, or its report names what is not held.
+With one expert at full rank the fused model equals the fine-tuned one up to rounding, or the report lists the rest.
 """
 
 import copy
@@ -58,7 +58,7 @@ def build(architecture: str) -> nn.Module:
 
 @torch.no_grad()
 def enliven(model: nn.Module) -> None:
-    """Weights large enough that each has its part in the output."""
+    """Weights large enough that each affects the output."""
     for p in model.parameters():
         if p.dim() == 2 and p.shape[1] > 1:
             p.normal_(std=p.shape[1] ** -0.5)
@@ -66,7 +66,7 @@ def enliven(model: nn.Module) -> None:
 
 @torch.no_grad()
 def output(model: nn.Module) -> torch.Tensor:
-    torch.manual_seed(0)  # some forwards draw which patches they see
+    torch.manual_seed(0)  # some forwards select patches at random
     values = model(**example_inputs(model)).to_tuple()
     return next(value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
 
@@ -85,7 +85,7 @@ def tune_whole(base: nn.Module, folder) -> nn.Module:
 
 
 def tune_lora(base: nn.Module, folder) -> nn.Module:
-    """LoRA on every linear layer but the head, as "all-linear" is where PEFT adds no experts of a mixture to it."""
+    """LoRA on every linear layer except for the head: "all-linear" without the experts of a mixture that PEFT adds."""
     torch.manual_seed(1)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     linear = [name for name, layer in layers_of_model(base).items() if base.get_submodule(name) is not head]
@@ -97,7 +97,7 @@ def tune_lora(base: nn.Module, folder) -> nn.Module:
 
 
 def check(base: nn.Module, tune, tmp_path) -> None:
-    """In memory and from disk the same layers are upscaled and the same changes listed; without any, all is equal."""
+    """In memory and from disk the same layers are upscaled and changes listed; without changes, outputs are equal."""
     expert = tune(base, tmp_path / "expert")
     base.save_pretrained(tmp_path / "base")
     given = adapter_deltas(tmp_path / "expert", base) if tune is tune_lora else expert
@@ -163,7 +163,7 @@ def fits(size: object, default: object) -> bool:
 
 
 def small(config: transformers.PreTrainedConfig) -> dict[str, object]:
-    """The arguments that make a config, and those of the models in it, small."""
+    """The arguments for a small config, and for the models in it."""
     sizes: dict[str, object] = {name: size for name, size in SIZES.items() if fits(size, getattr(config, name, None))}
     for name in getattr(type(config), "sub_configs", ()):
         part = getattr(config, name, None)
@@ -173,7 +173,7 @@ def small(config: transformers.PreTrainedConfig) -> dict[str, object]:
 
 
 def build_tiny(model_type: str) -> nn.Module:
-    """A tiny model that runs on random inputs, with a head where there is one that is known."""
+    """A tiny model that runs on random inputs, with a head if one is known."""
     kind = CONFIG_MAPPING[model_type]
     autos = [auto for head in HEADS if kind in (auto := getattr(transformers, f"AutoModelFor{head}"))._model_mapping]
     error: Exception | None = None
@@ -191,7 +191,7 @@ def build_tiny(model_type: str) -> nn.Module:
                 if not 0 < output(model).norm() < torch.inf:
                     raise ArithmeticError("gives NaN, inf or nothing but zeros")
                 return model
-            except Exception as first:  # whatever sizes that do not fit make an architecture raise
+            except Exception as first:  # whatever an architecture raises for sizes that do not match
                 error = error or first
     assert error is not None
     raise error
@@ -210,7 +210,7 @@ def tune_all(base: nn.Module, folder) -> nn.Module:
 
 
 def put_in(model: nn.Module, expert: nn.Module, lost: list[sk.upscaling.LostChange]) -> None:
-    """Gives a fused model the tensors that its report lists, wherever no SMILE layer holds them."""
+    """Copy the tensors that the report lists to the fused model, except for those in SMILE layers."""
     state, theirs = model.state_dict(keep_vars=True), expert.state_dict(keep_vars=True)
     listed = {id(state[one.name]): theirs[one.name].detach() for one in lost}
     for module in model.modules():
@@ -220,7 +220,7 @@ def put_in(model: nn.Module, expert: nn.Module, lost: list[sk.upscaling.LostChan
 
 
 def outcome(base: nn.Module, tune, folder) -> str:
-    """How a fused model compares with the fine-tuned one, in memory and from disk."""
+    """The result of comparing a fused model with the fine-tuned one, in memory and from disk."""
     try:
         expert = tune(base, folder / "expert")
     except Exception as error:  # PEFT does not adapt such a layer
@@ -256,7 +256,7 @@ def outcome(base: nn.Module, tune, folder) -> str:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", CONFIG_MAPPING.keys())
 def test_every_architecture_that_can_be_made_tiny(model_type, tmp_path, record_property):
-    """Equal once what the report lists is put in, in memory and from disk; or refused by name on both paths.
+    """Equal after copying the tensors in the report, in memory and from disk; or refused by name on both paths.
 
     `tests/compatibility.py architectures` writes the records of this test to docs/architectures.md.
     """

@@ -1,4 +1,4 @@
-"""upscale_checkpoints(): the model that `upscale` gives in memory, interrupted, shared and misused."""
+"""upscale_checkpoints(): equal to `upscale` in memory; interrupted and shared runs; misuse."""
 
 import copy
 import json
@@ -105,7 +105,7 @@ def test_transformers_models(tmp_path):
         ids = torch.randint(64, (2, 6))
         assert torch.equal(got(ids).logits, want(ids).logits)
 
-        # The base's path in place of its tensors.
+        # The base's path instead of its tensors.
         upscale_checkpoints(
             folder / "m0", [folder / "m1", folder / "m2"], folder / "experts", experts_only=True, **RANKS
         )
@@ -132,7 +132,7 @@ def test_adapters_are_experts(tmp_path):
     up = loaded.up
     delta = (up.u[1] * up.s[1]) @ up.vh[1, :4]
     torch.testing.assert_close(up.weight + delta, merged.up.weight, rtol=1e-5, atol=1e-6)
-    assert not loaded.down.s[0].any()  # the first adapter leaves this layer alone
+    assert not loaded.down.s[0].any()  # the first adapter does not change this layer
     assert loaded.down.s[1].any()
 
 
@@ -238,7 +238,7 @@ def test_the_base_is_checked_too(tmp_path, models, folders):
 
 def test_output_folder_that_is_not_empty(tmp_path, folders):
     (tmp_path / "out").mkdir()
-    run(*command(folders, tmp_path / "out"))  # empty is as good as new
+    run(*command(folders, tmp_path / "out"))  # an empty folder is accepted
     first = contents(tmp_path / "out")
     with pytest.warns(UserWarning, match="already complete"):
         run(*command(folders, tmp_path / "out"))
@@ -308,7 +308,7 @@ def test_a_full_disk(tmp_path, folders, monkeypatch):
     written = 0
 
     class Full:
-        """A file on a disk that fills up after 4,000 bytes, in the middle of the output."""
+        """A file on a disk that is full after 4,000 bytes, in the middle of the output."""
 
         def __init__(self, *arguments):
             self.file = open(*arguments)  # noqa: SIM115
@@ -353,7 +353,7 @@ def test_goes_on_only_with_the_same_inputs_and_settings(tmp_path, models, folder
 
 
 class Deep(nn.Module):
-    """Layers large enough that more than one thread would work on them, by every route of the decomposition."""
+    """Layers large enough for more than one thread, by every method of decomposition."""
 
     def __init__(self):
         super().__init__()
@@ -367,7 +367,7 @@ def processes(threads: int, *arguments: str, **options) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory) -> tuple[list[Path], dict[str, bytes]]:
-    """Folders of larger models, and what one undisturbed process with two threads makes of them."""
+    """Folders of larger models, and the result of one uninterrupted process with two threads."""
     folder = tmp_path_factory.mktemp("deep")
     torch.manual_seed(0)
     base = Deep()
@@ -393,7 +393,7 @@ def test_in_memory_gives_the_same_bits_whatever_the_threads(deep, tmp_path):
     torch.set_num_threads(threads)
 
 
-# Says which layer it is done with, and does not go on from the one that it is told to stop at.
+# Prints the layer it has finished, and stops at the requested one.
 WATCHED = """
 import sys, time
 from smile_kernels.upscaling import disk
@@ -419,7 +419,7 @@ def test_killed_and_started_again(tmp_path, deep):
     assert not (tmp_path / "out").exists()
     work = tmp_path / "out.partial"
     for left in (work / "layers" / ".2.safetensors.7", work / "output" / ".model.safetensors.7"):
-        left.write_bytes(b"half")  # what a write that was cut short leaves
+        left.write_bytes(b"half")  # an incomplete write
 
     process = processes(1, "-c", WATCHED, "none", *arguments, stdout=subprocess.PIPE, text=True)
     assert process.communicate()[0].splitlines()[:2] == ["2", "3"]

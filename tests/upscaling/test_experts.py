@@ -1,4 +1,4 @@
-"""add_expert, replace_expert, remove_expert: the model that `upscale` makes of the same experts, or no change."""
+"""add_expert, replace_expert, remove_expert: equal to `upscale` with the same experts, or no change."""
 
 import copy
 
@@ -20,7 +20,7 @@ def upscale(base: nn.Module, experts: list, names: list[str] | None = None, **op
 
 
 def assert_same(got: nn.Module, want: nn.Module) -> None:
-    """Names, sizes and tensors, where experts that change nothing may end in zeros."""
+    """Names, sizes and tensors; trailing zeros of experts without changes are ignored."""
     mine, theirs = smile_layers(got), smile_layers(want)
     assert mine.keys() == theirs.keys()
     assert got.state_dict().keys() == want.state_dict().keys()

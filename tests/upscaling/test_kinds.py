@@ -1,4 +1,4 @@
-"""Models, adapters and folders as people have them: the fused model is the fine-tuned one, or the rest is listed."""
+"""Common models, adapters and folders: the fused model equals the fine-tuned one, or the rest is listed."""
 
 import copy
 import shutil
@@ -140,7 +140,7 @@ def test_a_folder_saved_over_is_read_as_transformers_reads_it(what, tmp_path):
             p.add_(1)
     aside = tmp_path / "aside"
     for write, model in zip(FOLDERS[what], models):
-        write(tmp_path / "model", model)  # save_pretrained deletes what it wrote before: it is put back
+        write(tmp_path / "model", model)  # save_pretrained deletes its earlier files: they are restored
         if aside.exists():
             for file in aside.iterdir():
                 if not (tmp_path / "model" / file.name).exists():
@@ -153,7 +153,7 @@ def test_a_folder_saved_over_is_read_as_transformers_reads_it(what, tmp_path):
 
 
 class Carried(nn.Module):
-    """A linear layer, and buffers of dtypes that no layer computes with."""
+    """A linear layer, and buffers of dtypes that layers do not compute with."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +255,7 @@ def test_linear_layers_of_eight_bits_are_refused_before_work(side, dtype, tmp_pa
 
 
 class Plain(nn.Module):
-    """A GPT as a book writes it, whose embeddings have names of their own."""
+    """A textbook GPT, whose embeddings have unusual names."""
 
     def __init__(self, tokens: str = "tok_emb", positions: str = "pos_emb"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""upscale(): every kind of model and place a linear layer can have, against the fine-tuned models themselves."""
+"""upscale(): models with linear layers of every kind and at every place, compared with the fine-tuned models."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ RANKS = {"rank_of_expert": 4, "rank_of_router": 2, "progress": False}
 
 @torch.no_grad()
 def finetuned(base: nn.Module, seed: int, only: str = "", size: float = 0.3) -> nn.Module:
-    """A copy whose parameters with `only` in their name moved."""
+    """A copy in which the parameters with `only` in their name are changed."""
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(base)
     for name, p in model.named_parameters():
@@ -210,7 +210,7 @@ def test_tied_weights_and_shared_layers_stay_so(inplace, exclude, remaining):
 
 
 def encoder_layer(layer: nn.TransformerEncoderLayer, x: Tensor, padding: Tensor | None) -> Tensor:
-    """What a post-norm nn.TransformerEncoderLayer computes, by calling its parts."""
+    """The output of a post-norm nn.TransformerEncoderLayer, computed by calling its parts."""
     attended = layer.self_attn(x, x, x, key_padding_mask=padding, need_weights=False)[0]
     x = layer.norm1(x + attended)
     return layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
@@ -250,7 +250,7 @@ def test_attention_that_never_calls_its_projection_is_refused(inplace):
         with pytest.raises(ValueError, match=r"model: self_attn\.out_proj cannot have experts, .* exclude"):
             upscale(base, experts, inplace=inplace, strict=True, **RANKS)
     assert unchanged(base, before)
-    # Where no expert moved it, there is nothing to refuse.
+    # If no expert changed it, nothing is refused.
     model, report = upscale(base, [finetuned(base, 0, only="linear")], inplace=inplace, **RANKS)
     assert {layer.name: bool(layer.skipped) for layer in report.layers} == {
         "self_attn.out_proj": True,

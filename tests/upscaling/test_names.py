@@ -1,4 +1,4 @@
-"""One mapping of names serves base, experts and adapters, in memory and from disk."""
+"""One mapping of names for base, experts and adapters, in memory and from disk."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def fuse(tmp_path, base, experts, **options):
     ["NomicBertModel", "JinaEmbeddingsV3Model", "BertForMaskedLM", "RobertaForMaskedLM", "MPNetForMaskedLM"],
 )
 def test_split_tensors_and_tied_biases(architecture, tmp_path):
-    """One tensor on disk for three layers of the model; biases under another name: disk gives what memory gives."""
+    """One tensor on disk for three layers of the model, biases with another name: disk and memory are equal."""
     base = build(architecture, pad_token_id=0)
     expert = tuned(base)
     in_memory, report = sk.upscale(base, [expert], progress=False, **RANKS)
@@ -84,7 +84,7 @@ def test_split_tensors_and_tied_biases(architecture, tmp_path):
 
 
 def adapter(base: nn.Module, folder, **options) -> torch.Tensor:
-    """Saves a random adapter; returns what PEFT makes of it."""
+    """Save a random adapter; return PEFT's merged model."""
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,7 +164,7 @@ def test_dora_over_layers_of_both_kinds(tmp_path):
 
 
 def test_vocabularies_and_labels_that_grew(tmp_path):
-    """The layers that are used must fit; what is lost of the others is in the report, on both paths."""
+    """The layers that are used must match; lost changes of the others are in the report, on both paths."""
     base = build("LlamaForCausalLM", **SPECIAL)
     expert = tuned(base)
     expert.resize_token_embeddings(100)
@@ -197,7 +197,7 @@ def test_one_side_ties_its_head(tied, tmp_path):
 
 @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], "all-linear"])
 def test_peft_on_top(targets, tmp_path):
-    """PEFT finds SMILE layers, trains beside them, saves and loads again."""
+    """PEFT finds SMILE layers, trains adapters for them, saves and loads them."""
     base = build("LlamaForCausalLM", **SPECIAL)
     model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], progress=False, **RANKS)
     before = output(model)
@@ -233,7 +233,7 @@ def test_files_beside_the_weights_are_carried_over(tmp_path):
 
 
 def test_ids_of_the_hub(tmp_path, monkeypatch):
-    """What is in the cache is found without a network, by its revision; anything else is refused by name."""
+    """Cached models are found without a network, by revision; others are refused by name."""
     base = build("LlamaForCausalLM", **SPECIAL)
     for name, model in (("base", base), ("math", tuned(base))):
         repository = tmp_path / f"models--lab--{name}"

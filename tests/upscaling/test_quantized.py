@@ -1,4 +1,4 @@
-"""A base that is stored quantised: adapters as experts give the factors they give beside plain weights."""
+"""A base that is stored quantised: adapters as experts have the same factors as with plain weights."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ INT8 = {
 
 
 def quantised(plain: Path, to: Path, config: dict) -> Path:
-    """The checkpoint with its blocks' linear layers stored as a method stores them, up to the numbers for 4 bits."""
+    """The checkpoint with its blocks' linear layers in the format of a method, with arbitrary numbers for 4 bits."""
     shutil.copytree(plain, to)
     tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():

@@ -1,4 +1,4 @@
-"""Layers whose weight other code reads, or whose forward is not W x + b, hold no experts, and that is said."""
+"""Layers whose weight other code reads, or whose forward is not W x + b, have no experts, and are reported."""
 
 import copy
 
@@ -20,7 +20,7 @@ def product(x, layer):
 
 
 class Reads(nn.Module):
-    """Reads the weights of all layers but the last two, each in another way."""
+    """Reads the weights of all layers except for the last two, each in a different way."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ def test_architectures_that_read_weights(architecture):
     ids=["reads", "scaled", "gated", "attention"],
 )  # fmt: skip
 def test_left_alone_reported_refused_or_taken(base):
-    """With one expert its weight is taken, exactly; with two the base's stays, and the report says what is lost."""
+    """With one expert its weight is used, exactly; with two the base's, and the report lists the loss."""
     base.eval()
     one, two = tuned(base, 1), tuned(base, 2)
     x = torch.randn(3, 5, 8)
@@ -129,7 +129,7 @@ def test_left_alone_reported_refused_or_taken(base):
 
 
 class Hidden(nn.Module):
-    """Reads a weight where no source shows it: in training, or wherever `always` is set."""
+    """Reads a weight by code that is not visible in the source: in training, or always with `always`."""
 
     def __init__(self, read: str = "x @ model.layer.weight", always: bool = False):
         super().__init__()
@@ -163,7 +163,7 @@ def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
     model, _ = sk.upscale(base, experts, **RANKS)
     x = torch.randn(2, 8)
     model.eval()(x)
-    for _ in range(2):  # it is not let pass the second time
+    for _ in range(2):  # it is also refused the second time
         with pytest.raises(RuntimeError, match=REFUSED):
             model.train()(x)
     model, _ = sk.upscale(base, [tuned(base, 1)], exclude=["layer"], remaining="average", **RANKS)
@@ -175,7 +175,7 @@ def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
 
 @pytest.mark.parametrize("saved", ["sk.save_pretrained", "whole", "copied"])
 def test_a_loaded_model_refuses_such_reads_too(saved, tmp_path):
-    """The code that a checkpoint is loaded into need not be the code that it was made with."""
+    """The code of the loaded model may differ from the code with which the checkpoint was fused."""
     base = Hidden()
     model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
     if saved == "whole":
@@ -223,7 +223,7 @@ def test_torch_save_opens_again_as_smile_or_is_refused(way, tmp_path):
         folder = tmp_path / "saved"
         folder.mkdir()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
-        if way == "checkpoint file":  # beside the config that the model has
+        if way == "checkpoint file":  # in addition to the model's config
             model.config.architectures = ["LlamaForCausalLM"]
             model.config.save_pretrained(folder)
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -247,7 +247,7 @@ def test_torch_save_opens_again_as_smile_or_is_refused(way, tmp_path):
 
 
 class Rooted(nn.Module):
-    """Holds the weight of its layer as a parameter of its own, too."""
+    """Also has the weight of its layer as a separate parameter."""
 
     def __init__(self):
         super().__init__()
@@ -270,7 +270,7 @@ def test_a_parameter_of_the_model_itself_that_a_layer_is_tied_to_is_listed():
 
 
 class Lookup(nn.Module):
-    """An embedding of its own kind."""
+    """Another kind of embedding."""
 
     def __init__(self, table: nn.Parameter):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Routers of upscale(): arrow and norm against a plain loop over their definitions, in memory and stored."""
+"""Routers of upscale(): arrow and norm compared with a plain loop over their definitions, in memory and stored."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_a_layer_is_routed_by_the_definition(router, m, models):
         assert not torch.equal(plain.weight, tuned.weight)
         want = defined(router, plain, [expert.get_submodule(name) for expert in experts], x, m)
         torch.testing.assert_close(layer(x).double(), want, rtol=1e-4, atol=1e-5)
-    if m == 1:  # the presets are three rules, not one
+    if m == 1:  # the three presets differ
         smile, _ = sk.upscale(base, experts, rank_of_expert=R, rank_of_router=2, progress=False)
         x = torch.randn(200, 16)
         assert not torch.equal(smile.up(x), model.up(x))

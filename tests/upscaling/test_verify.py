@@ -1,4 +1,4 @@
-"""A fused model is held against the models it was made of: exact, truncated, or off and where."""
+"""A fused model is compared with its source models: exact, truncated, or off, and in which layers."""
 
 import copy
 import gc
@@ -87,7 +87,7 @@ def test_from_the_command_line(tmp_path):
 
 
 def test_a_truncation_is_held_against_its_certificate():
-    """Other factors of the same rank are off, as the next singular vectors of the change; so are smaller ones."""
+    """Other factors of the same rank are off, such as the next singular vectors of the change, or smaller ones."""
     base = build()
     experts = [tuned(base, 1), tuned(base, 2)]
     model, report = sk.upscale(base, experts, rank_of_expert=4, **RANKS)
@@ -110,7 +110,7 @@ def test_a_truncation_is_held_against_its_certificate():
 
 
 class Odd(torch.nn.Module):
-    """A parameter of its own, a weight that is computed, an attention that is never called, and changes in place."""
+    """A separate parameter, a computed weight, an attention that is never called, and changes in place."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ def test_what_no_linear_layer_holds_is_found(changed):
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "disk"])
 def test_adapters(architecture, stored, tmp_path):
-    """Of square Conv1D layers, too, whose shape does not tell how they are stored."""
+    """Also of square Conv1D layers, whose shape does not show their orientation."""
     import peft
 
     from smile_kernels.integrations.peft import adapter_deltas
@@ -185,7 +185,7 @@ def test_adapters(architecture, stored, tmp_path):
 @pytest.mark.parametrize(("given", "kept"), [("bfloat16", None), ("float32", "bfloat16")])
 @pytest.mark.parametrize("kind", ["adapters", "whole"])
 def test_what_is_stored_in_low_precision(kind, given, kept, tmp_path):
-    """Rounding is no difference, also of changes as small as that of the weights; a truncation is."""
+    """Rounding is not a difference, also for changes as small as that of the weights; truncation is."""
     import peft
 
     from tests.integrations.tiny_models import build as tiny

@@ -1,4 +1,4 @@
-"""Tokens that one expert has beyond the base's vocabulary join the fused model, in memory and from disk."""
+"""Tokens that one expert adds to the base's vocabulary are in the fused model, in memory and from disk."""
 
 import copy
 import json
@@ -74,7 +74,7 @@ def output(model: nn.Module, tokens: int) -> torch.Tensor:
 
 
 def holds(model: nn.Module, i: int, expert: nn.Module, tokens: int) -> None:
-    """With an expert forced the model is that expert, on all of its tokens."""
+    """With an expert forced, the model equals that expert on all of its tokens."""
     assert model.get_input_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size == 96 + NEW
     with _forced(sk.nn.smile_layers(model), i):
         got = output(model, tokens)
@@ -141,7 +141,7 @@ def test_inplace_and_what_remains(exclude, remaining):
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_an_adapter_of_a_base_with_more_tokens(kind, options, tmp_path):
-    """PEFT stores the embeddings of a base that was resized; beside it stands an adapter of the base's own tokens."""
+    """PEFT stores the embeddings of a resized base; the other adapter has the tokens of the base."""
     base = build(kind)
     base.save_pretrained(tmp_path / "base")
     torch.manual_seed(3)

@@ -44,8 +44,8 @@ def check(kernels: dict[str, dict]) -> None:
         if key.split()[1] in ("shrink._shrink", "decode._decode") or "BASE=True" in key:
             assert "UTMALDG" in used or used.get("LDGSTS.128", 0) >= 0.8 * used["LDGSTS"] > 0, (key, used)
             assert used["in loops"], (key, used)
-        # A kernel that starts early waits for its inputs, and the previous one lets it start. Before the wait it reads only
-        # the weight and other tensors that no kernel here wrote, and writes nothing.
+        # A kernel that starts early waits for its inputs, and the previous one lets it start. Before the wait it reads
+        # only the weight and other tensors that no kernel here wrote, and writes nothing.
         if "PDL=True" in key:
             assert used.get("griddepcontrol", 0) > 0, (key, used)
         if "late loads" in used:

@@ -53,7 +53,7 @@ def call(p: Problem, name: str) -> torch.Tensor:
 
 
 def check(p: Problem, name: str = "triton", tf32: bool = False) -> None:
-    """y, and the choice of experts, which may differ from the reference's only where scores are equal up to rounding."""
+    """y, and the choice of experts, which may differ from the reference only where scores are equal up to rounding."""
     y, weights, ids, _ = linear(p, name)
     scores = reference.scores(p.x.double(), p.rows().double())
     best = scores.sort(-1, descending=True).values[:, : p.num_experts_per_tok]
