@@ -2,10 +2,10 @@
 
 _extension_cpu.so needs PyTorch 2.10 and GCC 9 or Clang 10, or later; _extension_cuda.so also a CUDA toolkit and a
 PyTorch built for CUDA of the same major version. No GPU is asked for, nothing is downloaded. Without them the package
-is installed all the same, with a text file in place of a missing library that says why for `smile_kernels.backends()`.
+is installed nevertheless, with the reason in a text file instead of a missing library, for `smile_kernels.backends()`.
 
     SMILE_KERNELS_SKIP_BUILD=1          build neither
-    SMILE_KERNELS_FORCE_CUDA_BUILD=1    build both whatever PyTorch was built for, and fail where that is impossible
+    SMILE_KERNELS_FORCE_CUDA_BUILD=1    build both for any PyTorch, and fail if that is impossible
     TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  GPU architectures, as for PyTorch's own extensions
 """
 
@@ -23,7 +23,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 FORCE = os.environ.get("SMILE_KERNELS_FORCE_CUDA_BUILD") == "1"
-# One binary for each major architecture, as far as nvcc knows them; the last one's PTX serves what comes after it.
+# One binary for each major architecture that nvcc supports; the last one's PTX is for newer devices.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as experts of one model, beside a full fine-tune: different ranks, different target modules.
+"""LoRA adapters and a full fine-tune as experts of one model: different ranks, different target modules.
 
     python examples/lora_experts.py
 

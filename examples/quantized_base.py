@@ -1,4 +1,4 @@
-"""The shared weights in 8 bits by torchao, the experts and the router as they are.
+"""The shared weights in 8 bits by torchao, the experts and the router unchanged.
 
 python examples/quantized_base.py          (needs torchao)
 """

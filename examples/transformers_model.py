@@ -53,7 +53,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         sk.save_pretrained(model, f"{folder}/fused")
-        # `import smile_kernels` above is all that from_pretrained needs to know these layers.
+        # `import smile_kernels` above is all that from_pretrained needs for these layers.
         loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/fused", dtype=torch.bfloat16)
     ids = torch.randint(0, base.config.vocab_size, (1, 8))
     tokens = loaded.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)

@@ -82,7 +82,7 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
-        raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files beside the weights")
+        raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files in the folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
         raise SmileError(f"{folder}: its tokenizer has no chat template; expected one, as chat models have")
@@ -104,7 +104,7 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 @torch.inference_mode()
 def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int) -> tuple[str, Tensor]:
-    """Print the answer as it is generated; return it and the number of its tokens served by each expert [N]."""
+    """Print the answer as it is generated; return it and the number of its tokens at each expert [N]."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):

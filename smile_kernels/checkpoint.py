@@ -1,4 +1,4 @@
-"""SMILE checkpoints: the base checkpoint plus `vh`, `s`, `u`, `expert_bias` and `router` beside each converted weight.
+"""SMILE checkpoints: the base checkpoint plus `vh`, `s`, `u`, `expert_bias` and `router` for each converted weight.
 
 `quantization_config` in `config.json`, which transformers and vLLM read, lists the converted layers. A checkpoint is
 complete, or contains only the experts and the path of its base.

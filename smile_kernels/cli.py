@@ -329,9 +329,9 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for the random inputs.")] = 0,
 ) -> None:
-    """Compare a SMILE checkpoint with the fine-tuned models it was made from. Exit status 1 if they differ.
+    """Compare a SMILE checkpoint with its fine-tuned models. Exit status 1 if they differ.
 
-    Each expert is forced in turn, in float32. Only one model is in memory at a time.
+    Experts are forced one after another, in float32. Only one model is in memory at a time.
 
     \b
     Example:
@@ -343,8 +343,7 @@ def verify(
 
         given = None if inputs is None else {tensor.name: tensor.load() for tensor in read_safetensors(inputs)}
         with _progress() as advance:
-            told = functools.partial(advance, "models")
-            verdicts = run(folder, base, expert, inputs=given, seed=seed, progress=told)
+            verdicts = run(folder, base, expert, inputs=given, seed=seed, progress=functools.partial(advance, "models"))
         for verdict in verdicts:
             print(verdict)
     if any(verdict.verdict == "off" for verdict in verdicts):
@@ -407,7 +406,7 @@ def analyze(
     rank_of_expert: Annotated[int, typer.Option(help="Rank of the truncated changes.")] = 16,
     scale: Annotated[float, typer.Option(help="Factor of task arithmetic.")] = 0.3,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of layers.  [default: all]")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to skip.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Print every layer instead of kinds of layers.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Plot to this file: .png, .svg or .pdf.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,

@@ -90,7 +90,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _of(self, operand: Any) -> "_Watched | None":
-        """The parameter that a tensor is, or lies in; None where it is of no watched one."""
+        """The parameter that a tensor is, or is a part of; None if it is not of a watched one."""
         watched = self.by_id.get(id(operand))
         if watched is not None and operand is watched[1]._parameters.get(watched[2]):  # ids of freed tensors recur
             return watched

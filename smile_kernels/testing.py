@@ -96,7 +96,7 @@ def expectations(
     """Expected results of a SMILE layer for the experts `ids`: name -> (float64 value, largest error of plain PyTorch).
 
     Names: "y", and with dy [T, O] each tensor of the problem for its gradient. `weights` [T, m] fixes the weights (and
-    adds their gradient, "weights"; ids of -1 are no expert); without it they are the softmax of the selected scores,
+    adds their gradient, "weights"; ids of -1 mean no expert); without it they are the softmax of the selected scores,
     with gradients. Plain PyTorch: every operator in the problem's dtype, routing in float32.
     """
     exact = _outputs(problem.to(torch.float64), reference.apply, ids, weights, dy)

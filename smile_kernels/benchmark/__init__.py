@@ -1,1 +1,1 @@
-"""What a SMILE layer costs on this machine, beside its peers and against the machine's own limits."""
+"""Time of a SMILE layer on this machine, compared with peers and with the limits of the machine."""

@@ -33,7 +33,7 @@ def bench(
     plot_file: Path | None = None,
     console: Console | None = None,
 ) -> Record:
-    """Time SMILE layers beside their peers on this machine and print a table for every layer and number of tokens.
+    """Time SMILE layers and their peers on this machine and print a table for every layer and number of tokens.
 
     Args:
         layers: names in `problems.LAYERS`, or "<in_features>x<out_features>".

@@ -25,7 +25,7 @@ from ..versions import installed
 from .peers import BASELINE, PEERS, CannotRunError
 from .problems import Case
 
-# Calls are repeated until a sample is this long, so that reading the clocks costs nothing beside it.
+# Calls are repeated until a sample is this long, so that the time to read the clocks is negligible.
 SAMPLE_SECONDS = 1e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 # Tokens of a batch compared with the float64 reference, spread over the whole of it.
@@ -40,16 +40,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 def interleave(
     calls: Mapping[str, Callable[[], Any]], device: str, seconds: float, seed: int = 0
 ) -> dict[str, dict[str, list[float]]]:
-    """Time calls side by side: name -> {"wall_us": [...], "process_us": [...]}, one number a round, per call.
+    """Time interleaved calls: name -> {"wall_us": [...], "process_us": [...]}, one number per round, per call.
 
-    Every round runs every call once, in an order shuffled anew, so drift of the machine and what one call leaves in the
-    caches meet all of them alike. A sample is as many calls in a row as SAMPLE_SECONDS takes. On a GPU the wall time
-    is what lies between two events on the stream, launches included; the process time is the host's, all threads.
+    Every round runs every call once, in a new random order, so that drift of the machine and the contents of the caches
+    affect all of them equally. A sample is as many consecutive calls as fill SAMPLE_SECONDS. On a GPU the wall time is
+    that between two events on the stream, including launches; the process time is the host's, of all threads.
 
     Args:
         calls: name -> a call without arguments.
         device: "cpu" or "cuda".
-        seconds: about how long to go on, within MIN_ROUNDS and MAX_ROUNDS.
+        seconds: approximate duration, within MIN_ROUNDS and MAX_ROUNDS.
         seed: of the shuffle.
     """
     repeats, spent = {}, 0.0
@@ -130,7 +130,7 @@ def measure(
     """One case on every peer, interleaved: a record of plain values, ready for JSON.
 
     A peer whose output (and with `backward` dx) is further from the float64 reference than twice plain PyTorch's
-    distance is refused and not timed; one that cannot run is listed. Both carry the reason under "refused" and
+    distance is refused and not timed; one that cannot run is listed. Both have the reason under "refused" or
     "cannot_run".
 
     Args:
@@ -171,7 +171,7 @@ def measure(
             record["peers"][name] = {"cannot_run": str(reason)}
         except AssertionError as reason:
             record["peers"][name] = {"refused": str(reason)}
-        except Exception as error:  # Whatever a peer raises is why it cannot run; the others go on.
+        except Exception as error:  # The exception is the reason; the other peers run.
             record["peers"][name] = {"cannot_run": f"{type(error).__name__}: {error}".splitlines()[0]}
     samples = interleave(calls, device, seconds)
     for name, call in calls.items():
@@ -264,10 +264,10 @@ def limits(device: str, dtypes: Sequence[torch.dtype], seconds: float = 1.0) -> 
 
 
 def floor_us(record: Record, limits: Record) -> float:
-    """The least time a record's work takes here: the larger of bytes over bandwidth and FLOPs over the matmul rate.
+    """The minimum time of a record's work here: the larger of bytes over bandwidth and FLOPs over the matmul rate.
 
-    The bandwidth is that of the largest buffer measured that is no larger than the work: a small layer is read from the
-    caches in a loop, by F.linear as by its peers.
+    The bandwidth is that of the largest measured buffer that is not larger than the work: in a loop, all peers read a
+    small layer from the caches.
     """
     fitting = [rate for size, rate in limits["bandwidth"] if size <= record["bytes"]]
     bandwidth = fitting[-1] if fitting else limits["bandwidth"][0][1]

@@ -307,7 +307,7 @@ def _config(directory: Path) -> _Config:
 
 
 def _whole(pattern: str) -> str:
-    """The regular expression that PEFT makes of a pattern."""
+    """The regular expression into which PEFT converts a pattern."""
     return rf"(.*\.)?({pattern})$"
 
 

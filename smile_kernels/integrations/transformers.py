@@ -1,4 +1,4 @@
-"""SMILE checkpoints in transformers: `AutoModel*.from_pretrained(directory)` for any model made of linear layers.
+"""SMILE checkpoints in transformers: `AutoModel*.from_pretrained(directory)` for any model with linear layers.
 
 A checkpoint can name a "quantizer" that replaces modules before transformers loads the weights. Ours inserts a
 SmileLinear for each linear layer in `quantization_config.modules`. `import smile_kernels` registers it.

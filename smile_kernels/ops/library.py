@@ -10,8 +10,8 @@ Ten operators, each with the backend's name as its last argument, so that a comp
     evidence        x, router, a policy's state -> weights, ids, evidence, sums
     route_backward, apply_backward, linear_backward, delta_backward     their closed-form gradients
 
-A backend is a module with these as functions over 2-D x, but for `delta` and its backward, which follow from others,
-and `evidence`, which the composition of routing/ stands in for.
+A backend is a module with these as functions over 2-D x. `delta` and its backward are derived from others, and
+`evidence` is optional: the composition of routing/ replaces it.
 `h` [T, m, r] is V^T x of the selected experts, saved for the backward; it has no elements unless `save` is set. A
 gradient that is not needed has no elements either. `delta` routes unless weights and ids are given, and supports layers
 of several parts, with the shapes in `functional.smile_linear`; h is [T, P, m, r] then.

@@ -61,7 +61,7 @@ def apply(
 ) -> Tensor:
     """y = W x + b + sum over the selected i of w_i (U_i (s_i * V_i^T x) + expert_bias_i); one rounding, at the end.
 
-    An id that is not an expert's, such as -1 for an unused slot, adds nothing, whatever its weight.
+    An id that is not an expert's, such as -1 for an unused slot, adds nothing for any weight.
     """
     acc = accumulate_dtype(x)
     xa = x.to(acc)

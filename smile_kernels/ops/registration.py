@@ -128,7 +128,7 @@ def linear_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, vh, s, u, expert_bias and router from a backend's two halves."""
     rows, needs_rows = router_rows(vh, router, rank_of_router), needs[3 if router is None else 7]
-    # One selected expert has weight 1 whatever its score: the router gets no gradient.
+    # One selected expert has weight 1 for any score: the router gets no gradient.
     routed = ids.shape[1] > 1 and (needs[0] or needs_rows)
     wanted = [*needs[:7], routed]
     *gradients, dweights = apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, wanted)
@@ -159,7 +159,7 @@ def parts_with_experts(parts: Sequence[int], rank_of_parts: Sequence[int], rank:
 
 
 def by_part(add: Callable) -> Callable:
-    """A backend's `delta_` from one for a single part: each part in turn adds to its own columns of y."""
+    """A backend's `delta_` from one for a single part: one part after another adds to its columns of y."""
 
     def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
         if not parts:

@@ -110,11 +110,11 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
             _refuse_override(attached)
             if attached.is_running():
                 raise SmileError(
-                    f"model: a forward pass of {attached.root_name} is under way, with a policy of its own; expected "
-                    f"set_routing on that {attached.root_name}, or no pass under way"
+                    f"model: a forward pass of {attached.root_name} is running, with its own policy; expected "
+                    f"set_routing on that {attached.root_name}, or no running pass"
                 )
     roots = [_routing_of(model, root, members) or _attach(model, root, members) for root, members in parts.items()]
-    # In this order: a pass that follows the new policy finds the new numbers, and one under way can tell them apart.
+    # In this order: a pass with the new policy finds the new numbers, and a running one can distinguish them.
     for layer in layers.values():
         layer.set_num_experts_per_tok(policy.num_experts_per_tok)
     for routing in roots:
@@ -216,13 +216,13 @@ def release_idle(layers: Iterable[SmileLinear]) -> None:
 
 
 def followed_policies(model: nn.Module) -> set[RoutingPolicy]:
-    """The policies that layers of `model` follow, but for layers that route by themselves."""
+    """The policies of the layers of `model`, without layers that route by themselves."""
     roots = (_root_routing(layer) for layer in routed_layers(model).values())
     return {root.policy for root in roots if root is not None}
 
 
 def forget_caches(model: nn.Module) -> None:
-    """Has KV caches that were filled before refused by policies that keep evidence beside them."""
+    """Make policies that keep evidence for KV caches refuse caches that were filled before."""
     roots = {_root_routing(layer) for layer in routed_layers(model).values()}
     for root in roots:
         if root is not None:

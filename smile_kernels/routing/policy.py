@@ -13,9 +13,9 @@ With E_i(t, l) = ||V_i,l[:, :g]^T x_t||^2 for token t, expert i and SMILE layers
 
 log Pbar_i(l) is the layer's `router_prior`, the logarithm of the mean share of expert i on inputs of no task, read by
 the base model (`calibrate`). gamma is 2^(-1 / half_life), or 1 without half_life, and 0 where a token completes
-`restart_at`: what stands before it does not count. Padding tokens are ignored. A token whose scores are all 0 has no
-vote. An expert without any evidence at a layer (its router rows are 0: it did not change that layer) is assigned the
-mean log-evidence of the others there where the policy accumulates, and comes last where it does not. The choice is a
+`restart_at`: earlier tokens do not count. Padding tokens are ignored. A token whose scores are all 0 has no evidence.
+An expert without any evidence at a layer (its router rows are 0: it did not change that layer) is assigned the mean
+log-evidence of the others there if the policy accumulates, and is ranked last otherwise. The choice is a
 constant to autograd: gradients reach the experts through it, not the router.
 
 Scope "prompt" reads the prompt twice: once by the base model, all experts off, which adds up L of scope "sequence" over

@@ -72,8 +72,8 @@ def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int, top_p:
 class RootRouting:
     """A policy on one root module, with a state for each forward pass.
 
-    `policy` may be replaced at any time: a pass follows the one it began with. Each has a serial number, by which a
-    KV cache knows whose sums it holds.
+    `policy` may be replaced at any time: a pass uses the one it began with. Each has a serial number, which a KV cache
+    stores with its sums.
     """
 
     _serials = itertools.count()
@@ -103,7 +103,7 @@ class RootRouting:
         self.replayed: weakref.WeakValueDictionary[int, ForwardPass] = weakref.WeakValueDictionary()  # by backward pass
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of the model start with no pass under way.
+        # Copies of the model start without running passes.
         return {k: v for k, v in self.__dict__.items() if k not in ("current", "overriding", "live", "replayed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ class RootRouting:
         if state is None:
             raise RuntimeError(
                 f"routing: a SMILE layer is recomputed for one of {len(self.live)} forward passes of {self.root_name}, "
-                "and it cannot be told which; call backward before the next forward pass"
+                "and which one is unknown; call backward before the next forward pass"
             )
         return state
 
@@ -236,7 +236,7 @@ def _backward_pass() -> int:
 
 
 class ForwardPass:
-    """The state of one forward pass: evidence so far, the last choice, and what is kept beside a KV cache."""
+    """The state of one forward pass: evidence so far, the last choice, and data stored with a KV cache."""
 
     def __init__(self, root: RootRouting, arguments: dict[str, Any]):
         self.policy, serial = root.plan
@@ -337,12 +337,12 @@ class ForwardPass:
         if self.calls.get(index) != 1:
             raise RuntimeError(
                 f"routing: a layer that ran {self.calls.get(index, 0)} times in a forward pass of {self.root_name} is "
-                "recomputed in the backward pass; expected one run, else its routing cannot be told"
+                "recomputed in the backward pass; expected one run, otherwise its routing is unknown"
             )
         return self._spread(self.choices[index], x)
 
     def keep(self, output: Any) -> None:
-        """Leave what later passes need beside the KV cache they will come with."""
+        """Store the data for later passes with the KV cache that they will use."""
         if self.memory is not None:
             cache = self.tokens.cache if self.tokens.cache is not None else cache_in(output)
             if cache is not None:
@@ -405,7 +405,7 @@ class ForwardPass:
             and tokens.factors is None
             and shares.shape[1] == tokens.length
         ):
-            # Differences of prefix sums, in float64: they must not lose a short sequence behind long ones.
+            # Differences of prefix sums, in float64, so that a short sequence after long ones is accurate.
             starts, ends = tokens.starts.to(shares.device), tokens.ends.to(shares.device)
             prefix = F.pad(shares.double().cumsum(1), (0, 0, 1, 0))
             to = ends + 1 if scope == "sequence" else torch.arange(1, tokens.length + 1, device=starts.device)[None]

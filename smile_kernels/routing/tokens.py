@@ -158,13 +158,13 @@ class Tokens:
             tokens = "tokens" if self.length is None else f"{self.length} tokens"
             raise RuntimeError(
                 f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)}, where a forward pass over "
-                f"{batch} sequences of {tokens} is under way; expected [{batch}, {self.length or 'S'}, D]. "
+                f"{batch} sequences of {tokens} is running; expected [{batch}, {self.length or 'S'}, D]. "
                 "Route other inputs with scope 'token', or call set_routing on the part of the model that has its own"
             )
         return batch, length
 
     def real_of(self, x: Tensor) -> Tensor | None:
-        """Which rows of x are no padding, [B, S] bool; None: all. One row for a whole sequence is never padding."""
+        """Which rows of x are not padding, [B, S] bool; None: all. One row for a whole sequence is never padding."""
         if self._is_encoders(x):
             return self.encoder_real
         return self.real if self.real is not None and self.shape(x)[1] == self.length else None
@@ -174,7 +174,7 @@ class Tokens:
 
 
 def is_cache(value: object) -> bool:
-    """Whether `value` is a KV cache of transformers, under whatever name a model takes it."""
+    """Whether `value` is a KV cache of transformers; the name of the argument does not matter."""
     return all(callable(getattr(value, name, None)) for name in ("get_seq_length", "update", "get_mask_sizes"))
 
 
@@ -236,11 +236,11 @@ def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:
 
 
 def _boundaries_from_positions(position_ids: Tensor) -> Tensor:
-    """position_ids [1 or B, S] -> [1 or B, S] bool, True where a sequence begins: where positions do not go on."""
+    """position_ids [1 or B, S] -> [1 or B, S] bool, True where a sequence begins: where positions do not continue."""
     if position_ids.dim() != 2:
         raise SmileError(
             f"position_ids: has shape {list(position_ids.shape)} and comes without attention_mask; expected [B, S], "
-            "else sequences that are packed cannot be told apart"
+            "otherwise packed sequences cannot be distinguished"
         )
     return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
 

@@ -609,7 +609,7 @@ def _check_unchanged(before: Sequence[Any], now: Sequence[Any]) -> None:
         if changed := sorted({name for name, *_ in set(files) ^ set(current)}):
             where = f"experts[{i - 1}]" if i else "base"
             raise SmileError(
-                f"{where}: {changed[0]} was changed while the model was upscaled; expected files that stay as they are "
+                f"{where}: {changed[0]} was changed while the model was upscaled; expected files that do not change "
                 "(--force starts again)"
             )
 

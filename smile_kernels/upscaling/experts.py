@@ -39,22 +39,22 @@ Factors = Mapping[str, Tensor | None]  # of one expert: vh [1, k, D], s [1, r], 
 @check_arguments
 @torch.no_grad()
 def add_expert(model: nn.Module, expert: Expert, *, name: str | None = None) -> UpscaleReport:
-    """One expert more, the last, in every SMILE layer of a loaded model.
+    """Add an expert, the last one, to every SMILE layer of a loaded model.
 
-        add_expert(upscale(base, [a, b])[0], c) gives what upscale(base, [a, b, c]) gives
+        add_expert(upscale(base, [a, b])[0], c) equals upscale(base, [a, b, c])
 
-    where each layer keeps its rank r and its router: of a change of higher rank the best r directions are taken, one
-    of lower rank ends in zeros. Layers that hold no experts stay as they are; what the expert changes there is in the
-    report, and warned of. The layers get new parameters: an optimizer has to be made anew. Saved and loaded as before.
+    where each layer keeps its rank r and its router: a change of higher rank is truncated to its best r directions, one
+    of lower rank is padded with zeros. Layers without experts are unchanged; the expert's changes there are in the
+    report, with a warning. The layers get new parameters, so a new optimizer is needed. Saved and loaded as before.
 
-    `router_prior` is dropped, since the mean shares of all experts change: `calibrate` finds it again. KV caches that
-    were filled before are refused under policies that keep evidence beside them.
+    `router_prior` is dropped, since the mean shares of all experts change: `calibrate` measures it again. KV caches
+    that were filled before are refused under policies that store evidence with them.
 
     Args:
         model: a model with SMILE layers, changed in place. No other thread may run it meanwhile.
         expert: a fine-tuned model of the same base; the folder of one or of a LoRA adapter; or an adapter's changes as
             `integrations.peft.adapter_deltas` reads them.
-        name: the expert's; needed where the others have names, but for a folder, whose own is taken. None where they
+        name: the expert's; required if the others have names, except for a folder, which has its own name. None if they
             have none.
 
     Returns:
@@ -83,10 +83,10 @@ def replace_expert(model: nn.Module, old: int | str, expert: Expert, *, name: st
 
     Args:
         model, expert: as in `add_expert`.
-        old: the number or the name of the expert that goes.
+        old: the number or the name of the expert to remove.
         name: of the new expert; None keeps the old one's.
 
-    Returns, Raises: as `add_expert`; ValueError where there is no expert `old`.
+    Returns, Raises: as `add_expert`; ValueError if there is no expert `old`.
     """
     layers = _managed(model)
     first = next(iter(layers.values()))
@@ -263,7 +263,7 @@ def _source(
 
 
 def _may_be_transposed(model: nn.Module) -> bool:
-    """Whether checkpoints of this architecture store layers as Conv1D, whatever they are here."""
+    """Whether checkpoints of this architecture store layers as Conv1D; the layers here may be of another class."""
     return getattr(getattr(model, "config", None), "model_type", None) in CONV1D_MODELS
 
 
@@ -277,7 +277,7 @@ def _is_norm(layer: SmileLinear) -> bool:
 
 
 def _joined(layer: SmileLinear, order: Sequence[int | None], made: Factors | None) -> _Tensors:
-    """The experts of a layer in a new order; None stands for the one that was made."""
+    """The experts of a layer in a new order; None is the new one."""
 
     def join(old: Tensor, new: Tensor | None) -> Tensor:
         pieces = [old[i] if i is not None else old.new_zeros(old.shape[1:]) if new is None else new[0] for i in order]

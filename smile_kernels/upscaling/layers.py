@@ -131,7 +131,7 @@ def layers_of_checkpoint(
 
 
 def model_of_checkpoint(folder: Path) -> nn.Module | None:
-    """The model of config.json on the meta device; None if transformers is missing or does not know it."""
+    """The model of config.json on the meta device; None if transformers is missing or does not support it."""
     architectures = read_config(folder).get("architectures")
     if not architectures:
         return None
@@ -154,7 +154,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     except Exception as error:  # an architecture may raise anything on a config that does not fit
         raise SmileError(
             f"{folder / 'config.json'}: transformers cannot build a {architectures[0]} from it "
-            f"({type(error).__name__}: {error}); expected the config of the weights beside it"
+            f"({type(error).__name__}: {error}); expected the config of the weights in that folder"
         ) from error
     return model
 

@@ -81,7 +81,7 @@ def upscale(
         rank_of_router: g, for router "smile"; None for the others.
         router: the rows R_i of score_i = ||R_i x||_2. "smile": V_i[:, :g]^T. "arrow": v_1^T of V_i, so g = 1 (Arrow,
             arXiv 2405.11157). "norm": s_i * V_i^T, so g = r and the score is the size of the change, ||U_i (s_i *
-            V_i^T x)||_2; its rows are stored and computed beside those of the experts.
+            V_i^T x)||_2; its rows are stored and computed in addition to those of the experts.
         num_experts_per_tok: m.
         expert_names: N names of the experts, for `routing_override` and reports.
         include, exclude: shell patterns of layer names, such as "*.q_proj"; by default every linear layer.
@@ -251,7 +251,7 @@ def _replace(
     rank_of_router: int,
     num_experts_per_tok: int,
 ) -> None:
-    """Puts a SmileLinear in place of `linear`, the module `name` of the model."""
+    """Replace `linear`, the module `name` of the model, with a SmileLinear."""
     weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
     own = factors.get("router")
     g = rank_of_router if own is None else own.shape[1]

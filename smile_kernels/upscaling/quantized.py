@@ -1,7 +1,7 @@
-"""A base whose linear layers are stored quantised: adapters are its experts, and its tensors are copied as they are.
+"""A base whose linear layers are stored quantised: its experts are adapters, and its tensors are copied unchanged.
 
-The factors of a LoRA adapter need no weights of the base. A layer's tensors there stand for one weight of the model's
-shape, of which nothing but shape and dtype is used.
+The factors of a LoRA adapter do not depend on the base's weights. A layer's tensors there are represented by one weight
+of the model's shape, of which only shape and dtype are used.
 """
 
 import functools
@@ -21,7 +21,7 @@ from .sources import AdapterSource, ExpertSource, read_plain
 
 __all__ = ["check_experts", "open_base", "quantization_of"]
 
-# How each method names what it stores in place of `<layer>.weight`; a `weight` has another dtype there.
+# Names of the tensors that each method stores instead of `<layer>.weight`; a `weight` has another dtype there.
 METHODS = {
     "awq": ("qweight", "qzeros", "scales"),
     "compressed-tensors": (
@@ -63,8 +63,8 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
     method, dtype = quantization["quant_method"], _dtype(folder)
     if names.model is None:
         raise SmileError(
-            f"base: {folder} is stored as {method!r}, and names no architecture that transformers knows; "
-            "expected one, which says what its layers are"
+            f"base: {folder} is stored as {method!r}, and names no architecture that transformers supports; "
+            "expected one, which determines its layers"
         )
     stored: dict[str, StoredTensor] = {}
     packed: dict[str, list[StoredTensor]] = {}

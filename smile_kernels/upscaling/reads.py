@@ -15,7 +15,7 @@ from torch import nn
 
 __all__ = ["weight_readers"]
 
-# A step of a path that stands for any child: an entry of a ModuleList, a name computed at run time.
+# A step of a path for any child: an entry of a ModuleList, a name computed at run time.
 _ANY = "*"
 
 # What is asked of a weight without computing with it.
@@ -82,7 +82,7 @@ def _class_reads(module: nn.Module) -> set[tuple[_Path, str]]:
 
 @functools.lru_cache(maxsize=4096)
 def _source(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    """The definition of a Python function; None where there is no source, or it is PyTorch's own and no module's."""
+    """The definition of a Python function; None without source, or for a function of PyTorch outside of modules."""
     if not inspect.isfunction(function):
         return None
     if (
@@ -121,7 +121,7 @@ class _Scan:
                 self._follow(node)
 
     def _path(self, node: ast.AST) -> _Path | None:
-        """The path from the module that an expression stands for; None where it is none."""
+        """The path from the module that an expression denotes; None if it is not one."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -183,7 +183,7 @@ class _Scan:
         return isinstance(parent, ast.Call) and getattr(parent.func, "id", None) in _HARMLESS_CALLS
 
     def _follow(self, node: ast.Call) -> None:
-        """Note a call of a method, or of a function that is given a module, to be scanned in turn."""
+        """Note a call of a method, or of a function with a module as argument, to be scanned later."""
         callee = node.func
         if isinstance(callee, ast.Attribute):
             if isinstance(callee.value, ast.Call) and getattr(callee.value.func, "id", None) == "super":

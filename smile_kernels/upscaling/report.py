@@ -136,9 +136,9 @@ class UpscaleReport:
         return parse(cls, read_json(Path(path)), str(path))
 
     def warn(self, remaining: str, remedy: str | None = None) -> None:
-        """Warn of the large changes that are left out of the result, naming the largest and what takes them up.
+        """Warn of large changes that are not in the result; the message names the largest ones and the remedy.
 
-        That is `remedy`, or by default what the arguments of `upscale` can do.
+        The default remedy names arguments of `upscale`.
         """
         large = [lost for lost in self.lost if max(lost.sizes) >= LARGE]
         if large:

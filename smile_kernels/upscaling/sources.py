@@ -177,7 +177,7 @@ def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:
         return stored or None
     try:
         return kind.from_dict(stored)
-    except Exception as error:  # whatever values that do not fit make a config raise
+    except Exception as error:  # any exception of a config for wrong values
         raise SmileError(
             f"{Path(folder) / 'config.json'}: transformers cannot make a {kind.__name__} of it "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); expected a config as the base's"

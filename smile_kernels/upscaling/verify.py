@@ -35,7 +35,7 @@ from .sources import AdapterSource, ExpertSource, StoredTensors, local_folder, o
 
 __all__ = ["ExpertVerdict", "verify"]
 
-# float32 sums of D products differ by a few eps times the norms; another order of summation gives no more than this.
+# float32 sums of D products differ by a few eps times the norms; another order of summation does not exceed this.
 ROUNDING = 1e-5
 
 _Model = nn.Module | str | Path
@@ -108,7 +108,7 @@ def verify(
 
     Raises:
         ValueError: no SMILE layer in the model, a number of models other than N, unknown inputs, or a folder
-            with an architecture that transformers does not know.
+            with an architecture that transformers does not support.
         FileNotFoundError: a folder does not exist.
     """
     if not isinstance(model, nn.Module):
@@ -246,7 +246,7 @@ def _count_experts(model: _Model) -> int:
 
 
 def _local(argument: str, place: Any) -> Any:
-    """A model as it is given, or the folder of a checkpoint."""
+    """A given model, or the folder of a checkpoint."""
     if not isinstance(place, (str, Path)):
         return place
     folder = local_folder(argument, place)

@@ -134,7 +134,7 @@ def _grown_delta(module: str, delta: ModuleDelta, added: AddedTokens, base: Mapp
         if own is not None and not isinstance(weight, LowRankDelta):
             weight = wide(own) - wide(plain)
         elif own is not None and isinstance(weight, LowRankDelta) and not torch.equal(own.to(plain), plain):
-            weight = wide(own) + weight.dense(own) - wide(plain)  # LoRA of a weight that is saved whole beside it
+            weight = wide(own) + weight.dense(own) - wide(plain)  # LoRA of a weight that is also saved whole
         elif isinstance(weight, LowRankDelta) and len(weight.b) == added.before:
             zeros, magnitude = weight.b.new_zeros(extra, weight.b.shape[1]), weight.magnitude
             if magnitude is not None:

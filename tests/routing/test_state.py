@@ -272,7 +272,7 @@ def test_a_pass_under_way_keeps_its_layers_from_another_root():
     seen = []
 
     def switch(*_):
-        with pytest.raises(ValueError, match="a forward pass of BertEncoder is under way"):
+        with pytest.raises(ValueError, match="a forward pass of BertEncoder is running"):
             set_routing(model, POLICIES["layers"])
         seen.append(get_routing(model))
 

@@ -203,7 +203,7 @@ def _add_each_part(y, x, vh, s, u, expert_bias, router, weights, ids, num_expert
 def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs, rank_of_router=0):
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights; None where `needs` says so.
 
-    With rank_of_router, the weights come from the first rank_of_router products in h, and their gradient goes on there.
+    With rank_of_router, the weights come from the first rank_of_router products in h, where their gradient continues.
     Without a weight dx is that of the experts alone.
     """
     if x.shape[0] == 0:

@@ -232,7 +232,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     dexpert_bias_i = w_i dy.
 
     With rank_of_router, the weights are the softmax of the norms of the first rank_of_router products in h, q_i, and
-    their gradient goes on to x and vh: dh_i gains w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i||.
+    their gradient continues to x and vh: dh_i gains w_i (dw_i - sum_j w_j dw_j) q_i / ||q_i||.
     """
     (tokens, d), (n, o, r), m = x.shape, u.shape, ids.shape[1]
     needs_x, needs_weight, needs_bias, needs_vh, needs_s, needs_u, needs_expert_bias, needs_weights = needs

@@ -21,7 +21,7 @@ TOKEN, CAUSAL, SEQUENCE = range(3)  # the scopes, as the operator numbers them
 
 @triton.jit
 def _then(factor, total, next_factor, next_total):
-    """Two runs of tokens one after the other: what is left of a sum before both, and their own sum."""
+    """Two consecutive runs of tokens: the decay of a sum before both, and their own sum."""
     return factor * next_factor, total * next_factor + next_total
 
 

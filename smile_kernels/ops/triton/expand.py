@@ -106,7 +106,7 @@ def _expand(
         seen_inside = (seen[:, None] < tl.cdiv(T, SEEN_T)) & (n[None, :] < N)
         some = tl.load(present + seen[:, None] * N + n[None, :], mask=seen_inside, other=0).to(tl.int32)
         here = tl.maximum(here, tl.max(some, 0))
-    # The experts of a part have outputs in its own columns alone; a border may lie inside a tile.
+    # The experts of a part have outputs only in its own columns; a border may be inside a tile.
     PART: tl.constexpr = N // PARTS
     if PARTS > 1:
         part_of = (o >= end_0).to(tl.int32) + (o >= end_1).to(tl.int32) + (o >= end_2).to(tl.int32)
@@ -172,7 +172,7 @@ def expand(
     rows. `onto` [T, O] of any rows is added to in place, instead of x W^T + b. `path` is how the base product is made:
     "fused" in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator unless
     their alignment forbids it; "delta" by cuBLAS on top of the rest. `ends`: where each part of a layer of up to four
-    ends in O; the tail then has the experts of each part in turn.
+    ends in O; the tail then has the experts of one part after another.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
     config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)

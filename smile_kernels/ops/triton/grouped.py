@@ -119,7 +119,7 @@ class Groups(NamedTuple):
 
 
 def none_as_first(weights: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and ids [T, m] where an id outside [0, n), which is no expert's, is 0 of weight 0; and which are real."""
+    """Weights and ids [T, m], with an id outside [0, n) (no expert) as 0 of weight 0; and which are real."""
     real = (ids >= 0) & (ids < n)
     return torch.where(real, weights, 0), torch.where(real, ids, 0), real
 

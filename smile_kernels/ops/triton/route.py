@@ -95,7 +95,7 @@ def _route(
     G: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
-    PARTS: tl.constexpr,  # of a layer; T, N and M stand for T PARTS, PARTS N and PARTS M in the shapes above
+    PARTS: tl.constexpr,  # of a layer; T, N and M are T PARTS, PARTS N and PARTS M in the shapes above
     # meta-parameters
     ROUTE: tl.constexpr,
     SCALE: tl.constexpr,

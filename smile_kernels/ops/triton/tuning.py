@@ -63,7 +63,7 @@ def tune(
 ) -> dict[str, object]:
     """Time every way to run the forward of this layer for each number of `tokens`: the best choices, key -> choice.
 
-    Every path is timed, each with its best tiles; `report` is told of each configuration and its seconds. The choices
+    Every path is timed, each with its best tiles; `report` gets each configuration and its seconds. The choices
     hold in this process from now on, and in others once `save` has written them.
     """
     table = configs.tables().setdefault(configs.device_of(weight.device).name, {})
@@ -79,7 +79,7 @@ def tune(
 
 
 def _search(run: Callable, table: dict, fixed: dict, report: Callable) -> tuple[float, dict]:
-    """The least time of `run` over choices not fixed, and those choices: paths in every combination, tiles in turn."""
+    """The least time of `run` over the free choices, and these: paths in every combination, tiles one by one."""
     table |= fixed
     open_choices = {key: choices for key, choices in _asked(run).items() if key not in fixed}
     path = next((key for key, choices in open_choices.items() if isinstance(choices[0], str)), None)
