@@ -291,7 +291,7 @@ def test_layer_whose_parameter_is_computed():
 
 @pytest.mark.parametrize("shapes", ["cpu", pytest.param("every-cpu", marks=pytest.mark.exhaustive)])
 def test_clean_under_sanitizers(shapes):
-    """AddressSanitizer and UBSan find nothing on each instruction set of this machine; on the best one, all shapes."""
+    """AddressSanitizer and UBSan find nothing on each instruction set of this machine."""
     assert run_sanitized(cpu_library(*SANITIZERS), shapes).split()[-1] == "clean"
 
 
