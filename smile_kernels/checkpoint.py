@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
-from .errors import SmileError
+from .errors import SmileError, check_seed
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
@@ -150,6 +150,7 @@ def calibrate_checkpoint(
         FileExistsError: the folder contains a file not written by smile-kernels, or another process is writing it.
     """
     source = Path(folder)
+    check_seed(seed)
     read_smile_config(source)
     with output_folder(check_folder(source), {}, force=True) as output:
         try:
@@ -328,9 +329,9 @@ def transformers_class(config: Mapping[str, Any]) -> Any:
 def _from_pretrained(cls: Any, folder: str | Path, options: dict[str, Any]) -> nn.Module:
     try:
         return cls.from_pretrained(folder, **options)
-    except (ValueError, OSError):
+    except (SmileError, OSError):
         raise
-    except Exception as error:  # an architecture may raise anything on a config that does not fit
+    except Exception as error:  # an architecture may raise anything on a config or an option that does not fit
         raise SmileError(
             f"{folder}: transformers cannot load it as {cls.__name__} ({type(error).__name__}: {error})"
         ) from error

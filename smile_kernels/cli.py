@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -721,8 +722,12 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     try:
         if alias := next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None):
             raise SmileError(f"{file}: contains an alias, *{alias.anchor}; expected its value")
+        if twice := _repeated_key(yaml.compose(text, yaml.SafeLoader)):
+            raise SmileError(f"{file}: sets {twice} twice; expected one value")
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except SmileError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise SmileError(f"{file}: is not YAML: {error}") from None
     recipe = parse(_Recipe, content, str(file))
     settings: dict[str, Any] = {"base": recipe.base_model, "dtype": recipe.dtype, **asdict(recipe.parameters)}
@@ -731,6 +736,19 @@ def _from_yaml(file: Path) -> dict[str, Any]:
     for name in ("include", "exclude"):
         settings[name] = [settings[name]] if isinstance(settings[name], str) else settings[name]
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _repeated_key(node: Any) -> str | None:
+    """A key that a mapping in a YAML document has twice; YAML readers take the last value."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        return twice or next((found for _, value in node.value if (found := _repeated_key(value))), None)
+    if isinstance(node, yaml.SequenceNode):
+        return next((found for value in node.value if (found := _repeated_key(value))), None)
+    return None
 
 
 def _number(name: str, text: str) -> int | float:
@@ -831,10 +849,13 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (SmileError, OSError, ImportError) as error:
-        _say(f"error: {error}")
+        _say(f"error: {' '.join(str(error).split())}")
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort):
         raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            _say(f"error: out of memory: {' '.join(str(error).split())}")
+            raise typer.Exit(1) from None
         _say("this is a bug: please report it with the file that `smile-kernels doctor --verify` writes")
         raise

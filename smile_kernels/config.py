@@ -249,7 +249,10 @@ def check_rank_of_expert(rank: int | float) -> None:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder; {} if there is none."""
     file = Path(folder) / "config.json"
-    return read_json(file) if file.exists() else {}
+    config = read_json(file) if file.exists() else {}
+    if name := next((name for name, value in config.items() if value != value), None):
+        raise SmileError(f"{file}: {name} is NaN; expected a number")
+    return config
 
 
 def read_smile_config(folder: str | Path) -> SmileConfig:

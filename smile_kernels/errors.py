@@ -3,7 +3,7 @@
 import operator
 from typing import Any
 
-__all__ = ["SmileError", "check_integer"]
+__all__ = ["SmileError", "check_integer", "check_seed"]
 
 
 class SmileError(ValueError):
@@ -25,3 +25,8 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None, me
         span = f"{least} or more" if most is None else f"{least} to {most}"
         raise SmileError(f"{name}: is {value!r}; expected {kind}{span}{meaning and f', {meaning}'}")
     return number
+
+
+def check_seed(seed: Any) -> None:
+    """Raise SmileError unless torch takes `seed`."""
+    check_integer("seed", seed, 0, 2**63 - 1, "in 63 bits")

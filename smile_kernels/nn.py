@@ -123,7 +123,15 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
             of_parts = (len(self.parts),)
 
         def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            try:
+                return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
+                    raise
+                raise SmileError(
+                    f"in_features, out_features, num_local_experts, rank_of_expert: are {d}, {o}, {n}, {r}; expected "
+                    f"sizes that memory holds ({str(error).splitlines()[0]})"
+                ) from None
 
         s_dtype = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
         self.weight = parameter(o, d)

@@ -13,15 +13,17 @@ or hashes. `force` replaces a folder only if it contains exactly these files.
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ __all__ = [
 
 MANIFEST = "smile_manifest.json"
 SETTINGS = "settings.json"
+_WRITES = "writes"
+_TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file`
 _HASHED_BYTES = 1 << 20  # larger files are compared by size: weights are not edited by hand
 
 
@@ -54,6 +58,8 @@ def check_outputs(*, plot: Path | None = None, **files: Path | None) -> None:
     for name, file in {"plot": plot, **files}.items():
         if file is not None and not file.absolute().parent.is_dir():
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
+        if file is not None and file.is_dir():
+            raise SmileError(f"{name}: is {str(file)!r}, a folder; expected a file")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
         raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
 
@@ -98,12 +104,14 @@ class OutputFolder:
     Attributes:
         folder: path of the output, with symbolic links resolved.
         settings: everything that the result depends on.
+        writes: patterns of the files that the job writes in the work folder; () for any.
         replaces: whether a folder written by smile-kernels is at this path and may be replaced.
         complete: whether `folder` is already the complete result of these settings.
     """
 
     folder: Path
     settings: Mapping[str, Any]
+    writes: Sequence[str] = ()
     replaces: bool = False
     complete: bool = False
 
@@ -121,6 +129,7 @@ class OutputFolder:
         Raises:
             FileExistsError: something else is now at `folder`; `output` is kept.
         """
+        _check_work(self.work, self.writes)
         _write_manifest(self.output, self.settings)
         old = self.folder.with_name(f".{self.folder.name}.old-{uuid.uuid4().hex[:12]}")
         if self.replaces:
@@ -140,7 +149,12 @@ class OutputFolder:
             _remove_old(old)
 
     def discard(self) -> None:
-        """Delete the work folder, its settings last, so that it is recognised after an interruption."""
+        """Delete the work folder, its settings last, so that it is recognised after an interruption.
+
+        Raises:
+            FileExistsError: it contains files that the job did not write. Nothing is deleted then.
+        """
+        _check_work(self.work, self.writes)
         for name in ("output", "layers"):
             if (self.work / name).exists():
                 shutil.rmtree(self.work / name)
@@ -171,13 +185,13 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
     path = Path(os.path.realpath(folder))
     if path.is_symlink():
         raise SmileError(f"out: {path} is a link to itself; expected the path of a folder to write")
+    if os.path.ismount(path):
+        raise SmileError(f"out: {path} is a mount point; expected a folder inside it")
     above = next(parent for parent in path.parents if os.path.lexists(parent))
     if not above.is_dir():
         raise FileExistsError(f"{above}: is not a folder; expected one, to write {path.name} in")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; expected a new or empty folder")
-    if os.path.ismount(path):
-        raise SmileError(f"out: {path} is a mount point; expected a folder inside it")
     for name, source in (inputs or {}).items():
         source = Path(os.path.realpath(source))
         if path == source or path in source.parents or source in path.parents:
@@ -196,13 +210,16 @@ def _is_utf8(text: bytes) -> bool:
 
 
 @contextmanager
-def output_folder(folder: Path, settings: Mapping[str, Any], *, force: bool) -> Iterator[OutputFolder]:
+def output_folder(
+    folder: Path, settings: Mapping[str, Any], *, force: bool, writes: Sequence[str] = ()
+) -> Iterator[OutputFolder]:
     """Lock `folder` (from `check_folder`) and prepare its work folder, new or left by a run with equal settings.
 
     Args:
         folder: path of the output.
         settings: everything that the result depends on, as JSON; {} for a result that is recomputed at each call.
         force: replace a folder written by smile-kernels, and unfinished work with other settings.
+        writes: patterns of the files that the job writes in the work folder, which may be deleted later; () for any.
 
     Raises:
         FileExistsError: the folder contains files that may not be replaced, another process is writing it, or there is
@@ -211,12 +228,16 @@ def output_folder(folder: Path, settings: Mapping[str, Any], *, force: bool) -> 
     settings = json.loads(json.dumps(settings))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        yield _prepare(folder, settings, force)
+        yield _prepare(folder, settings, writes, force)
 
 
-def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFolder:
-    output = OutputFolder(folder, settings)
-    begun = _begun_settings(output.work, force)
+def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], force: bool) -> OutputFolder:
+    begun = _begun_settings(work_folder(folder), force)
+    before = (begun or {}).pop(_WRITES, ())
+    if not isinstance(before, list) or not all(isinstance(pattern, str) for pattern in before):
+        before = ()
+    output = OutputFolder(folder, settings, before)
+    _check_work(output.work, before)
     olds = [old for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*") if _wrote(old) or _empty(old)]
     if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
         os.rename(whole[0], folder)  # a run was interrupted between its two renames
@@ -242,16 +263,27 @@ def _prepare(folder: Path, settings: Mapping[str, Any], force: bool) -> OutputFo
         return OutputFolder(folder, settings, complete=True)
     output.work.mkdir(exist_ok=True)
     try:
-        write_text(output.work / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        write_text(output.work / SETTINGS, json.dumps({**settings, _WRITES: writes}, indent=1) + "\n")
     except OSError:
         if _empty(output.work):
             output.work.rmdir()
         raise
     output.output.mkdir(exist_ok=True)
     for file in output.work.rglob(".*"):  # temporary files of a killed process
-        if file.is_file():
+        if file.is_file() and _TEMPORARY.search(file.name):
             file.unlink()
-    return OutputFolder(folder, settings, replaces=_wrote(folder))
+    return OutputFolder(folder, settings, writes, replaces=_wrote(folder))
+
+
+def _check_work(work: Path, writes: Sequence[str]) -> None:
+    """Raise FileExistsError if a work folder contains a link, or a file that matches none of the patterns `writes`."""
+    for path in sorted(work.rglob("*")):
+        name = _TEMPORARY.sub(r"\1\2", str(path.relative_to(work)))
+        known = not writes or name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
+        if path.is_symlink() or not (known or path.is_dir()):
+            raise FileExistsError(
+                f"{path}: was not created by smile-kernels; expected no such file where its intermediate files are"
+            )
 
 
 def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:

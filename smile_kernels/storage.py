@@ -307,7 +307,7 @@ def parse_size(size: int | str) -> int:
         ValueError: anything else, or less than one byte.
     """
     text = "" if isinstance(size, float) else str(size).strip().upper()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(I?)B?", text)
     bytes_ = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")) if match else 0
     if bytes_ < 1:
         raise SmileError(f"max_shard_size: is {size!r}; expected bytes or a size such as '5GB' or '500MiB'")

@@ -80,7 +80,7 @@ def truncated_svd(a: Tensor, rank: int | float, *, rank_of_router: int = 0, nois
     # float32 products on a GPU may run in TF32, which would invalidate the certificate.
     work = torch.float64 if wide or a.is_cuda else torch.float32
     # Scaling by a power of two is exact, and keeps the squares of tiny or huge entries in range.
-    unit = 1.0 if 1e-6 < peak < 1e6 else 2.0 ** math.frexp(peak)[1]
+    unit = 1.0 if 1e-6 < peak < 1e6 else 2.0 ** (math.frexp(peak)[1] - 1)
     with torch.autocast(a.device.type, enabled=False):
         x = a.to(work) if unit == 1.0 else a.to(work) / unit
         total = _norm(x)
@@ -199,27 +199,31 @@ def decompose_linear(
     for i, (expert, own) in enumerate(zip(expert_weights, expert_biases)):
         _check_expert(i, expert, weight)
         if isinstance(expert, Tensor):
-            parts.append(_decompose(expert, weight, rank_of_expert, rank_of_router))
+            parts.append(_decompose(i, expert, weight, rank_of_expert, rank_of_router))
             own = torch.zeros_like(shared) if own is None else own
         else:
             b_factor, a_factor, scale = expert
             factors = b_factor.to(weight.device), a_factor.to(weight.device), scale
             parts.append(lora_svd(*factors, rank_of_expert, rank_of_router=rank_of_router))
             own = shared if own is None else own
-        biases.append(_difference(own, shared))
+        biases.append(_difference(f"expert_biases[{i}]", own, shared))
     r = max(len(part.s) for part in parts)
     vh, u = weight.new_zeros(n, max(r, rank_of_router), shape[1]), weight.new_zeros(n, shape[0], r)
     s = weight.new_zeros(n, r, dtype=torch.promote_types(weight.dtype, torch.float32))
     for i, part in enumerate(parts):
         vh[i, : len(part.vh)], s[i, : len(part.s)], u[i, :, : len(part.s)] = part.vh, part.s, part.u
     expert_bias = torch.stack(biases).to(weight.dtype)
+    for name, changes in (("expert_weights", s), ("expert_biases", expert_bias)):
+        if not torch.isfinite(changes).all():
+            bad = int((~torch.isfinite(changes)).nonzero()[0, 0])
+            raise SmileError(f"{name}[{bad}]: its change is beyond {changes.dtype}; expected what that holds")
     parameters = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias if expert_bias.any() else None}
     return parameters, [part.certificate for part in parts]
 
 
-def _decompose(expert: Tensor, weight: Tensor, rank: int | float, g: int) -> TruncatedSVD:
-    """The SVD of a dense expert's difference [O, D], with rounding-level directions set to zero."""
-    delta = _difference(expert, weight)
+def _decompose(i: int, expert: Tensor, weight: Tensor, rank: int | float, g: int) -> TruncatedSVD:
+    """The SVD of dense expert i's difference [O, D], with rounding-level directions set to zero."""
+    delta = _difference(f"expert_weights[{i}]", expert, weight)
     result = truncated_svd(delta, rank, rank_of_router=g, noise_floor=_rounding_noise(expert, delta))
     if result.certificate.directions < g and expert.dtype.itemsize == 2:
         # A low-rank update merged in 16 bits leaves rounding noise. If single steps are most of the difference, they
@@ -249,9 +253,12 @@ def _check_expert(i: int, expert: Tensor | tuple[Tensor, Tensor, float], weight:
         )
 
 
-def _difference(expert: Tensor, shared: Tensor) -> Tensor:
+def _difference(name: str, expert: Tensor, shared: Tensor) -> Tensor:
     wide = torch.promote_types(shared.dtype, torch.float32)
-    return expert.to(shared.device, wide) - shared.to(wide)
+    change = expert.to(shared.device, wide) - shared.to(wide)
+    if not torch.isfinite(change).all():
+        raise SmileError(f"{name}: its change is beyond {wide}; expected what that holds")
+    return change
 
 
 def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
@@ -262,13 +269,13 @@ def _rounding_noise(expert: Tensor, delta: Tensor) -> float:
     a row of standard deviations plus the largest of a column.
     """
     step = torch.finfo(expert.dtype).eps
-    rows, columns = 0.0, delta.new_zeros(delta.shape[1])
+    rows, columns = 0.0, delta.new_zeros(delta.shape[1], dtype=torch.float64)  # where no square overflows
     for start in range(0, len(delta), 512):
         moved = delta[start : start + 512].abs()
         steps = expert[start : start + 512].to(moved.device, moved.dtype).abs() * step
         deviation = torch.where(moved <= steps, moved, steps / math.sqrt(12))
-        rows = max(rows, torch.linalg.vector_norm(deviation, dim=1).max().item())
-        columns = torch.hypot(columns, torch.linalg.vector_norm(deviation, dim=0))
+        rows = max(rows, torch.linalg.vector_norm(deviation, dim=1, dtype=torch.float64).max().item())
+        columns = torch.hypot(columns, torch.linalg.vector_norm(deviation, dim=0, dtype=torch.float64))
     return rows + columns.max().item()
 
 

@@ -80,6 +80,11 @@ def text(file: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / file).write_text(content)
 
 
+def text_in(part: str, file: str, content: str) -> Callable[[Path], object]:
+    """A file in a new folder."""
+    return lambda folder: [(folder / part).mkdir(), (folder / part / file).write_text(content)]
+
+
 def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def apply(folder: Path) -> None:
         path = folder / "base" / "model.safetensors.index.json"
@@ -160,7 +165,7 @@ def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [change(folder) for change in changes]
 
 
-CONFIG, ADAPTER = "base/config.json", "adapter/adapter_config.json"
+CONFIG, ADAPTER, ADAPTER_CONFIG = "base/config.json", "adapter/adapter_config.json", "adapter_config.json"
 # The change to the folders, the call, and its error message.
 FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
     "a link loop in a folder": (link("base/1_loop/self", "."), fuse, "1_loop/self: is not a regular file"),
@@ -197,6 +202,22 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "a shard that is lost": (lost_shard, fuse, r"model-00002-of-00003\.safetensors: no such file"),
     "a tensor in two files": (same_tensor_in_two_files, fuse, "is in .*, too; expected one"),
     "an index that lacks a tensor": (index(lambda m: m.pop("model.norm.weight")), fuse, r"norm\.weight' is missing"),
+    "one tensor under two names": (
+        tensors("expert/model.safetensors", lambda t: t | {f"_orig_mod.{name}": one + 1 for name, one in t.items()}),
+        fuse,
+        r"expert: tensors '_orig_mod\.(\S+)' and '\1' are both '\1'; expected one of them",
+    ),
+    "one tensor with and without the model's prefix": (
+        tensors("expert/model.safetensors", lambda t: t | {"norm.weight": t["model.norm.weight"] + 1}),
+        fuse,
+        r"'model\.norm\.weight' and 'norm\.weight' are both 'model\.norm\.weight' in LlamaForCausalLM",
+    ),
+    "a base without its config": (
+        lambda folder: (folder / CONFIG).unlink(),
+        fuse,
+        "base has no config.json, and experts",
+    ),
+    "a config with NaN": (settings("base", rms_norm_eps=float("nan")), fuse, "config.json: rms_norm_eps is NaN"),
     "an index of numbers": (index(lambda m: m.update(x=5)), fuse, r"weight_map\['x'\] is 5; expected a weight file"),
     "an index out of its folder": (
         index(lambda m: m.update({name: "../expert/model.safetensors" for name in m})),
@@ -223,6 +244,36 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         adapter(lambda t: {name: one.to(torch.float8_e4m3fn) for name, one in t.items()}),
         fuse,
         "is torch.float8_e4m3fn .*; expected floating-point numbers, of 16 bits or more",
+    ),
+    "an adapter of another rank": (
+        settings("adapter", ADAPTER_CONFIG, r=8),
+        fuse,
+        "q_proj: its factors have rank 4, and",
+    ),
+    "an adapter of a pattern of another rank": (
+        settings("adapter", ADAPTER_CONFIG, rank_pattern={"layers.1.*q_proj": 2}),
+        fuse,
+        r"layers\.1\.\S+: its factors have rank 4, and adapter_config\.json says 2",
+    ),
+    "an adapter of DoRA without magnitudes": (
+        settings("adapter", ADAPTER_CONFIG, use_dora=True),
+        fuse,
+        "q_proj: has no lora_magnitude_vector, and adapter_config.json says use_dora True",
+    ),
+    "an adapter with biases of an unknown kind": (
+        settings("adapter", ADAPTER_CONFIG, bias="some"),
+        fuse,
+        "bias: is 'some'; expected 'none', 'all' or 'lora_only'",
+    ),
+    "an adapter with one factor twice": (
+        adapter(lambda t: t | {name.replace("lora_A.", "lora_A.default."): one + 1 for name, one in t.items()}),
+        fuse,
+        r"has lora_[AB] of '\S+' twice",
+    ),
+    "an adapter of alpha 0": (
+        adapter(lambda t: t | {f"{Q_PROJ}.alpha": torch.tensor(0.0)}),
+        fuse,
+        "q_proj: alpha is 0; expected a number above 0",
     ),
     "an adapter of no modules": (adapter(lambda t: {"x": torch.ones(2)}), fuse, "has a tensor 'x'; expected <module>"),
     "an adapter of another model": (
@@ -293,6 +344,34 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: sk.load_pretrained(folder / "fused"),
         r"architectures is \[None\]; expected a list of names",
     ),
+    "a device map of no device": (
+        str,
+        command("calibrate", "{folder}/fused", "--device-map", "foo"),
+        "transformers cannot load it as LlamaForCausalLM .*found foo",
+    ),
+    "a seed of 70 bits": (str, command("calibrate", "{folder}/fused", "--seed", str(2**70)), "seed: is 1180591620717"),
+    "a plot of an unknown kind": (
+        str,
+        command("inspect", "{folder}/fused", "--plot", "{folder}/plot.foo"),
+        "plot: is '.*foo'; expected a name that ends with .png, .svg or .pdf",
+    ),
+    "a result in no folder": (
+        str,
+        command("inspect", "{folder}/fused", "--json", "{folder}/no/one.json"),
+        "json: is '.*one.json'; expected a file in a folder that exists",
+    ),
+    "a result in place of a folder": (
+        str,
+        command("analyze", "--base", "{folder}/base", "--expert", "{folder}/expert", "--json", "{folder}"),
+        "json: is '.*', a folder; expected a file",
+    ),
+    "a layer larger than memory": (str, command("bench", "--shape", "9999999x9999999"), "out of memory: .*allocate"),
+    "a file size of 400 digits": (
+        str,
+        lambda folder: fuse(folder, max_shard_size="9" * 400),
+        "max_shard_size: is '999",
+    ),
+    "the root as output": (str, upscale_with("--out", "/"), "out: / is a mount point"),
     "no device of that name": (str, upscale_with("--device", "foo"), "device: is 'foo', which cannot compute here"),
     "a device without data": (str, upscale_with("--device", "meta"), "device: is 'meta', which cannot compute here"),
     "no workers": (str, upscale_with("--workers", "-1"), "workers: is -1; expected 1 or more"),
@@ -321,6 +400,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         both(lambda folder: (folder / "out").mkdir(), text("out/smile_manifest.json", "[" * 100_000)),
         lambda folder: fuse(folder, force=True),
         "contains smile_manifest.json, which smile-kernels did not write",
+    ),
+    "a link among the intermediate files": (
+        both(text_in("out.partial", "settings.json", "{}"), link("out.partial/output", "../expert")),
+        lambda folder: fuse(folder, force=True),
+        "out.partial/output: was not created by smile-kernels",
     ),
     "settings that are a pipe": (pipe("out.partial/settings.json"), fuse, "settings.json: is damaged"),
     "a lock of the user's": (text(".out.lock", "mine"), fuse, r"\.out\.lock: was not created by smile-kernels"),
@@ -414,3 +498,78 @@ def test_a_file_larger_than_the_system_allows_is_named(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (folder / "out").exists()
     fuse(folder)
+
+
+@pytest.mark.parametrize("place", ["notes", "layers/notes", "layers/0/0.json.txt", "output/notes", "output/.notes"])
+@pytest.mark.parametrize("options", [{}, {"rank_of_expert": 3, "force": True}], ids=["same", "force"])
+def test_a_file_of_the_user_s_among_the_intermediate_files_is_kept(place, options, folder):
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "layers" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fuse(folder, progress=interrupted)
+    mine = folder / "out.partial" / place
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match="not created by smile-kernels"):
+        fuse(folder, **options)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    fuse(folder, **options)
+    assert not (folder / "out.partial").exists()
+
+
+def test_a_file_that_comes_to_the_intermediate_files_is_not_published(folder):
+    mine = folder / "out.partial" / "output" / "notes"
+    with pytest.raises(FileExistsError, match="output/notes: was not created by smile-kernels"):
+        fuse(folder, progress=lambda stage, *_: mine.write_text("mine") if stage == "files" else None)
+    assert not (folder / "out").exists()
+    mine.unlink()
+    fuse(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (settings("adapter", ADAPTER_CONFIG, target_modules=["q_proj", "v_proj"]), "names 'v_proj'.* 2 of its modules"),
+        (
+            adapter(lambda t: {name: one for name, one in t.items() if "layers.1" in name}),
+            "names 'q_proj'.*layers.0.self",
+        ),
+        (settings("adapter", ADAPTER_CONFIG, modules_to_save=["embed_tokens"]), "names 'embed_tokens'"),
+    ],
+    ids=["a target", "a block", "a module saved whole"],
+)
+def test_an_adapter_that_lacks_what_its_config_names_is_warned_of(change, named, folder):
+    change(folder)
+    with pytest.warns(UserWarning, match=f"adapter_config.json {named}"):
+        fuse(folder)
+
+
+def test_experts_of_a_base_of_the_hub_are_loaded_with_it(folder, monkeypatch):
+    repository = folder / "hub" / "models--org--base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder / "base", repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sk.upscale_checkpoints("org/base", [folder / "expert"], folder / "out", experts_only=True, **OPTIONS)
+    model = sk.load_pretrained(folder / "out")
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_a_file_beside_the_weights_that_the_disk_has_no_space_for(folder):
+    size = shutil.disk_usage(folder).free + 1
+    (folder / "base" / "notes").touch()
+    os.truncate(folder / "base" / "notes", size)  # a sparse file
+    with pytest.raises(OSError, match="disk is too full"):
+        fuse(folder)
+    assert not [*folder.glob("*out*")]
+
+
+def test_weights_beyond_float32_are_refused(folder):
+    tensors("expert/model.safetensors", lambda t: {name: torch.full_like(one, 3e38) for name, one in t.items()})(folder)
+    with pytest.raises(sk.SmileError, match=r"_proj: expert_weights\[0\]: its change is beyond torch\.float32"):
+        fuse(folder)
+    assert not (folder / "out").exists()

@@ -20,7 +20,7 @@ KILLED = 9
 
 def write_output(folder: Path, settings: dict, *, force: bool = False) -> bool:
     """A job of two resumable parts and an output of three files; returns whether there was work to do."""
-    with output_folder(check_folder(folder), settings, force=force) as output:
+    with output_folder(check_folder(folder), settings, force=force, writes=["layers/*.json", "output/*"]) as output:
         if output.complete:
             return False
         layers = output.work / "layers"

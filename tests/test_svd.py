@@ -368,6 +368,25 @@ def test_an_update_counts_by_its_size_beside_the_weight(size):
     assert not factors["vh"][1:].any()
 
 
+@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e20, 1e37])
+def test_sizes_near_the_limits_of_float32(scale):
+    weight, expert = scale * torch.randn(2, 12, 10)
+    factors, (certificate,) = decompose_linear(weight, None, [expert], [None], rank_of_expert=-1, rank_of_router=2)
+    change = (factors["u"][0] * factors["s"][0].double() @ factors["vh"][0].double()).float()
+    assert certificate.directions == 10
+    assert torch.linalg.vector_norm((change - (expert - weight)).double()) < 1e-2 * (expert - weight).double().norm()
+
+
+def test_changes_beyond_float32_are_refused():
+    weight, large = torch.randn(12, 10), torch.full((12, 10), 3e38)
+    for base, expert in ((weight, large), (-large, large)):
+        with pytest.raises(ValueError, match=r"expert_weights\[0\]: its change is beyond torch\.float32"):
+            decompose_linear(base, None, [expert], [None], rank_of_expert=2, rank_of_router=2)
+    bias = torch.full((12,), 6e4).half()
+    with pytest.raises(ValueError, match=r"expert_biases\[1\]: its change is beyond torch\.float16"):
+        decompose_linear(weight.half(), bias, [weight.half()] * 2, [bias, -bias], rank_of_expert=2, rank_of_router=2)
+
+
 def test_refuses_bad_matrices_and_ranks():
     a = torch.randn(5, 4)
     for bad in (torch.randn(5), torch.randn(2, 3, 4), torch.empty(0, 3)):

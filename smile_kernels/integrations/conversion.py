@@ -23,11 +23,20 @@ from ..storage import StoredTensor
 __all__ = ["ModelNames", "without_wrappers"]
 
 
-def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Names without the prefixes of torch.compile ("_orig_mod.") and DistributedDataParallel ("module.")."""
+def without_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
+    """Names without the prefixes of torch.compile ("_orig_mod.") and DistributedDataParallel ("module.").
+
+    Raises:
+        ValueError: two names that differ only in a prefix; the message begins with `where`.
+    """
     plain = {name: name.replace("_orig_mod.", "") for name in names}
     while plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    first: dict[str, str] = {}
+    for name, short in plain.items():
+        if short in first:
+            raise SmileError(f"{where}: tensors {first[short]!r} and {name!r} are both {short!r}; expected one of them")
+        first[short] = name
     return plain
 
 
@@ -90,6 +99,11 @@ class ModelNames:
             name, pattern = self._rename(key, *transforms)
             if pattern is not None and name in self.state:
                 groups.setdefault(name, (by_pattern[pattern], {}))[1].setdefault(pattern, []).append(key)
+            elif name in tensors and not torch.equal(tensors[name].load(), stored[key].load()):
+                raise SmileError(
+                    f"{stored[key].file}: tensors {origins[name][0]!r} and {key!r} are both {name!r} in "
+                    f"{type(self.model).__name__}; expected one of them"
+                )
             else:
                 tensors[name], origins[name] = replace(stored[key], name=name), (key,)
         for first, (converter, sources) in groups.items():

@@ -11,10 +11,10 @@ import fnmatch
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import regex
 import torch
@@ -54,12 +54,17 @@ class _Config:
     """The keys of adapter_config.json that determine a change."""
 
     lora_alpha: _Positive
+    r: _Positive | None = None
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
     alpha_pattern: dict[str, _Positive] | None = None
     rank_pattern: dict[str, _Positive] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str | None = True
     trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
 
@@ -151,6 +156,7 @@ def adapter_deltas(
         if located[module] in deltas:
             raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
         deltas[located[module]] = delta
+    _warn_of_missing(directory, config, deltas, base)
     dora = [d for d in deltas.values() if isinstance(d.weight, LowRankDelta) and d.weight.magnitude is not None]
     if dora:
         warnings.warn(
@@ -167,6 +173,28 @@ def adapter_deltas(
             stacklevel=2,
         )
     return deltas
+
+
+def _warn_of_missing(directory: Path, config: _Config, changed: Collection[str], base: Mapping[str, Tensor]) -> None:
+    """Warn where an adapter has no tensors for modules of the base that its config names."""
+    modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
+    targets = config.target_modules if isinstance(config.target_modules, list) else []
+    if config.exclude_modules or config.layers_to_transform is not None:
+        targets = []  # which leave some out
+    kinds = {re.sub(r"\d+", "#", name) for name in changed}
+    for names, saved in ((targets, False), (config.modules_to_save or [], True)):
+        for name in names:
+            inside = re.compile(rf"(.*\.)?{re.escape(name)}" + (r"(\..*)?" if saved else ""))
+            held = [module for module in changed if inside.fullmatch(module)]
+            lacking = sorted(module for module in modules - set(changed) if inside.fullmatch(module))
+            if held:  # other layers of its name, such as those of a head, may be of another model class
+                lacking = [module for module in lacking if not saved and re.sub(r"\d+", "#", module) in kinds]
+            if lacking:
+                warnings.warn(
+                    f"{directory}: {_CONFIG} names {name!r}, but the adapter has no tensors for {len(lacking)} of its "
+                    f"modules such as {lacking[0]}, which keep the base's",
+                    stacklevel=4,
+                )
 
 
 # `<module>.lora_A.<adapter>.weight` and its other spellings: without the adapter's name, without ".weight".
@@ -195,7 +223,9 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
             adapters.add(match["adapter"])
         if match["module"].endswith(".original_module"):
             continue
-        modules.setdefault(match["module"], {})[part] = tensor
+        if part in modules.setdefault(match["module"], {}):
+            raise SmileError(f"{directory}: has {part} of {match['module']!r} twice, in {key!r}, too; expected one")
+        modules[match["module"]][part] = tensor
     if len(adapters) > 1:
         raise SmileError(f"{directory}: contains the adapters {', '.join(sorted(adapters))}; expected one")
     return modules
@@ -296,13 +326,14 @@ def _config(directory: Path) -> _Config:
     for key in _NOT_LORA:
         if config.get(key):
             raise SmileError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
-    for pattern in parsed.alpha_pattern or ():
-        try:
-            regex.compile(_whole(pattern))
-        except regex.error as error:
-            raise SmileError(
-                f"{directory / _CONFIG}: alpha_pattern: {pattern!r} is not a regular expression ({error})"
-            ) from None
+    for name, patterns in (("alpha_pattern", parsed.alpha_pattern), ("rank_pattern", parsed.rank_pattern)):
+        for pattern in patterns or ():
+            try:
+                regex.compile(_whole(pattern))
+            except regex.error as error:
+                raise SmileError(
+                    f"{directory / _CONFIG}: {name}: {pattern!r} is not a regular expression ({error})"
+                ) from None
     return parsed
 
 
@@ -311,11 +342,15 @@ def _whole(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return bool(regex.match(_whole(pattern), module, timeout=1.0))
-    except TimeoutError:
-        raise SmileError(f"alpha_pattern: {pattern!r} takes more than a second on {module!r}; expected less") from None
+def _set_for(name: str, patterns: Mapping[str, float] | None, module: str) -> float | None:
+    """The value of the first pattern of alpha_pattern or rank_pattern that matches a module."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if regex.match(_whole(pattern), module, timeout=1.0):
+                return value
+        except TimeoutError:
+            raise SmileError(f"{name}: {pattern!r} takes more than a second on {module!r}; expected less") from None
+    return None
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
@@ -333,9 +368,13 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _scale(module: str, q: int, config: _Config, alpha: float | None = None) -> float:
-    patterns = config.alpha_pattern or {}
+    r = _set_for("rank_pattern", config.rank_pattern, module) or config.r
+    if r not in (None, q):
+        raise SmileError(f"{module}: its factors have rank {q}, and {_CONFIG} says {r:g}; expected one rank")
     if alpha is None:
-        alpha = next((patterns[key] for key in patterns if _matches(key, module)), config.lora_alpha)
+        alpha = _set_for("alpha_pattern", config.alpha_pattern, module) or config.lora_alpha
+    elif not 0 < alpha < 1e9:
+        raise SmileError(f"{module}: alpha is {alpha:g}; expected a number above 0, below 1e9")
     return alpha / (math.sqrt(q) if config.use_rslora else q)
 
 
@@ -346,6 +385,9 @@ def _low_rank(module: str, tensors: Mapping[str, Tensor], config: _Config) -> tu
     for name, numel in (("alpha", 1), ("lora_B.bias", len(b)), ("lora_magnitude_vector", len(b))):
         if name in tensors and tensors[name].numel() != numel:
             raise SmileError(f"{module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers")
+    if config.use_dora != ("lora_magnitude_vector" in tensors):
+        has = "has no" if config.use_dora else "has a"
+        raise SmileError(f"{module}: {has} lora_magnitude_vector, and {_CONFIG} says use_dora {config.use_dora}")
     scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SmileError
+from ..errors import SmileError, check_seed
 from ..nn import SmileLinear, smile_layers
 from ..schema import check_arguments, check_inputs
 from .cache import cache_in
@@ -96,6 +96,7 @@ def calibrate(
     layers = smile_layers(model)
     if not layers:
         raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
+    check_seed(seed)
     for name, value in (("sequences", sequences), ("length", length)):
         if value < 1:
             raise SmileError(f"{name}: is {value}; expected 1 or more")

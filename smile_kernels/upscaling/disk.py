@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..checkpoint import REPORT, add_calibration, model_card
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
-from ..publishing import MANIFEST, OutputFolder, check_folder, output_folder, write_text
+from ..publishing import MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
 from ..routing import RoutingPolicy
 from ..schema import check_arguments, parse
 from ..storage import (
@@ -110,6 +111,8 @@ class Job:
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
         base_config = read_config(base)
         for i, folder in enumerate(experts):
+            if not base_config and read_config(folder):
+                raise SmileError(f"base: {base} has no config.json, and experts[{i}] has; expected the base's")
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
                 raise SmileError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
@@ -195,6 +198,14 @@ class Job:
             "files": [_listing(folder) for folder in folders],
         }
 
+    def writes(self) -> list[str]:
+        """Patterns of the files that the job writes in the work folder."""
+        names = ["config.json", "README.md", REPORT, MANIFEST, "router_prior.safetensors"]
+        for stem in ("model.safetensors", "experts.safetensors"):
+            names += [stem, f"{stem}.index.json", stem.replace(".", "-[0-9]*-of-[0-9]*.")]
+        names += [escape(str(place)) for place in self.beside.values()]
+        return ["layers/[0-9]*.json", "layers/[0-9]*.safetensors", *(f"output/{name}" for name in names)]
+
     def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
         """Read all inputs of the output, to find NaN, and numbers its dtype cannot hold, before hours of work."""
         wholes = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
@@ -222,7 +233,8 @@ class Job:
                 o, d = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
                 factors += len(self.experts) * (o * r + k * d) * (self.dtype or weight.dtype).itemsize
         base = sum(math.prod(t.shape) * self._dtype(t.dtype).itemsize for _, t in self._stored())
-        return 2 * factors + (0 if experts_only else base)
+        beside = sum(file.stat().st_size for file in self.beside)
+        return 2 * factors + beside + (0 if experts_only else base)
 
     @torch.no_grad()
     def upscale_layer(self, folder: Path, index: int) -> None:
@@ -354,7 +366,8 @@ class Job:
         config = replace(self.config, modules=modules, rank_of_router=g)
         for source, name in self.beside.items():
             (folder / name).parent.mkdir(exist_ok=True, parents=True)
-            shutil.copyfile(source, folder / name)
+            with open(source, "rb") as old, new_file(folder / name) as new:
+                shutil.copyfileobj(old, new)
         base_config = read_config(self.base)
         if self.added is not None:
             base_config = with_tokens(base_config, self.added)
@@ -438,7 +451,6 @@ def upscale_checkpoints(
         rank_of_expert=rank_of_expert,
         rank_of_router=check_router(router, rank_of_router),
         modules={},
-        base_model_name_or_path=os.path.abspath(base) if experts_only else None,
         routing=RoutingPolicy() if calibrate or routing is None else routing,  # calibration sets it
         expert_names=check_expert_names(_names_of(experts, expert_names), len(experts)),
     )
@@ -449,6 +461,8 @@ def upscale_checkpoints(
     if workers is not None and workers < 1:
         raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
+    if experts_only:
+        config = replace(config, base_model_name_or_path=os.path.abspath(base))
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
     job = Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from, router)
@@ -461,7 +475,7 @@ def upscale_checkpoints(
         output = OutputFolder(target, settings)
         if rank == 0:
             _check_space(output.work, job.bytes_to_write(experts_only))
-            output = held.enter_context(output_folder(target, settings, force=force))
+            output = held.enter_context(output_folder(target, settings, force=force, writes=job.writes()))
             if not output.complete:
                 (output.work / "layers").mkdir(exist_ok=True)
         barrier()

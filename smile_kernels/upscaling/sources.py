@@ -140,8 +140,8 @@ class ModuleSource(WholeSource):
 
     def __init__(self, where: str, module: nn.Module, base: Mapping[str, Tensor]):
         state = module.state_dict(keep_vars=True)
-        spelled = {plain: name for name, plain in without_wrappers(base).items()}
-        names = {name: spelled.get(plain, plain) for name, plain in without_wrappers(state).items()}
+        spelled = {plain: name for name, plain in without_wrappers("model", base).items()}
+        names = {name: spelled.get(plain, plain) for name, plain in without_wrappers(where, state).items()}
         tensors = {names[name]: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
         config = getattr(module, "config", None)
         super().__init__(where, tensors, tensors, config if hasattr(config, "to_dict") else None)
@@ -282,7 +282,8 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
             f"{where}: {folder} contains experts of {fused[:-3]!r}, as a SMILE model does; "
             "expected a checkpoint of plain weights"
         )
-    return {plain: replace(stored[name], name=plain) for name, plain in without_wrappers(stored).items()}
+    names = without_wrappers(f"{where}: {folder}", stored)
+    return {plain: replace(stored[name], name=plain) for name, plain in names.items()}
 
 
 def local_folder(argument: str, place: str | Path) -> Path:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..checkpoint import REPORT, load_pretrained, transformers_class
 from ..config import read_config, read_smile_config
-from ..errors import SmileError
+from ..errors import SmileError, check_seed
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter, wide
 from ..nn import SmileLinear, is_conv1d, smile_layers
@@ -111,6 +111,7 @@ def verify(
             with an architecture that transformers does not support.
         FileNotFoundError: a folder does not exist.
     """
+    check_seed(seed)
     if not isinstance(model, nn.Module):
         stored = Path(model) / REPORT
         report = report or (UpscaleReport.load(stored) if stored.is_file() else None)
