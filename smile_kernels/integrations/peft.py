@@ -387,7 +387,9 @@ def _low_rank(module: str, tensors: Mapping[str, Tensor], config: _Config) -> tu
             raise SmileError(f"{module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers")
     if config.use_dora != ("lora_magnitude_vector" in tensors):
         has = "has no" if config.use_dora else "has a"
-        raise SmileError(f"{module}: {has} lora_magnitude_vector, and {_CONFIG} says use_dora {config.use_dora}")
+        raise SmileError(
+            f"{module}: {has} lora_magnitude_vector, and {_CONFIG} says use_dora {config.use_dora}; expected both"
+        )
     scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
