@@ -162,7 +162,7 @@ RULES: dict[str, Rule] = {
 
 
 def scored(answered: dict) -> Record:
-    """What `answer` gives, with the share of parts in the right class, %, in place of each."""
+    """The results of `answer`, with the share of parts in the right class, %, instead of each."""
     rights = answered.pop("right")
     return {"accuracy": [100 * statistics.fmean(map(int, right)) if right else None for right in rights], **answered}
 

@@ -80,7 +80,7 @@ void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype,
   for (int64_t d = 0; d < shape.dim; ++d) expected += (d ? ", " : "") + std::to_string(shape.size[d]);
   for (int64_t d = 0; d < t.dim(); ++d) got += (d ? ", " : "") + std::to_string(t.size(d));
   STD_TORCH_CHECK(fits, name, ": has shape [", got, "]; expected [", expected, "]");
-  STD_TORCH_CHECK(false, name, ": has another dtype than expected beside this x");
+  STD_TORCH_CHECK(false, name, ": has another dtype than expected for this x");
 }
 
 // A contiguous tensor on the device of `like`; the shim's allocation costs a tenth of a call of aten::new_empty.

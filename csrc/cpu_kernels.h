@@ -182,7 +182,7 @@ template <class R> SMILE_INLINE void sum_lanes(const Vector<R>* v, R* sums) {
   }
 }
 
-// Scratch that starts at a vector's alignment, so that no vector of it lies in two cache lines.
+// Scratch space aligned to vectors, so that no vector of it crosses a cache line.
 template <class R> struct Buffer {
   std::unique_ptr<Vector<R>[]> memory;
   explicit Buffer(int64_t count) : memory(new Vector<R>[(count + kLanes<R> - 1) / kLanes<R>]) {}

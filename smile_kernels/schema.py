@@ -100,7 +100,7 @@ def _misfit(kind: Any, values: Any, errors: list[Any]) -> str:
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     worst = max(errors, key=lambda error: (error["type"] in unknown, len(error["loc"])))
     problem, path = worst["type"], _path(values, worst["loc"])
-    if problem in unknown and not path:  # a key that is no string
+    if problem in unknown and not path:  # a key that is not a string
         path = str(worst["loc"][-1])
     if problem == "value_error":
         return f"{path}: {worst['ctx']['error']}".removeprefix(": ")

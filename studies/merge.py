@@ -219,7 +219,7 @@ class Gate(nn.Module):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.constant_(layer.bias, bias)
         self.mask: Tensor | None = None  # [B, L], True on text
-        self.weights: Tensor | None = None  # of the pass under way
+        self.weights: Tensor | None = None  # of the running pass
 
     def forward(self, x: Tensor) -> Tensor:
         each, mask = self.fc2(F.relu(self.fc1(x))), self.mask[..., None]

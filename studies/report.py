@@ -126,7 +126,7 @@ def markdown(results: Mapping, seeds: int, tables: Sequence[TableRows]) -> str:
 
 
 def fill(page: Path, sections: Mapping[str, str]) -> str:
-    """The text of a Markdown page with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    """The text of a Markdown page with new text between `<!-- NAME -->` and `<!-- /NAME -->`."""
     text = page.read_text(encoding="utf-8")
     for name, section in sections.items():
         before, opened, rest = text.partition(f"<!-- {name} -->\n")

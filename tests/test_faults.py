@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "a pipe for an index": (pipe("base/model.safetensors.index.json"), fuse, "index.json: is not a regular file"),
     "a pipe for weights": (pipe("expert/model.safetensors"), fuse, "expert/model.safetensors: not a regular file"),
     "a pipe for an adapter": (pipe(ADAPTER), fuse, "adapter_config.json: is not a regular file"),
-    "a pipe beside the weights": (pipe("base/1_Pooling/a.json"), fuse, "1_Pooling/a.json: is not a regular file"),
+    "a pipe next to the weights": (pipe("base/1_Pooling/a.json"), fuse, "1_Pooling/a.json: is not a regular file"),
     "a pipe for a report": (pipe("fused/smile_report.json"), command("inspect", "{folder}/fused"), "not a regular"),
     "a report of another kind": (
         text("fused/smile_report.json", '{"layers": 5}'),
@@ -360,7 +360,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         command("inspect", "{folder}/fused", "--json", "{folder}/no/one.json"),
         "json: is '.*one.json'; expected a file in a folder that exists",
     ),
-    "a result in place of a folder": (
+    "a result instead of a folder": (
         str,
         command("analyze", "--base", "{folder}/base", "--expert", "{folder}/expert", "--json", "{folder}"),
         "json: is '.*', a folder; expected a file",
@@ -386,7 +386,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     ),
     "an output that is a link to itself": (link("out", "out"), fuse, "out is a link to itself"),
     "an output of another encoding": (str, lambda folder: fuse(folder / os.fsdecode(b"\xff")), "^$|in UTF-8|no such"),
-    "a manifest that lies": (
+    "a wrong manifest": (
         both(
             lambda folder: (folder / "out").mkdir(),
             text("out/notes", "mine"),
@@ -439,7 +439,7 @@ def test_refused_in_one_line_before_any_work(fault, folder):
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "a file in place of another": lambda folder: shutil.copy(
+    "a file instead of another": lambda folder: shutil.copy(
         folder / "expert" / "model.safetensors", sorted((folder / "base").glob("model-*"))[0]
     ),
     "a file cut short": lambda folder: os.truncate(sorted((folder / "base").glob("model-*"))[-1], 100),

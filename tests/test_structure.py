@@ -1,7 +1,9 @@
 """Rules for the whole repository: the order of imports, short functions, words, tests that hide no package."""
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,35 @@ BACKENDS = ("composed", "extension", "triton")
 APART = {"reference": (*BACKENDS, "library"), **dict.fromkeys(BACKENDS, (*BACKENDS, "library"))}
 INSTALLS = r"pip install [^\n`]*smile[-_]kernels"
 CHANGES = ("add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update")
+# Words that plain technical English replaces, as regular expressions, and what to write instead.
+WORDS = {
+    "a(new|fresh)": "again",
+    "aloud": "explicitly",
+    "aside( from)?": "except for",
+    "all but|(but|save) for": "except for",
+    "became of|becomes of": "the result for",
+    "beside": "next to, with, in addition to",
+    "by turns": "interleaved, one after another",
+    "go(es|ing)? on": "continue",
+    "hangs? on": "depends on",
+    "in place of": "instead of",
+    "in silence": "silently",
+    "(is|are) told of": "is called with",
+    "keeps? its standing": "is assigned the mean log-evidence of the others",
+    "l(ies|ay|ain) (in|on|at|before|behind|beside|between|side)": "is, is stored",
+    "leave[s]? \\w+ alone|left alone": "does not change",
+    "lest|shall|thereof|upon|whence|whither|wherein": "a modern form",
+    "made anew|mere(ly)?|nothing but": "again, only",
+    "puts? (it|them) back": "restores",
+    "read past|past (its|the) experts": "bypasses the experts",
+    "remember(s|ed)?": "stores, keeps",
+    "spoil(s|ed|t)?": "affects",
+    "stands? (at|before|beside|behind|for|in|where)|stood": "is, denotes, replaces",
+    "under way": "running, pending",
+    "untouched": "unchanged",
+    "win(s|ning)? back|won back": "recover",
+    "(?<![Tt]here )(is|are) no (?!longer|better|faster|larger|more|less)[a-z]+": "is not a",
+}
 LONGEST = 80  # lines of a function, without its docstring
 
 
@@ -138,6 +169,44 @@ def test_no_module_of_ops_has_mutable_state(file):
 )
 def test_mutable_state_is_found(source):
     assert changed_state(source) == ["seen"]
+
+
+def prose(file: Path) -> str:
+    """Comments, docstrings and messages of a source file; the text of a page without code and generated tables."""
+    text = file.read_text()
+    if file.suffix == ".md":
+        text = re.sub(r"<!-- ([\w:. -]+?) -->.*?<!-- /.*?-->|```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+        return re.sub(r"^(\|.*\||    .*)$", "", text, flags=re.MULTILINE) if file.stem == "log" else text
+    if file.suffix != ".py":
+        return "\n".join(re.findall(r'//.*|"[^"\n]* [^"\n]*"', text))
+    comments = [
+        token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT
+    ]
+    strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return "\n".join([*comments, *(string for string in strings if isinstance(string, str) and " " in string)])
+
+
+def unplain(text: str) -> list[str]:
+    """The words of WORDS in a text."""
+    text = " ".join(re.sub(r"^\s*(#|//)", "", line) for line in text.splitlines())
+    return [match[0] for word in WORDS for match in re.finditer(rf"\b(?:{word})\b", re.sub(r"\s+", " ", text))]
+
+
+def test_prose_is_plain_technical_english():
+    """By words that are unambiguous; the rest is for readers."""
+    folders = ("smile_kernels", "csrc", "bench", "studies", "tests", "examples", "docs")
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*"))] + sorted(ROOT.glob("*.md"))
+    files = [file for file in files if file.suffix in (".py", ".md", ".h", ".cpp", ".cu", ".cuh")]
+    found = {str(f.relative_to(ROOT)): words for f in files if f != Path(__file__) and (words := unplain(prose(f)))}
+    assert found == {}, f"write instead: {WORDS}"
+
+
+@pytest.mark.parametrize(
+    "text", ["the sums that a cache\n    # remembers", "this is no checkpoint", "kept beside the weights", "made anew"]
+)
+def test_words_that_are_not_plain_are_found(text):
+    assert len(unplain(text)) >= 1
+    assert unplain("there is no checkpoint, and the layer is no longer used") == []
 
 
 def test_the_plan_of_rooms_names_every_module():

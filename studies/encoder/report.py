@@ -119,7 +119,7 @@ def _cost_table(results: dict) -> TableRows:
     columns = [
         "",
         "parameters",
-        "data beside the fine-tuned models",
+        "data in addition to the fine-tuned models",
         "passes",
         "CPU seconds to build",
         "time per batch",

@@ -138,7 +138,7 @@ def regmean(case: Case) -> Iterator[tuple[dict, nn.Module]]:
 
 
 def _entropies(case: Case, model: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-    """The entropy of a model's answers to some test texts of each task, drawn anew each time."""
+    """The entropy of a model's answers to some test texts of each task, drawn again each time."""
     for i, task in enumerate(case.trained):
         rows = torch.randint(len(task.test.labels), (ADAPTED["texts"],), generator=generator)
         yield merge.entropy(case.head(i)(model(*task.test.gather(rows))))
@@ -315,7 +315,7 @@ def fusion_bench_layers(base: Upper, uppers: Sequence[Upper], rank_of_router: in
 
 @torch.no_grad()
 def time_per_batch(lower: Lower, encoders: dict[str, nn.Module], case: Case, texts: int = 32) -> list[dict]:
-    """CPU milliseconds (median) to encode one batch of validation texts of all tasks on one thread, by turns.
+    """CPU milliseconds (median) to encode one batch of validation texts of all tasks on one thread, interleaved.
 
     CPU time rather than time on the clock, so that what else runs on the machine counts little. The first of
     `encoders` is the plain one; fusion_bench's layers are added to them, if it is installed.

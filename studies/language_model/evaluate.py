@@ -57,7 +57,7 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence[Q
 
 
 def correct(question: Question, answer: str) -> bool:
-    """Exact match, spaces at both ends aside."""
+    """Exact match, without spaces at both ends."""
     return answer.strip() == question.answer
 
 
@@ -109,7 +109,7 @@ def own_expert_by_block(
 def time_per_token(
     models: Mapping[str, PreTrainedModel], prompt: Sequence[int], new_tokens: int = 24, rounds: int = 2
 ) -> list[dict]:
-    """CPU milliseconds (medians) of one thread to read `prompt` and to generate one token after it, batch 1, by turns.
+    """CPU milliseconds (medians) of one thread to process `prompt` and to generate a token, batch 1, interleaved.
 
     CPU time rather than time on the clock, so that what else runs on the machine counts little. Ratios are over the
     first of `models`.

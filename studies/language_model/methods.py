@@ -182,7 +182,7 @@ def oracle(case: Case) -> Contender:
 
 
 def smile(rank_of_router: int = ROUTER_RANK, restarts: bool = False, **fields: object) -> Callable[[Case], Contender]:
-    """A SMILE model under the routing policy of `fields`; with `restarts`, it starts anew at each user turn."""
+    """A SMILE model under the routing policy of `fields`; with `restarts`, it restarts at each user turn."""
 
     def build(case: Case) -> Contender:
         turn = {"restart_at": user_turn_ids(case.tokenizer)} if restarts else {}
@@ -197,7 +197,7 @@ def _routed(model: PreTrainedModel, policy: RoutingPolicy) -> Contender:
 
 
 def recommended(case: Case) -> Contender:
-    """The recommended policy: it starts anew where a user turn begins."""
+    """The recommended policy, which restarts at each user turn."""
     model = case.smile(ROUTER_RANK)
     return _routed(model, RoutingPolicy.recommended(model, user_turn_ids(case.tokenizer)))
 

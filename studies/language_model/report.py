@@ -104,7 +104,7 @@ def tables(results: dict) -> list[TableRows]:
     if results["full"]:
         full = results["full"]["methods"]
         columns = list(full["individual"]["tasks"])
-        title = f"Experts that are full fine-tunes (rank {results['full']['rank_of_expert']}) beside the other adapters"
+        title = f"Experts that are full fine-tunes (rank {results['full']['rank_of_expert']}) with the other adapters"
         found.append((title, ["", *columns, *header], [line(name, of, columns) for name, of in full.items()]))
     columns = ["", "prompt, ms", "a token, ms", "prompt, ratio", "a token, ratio"]
     found.append(("CPU time on one thread, batch 1", columns, timing))

@@ -117,7 +117,7 @@ def answer_all(
 ) -> tuple[list[str], dict]:
     """The method's answers to `questions`, and its details; answers that `path` holds are not generated again.
 
-    `path` is written after each task, so that an interrupted run goes on where it stopped.
+    `path` is written after each task, so that an interrupted run resumes.
     """
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"answers": {}}
     known: dict[str, str] = stored["answers"]
@@ -171,7 +171,7 @@ def measure(study: Study, chosen: Sequence[Method], size: Size, step: Step) -> d
 
 
 def full_fine_tunes(study: Study, step: Step, rows: int) -> dict:
-    """Full fine-tunes, truncated, as experts beside the other tasks' adapters: right answers on the tasks of FULL."""
+    """Full fine-tunes, truncated, and the other tasks' adapters as experts: right answers on the tasks of FULL."""
     case = Case(study.base, study.finetuned(0, step, full=True), study.validation, rank_of_expert=FULL_RANK)
     questions = [q for q in study.questions(rows) if study.tasks[q.task].name in FULL]
     found = {}
@@ -195,7 +195,7 @@ def picture(study: Study, case: Case, step: Step) -> dict[str, list[list[float]]
 
 
 def timings(study: Study, case: Case, step: Step) -> list[dict]:
-    """Time to read a prompt and per generated token, beside the plain model."""
+    """Time to process a prompt and per generated token, relative to the plain model."""
     step("time per token", 0, 1)
     models = {method.name: method.build(case).model for method in METHODS if method.timed}
     prompt = chat(case.tokenizer, study.questions(1)[0].turns)

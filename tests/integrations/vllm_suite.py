@@ -377,7 +377,7 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
     assert_preempted(engine, options)
     with pytest.raises(ValueError, match="expert: is") as error:
         engine.generate(given[:1], sampling("maths"))
-    (after,) = engine.generate(given[:1], sampling(asked[0]))  # the engine goes on
+    (after,) = engine.generate(given[:1], sampling(asked[0]))  # the engine continues
     assert list(after.outputs[0].token_ids) == answers[0][0]
     return answers, cached, str(error.value)
 
@@ -1003,7 +1003,7 @@ def test_votes_take_the_place_of_logits():
 
 @torch.no_grad()
 def test_layers_score_where_somebody_votes(monkeypatch):
-    """And a pass of votes alone ends at the first layer past them, for which the runner goes on with any states."""
+    """And a pass of votes alone ends at the first layer past them, for which the runner continues with any states."""
     routing, layers, x = PromptRouting(RoutingPolicy("prompt", lock_after=1), 3, 1), [], torch.randn(4, 6)
     routing.evidence, routing.weights = torch.full((8, 3), torch.nan), torch.ones(8, 1)
     routing.ids = torch.tensor([[2], [-1], [0], [1]] * 2, dtype=torch.int32)

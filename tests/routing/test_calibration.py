@@ -98,7 +98,7 @@ def test_a_language_model_writes_what_it_is_calibrated_on():
     state = torch.get_rng_state()
     assert [entry.prior for entry in calibrate(model, seed=3, sequences=4, length=6).layers] == first
     assert [entry.prior for entry in calibrate(model, seed=4, sequences=4, length=6).layers] != first
-    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers go on as they were"
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are unchanged"
     assert "14 of 14 SMILE layers calibrated on 24 tokens (written)" in str(report)
 
 

@@ -86,7 +86,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write("half", fail=True)
     assert list(folder.parent.iterdir()) == []
-    for text in ("whole", "anew"):
+    for text in ("whole", "again"):
         write(text, fail=False)
         assert [file.name for file in folder.parent.iterdir()] == ["folder"]
         assert (folder / "file.txt").read_text() == text

@@ -53,7 +53,7 @@ class TestByHand:
 
 
 class Tiny(nn.Module):
-    """Two linear layers around a GELU, with an offset that is no layer's."""
+    """Two linear layers around a GELU, with an offset outside of layers."""
 
     def __init__(self):
         super().__init__()

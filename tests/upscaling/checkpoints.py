@@ -50,7 +50,7 @@ def finetuned(base: nn.Module, scale: float = 0.1) -> nn.Module:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The contents that are equal in every run, bit for bit: all but the report, which contains times, and its hash."""
+    """The contents that are equal in every run, bit for bit: without the report, which contains times, and its hash."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))

@@ -189,7 +189,7 @@ def build_tiny(model_type: str) -> nn.Module:
                 model = auto.from_config(config).eval()
                 enliven(model)
                 if not 0 < output(model).norm() < torch.inf:
-                    raise ArithmeticError("gives NaN, inf or nothing but zeros")
+                    raise ArithmeticError("gives NaN, inf or only zeros")
                 return model
             except Exception as first:  # whatever an architecture raises for sizes that do not match
                 error = error or first
@@ -247,7 +247,7 @@ def outcome(base: nn.Module, tune, folder) -> str:
         put_in(model, expert, first.lost)
         torch.testing.assert_close(output(model), want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
     change = ((output(base) - want).norm() / want.norm()).item()
-    assert change > 1e-3, f"the fine-tuned model is its base but for {change:.1g}, so that nothing is shown"
+    assert change > 1e-3, f"the fine-tuned model differs from its base only by {change:.1g}, which tests nothing"
     listed = [lost.name for lost in first.lost] if tune is tune_lora else []
     return "equal" + (f"; listed: {', '.join(listed)}" if listed else "")
 

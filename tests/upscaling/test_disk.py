@@ -330,7 +330,7 @@ def test_a_full_disk(tmp_path, folders, monkeypatch):
             upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
     assert not (tmp_path / "out").exists()
     assert not [f for f in (tmp_path / "out.partial").rglob(".*")]
-    upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)  # goes on
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)  # continues
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

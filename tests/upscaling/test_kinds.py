@@ -127,8 +127,8 @@ FOLDERS = {
     "an old index": (sharded, single),
     "an old single file": (single, sharded),
     "an old pickle": (pickled, single),
-    "an old pickle beside shards": (pickled, sharded),
-    "old safetensors beside a new pickle": (single, pickled),
+    "an old pickle next to shards": (pickled, sharded),
+    "old safetensors next to a new pickle": (single, pickled),
 }
 
 

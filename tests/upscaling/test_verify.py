@@ -130,7 +130,7 @@ class Odd(torch.nn.Module):
 ODD = {
     "token": (lambda m: m.token, "first (its input)"),
     "weight norm": (lambda m: m.normed.parametrizations.weight.original0, "normed"),
-    "bias beside it": (lambda m: m.normed.bias, "normed"),
+    "its bias": (lambda m: m.normed.bias, "normed"),
     "in_proj": (lambda m: m.attention.in_proj_weight, "attention"),
     "nothing": (None, ""),
 }

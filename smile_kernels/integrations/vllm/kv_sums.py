@@ -31,7 +31,7 @@ class SumsCache(AttentionLayerBase):
     Args:
         name: of the layer, in vLLM's table of layers.
         width: -> routers x N; asked for once every layer of the model is built.
-        restart_at: token ids after which the sums start anew (RoutingPolicy).
+        restart_at: token ids after which the sums restart (RoutingPolicy).
     """
 
     def __init__(self, name: str, width: Callable[[], int], restart_at: tuple[int, ...] | None):

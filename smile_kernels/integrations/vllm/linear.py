@@ -245,7 +245,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         p = len(self.parts)
 
         def loader(name: str, place: Callable[..., None]) -> Callable[..., None]:
-            # Where vLLM loads weights anew it asks for a loader's name, and for an argument `param`.
+            # When vLLM reloads weights, it expects a loader with a name and an argument `param`.
             def load_tensor(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
                 if not param.is_meta:  # on which vLLM counts first what is loaded
                     self.loaded.add((name, _index(p, *shard)))
@@ -359,7 +359,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             scored_rows = self._rows(layer, scored)
         # The first layer past the blocks that vote ends a pass of votes.
         self.votes = self.prompt is not None and self.first <= self.prompt.count(0, self.prompt.routers)
-        layer.register_buffer("scored_rows", scored_rows)  # persistent: only so does vLLM copy it when it loads anew
+        layer.register_buffer("scored_rows", scored_rows)  # persistent, so that vLLM copies it when it reloads weights
 
     def _rows(self, layer: LinearBase, parts: list[int]) -> Tensor:
         """The router's rows of some parts in float32, [parts x N x g, D]."""

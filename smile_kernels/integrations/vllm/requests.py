@@ -31,7 +31,7 @@ Asked = Sequence[tuple[int, float]]  # (expert, weight), as it travels with the 
 
 
 class RequestError(SmileError, VLLMClientError):
-    """What a request has wrong: the server answers it with status 400 and the message, and goes on."""
+    """An error of a request: the server answers it with status 400 and the message, and continues."""
 
 
 def may_choose(config: VllmConfig) -> bool:
@@ -174,7 +174,7 @@ def give(request: Any, asked: Asked) -> None:
 
 
 def smile_layer(x: Tensor, bias: Tensor | None, name: str, rows: int) -> Tensor:
-    """The SMILE layer `name` of the engine whose pass is under way: x [..., D] -> [..., rows]."""
+    """The SMILE layer `name` of the engine whose pass is running: x [..., D] -> [..., rows]."""
     layer: Any = get_forward_context().no_compile_layers[name]
     return layer.quant_method.compute(layer, x, bias)
 

@@ -1,4 +1,4 @@
-"""Routing policies in vLLM: evidence of the layers below beside the model, sums over tokens in the KV cache.
+"""Routing policies in vLLM: evidence of previous layers next to the model, sums over tokens in the KV cache.
 
 The equations are those of `smile_kernels.routing`.
 """

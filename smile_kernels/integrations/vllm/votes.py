@@ -1,10 +1,10 @@
-"""Scope "prompt" in vLLM: a request is computed as two, of which the first reads the prompt and votes.
+"""Scope "prompt" in vLLM: a request is computed as two, of which the first processes the prompt and votes.
 
-The scheduler puts a request of its own before each: the same prompt under the base model, whose one token is the
-winning expert. In the passes that read it, the routers of the first `lock_after` blocks add up their evidence, over
-tokens in the KV cache and over layers beside the model; in place of logits the sampler is given what was chosen, so
-that it comes back the way of any token. Then the request itself runs with that expert, as one that asks for it
-(`requests`). Each has its own prefix cache. Layers compute no scores in passes that nobody votes in.
+The scheduler adds another request before each: the same prompt on the base model, whose only token is the number of
+the winning expert. In its passes, the routers of the first `lock_after` blocks sum their evidence, over tokens in the
+KV cache and over layers next to the model; the sampler gets the choice instead of logits, so that it is returned like
+any token. Then the request itself runs with that expert, like one that asks for it (`requests`). Each has its own
+prefix cache. Layers compute no scores in passes without votes.
 """
 
 import functools
@@ -179,11 +179,11 @@ class Pending:
     def __init__(self, num_experts_per_tok: int):
         self.m = num_experts_per_tok
         self.numbers = itertools.count()
-        self.prompts: dict[str, tuple] = {}  # of the votes that are under way, by their ids
+        self.prompts: dict[str, tuple] = {}  # of the pending votes, by their ids
         self.waiting: dict[tuple, list[Request]] = {}  # for the vote on a prompt
 
     def begin(self, request: Request) -> Request | None:
-        """The vote that `request` is to wait for; None: one on the same prompt is under way."""
+        """The vote that `request` is to wait for; None: one on the same prompt is pending."""
         own = None if request.prompt_embeds is None else request.request_id
         prompt = tuple(request.prompt_token_ids or ()), request.cache_salt, request.lora_request, own
         self.waiting.setdefault(prompt, []).append(request)
@@ -214,7 +214,7 @@ class Pending:
         return vote
 
     def end(self, output: Any) -> list[Request] | None:
-        """The requests that waited for what `output` says, with its experts; None where it is no vote's."""
+        """The requests that waited for what `output` says, with its experts; None if it is not that of a vote."""
         if output.request_id not in self.prompts:
             return None
         requests = self.waiting.pop(self.prompts.pop(output.request_id))
@@ -293,7 +293,7 @@ def vote_first() -> None:
             ended = [(output, waiting.end(output)) for output in each.outputs]
             each.outputs = [output for output, requests in ended if requests is None]
             ready += [request for _, requests in ended for request in requests or ()]
-        for request in reversed(ready):  # each goes on where its vote stood: before those that came later
+        for request in reversed(ready):  # each continues at the position of its vote: before later ones
             add(self, request)
             self.waiting.remove_request(request)
             self.waiting.prepend_request(request)

@@ -1,4 +1,4 @@
-"""What a worker of vLLM can do beside its own methods: take changed experts while it serves."""
+"""Additional methods of vLLM's workers: replacing experts while serving."""
 
 from typing import Any
 

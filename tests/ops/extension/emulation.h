@@ -4,7 +4,7 @@
 // threads reach are an error.
 //
 // Not covered: races (threads run in turn between barriers, blocks in order), memory shared by blocks, the order in which
-// tensor cores add, the registers that a fragment lies in, PTX as it is written, alignment of plain loads, speed.
+// tensor cores add, the registers of a fragment, PTX, alignment of plain loads, speed.
 #pragma once
 
 #undef _FORTIFY_SOURCE  // which forbids jumps between stacks
@@ -32,7 +32,7 @@
 #define __CUDA_ARCH__ 900
 #endif
 
-// The object beside the memory makes it known to run_block, whatever template it is a part of.
+// The object with the memory registers it with run_block, for any template that it is a part of.
 #define SMILE_SHARED(type, name, extents)                 \
   alignas(128) static type name extents;                  \
   static const emulation::Shared name##_shared(&name, sizeof(name))
@@ -214,7 +214,7 @@ template <class Body> void together(const void* argument, size_t stride, const B
 
 }  // namespace emulation
 
-// A fragment lies in lane 0 as a whole, and is NaN until it is written.
+// A fragment is stored entirely in lane 0, and is NaN until it is written.
 namespace nvcuda::wmma {
 
 struct matrix_a;
