@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS, ARCHITECTURES = ROOT / "docs" / "compatibility.md", ROOT / "docs" / "architectures.md"
+PLAIN = ("equal", "equal", "none")  # the cells of an architecture without exceptions
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 
 
@@ -83,20 +84,25 @@ def record(outcomes: Outcomes) -> str:
 
 
 def architectures(how: str, outcomes: Outcomes) -> str:
-    """How the tests ran, a row for each architecture that was tested, and the names of those that could not be.
+    """How the tests ran, a list of architectures without exceptions, a row for each other one, and the untested ones.
 
-    Rows of model types that were not among these tests are kept, with the record of their run.
+    Model types that were not among these tests keep their entries, with the record of their run.
     """
     cells = {row["model_type"]: _cells(row) for row in outcomes.architectures}
     block = ARCHITECTURES.read_text().partition("<!-- tested:architectures -->")[2]
     before = {row[0]: row for row in re.findall("^" + r"\| ([^|]*?) " * 6 + r"\|$", block, re.MULTILINE)[2:]}
+    before |= {name: (name, kind, n, *PLAIN) for name, kind, n in re.findall(r"`([^`]+)` \((\w+), (\d+)\)", block)}
     skipped = re.search(r"^Not tried: (.*)\.$", block, re.MULTILINE)
     before |= {name: None for name in skipped[1].split(", ")} if skipped and skipped[1] != "none" else {}
     rows = dict(sorted({**before, **cells}.items()))
     if before.keys() - cells.keys():
-        how = f"{block.partition('transformers ')[0].strip()}\n\nAfterwards {', '.join(sorted(cells))}: {how}"
+        first = block.partition("transformers ")[0].strip()
+        how = (
+            f"{first}\n\nAfterwards {', '.join(sorted(cells))}: {re.sub('`pytest .*`: ', '', how)}" if cells else first
+        )
     tried = [row for row in rows.values() if row is not None]
     ends = [end.partition(" ")[0].rstrip(":;") for row in tried for end in row[3:5]]
+    plain = [f"`{name}` ({kind}, {n})" for name, kind, n, *rest in tried if tuple(rest) == PLAIN]
     lines = [
         how,
         "",
@@ -105,9 +111,11 @@ def architectures(how: str, outcomes: Outcomes) -> str:
         f"name, {ends.count('PEFT')} times no adapter that PEFT makes, {ends.count('failed')} times failed. The other "
         f"{len(rows) - len(tried)} model types have no tiny model that runs on random inputs here.",
         "",
+        f"Equal in both ways, with experts in every linear layer (class, number of layers): {', '.join(plain)}.",
+        "",
         "| model type | class | linear layers | full | LoRA | layers without experts, and why |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in tried),
+        *(f"| {' | '.join(row)} |" for row in tried if tuple(row[3:]) != PLAIN),
         "",
         f"Not tried: {', '.join(name for name, row in rows.items() if row is None) or 'none'}.",
     ]
