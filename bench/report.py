@@ -222,8 +222,8 @@ def _machine(part: Record) -> list[str]:
     machine = part["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
-        f"{machine['device']}, {machine['cores']} cores, {machine['clock_mhz']} MHz seen, load {machine['load']} at "
-        f"the start; {versions}; commit {machine['commit']}; {machine['measured']}."
+        f"{machine['device']}, {machine['cores']} cores, {machine['clock_mhz']} MHz, load {machine['load']} at the "
+        f"start; {versions}; commit {machine['commit']}; {machine['measured']}.\n"
     ]
     for rates in part["limits"]:
         matmul = ", ".join(f"{SHORT[dtype]} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in rates["matmul"].items())
