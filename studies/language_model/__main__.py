@@ -34,4 +34,5 @@ def main(
         raise SystemExit(f"error: {error}") from None
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)

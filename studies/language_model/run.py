@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +34,11 @@ VALIDATION = 12  # rows a task by which the scales of merged models are chosen
 PICTURED = 2  # rows a task that are read for the share of tokens at their own expert
 FULL = ("adjective", "town")  # tasks that are also fine-tuned in full
 FULL_RANK = 64  # of experts that are full fine-tunes
+MOST_PROCESSES = 4  # each holds a few models
+
+
+def ignored(what: str, done: int, total: int) -> None:
+    """A `Step` that shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Study:
 
     def __init__(self, tasks: Sequence[Task], cache: Path):
         self.tasks, self.cache, self.recipe = tasks, cache, Recipe()
+        self.full, self.rank_of_full = FULL, FULL_RANK
+        self.cases: dict[tuple[int, bool], Case] = {}  # the last one: it holds several models
         every = {"train": 10**6, "validation": 10**6, "test": 10**6}
         self.splits = [task.splits(cache / "packages", every) for task in tasks]
         self.base = base_folder(cache / "packages", cache / "language_model" / "base")
@@ -68,15 +77,22 @@ class Study:
         rows = zip(self.tasks, self.splits)
         return [e for task, split in rows for e in examples(tokenizer, task, split["validation"][:VALIDATION])]
 
-    def finetuned(self, seed: int, step: Step, full: bool = False) -> list[Path]:
-        """Each task's adapter; with `full`, the tasks of FULL as full fine-tunes. What is not cached is trained."""
-        folders = []
-        for task, split in zip(self.tasks, self.splits):
-            whole = full and task.name in FULL
-            kind = f"{task.name}, {'full fine-tune' if whole else 'adapter'}, seed {seed}"
-            options = (self.base, self.cache / "language_model" / "finetuned", task, split["train"], self.recipe, seed)
-            folders.append(finetuned_folder(*options, lambda done, of, kind=kind: step(kind, done, of), full=whole))
-        return folders
+    def is_full(self, task: Task, full: bool) -> bool:
+        return full and task.name in self.full
+
+    def finetuned(self, task: int, seed: int, full: bool = False, step: Step = ignored) -> Path:
+        """Folder of the task's adapter, or of its full fine-tune if it is one of FULL. It is trained if not cached."""
+        of, whole = self.tasks[task], self.is_full(self.tasks[task], full)
+        options = (self.base, self.cache / "language_model" / "finetuned", of, self.splits[task]["train"], self.recipe)
+        return finetuned_folder(*options, seed, partial(step, of.name), full=whole)
+
+    def case(self, seed: int, full: bool = False) -> Case:
+        """The fine-tunes of a seed, full ones in FULL's tasks with `full`, and what they are merged with."""
+        if (seed, full) not in self.cases:
+            folders = [self.finetuned(i, seed, full) for i in range(len(self.tasks))]
+            rank = {"rank_of_expert": self.rank_of_full} if full else {}
+            self.cases = {(seed, full): Case(self.base, folders, self.validation, **rank)}
+        return self.cases[seed, full]
 
     def answers(self, method: Method, case: Case) -> Path:
         """The file of a method's answers: another one where the fine-tunes or the code that makes answers differ."""
@@ -147,40 +163,113 @@ def right_by_task(tasks: Sequence[Task], questions: Sequence[Question], answers:
     return right
 
 
-def measure(study: Study, chosen: Sequence[Method], size: Size, step: Step) -> dict[str, dict]:
-    """{method: {"right": {task: [one string a seed]}, "turns": the same of conversations, "details": [one a seed]}}."""
-    found: dict[str, dict] = {}
+@dataclass(frozen=True)
+class Run:
+    """A method that answers a study's questions, with the fine-tunes of one seed."""
+
+    method: str
+    seed: int
+    full: bool = False
+
+    def questions(self, study: Study, size: Size) -> tuple[list[Question], list[Question]]:
+        """Those of one turn and of two."""
+        method = named(self.method)
+        single = study.questions(size.rows if method.essential else size.few_rows)
+        if self.full:
+            return [q for q in single if study.is_full(study.tasks[q.task], True)], []
+        return single, study.conversations(size.conversations) if method.turns else []
+
+    def answers(self, study: Study, size: Size, step: Step = ignored) -> tuple[list[str], dict]:
+        single, double = self.questions(study, size)
+        method, case = named(self.method), study.case(self.seed, self.full)
+        return answer_all(method, case, single + double, study.answers(method, case), step)
+
+
+def named(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)
+
+
+def runs(size: Size) -> Iterator[Run]:
+    """All that is run: methods that are not essential with the first seed only."""
     for seed in range(size.seeds):
-        case = Case(study.base, study.finetuned(seed, step), study.validation)
-        for method in chosen:
-            if not method.essential and (seed or not size.few_rows):
-                continue
-            single = study.questions(size.rows if method.essential else size.few_rows)
-            double = study.conversations(size.conversations) if method.turns else []
-            answers, details = answer_all(method, case, single + double, study.answers(method, case), step)
-            entry = found.setdefault(method.name, {"right": {}, "turns": {}, "details": []})
-            entry["details"].append(details)
-            for what, questions, given in (
-                ("right", single, answers[: len(single)]),
-                ("turns", double, answers[len(single) :]),
-            ):
-                for task, right in right_by_task(study.tasks, questions, given).items():
-                    if questions:
-                        entry[what].setdefault(task, []).append(right)
-    return found
+        for method in METHODS:
+            if method.essential or (seed == 0 and size.few_rows):
+                yield Run(method.name, seed)
+    if size.full:
+        yield from (Run(method.name, 0, full=True) for method in METHODS if method.full)
 
 
-def full_fine_tunes(study: Study, step: Step, rows: int) -> dict:
-    """Full fine-tunes, truncated, and the other tasks' adapters as experts: right answers on the tasks of FULL."""
-    case = Case(study.base, study.finetuned(0, step, full=True), study.validation, rank_of_expert=FULL_RANK)
-    questions = [q for q in study.questions(rows) if study.tasks[q.task].name in FULL]
-    found = {}
-    for method in METHODS:
-        if method.full:
-            answers, details = answer_all(method, case, questions, study.answers(method, case), step)
-            right = right_by_task(study.tasks, questions, answers)
-            found[method.name] = {"right": {task: [right[task]] for task in FULL}, "details": [details]}
-    return {"rank_of_expert": FULL_RANK, "methods": found}
+def prepare(study: Study, size: Size, step: Step) -> None:
+    """Fine-tune, and answer, whatever is not cached: one thread a process, and about as many processes as cores.
+
+    The operations of so small a model gain little from a second thread.
+    """
+    kinds = [(i, seed, False) for seed in range(size.seeds) for i in range(len(study.tasks))]
+    kinds += [(i, 0, True) for i, task in enumerate(study.tasks) if size.full and study.is_full(task, True)]
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    workers = min(
+        MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    with ProcessPoolExecutor(workers, context, _begin, (study, size, told)) as pool:
+        for what, job, arguments in (
+            ("fine-tuning", _finetune, kinds),
+            ("answers", _answer, [(run,) for run in runs(size)]),
+        ):
+            shares = [0.0] * len(arguments)
+            waiting = [pool.submit(job, i, *given) for i, given in enumerate(arguments)]
+            while waiting:
+                done, pending = wait(waiting, 0.5)
+                for one in done:
+                    one.result()
+                while not told.empty():
+                    i, share = told.get()
+                    shares[i] = share
+                step(what, int(sum(shares)), len(shares))
+                waiting = list(pending)
+
+
+_worker: tuple[Study, Size, multiprocessing.SimpleQueue]  # in a process of the pool
+
+
+def _begin(study: Study, size: Size, told: multiprocessing.SimpleQueue) -> None:
+    global _worker
+    _worker = study, size, told
+    torch.set_num_threads(1)
+
+
+def _finetune(job: int, task: int, seed: int, full: bool) -> None:
+    study, _, told = _worker
+    study.finetuned(task, seed, full, lambda what, done, total: told.put((job, done / total)))
+    told.put((job, 1.0))
+
+
+def _answer(job: int, run: Run) -> None:
+    study, size, told = _worker
+    run.answers(study, size, lambda what, done, total: told.put((job, done / total)))
+    told.put((job, 1.0))
+
+
+def measure(study: Study, size: Size) -> tuple[dict[str, dict], dict | None]:
+    """{method: {"right": {task: [one string a seed]}, "turns": the same of conversations, "details": [one a seed]}}.
+
+    With `size.full`, also that of the full fine-tunes, truncated, and the other tasks' adapters as experts.
+    """
+    found: dict[bool, dict[str, dict]] = {False: {}, True: {}}
+    for run in runs(size):
+        answers, details = run.answers(study, size)
+        single, double = run.questions(study, size)
+        entry = found[run.full].setdefault(run.method, {"right": {}, "turns": {}, "details": []})
+        entry["details"].append(details)
+        for what, questions, given in (
+            ("right", single, answers[: len(single)]),
+            ("turns", double, answers[len(single) :]),
+        ):
+            for task, right in right_by_task(study.tasks, questions, given).items():
+                if right:
+                    entry[what].setdefault(task, []).append(right)
+    full = {"rank_of_expert": study.rank_of_full, "methods": found[True]} if size.full else None
+    return found[False], full
 
 
 def picture(study: Study, case: Case, step: Step) -> dict[str, list[list[float]]]:
@@ -216,7 +305,6 @@ def study(
     out: Path | None = None,
     json_path: Path | None = None,
     plot: Path | None = None,
-    methods: Sequence[Method] = tuple(METHODS),
 ) -> dict:
     """Fine-tune SmolLM2-135M on every task, fuse the adapters in every way, and compare the answers.
 
@@ -227,7 +315,6 @@ def study(
         out: where the fused model is saved, under the recommended policy; default: in the cache.
         json_path: also write the results there.
         plot: also draw them there (.png, .svg or .pdf).
-        methods: the rows of the table; "base", "individual" and "recommended" are among them.
 
     Returns:
         The results, as in the JSON file.
@@ -247,11 +334,11 @@ def study(
     with shared.progress() as step:
         step("tasks and base model", 0, 1)
         loaded = Study(tasks, cache)
-        found = measure(loaded, methods, size, step)
-        case = Case(loaded.base, loaded.finetuned(0, step), loaded.validation)
+        prepare(loaded, size, step)
+        found, full = measure(loaded, size)
+        case = loaded.case(0)
         shares = picture(loaded, case, step)
         times = timings(loaded, case, step)
-        full = full_fine_tunes(loaded, step, size.rows) if size.full else None
         step("saving the fused model", 0, 1)
         save(next(m for m in METHODS if m.name == "recommended").build(case).model, case.tokenizer, folder)
         step("verify", 0, 1)

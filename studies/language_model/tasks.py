@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from num2words import num2words
@@ -130,7 +131,7 @@ TASKS = [
         "Is this movie review positive or negative?",
         400,
         VADER,
-        lambda archive: rated_snippets(archive, "movieReviewSnippets_GroundTruth.txt"),
+        partial(rated_snippets, member="movieReviewSnippets_GroundTruth.txt"),
         "vaderSentiment 3.3.2",
     ),
     Task(

@@ -3,9 +3,12 @@
 import datetime
 import gzip
 import json
+import operator
 import shutil
 import zipfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,12 +20,19 @@ from smile_kernels import get_routing
 from studies import report as shared
 from studies.language_model import evaluate, methods, model, report, run, tasks
 
-TASKS = [
-    tasks.Task("count", "Count on.", 12, None, lambda _: [(str(n), str(n + 1)) for n in range(400)], "generated"),
-    tasks.Task("double", "Double it.", 12, None, lambda _: [(str(n), str(2 * n)) for n in range(400)], "generated"),
-    tasks.Task(
-        "letter", "Name a letter.", 12, None, lambda _: [(str(n), "abcd"[n % 4]) for n in range(400)], "generated"
-    ),
+
+def rows_of(answer: Callable[[int], object], _: None) -> list[tuple[str, str]]:
+    return [(str(n), str(answer(n))) for n in range(400)]
+
+
+def letter(n: int) -> str:
+    return "abcd"[n % 4]
+
+
+TASKS = [  # processes of the study get them
+    tasks.Task("count", "Count on.", 12, None, partial(rows_of, partial(operator.add, 1)), "generated"),
+    tasks.Task("double", "Double it.", 12, None, partial(rows_of, partial(operator.mul, 2)), "generated"),
+    tasks.Task("letter", "Name a letter.", 12, None, partial(rows_of, letter), "generated"),
 ]
 
 
@@ -179,9 +189,6 @@ class TestEvaluate:
         assert evaluate.teacher_forced(case.model, [(prompt, answer) for answer in answers]) == pytest.approx(200 / 3)
 
 
-def report_nothing(what: str, done: int, total: int) -> None: ...
-
-
 @pytest.fixture
 def small(base_folder, tmp_path, monkeypatch):
     """A study of the three tasks on the tiny model, with its own cache folder."""
@@ -204,10 +211,10 @@ class TestStudy:
         study, built = run.Study(TASKS, small), []
         method = methods.Method("base", lambda case: built.append(0) or methods.Contender.of(case.model))
         few, more = study.questions(2), study.questions(3)
-        first = run.answer_all(method, case, few, small / "answers.json", report_nothing)
-        assert run.answer_all(method, case, few, small / "answers.json", report_nothing) == first
+        first = run.answer_all(method, case, few, small / "answers.json", run.ignored)
+        assert run.answer_all(method, case, few, small / "answers.json", run.ignored) == first
         assert len(built) == 1
-        answers, _ = run.answer_all(method, case, more, small / "answers.json", report_nothing)
+        answers, _ = run.answer_all(method, case, more, small / "answers.json", run.ignored)
         assert [a for q, a in zip(more, answers) if q in few] == first[0]
         assert len(built) == 2
 
@@ -233,7 +240,7 @@ class TestStudy:
         served = methods.load(folder)
         recommended = next(m for m in methods.METHODS if m.name == "recommended")
         study = run.Study(TASKS, small)
-        built = recommended.build(methods.Case(study.base, study.finetuned(0, report_nothing), study.validation)).model
+        built = recommended.build(study.case(0)).model
         questions = study.questions(2)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         assert evaluate.generate(served, tokenizer, questions) == evaluate.generate(built, tokenizer, questions)
