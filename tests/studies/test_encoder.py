@@ -122,7 +122,7 @@ def case(bert) -> run.Case:
         pair = (merge.add_to(base, changes), head)
         return encoder.Trained(task, rows, ["a", "b"], split(12), split(20), split(30), head, [pair])
 
-    return run.Case(base, [trained(task) for task in data.TASKS[2:5]], 0, (0.3, 1.0), (0.5,))
+    return run.Case(base, [trained(task) for task in data.TASKS[2:5]], 0, (0.3, 1.0), (0.5,), (1, 3))
 
 
 class TestEncoder:
@@ -292,7 +292,6 @@ class TestEvaluation:
     def test_every_variant_is_evaluated(self, case, monkeypatch):
         monkeypatch.setattr(run, "SETTINGS", ((4, 8), (8, -1)))
         monkeypatch.setattr(run, "SHOWN", (4, 8))
-        monkeypatch.setattr(run, "STEPS", (1, 3))
         rows = {variant.name: run.evaluate(variant, case) for variant in run.variants(case)}
         assert list(rows) == [
             "base + probe",
@@ -322,6 +321,8 @@ class TestEvaluation:
         assert rows["WEMoE"]["upper_parameters"] > 2 * one
         assert [name for name, row in rows.items() if row["passes"] == 2] == ["SMILE (g 4, r 8), one layer votes"]
         assert set(rows["SMILE (g 4, r 8), oracle routing"]["own_expert"].values()) == {100.0}
+        layers = {tuple(row["own_expert"]) for name, row in rows.items() if name.startswith("SMILE")}
+        assert layers == {tuple(rows["SMILE (g 8, full rank)"]["own_expert"])}
         assert rows["SMILE (g 8, full rank)"]["energy_least"] == pytest.approx(100, abs=1e-3)
         verified = [rows[name].get("verified") for name in ("SMILE (g 8, full rank)", "SMILE (g 4, r 8)", "TIES")]
         assert verified == ["exact", "truncated", None]
