@@ -561,6 +561,11 @@ def doctor(
 
     --verify runs every path of this machine's backends in child processes: seconds on a CPU; on a GPU kernels are
     compiled first. Paths that fail are excluded on this machine until a new version, --verify or --forget.
+
+    \b
+    Examples:
+      smile-kernels doctor
+      smile-kernels doctor --verify --report verify.json
     """
     import torch
 

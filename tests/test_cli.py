@@ -203,7 +203,7 @@ def test_the_examples_of_upscale_give_the_same(mistral, tmp_path):
     assert "model.layers.0.mlp.up_proj.vh" in first
 
 
-@pytest.mark.parametrize("command", ["calibrate", "verify", "chat", "inspect"])
+@pytest.mark.parametrize("command", ["analyze", "calibrate", "verify", "chat", "inspect"])
 def test_the_examples_for_a_checkpoint_run(command, mistral):
     shown = examples(command)
     assert shown
@@ -220,6 +220,19 @@ def test_the_examples_for_a_checkpoint_run(command, mistral):
         assert "model.layers.5.self_attn.q_proj" in every
         assert len(every.splitlines()) > 42
         assert Path("energy.png").exists()
+
+
+def test_every_command_has_an_example():
+    assert [
+        command.callback.__name__ for command in app.registered_commands if not examples(command.callback.__name__)
+    ] == []
+
+
+def test_the_examples_of_doctor_run(monkeypatch, tmp_path):
+    """Those that verify nothing; tests/test_selftest.py runs --verify."""
+    (shown, verify) = examples("doctor")
+    assert "would run" in run(*shlex.split(shown)[1:])
+    assert shlex.split(verify)[1:] == ["doctor", "--verify", "--report", "verify.json"]
 
 
 @pytest.mark.parametrize("command", ["bench", "tune"])
