@@ -8,6 +8,6 @@ from .linear import SmileQuantizationConfig
 
 
 def register() -> None:
-    """Make vLLM know SMILE checkpoints; called by vLLM in each of its processes."""
+    """Register SMILE checkpoints with vLLM; called by vLLM in each of its processes."""
     warn_if_newer("vllm")
     register_quantization_config(QUANT_METHOD)(SmileQuantizationConfig)

@@ -1,10 +1,10 @@
 """A layer of vLLM's KV cache that holds sums over the tokens of each request, for routing with scope "causal".
 
-Token t needs, at every router that scores, the sum of p over the tokens of its request up to t: [routers x N] float32
-for a token. These sums are a layer of the KV cache, so whatever is true of a token's keys is true of its sums, under
-chunked prefill, prefix caching, preemption and speculative decoding alike. A pass reads them once for each request, of
-the token before its first, and writes each. vLLM lets a request begin on blocks that another one fills in the same
-pass: then it reads them again, once they are written.
+Token t needs, at every router that computes scores, the sum of p over the tokens of its request up to t: [routers x N]
+float32 per token. These sums are a layer of the KV cache, so a token's sums are treated like its keys, with chunked
+prefill, prefix caching, preemption and speculative decoding. A pass reads them once for each request, at the token
+before its first, and writes those of every token. vLLM lets a request begin on blocks that another one fills in the
+same pass: then they are read again after they are written.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class SumsCache(AttentionLayerBase):
 
     Args:
         name: of the layer, in vLLM's table of layers.
-        width: -> routers x N; asked for once every layer of the model is built.
+        width: -> routers x N; called after every layer of the model is built.
         restart_at: token ids after which the sums restart (RoutingPolicy).
     """
 
@@ -38,10 +38,10 @@ class SumsCache(AttentionLayerBase):
         self.name, self.width, self.restart_at = name, width, restart_at
         self.kv_cache = torch.tensor([])
         self.rounds = 1  # how often this pass reads and writes sums
-        self.restarts: Tensor | None = None  # [T] bool, the pass's tokens that complete restart_at; None: none does
+        self.restarts: Tensor | None = None  # [T] bool, the pass's tokens that complete restart_at; None: none
 
     def begin(self, runner: Any, scheduler_output: Any, counts: np.ndarray) -> None:
-        """A pass begins in which the model runner's requests have so many tokens each, in the batch's order."""
+        """Begin a pass: `counts` are the tokens of each request of the model runner, in the order of the batch."""
         batch = runner.input_batch
         computed = batch.num_computed_tokens_cpu[: len(counts)]
         self.rounds, self.restarts = 1, None
@@ -57,8 +57,8 @@ class SumsCache(AttentionLayerBase):
         return SumsBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # Of the kind of the model's own layers, so that all share one set of blocks. A pass reads no further back than
-        # one token, which any window holds.
+        # Of the kind of the model's own layers, so that all share one set of blocks. A pass reads at most
+        # one token back, which is inside every window.
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers.values() if layer is not self]
         if not any(specs):
@@ -89,7 +89,7 @@ class SumsMetadata:
 
 
 def longest_chain(table: np.ndarray, size: int, computed: np.ndarray, counts: np.ndarray) -> int:
-    """How many requests of a pass at most begin one on the blocks of another, which the pass itself fills.
+    """The longest chain of requests of a pass that begin on blocks of one another, which the pass itself fills.
 
     Args:
         table: [requests, blocks] the blocks of each, of `size` tokens.
@@ -99,8 +99,8 @@ def longest_chain(table: np.ndarray, size: int, computed: np.ndarray, counts: np
     last: np.ndarray = (computed + counts - 1) // size
     writer = {int(block): row for row in range(len(counts)) for block in table[row, first[row] : last[row] + 1]}
     lengths: dict[int, int] = {}
-    for row in np.argsort(computed, kind="stable").tolist():  # whose blocks a request begins on has fewer tokens
-        if computed[row] > 0 and computed[row] % size == 0:  # a block that is partly filled is the request's own
+    for row in np.argsort(computed, kind="stable").tolist():  # the request whose blocks are shared has fewer tokens
+        if computed[row] > 0 and computed[row] % size == 0:  # a partly filled block belongs to one request
             before = writer.get(int(table[row, first[row] - 1]))
             lengths[row] = 0 if before is None else 1 + lengths.get(before, 0)
     return max(lengths.values(), default=0)
@@ -152,10 +152,10 @@ class SumsBackend(AttentionBackend):
 
 
 def smile_running_sums(shares: Tensor, sums: Tensor, first: int, gamma: float, cache_name: str) -> None:
-    """shares [T, P, N] of the routers from `first` on -> sums, those over each token's request up to it, kept.
+    """shares [T, P, N] of the routers from `first` on -> the sums over each token's request up to it, also stored.
 
-    The sum before each token counts `gamma` times (RoutingPolicy.half_life). What runs between CUDA graphs writes into
-    memory that it is given, where the next graph reads.
+    The sum before each token is multiplied by `gamma` (RoutingPolicy.half_life). Operators between CUDA graphs write
+    into given memory, which the next graph reads.
     """
     metadata, _, pages, slots = get_attention_context(cache_name)
     tokens, routers, n = shares.shape
@@ -167,11 +167,11 @@ def smile_running_sums(shares: Tensor, sums: Tensor, first: int, gamma: float, c
         raise RuntimeError(f"routing: a SMILE layer has {tokens} tokens in a pass of {len(slots)}; expected as many")
     size, columns = pages.shape[2], slice(first * n, (first + routers) * n)
     page = pages[:, 0, :, columns]
-    slots = slots.clamp_min(0)  # padding, -1, goes where vLLM keeps no token: block 0
+    slots = slots.clamp_min(0)  # padding, -1, is written to block 0, which has no tokens
     for _ in range(metadata.rounds):
         before = torch.where(metadata.known, page[metadata.before // size, metadata.before % size], 0)
         if gamma == 1:
-            # Differences of prefix sums over all requests, in float64: they must not lose a short one behind long ones.
+            # Differences of prefix sums over all requests, in float64, so that a short one after long ones is accurate.
             prefix = flat.double().cumsum(0)
             upto = (prefix - F.pad(prefix, (0, 0, 1, 0))[metadata.start] + before).to(shares.dtype)
         else:

@@ -1,7 +1,7 @@
-"""SMILE layers in vLLM, for any architecture built of vLLM's linear layers.
+"""SMILE layers in vLLM, for any architecture built from vLLM's linear layers.
 
-vLLM merges the projections that read one x (q, k and v; gate and up) into one layer of P parts, which the kernels take
-as one (`functional.smile_linear`, parts): each part keeps its own router and experts, or has none.
+vLLM merges the projections of one x (q, k and v; gate and up) into one layer of P parts, which is one call of the
+kernels (`functional.smile_linear`, parts): each part has its own router and experts, or none.
 """
 
 import copy
@@ -37,20 +37,20 @@ from .requests import KEY, RequestedExperts, admit_requests, extra_args, give, m
 from .routing import RememberedRouting
 from .votes import HasVoted, PromptRouting
 
-logger = init_logger("vllm.smile_kernels")  # vLLM shows its own loggers alone
+logger = init_logger("vllm.smile_kernels")  # vLLM shows only its own loggers
 
-# The parameters that are SMILE's in a layer; the others are those of its base.
+# The SMILE parameters of a layer; the others belong to its base.
 _OWN = ("vh", "s", "u", "expert_bias", "router", "router_prior")
 
 
 def _prepare_vllm() -> None:
-    """Patches vLLM where it offers no other way; what is not a SMILE model passes as it is."""
+    """Patches vLLM where it has no interface; other models are not affected."""
     admit_requests()
     choose_the_runner()
 
 
 class SmileQuantizationConfig(QuantizationConfig):
-    """`quantization_config` of a SMILE checkpoint as vLLM holds it."""
+    """`quantization_config` of a SMILE checkpoint in vLLM."""
 
     def __init__(self, config: SmileConfig):
         super().__init__()
@@ -104,7 +104,7 @@ class SmileQuantizationConfig(QuantizationConfig):
         return cls(smile)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        # Called before any weight is read: vLLM itself names neither a file that is cut short nor a misshapen tensor.
+        # Called before any weight is read: vLLM's own errors name neither truncated files nor misshapen tensors.
         for file in sorted(Path(model_name).glob("*.safetensors")):
             check_tensors(self.config, read_safetensors(file))
         if self.base is not None:
@@ -142,7 +142,7 @@ class SmileQuantizationConfig(QuantizationConfig):
                     raise SmileError(f"{folder}: tensor {name}.{factor} is missing; expected all of the layer's")
 
     def admit(self, request: Any, config: VllmConfig) -> None:
-        """Checks what a request asks for, and notes it there.
+        """Check the selection of a request, and store it there.
 
         Raises:
             ValueError: an unknown expert, or an engine whose requests cannot choose.
@@ -158,13 +158,13 @@ class SmileQuantizationConfig(QuantizationConfig):
             give(request, asked)
 
     def needs_passes(self, config: VllmConfig) -> list[str]:
-        """What of this model needs to be told of each pass; empty: nothing."""
+        """What of this model needs information about each pass; may be empty."""
         policy = self.config.routing
         needs = [f"routing with scope {policy.scope!r} of SMILE models"] if policy.scope != "token" else []
         return needs + (["experts of SMILE models by request"] if may_choose(config) else [])
 
     def begin_pass(self, runner: Any, scheduler_output: Any, counts: np.ndarray) -> None:
-        """A pass begins whose requests have so many tokens each, in the order of the model runner's batch."""
+        """Begin a pass: the number of tokens of each request, in the order of the model runner's batch."""
         if self.routing is not None:
             self.routing.begin_pass(runner, scheduler_output, counts)
         if not isinstance(self.routing, PromptRouting):
@@ -203,7 +203,7 @@ class SmileQuantizationConfig(QuantizationConfig):
 class SmileLinearMethod(UnquantizedLinearMethod):
     """Creates, loads and applies one layer's experts; `parts` has one entry for each router, None for a dense part.
 
-    `base` does so with a quantised base, whose product the experts are added to.
+    `base` is the method of a quantised base, to whose product the experts are added.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         def loader(name: str, place: Callable[..., None]) -> Callable[..., None]:
             # When vLLM reloads weights, it expects a loader with a name and an argument `param`.
             def load_tensor(param: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
-                if not param.is_meta:  # on which vLLM counts first what is loaded
+                if not param.is_meta:  # for which vLLM first counts the loaded tensors
                     self.loaded.add((name, _index(p, *shard)))
                 place(param, loaded_weight, *shard)
 
@@ -265,7 +265,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         self.rows = [o] if p == 1 else output_partition_sizes
         if self.prompt is not None:
             self.prompt.attach(layer, self.names[0])
-            self.requests = None  # whose experts stand with the votes
+            self.requests = None  # its experts are stored with the votes
         elif self.requests is not None:
             self.requests = self.requests.attach(layer, self.names[0])
         present = list(self.present.values())
@@ -274,7 +274,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         k = max(self.r, *(part.rank_of_router for part in present if not part.router), 0)
 
         def register(name: str, shape: tuple[int, ...], place: Callable, dtype=params_dtype, **attributes) -> None:
-            # NaN marks what the checkpoint did not give: vLLM itself does not notice a tensor that is missing.
+            # NaN marks tensors that are not in the checkpoint: vLLM does not detect missing ones.
             parameter = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": loader(name, place), **attributes})
             layer.register_parameter(name, parameter)
@@ -295,9 +295,9 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             )
 
     def _load_weight(self, load: Callable, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
-        """One part of weight [O, D], which the checkpoint stores as [D, O] where it says fan_in_fan_out.
+        """One part of weight [O, D], which the checkpoint stores as [D, O] with fan_in_fan_out.
 
-        Some models of vLLM transpose what they read, as GPT-2 does for its Conv1D layers, whatever a checkpoint says.
+        Some models of vLLM, such as GPT-2 for its Conv1D layers, transpose weights in any case.
         """
         part = self.parts[_index(len(self.parts), *shard)]
         if part is not None and loaded.dim() == 2:
@@ -341,7 +341,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             self.base.process_weights_after_loading(layer)
 
     def _find_router(self, layer: LinearBase) -> None:
-        """The router's rows of all parts, where vh does not begin with them; those that `_route` reads, in float32."""
+        """Complete the router's rows of all parts if some are not the first of vh; `scored_rows` are for `_route`."""
         for name in ("expert_bias", "router", "router_prior"):
             if not hasattr(layer, name):
                 layer.register_parameter(name, None)
@@ -357,7 +357,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             scored = scored[: self.routing.count(self.first, len(scored))]
         if scored and not self._routes_itself(layer):
             scored_rows = self._rows(layer, scored)
-        # The first layer past the blocks that vote ends a pass of votes.
+        # The first layer after the voting blocks ends a pass of votes.
         self.votes = self.prompt is not None and self.first <= self.prompt.count(0, self.prompt.routers)
         layer.register_buffer("scored_rows", scored_rows)  # persistent, so that vLLM copies it when it reloads weights
 
@@ -367,7 +367,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         return rows[parts].flatten(0, 2).float()
 
     def _routes_itself(self, layer: LinearBase) -> bool:
-        """Whether the kernel routes: it has no policy to follow, m experts for each token, and x is whole."""
+        """Whether the kernel routes: no policy, m experts for each token, and x is not split."""
         return (
             self.routing is None
             and self.top_p == 1
@@ -380,7 +380,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         return torch.ops.vllm.smile_layer(x, bias, self.names[0], sum(self.rows))
 
     def compute(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y of the layer, which reads what the requests of this pass ask for where they can."""
+        """y of the layer, with the selections of the requests of this pass, if supported."""
         split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
         asked = self.requests is not None and self.requests.rows is not None
         alone = self._routes_itself(layer) and not asked
@@ -401,7 +401,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         return smile_delta(self.base.apply(layer, x, bias), x, *experts, **options)
 
     def vote(self, layer: LinearBase, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Under scope "prompt": adds up evidence where somebody votes -> what serves each token of x [T, D]."""
+        """Scope "prompt": sum the evidence of votes -> the experts of each token of x [T, D]."""
         assert self.prompt is not None
         if self.prompt.voting:
             if layer.scored_rows is not None:
@@ -415,7 +415,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         """x [T, D] -> the scores of the routers with these rows, [T, routers, N]."""
         projections = F.linear(x.float(), rows)
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
-            # x holds a part of the columns: the projections are sums over ranks, and the norm comes after.
+            # x has a part of the columns: the projections are summed over ranks before the norm.
             projections = tensor_model_parallel_all_reduce(projections)
         return torch.linalg.vector_norm(projections.unflatten(-1, (-1, self.n, self.g)), dim=-1)
 
@@ -438,7 +438,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
                 weights, ids = self.vote(layer, x)
             weights, ids = (t[:, None].expand(-1, p, -1) for t in (weights, ids))
         elif self.routing is None:
-            # The kernel routes where no request asks for experts.
+            # The kernel routes if no request selects experts.
             scores = self._scores(layer, x, self._rows(layer, list(self.present)) if rows is None else rows)
             weights, ids = select_experts(scores, self.m, self.top_p)
         else:
@@ -454,17 +454,17 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         if p == len(self.parts):
             return weights, ids
         where = [list(self.present).index(i) if part else p for i, part in enumerate(self.parts)]
-        weights, ids = F.pad(weights, (0, 0, 0, 1)), F.pad(ids, (0, 0, 0, 1), value=-1)  # what a dense part takes
+        weights, ids = F.pad(weights, (0, 0, 0, 1)), F.pad(ids, (0, 0, 0, 1), value=-1)  # for a dense part
         return weights[..., where, :], ids[..., where, :]
 
 
 def _index(parts: int, shard: Any = None) -> int:
-    """The number of one of a layer's parts, by vLLM's name for it; a layer of one part may be read by any name."""
+    """The index of a part by vLLM's name for it; a layer with one part accepts any name."""
     return 0 if parts == 1 else {"q": 0, "k": 1, "v": 2}.get(shard, shard)
 
 
 def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
-    """One part of vh, s or router [P, N, ranks, D]; a shorter rank ends in zeros, D is cut for tensor parallelism."""
+    """One part of vh, s or router [P, N, ranks, D]; a lower rank is padded with zeros, D is split over ranks."""
     target = parameter.data[_index(len(parameter), *shard)]
     if target.dim() == 3 and loaded.shape[-1] != target.shape[-1]:
         loaded = loaded.narrow(-1, layer.tp_rank * target.shape[-1], target.shape[-1])
@@ -476,5 +476,5 @@ def _load_part(layer: LinearBase, parameter: Tensor, loaded: Tensor, *shard: Any
 
 
 def _load_rows(load: Callable, parameter: Tensor, loaded: Tensor, *shard: Any) -> None:
-    """One part of u [N, O, r], placed by vLLM's own loader; a shorter rank ends in zeros."""
+    """One part of u [N, O, r], loaded by vLLM's own loader; a lower rank is padded with zeros."""
     load(parameter, F.pad(loaded, (0, parameter.shape[-1] - loaded.shape[-1])), *shard)

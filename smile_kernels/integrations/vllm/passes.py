@@ -1,6 +1,6 @@
-"""What vLLM's model runner tells a SMILE model of each pass: whose tokens there are, and what their requests ask for.
+"""Information about each pass from vLLM's model runner to a SMILE model: the tokens and selections of its requests.
 
-The runner is vLLM's V1: a model that needs to be told has vLLM choose it. Everything it relies on there is named here.
+The runner is vLLM's V1, which is selected for models that need this information. All names of vLLM used are here.
 """
 
 import functools
@@ -13,13 +13,13 @@ from ...versions import expect
 
 
 def smile_of(config: VllmConfig) -> Any:
-    """The SmileQuantizationConfig of an engine; None where its model is not a SMILE checkpoint."""
+    """The SmileQuantizationConfig of an engine; None if its model is not a SMILE checkpoint."""
     smile = config.quant_config
     return smile if hasattr(smile, "begin_pass") else None
 
 
 def follow_passes() -> None:
-    """Has vLLM's model runner say what is in each pass before it, in this process."""
+    """Make vLLM's model runner, in this process, report the contents of each pass before it runs."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     for name in ("_prepare_inputs", "execute_model"):
@@ -48,7 +48,7 @@ def follow_passes() -> None:
 
 
 def choose_the_runner() -> None:
-    """Has vLLM take its V1 model runner for models that need to be told of passes, and refuse V2 by name."""
+    """Make vLLM select its V1 model runner for models that need information about passes, and refuse V2 by name."""
     name = "_get_v2_model_runner_unsupported_features"
     expect("vllm", callable(getattr(VllmConfig, name, None)), f"VllmConfig.{name}")
     unsupported: Any = getattr(VllmConfig, name)

@@ -1,8 +1,9 @@
-"""Experts that a request asks for: `vllm_xargs: {"expert": ...}` over HTTP, SamplingParams.extra_args in Python.
+"""Experts selected by a request: `vllm_xargs: {"expert": ...}` over HTTP, SamplingParams.extra_args in Python.
 
-The front end checks what is asked, and salts the request's prefix cache with it: keys and values of other experts are
-never shared. Before each pass the model runner says which tokens belong to which request; the layers take that instead
-of their routers' choice, one operator a layer, so that what is asked is read as the pass runs, not as it was compiled.
+The front end checks the selection and adds it to the salt of the request's prefix cache: keys and values of different
+experts are never shared. Before each pass the model runner reports the tokens of each request; the layers use the
+selections instead of their routers' choice, in one operator per layer, so that they are read when the pass runs, not
+when it is compiled.
 """
 
 import copy
@@ -25,9 +26,9 @@ from ...versions import expect
 from .passes import follow_passes, smile_of
 
 KEY = "expert"
-FLAG = "smile_expert_per_request"  # in --additional-config: without it layers cost what they cost
+FLAG = "smile_expert_per_request"  # in --additional-config: without it layers have no additional cost
 
-Asked = Sequence[tuple[int, float]]  # (expert, weight), as it travels with the request
+Asked = Sequence[tuple[int, float]]  # (expert, weight), sent with the request
 
 
 class RequestError(SmileError, VLLMClientError):
@@ -56,14 +57,14 @@ def why_not(config: VllmConfig) -> str | None:
 
 
 class RequestedExperts:
-    """What the requests of one engine ask for; its layers look here in each pass."""
+    """The selections of the requests of one engine, read by its layers in each pass."""
 
     def __init__(self, num_local_experts: int, expert_names: Sequence[str] | None):
         self.n, self.names = num_local_experts, expert_names
         self.rows: tuple[Tensor, Tensor, Tensor] | None = None  # weights, ids [T, k] and whether the policy chooses [T]
 
     def attach(self, layer: nn.Module, name: str) -> "RequestedExperts | None":
-        """Has a layer that is being built found by its name in a pass; None where requests cannot choose."""
+        """Register a layer under construction by its name, for passes; None if requests cannot choose."""
         config = get_current_vllm_config()
         if why_not(config) is not None:
             return None
@@ -72,15 +73,15 @@ class RequestedExperts:
         return self
 
     def asked(self, request: Any) -> Asked | None:
-        """What a request asks for, checked; None: nothing."""
+        """The selection of a request, checked; None: none."""
         expert = extra_args(request.sampling_params).get(KEY)
         return None if expert is None else self.check(expert)
 
     def check(self, expert: Any) -> Asked:
-        """What a request asks for, by experts' indices; a list has one weight for each expert.
+        """The selection of a request, by experts' indices; a list has one weight for each expert.
 
         Raises:
-            ValueError: an unknown expert, or weights that do not fit.
+            ValueError: an unknown expert, or a wrong number of weights.
         """
         if isinstance(expert, (list, tuple)) and all(isinstance(e, (list, tuple)) for e in expert) and expert:
             expert = dict(map(tuple, expert))  # checked before
@@ -91,12 +92,12 @@ class RequestedExperts:
         return list(expert_weights(expert, self.n, self.names, KEY).items())
 
     def begin_pass(self, runner: Any, counts: np.ndarray) -> None:
-        """A pass begins whose requests have so many tokens each, in the batch's order."""
+        """Begin a pass: the number of tokens of each request, in the order of the batch."""
         asked = (extra_args(runner.requests[name].sampling_params).get(KEY) for name in runner.input_batch.req_ids)
         self.begin([None if one is None else self.check(one) for one in asked], counts, runner.device)
 
     def begin(self, asked: Sequence[Asked | None], tokens: np.ndarray, device: torch.device) -> None:
-        """A pass begins: what its requests ask for, and how many tokens of it each has, in the batch's order."""
+        """Begin a pass: the selections of its requests, and the number of tokens of each, in the order of the batch."""
         self.rows = None
         if all(one is None for one in asked):
             return
@@ -106,10 +107,10 @@ class RequestedExperts:
         self.rows = weights_of, ids_of, own_of
 
     def merge(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer's P routers chose, [T, P, m], with what the requests ask for in its place, [T, P, max(m, k)].
+        """The choice of a layer's P routers, [T, P, m], replaced by the selections of requests, [T, P, max(m, k)].
 
         Raises:
-            RuntimeError: a layer that runs on fewer tokens than the pass has.
+            RuntimeError: the layer's input has fewer tokens than the pass.
         """
         if self.rows is None:
             return weights, ids
@@ -129,7 +130,7 @@ class RequestedExperts:
 def asked_rows(
     asked: Sequence[Sequence[tuple[int, float]]], tokens: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What requests of so many tokens ask for, a row a token: weights [T, width] float32 and ids [T, width] int32."""
+    """The selections of requests, a row per token: weights [T, width] float32 and ids [T, width] int32."""
     weights: np.ndarray = np.zeros((len(asked), width), np.float32)
     ids: np.ndarray = np.full((len(asked), width), -1, np.int32)
     for row, one in enumerate(asked):
@@ -139,7 +140,7 @@ def asked_rows(
 
 
 def admit_requests() -> None:
-    """Has vLLM's front end check what requests of SMILE models ask for; those of other models pass as they are."""
+    """Make vLLM's front end check the selections of requests to SMILE models; other models are not affected."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     expect("vllm", callable(getattr(InputProcessor, "process_inputs", None)), "InputProcessor.process_inputs")
@@ -166,8 +167,8 @@ def extra_args(params: Any) -> Mapping[str, Any]:
 
 
 def give(request: Any, asked: Asked) -> None:
-    """Has a request take these experts, and keeps its prefix cache apart from that of others."""
-    params = copy.copy(request.sampling_params)  # requests of one prompt may share theirs
+    """Set the experts of a request, and separate its prefix cache from those with other experts."""
+    params = copy.copy(request.sampling_params)  # requests with the same prompt and experts may share theirs
     params.extra_args = {**extra_args(params), KEY: asked or [(0, 0.0)]}
     request.sampling_params = params
     request.cache_salt = f"{request.cache_salt or ''}|{KEY}={asked}"

@@ -18,10 +18,10 @@ from .passes import follow_passes
 
 
 class RememberedRouting:
-    """A model's policy: numbers its routers in the order their layers are built, and chooses as they run.
+    """A model's policy: numbers its routers in the order in which their layers are built, and chooses when they run.
 
     Raises:
-        NotImplementedError: a policy, or (from `add`) an engine, that vLLM cannot carry; the message names it.
+        NotImplementedError: a policy, or (from `add`) an engine, that is not supported; the message names it.
     """
 
     def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
@@ -33,7 +33,7 @@ class RememberedRouting:
             )
         self.policy, self.n, self.m = policy, num_local_experts, num_experts_per_tok
         self.gamma = 1.0 if policy.half_life is None else 2 ** (-1 / policy.half_life)
-        self.names: list[str] = []  # of the routers' layers, in the order they are built
+        self.names: list[str] = []  # of the routers' layers, in the order in which they are built
         self.due = 0  # the router that runs next
         self.cache: SumsCache | None = None  # of scopes that sum over tokens
 
@@ -42,14 +42,14 @@ class RememberedRouting:
         return len(self.names)
 
     def add(self, names: list[str]) -> int:
-        """Makes room for the routers of one more layer, each by its linear layer's name -> the number of the first."""
+        """Add the routers of a layer, with the names of their linear layers -> the number of the first."""
         if not self.names:
             self._start(get_current_vllm_config())
         self.names += names
         return self.routers - len(names)
 
     def _refused(self, config: VllmConfig) -> dict[str, tuple[bool, str]]:
-        """What an engine may not have, by its name: whether it has it, and why it may not."""
+        """Unsupported features of engines by name: whether the engine has it, and the reason."""
         model, parallel = config.model_config, config.parallel_config
         scheduler = config.scheduler_config
         return {
@@ -69,7 +69,7 @@ class RememberedRouting:
         }
 
     def _most(self, config: VllmConfig) -> int:
-        """How many experts a token may have."""
+        """The maximum number of experts of a token."""
         return self.m
 
     def _start(self, config: VllmConfig) -> None:
@@ -81,7 +81,7 @@ class RememberedRouting:
                 )
         tokens, width = config.scheduler_config.max_num_batched_tokens, self._most(config)
         self.evidence = torch.zeros(tokens, self.n)  # L of the router that ran last
-        self.weights = torch.zeros(tokens, width)  # the choice of the last router that scored
+        self.weights = torch.zeros(tokens, width)  # the choice of the last router with scores
         self.ids = torch.zeros(tokens, width, dtype=torch.int32)
         if self.policy.scope in ("causal", "prompt"):
             # vLLM reads a layer's number from its name.
@@ -92,18 +92,18 @@ class RememberedRouting:
                 self.cache_name, lambda: self.count(0, self.routers) * self.n, self.policy.restart_at
             )
             compilation.static_forward_context[self.cache_name] = self.cache
-            # The ops need each pass's metadata: they run between CUDA graphs, as attention does.
+            # The ops need each pass's metadata: they run between CUDA graphs, like attention.
             ops = ("vllm::smile_running_sums", "vllm::smile_vote")
             compilation.splitting_ops = [*(compilation.splitting_ops or ()), *ops]
             follow_passes()
 
     def begin_pass(self, runner: Any, scheduler_output: Any, counts: np.ndarray) -> None:
-        """A pass begins whose requests have so many tokens each, in the order of the model runner's batch."""
+        """Begin a pass: the number of tokens of each request, in the order of the model runner's batch."""
         if self.cache is not None:
             self.cache.begin(runner, scheduler_output, counts)
 
     def count(self, first: int, routers: int) -> int:
-        """How many of the routers from number `first` on compute scores; those after `lock_after` do not."""
+        """The number of routers from number `first` on that compute scores; those after `lock_after` do not."""
         lock = self.policy.lock_after
         if lock is None:
             return routers
@@ -111,7 +111,7 @@ class RememberedRouting:
         return sum(blocks[name] < lock for name in self.names[first : first + routers])
 
     def width(self) -> int:
-        """Sums of one token: N for each router that scores."""
+        """Sums of one token: N for each router that computes scores."""
         return self.count(0, self.routers) * self.n
 
     def choose(self, scores: Tensor, first: int, routers: int, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,14 +119,14 @@ class RememberedRouting:
 
         Args:
             scores: [T, count(first, routers), N] float32.
-            first, routers: the number of the layer's first router, and how many it has.
-            prior: [routers, N] float32, router_prior of each; read by calibrated policies.
+            first, routers: the number of the layer's first router, and the count of its routers.
+            prior: [routers, N] float32, router_prior of each; used by calibrated policies.
 
         Returns:
             weights [T, routers, m] float32 and ids [T, routers, m] int32.
 
         Raises:
-            RuntimeError: layers run in another order than they were built in.
+            RuntimeError: layers run in another order than that in which they were built.
         """
         scored = scores.shape[1]
         if scored:
@@ -143,7 +143,7 @@ class RememberedRouting:
         return weights, ids
 
     def add_evidence(self, scores: Tensor, first: int, routers: int, prior: Tensor | None = None) -> Tensor:
-        """L of the routers that `choose` is called for, [T, count(first, routers), N]; the last is kept."""
+        """L of the routers in `choose`, [T, count(first, routers), N]; the last is stored."""
         self._follow(first, routers)
         tokens, scored = scores.shape[:2]
         sums = shares = energy_shares(scores.square())
@@ -170,7 +170,7 @@ class RememberedRouting:
 
 
 def _check_compilation(compilation: object) -> None:
-    """Raises ImportError where vLLM no longer has what carries the sums: they would be lost silently."""
+    """Raise ImportError if vLLM has changed so that the sums would be lost silently."""
     forward = getattr(compilation, "static_forward_context", None)
     expect("vllm", isinstance(forward, dict), "CompilationConfig.static_forward_context, a dict of layers by name")
     ops = getattr(compilation, "splitting_ops", 0)

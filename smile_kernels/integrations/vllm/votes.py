@@ -29,7 +29,7 @@ from .passes import smile_of
 from .requests import KEY, Asked, asked_rows, extra_args, give, may_choose
 from .routing import RememberedRouting
 
-VOTE = "vote"  # what a request that votes asks for
+VOTE = "vote"  # the selection of a request that votes
 
 
 class HasVoted(Exception):
@@ -37,17 +37,17 @@ class HasVoted(Exception):
 
 
 class PromptRouting(RememberedRouting):
-    """The policy at work in a worker: which rows of a pass vote, and which experts serve the others.
+    """The policy in a worker: which rows of a pass vote, and the experts of the others.
 
-    `weights` [tokens, width] and `ids` hold the latter; layers read them in compiled code and CUDA graphs too.
+    `weights` [tokens, width] and `ids` are the latter, which layers also read in compiled code and CUDA graphs.
     """
 
-    votes: tuple[Tensor, Tensor] | None = None  # the rows of a pass's votes: their last tokens', their logits'
-    only_votes = False  # whether the pass ends with the blocks that vote
+    votes: tuple[Tensor, Tensor] | None = None  # rows of a pass's votes: of their last tokens, of their logits
+    only_votes = False  # whether the pass ends with the voting blocks
 
     def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
         super().__init__(policy, num_local_experts, num_experts_per_tok)
-        self.taken: tuple[list, list] | None = None  # what the last pass was told
+        self.taken: tuple[list, list] | None = None  # the arguments of the last pass
         vote_first()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class PromptRouting(RememberedRouting):
         vote_first()  # in another process
 
     def _most(self, config: VllmConfig) -> int:
-        """How many experts a request may have."""
+        """The maximum number of experts of a request."""
         return self.n if may_choose(config) else self.m
 
     def _refused(self, config: VllmConfig) -> dict[str, tuple[bool, str]]:
@@ -71,16 +71,16 @@ class PromptRouting(RememberedRouting):
 
     def _start(self, config: VllmConfig) -> None:
         super()._start(config)
-        # Ranks of data parallelism run as many layers as one another.
+        # Ranks of data parallelism run the same number of layers.
         self.may_end = config.speculative_config is None and config.parallel_config.data_parallel_size == 1
         follow_votes()
 
     def attach(self, layer: nn.Module, name: str) -> None:
-        """Has a layer that is being built found by its name in a pass."""
+        """Register a layer under construction by its name, for passes."""
         get_current_vllm_config().compilation_config.static_forward_context[name] = layer
 
     def admit(self, request: Any, asked: Asked | None, config: VllmConfig) -> None:
-        """Raises ValueError where a request cannot vote, or asks for more experts than it may have."""
+        """Raise ValueError if a request cannot vote, or selects too many experts."""
         if asked is not None and len(asked) > self._most(config):
             raise SmileError(
                 f"{KEY}: has {len(asked)} experts; expected at most {self._most(config)}, as many as the checkpoint's "
@@ -121,22 +121,22 @@ class PromptRouting(RememberedRouting):
 
     @property
     def voting(self) -> bool:
-        """Whether layers add up evidence: some request votes, or vLLM measures its memory."""
+        """Whether layers sum evidence: a request votes, or vLLM measures its memory."""
         return self.votes is not None or get_forward_context().attn_metadata is None
 
     def cast(self, logits: Tensor) -> Tensor:
-        """logits [rows, vocabulary] with the logarithm of its experts' weights in the row of each vote, else -inf."""
+        """logits [rows, vocabulary]; the row of a vote has the logarithms of its experts' weights, otherwise -inf."""
         if self.votes is None:
             return logits
         last, at = self.votes
         weights, ids = select_experts(self.evidence[last], self.m, self.policy.top_p)
         votes = logits.new_full((len(at), logits.shape[1]), -torch.inf, dtype=torch.float32)
-        votes.scatter_reduce_(1, ids.clamp_min(0).long(), weights.log(), "amax")  # -1 where top_p left one out
+        votes.scatter_reduce_(1, ids.clamp_min(0).long(), weights.log(), "amax")  # -1 if top_p excludes it
         return logits.float().index_copy_(0, at, votes)
 
 
 def follow_votes() -> None:
-    """Has vLLM's model runner end passes that have voted, and sample what they chose, in this process."""
+    """Make vLLM's model runner, in this process, end passes after their votes, and sample their choices."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     for name in ("_model_forward", "_sample"):
@@ -154,7 +154,7 @@ def follow_votes() -> None:
             return torch.zeros(tokens, config.get_hidden_size(), dtype=config.dtype, device=self.device)
         finally:
             if (routing := votes_of(self.vllm_config)) is not None:
-                routing.only_votes = False  # vLLM's own trial passes go through all blocks
+                routing.only_votes = False  # vLLM's own trial passes run all blocks
 
     @functools.wraps(sample)
     def sample_votes(self: Any, logits: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -232,7 +232,7 @@ class Pending:
         return requests
 
     def withdraw(self, names: set[str] | None) -> tuple[list[Request], set[str]]:
-        """Requests of these names (None: all) that still wait, who do no longer; and the votes nobody waits for."""
+        """Remove waiting requests of these names (None: all); return them, and the votes without waiting requests."""
         gone, idle = [], set()
         for vote, prompt in list(self.prompts.items()):
             requests = self.waiting[prompt]
@@ -246,7 +246,7 @@ class Pending:
 
 
 def vote_first() -> None:
-    """Has vLLM's scheduler put a vote before each request that asks for no experts, in this process."""
+    """Make vLLM's scheduler, in this process, add a vote before each request that selects no experts."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     for name in ("add_request", "finish_requests", "update_from_output"):
@@ -278,7 +278,7 @@ def vote_first() -> None:
             return finish(self, request_ids, finished_status)
         names = None if request_ids is None else {request_ids} if isinstance(request_ids, str) else set(request_ids)
         gone, idle = waiting.withdraw(names)
-        for request in gone:  # vLLM ends it by its own rules
+        for request in gone:  # vLLM ends it by its rules
             add(self, request)
         finished = finish(self, None if names is None else names | idle, finished_status)
         return [request for request in finished if extra_args(request.sampling_params).get(KEY) != VOTE]
@@ -306,7 +306,7 @@ def vote_first() -> None:
 
 
 def smile_vote(x: Tensor, weights: Tensor, ids: Tensor, name: str) -> None:
-    """The SMILE layer `name` reads x [T, D]: its part of the votes; into weights and ids [T, width] what serves it."""
+    """Evidence of the SMILE layer `name` for x [T, D]; writes its tokens' experts to weights and ids [T, width]."""
     layer: Any = get_forward_context().no_compile_layers[name]
     for into, served in zip((weights, ids), layer.quant_method.vote(layer, x)):
         into.copy_(served)

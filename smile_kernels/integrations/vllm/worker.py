@@ -13,18 +13,18 @@ class SmileWorker:
     reload_weights: Any
 
     def reload_experts(self, folder: str) -> None:
-        """Loads the weights of another folder, as `replace_expert` and `save_pretrained` write it, in place.
+        """Load the weights of another folder, written by `replace_expert` and `save_pretrained`, in place.
 
             llm.collective_rpc("reload_experts", args=("fused-v2",))
             llm.reset_prefix_cache()
 
-        The checkpoint has the layers, ranks, routing and number of experts of the one being served, under the same
-        names; other files than config.json and the weights are not read. No request may run meanwhile, and what
-        is cached of prefixes is stale afterwards.
+        The checkpoint must have the layers, ranks, routing, names and number of experts of the one being served; only
+        config.json and the weights are read. No request may run during the call, and cached prefixes are stale
+        afterwards.
 
         Raises:
-            SmileError: another model is served, or the folder does not fit; the message names what differs. Nothing is
-                changed then.
+            SmileError: another model is served, or the folder does not match; the message names the difference. Nothing
+                is changed then.
         """
         config = self.vllm_config.quant_config
         if not isinstance(config, SmileQuantizationConfig):
