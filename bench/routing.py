@@ -1,7 +1,7 @@
-"""Routing policies and further rules on the demo's models, and what they cost.
+"""Routing policies and other rules on the models of the encoder study, and their cost.
 
-Accuracy is that of validation texts alone. A case is the demo's: its fine-tuned models are read from the cache, or
-trained. Each rule answers the four sets of texts of `studies.encoder.routing`. Costs are times of one thread,
+Accuracy is that on validation texts. The cases are those of the study: fine-tuned models are read from the cache, or
+trained. Each rule is evaluated on the four sets of texts of `studies.encoder.routing`. Costs are times of one thread,
 interleaved.
 """
 
@@ -59,7 +59,7 @@ def pooled(at: Pass, p: Tensor) -> Tensor:
 
 
 def recent(at: Pass, p: Tensor, half_life: float) -> Tensor:
-    """The mean over the tokens up to each one, a token counting half as much as one `half_life` tokens later."""
+    """The mean over the tokens up to each one; weights are halved every `half_life` tokens."""
     kept, sums = 0.5 ** (1 / half_life), [torch.zeros_like(p[:, 0])]
     for now in (p * at.real).unbind(1):
         sums.append(kept * sums[-1] + now)
@@ -68,7 +68,7 @@ def recent(at: Pass, p: Tensor, half_life: float) -> Tensor:
 
 
 def told_apart(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequence + layers, where it is known which tokens belong together, as in packed sequences."""
+    """Sequence + layers, with known boundaries, as in packed sequences."""
     same = (at.owner[:, :, None] == at.owner[:, None]).float()
     return functional.select_experts(add(at, "sum", same @ p / same.sum(-1, keepdim=True)), 1)
 
@@ -102,24 +102,24 @@ def prior(layers: int, then: str, mean: bool = False) -> Rule:
 
 
 def revote(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequence + layers, lock 3, but every sixth layer votes again."""
+    """Sequence + layers, lock 3, but every sixth layer chooses again."""
     if at.layer < 3 or at.layer % 6 == 0:
         add(at, "sum", pooled(at, p))
     return functional.select_experts(at.evidence["sum"], 1)
 
 
 def forgetting_layers(keep: float) -> Rule:
-    """Sequence + layers, the sum over the layers below shrinking by `keep` at each layer."""
+    """Sequence + layers, with the sum over previous layers multiplied by `keep` at each layer."""
     return lambda at, p: functional.select_experts(add(at, "sum", pooled(at, p), keep), 1)
 
 
 def forgetting_tokens(half_life: float) -> Rule:
-    """Causal + layers, tokens losing weight with their distance."""
+    """Causal + layers, with weights that decay with distance."""
     return lambda at, p: functional.select_experts(add(at, "sum", recent(at, p, half_life)), 1)
 
 
 def turning(half_life: float, least: float) -> Rule:
-    """Causal + layers, unless the latest tokens are sure (max softmax(L) of `least`) of another expert."""
+    """Causal + layers, unless the latest tokens prefer another expert with confidence (max softmax(L) of `least`)."""
 
     def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
         counts = at.real.cumsum(1).clamp_min(1)
@@ -131,7 +131,7 @@ def turning(half_life: float, least: float) -> Rule:
 
 
 def window(radius: int) -> Rule:
-    """The tokens up to `radius` to the left and to the right vote, + layers."""
+    """The evidence of tokens up to `radius` to the left and to the right, + layers."""
 
     def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
         sums = F.pad((p * at.real).cumsum(1), (0, 0, radius + 1, 0))
@@ -206,7 +206,7 @@ def measure_case(case: str, ways: dict[str, RoutingPolicy | Rule]) -> Record:
 
 
 def mean(*rows: Record) -> str:
-    """Mean over tasks and seeds, as the tables show it: accuracy (share of tokens at their own expert)."""
+    """Mean over tasks and seeds, in the form of the tables: accuracy (share of tokens at their own expert)."""
     accuracy = f"{statistics.fmean(a for row in rows for a in row['accuracy'] if a is not None):.1f}"
     own = [share for row in rows for share in row.get("own", []) if share is not None]
     return f"{accuracy} ({statistics.fmean(own):.1f} %)" if own else accuracy
@@ -255,10 +255,10 @@ def measure_model(batch: int, length: int) -> Record:
 
 @torch.no_grad()
 def measure_layer(in_features: int, out_features: int, tokens: int, backend: str) -> Record:
-    """One layer on one backend: F.linear; with its own router; with the routing given, as locked layers have it.
+    """One layer on one backend: F.linear; with its own router; with a given routing, as in locked layers.
 
-    What is given: an expert drawn for each token; one for each of EXPERTS sequences of tokens / EXPERTS, as a policy of
-    scope "sequence" chooses, all different; one for all.
+    Given routings: an expert drawn for each token; one for each of EXPERTS sequences of tokens / EXPERTS, as with scope
+    "sequence", all different; one for all.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -282,7 +282,7 @@ def measure_layer(in_features: int, out_features: int, tokens: int, backend: str
 
 
 def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
-    """Samples of every call, and the median of each round's time over the first call's, which is printed."""
+    """Samples of every call, and the median of the times relative to the first call in each round, which is printed."""
     peers = interleave(calls, "cpu", seconds=5)
     base = next(iter(peers.values()))["wall_us"]
     for name, peer in peers.items():
@@ -292,7 +292,7 @@ def timed(calls: dict[str, Callable[[], object]], what: Record) -> Record:
 
 
 def plan(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures the accuracy."""
+    """Name -> the function that measures the accuracy."""
     return {
         f"{case}, {kind}": lambda case=case, ways=ways: measure_case(case, ways)
         for case in CASES
@@ -301,7 +301,7 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
 
 
 def plan_costs(device: str) -> dict[str, Callable[[], Record]]:
-    """Name -> what measures the time."""
+    """Name -> the function that measures the time."""
     plan = {f"model {b} x {s}": lambda b=b, s=s: measure_model(b, s) for b, s in ((1, 32), (1, 256), (32, 64))}
     return plan | {
         f"layer {d} to {o}, {t} tokens, {backend}": lambda d=d, o=o, t=t, b=backend: measure_layer(d, o, t, b)

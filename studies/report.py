@@ -1,4 +1,4 @@
-"""What every study shows: its machine, tables on the terminal and in Markdown, sections of pages, files of results."""
+"""Output of the studies: the machine, tables on the terminal and in Markdown, sections of pages, files of results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Right = Mapping[str, Sequence[str]]  # {task: [one string of 0 and 1 a seed]}
 
 @contextmanager
 def progress() -> Iterator[Step]:
-    """Progress on stderr, by piece of work: a bar on a terminal, elsewhere a line for each tenth."""
+    """Progress on stderr by stage: a bar on a terminal, otherwise a line for each tenth."""
     columns = TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
     bars: dict[str, TaskID] = {}
@@ -54,7 +54,7 @@ def progress() -> Iterator[Step]:
 
 
 def machine() -> dict:
-    """Where results were made."""
+    """The machine and versions of the results."""
     return {
         "processor": f"{device_name('cpu')} ({os.cpu_count()} logical cores)",
         "threads": torch.get_num_threads(),
@@ -69,7 +69,7 @@ def check(verdicts: Sequence[ExpertVerdict]) -> str:
     """The worst verdict of `verify`: "exact" or "truncated".
 
     Raises:
-        RuntimeError: a forced expert is not the fine-tuned model, within what the ranks of the experts leave out.
+        RuntimeError: a forced expert differs from the fine-tuned model by more than the truncation of its ranks.
     """
     worst = max(verdicts, key=lambda one: ("exact", "truncated", "off").index(one.verdict))
     if worst.verdict == "off":
@@ -79,7 +79,7 @@ def check(verdicts: Sequence[ExpertVerdict]) -> str:
 
 def show(tables: Sequence[TableRows]) -> None:
     """Print tables."""
-    console = Console(width=max(170, Console().width))  # a table that is folded cannot be read
+    console = Console(width=max(170, Console().width))  # folded tables are unreadable
     for title, columns, rows in tables:
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for i, column in enumerate(columns):
@@ -138,7 +138,7 @@ def fill(page: Path, sections: Mapping[str, str]) -> str:
 
 
 def write(results: Mapping, json_path: Path | None, plot: Path | None, draw: Callable[[Mapping], Figure]) -> None:
-    """The files of a study that were asked for, each written atomically."""
+    """Write the requested files of a study, each atomically."""
     for path in filter(None, (json_path, plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if json_path:

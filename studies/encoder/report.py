@@ -31,7 +31,7 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def tables(results: dict) -> list[TableRows]:
-    """Every table of the demo: tasks, accuracy, routing by layer, time per batch, fidelity to a published fine-tune."""
+    """Every table of the study: tasks, accuracy, routing by layer, time, fidelity to a published fine-tune."""
     rows = results["rows"]
     individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
     smile = [row for row in rows if row["runs"][0]["own_expert"] and "oracle" not in row["name"]]
@@ -102,7 +102,7 @@ def tables(results: dict) -> list[TableRows]:
 
 
 def _cost_table(results: dict) -> TableRows:
-    """What each method needs; a merged model takes the time of the plain encoder, whose layers it has."""
+    """The requirements of each method; a merged model has the layers, and so the time, of the plain encoder."""
     ratios = {t["name"]: f"{t['ratio']:.2f}×" for t in results["time"] if t["ratio"]}
     rows = [
         [

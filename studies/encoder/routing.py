@@ -1,7 +1,7 @@
-"""How tokens find their experts: routing policies, and rules written here, on four sets of texts.
+"""The choice of experts: routing policies, and rules defined here, on four sets of texts.
 
-"prompted": as the study has them. "words": single words without their prompt. "misled": the prompt of another task in
-front. "mixed": two texts of different tasks in one sequence, each read out from its own tokens.
+"prompted": as in the study. "words": single words without their prompt. "misled": preceded by the prompt of another
+task. "mixed": two texts of different tasks in one sequence, each classified from its own tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many texts each set has: prompted, words and misled of each task, mixed of each pair of tasks."""
+    """The number of texts in each set: prompted, words and misled of each task, mixed of each pair of tasks."""
 
     prompted: int = 200
     words: int = 200
@@ -63,7 +63,7 @@ class Sizes:
 
 @dataclass
 class Text:
-    """A sequence's states [L, D] in front of the upper layers, and (task, first token, end, class) of each part."""
+    """A sequence's states [L, D] before the upper layers, and (task, first token, end, class) of each part."""
 
     states: Tensor
     parts: list[tuple[int, int, int, int]]
@@ -93,7 +93,7 @@ def text_sets(
         sets["misled"] += behind(i, trained[j].task.prompt, sizes.misled)
         last = min(sizes.prompted, len(other.tokens)) - 1
         for k in range(min(sizes.mixed, last + 1, len(own.tokens))):
-            first, second = own.tokens[k], other.tokens[last - k][1:]  # one [CLS] is enough
+            first, second = own.tokens[k], other.tokens[last - k][1:]  # only one [CLS]
             ids = torch.cat([first, second])[None]
             states, cut = lower(ids, attention_mask=torch.ones(ids.shape, dtype=torch.bool))[0], len(first)
             parts = [(i, 0, cut, own.labels[k].item()), (j, cut, len(states), other.labels[last - k].item())]
@@ -116,13 +116,13 @@ Rule = Callable[[Pass, Tensor], tuple[Tensor, Tensor]]
 
 
 def oracle(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Every token to its own task's expert."""
+    """Send every token to its own task's expert."""
     ids = at.owner.clamp_min(0)[..., None]
     return torch.ones(ids.shape), ids
 
 
 def follow(model: Upper, rule: Rule) -> Upper:
-    """Make every SMILE layer of `model` choose by `rule`, in passes that `answer` opens."""
+    """Make every SMILE layer of `model` choose by `rule`, in passes of `answer`."""
 
     def choose(layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         (x,), at = args, model.under_way
@@ -137,7 +137,7 @@ def follow(model: Upper, rule: Rule) -> Upper:
 
 
 class LayerVote(nn.Module):
-    """MASS's rule in SMILE layers (arXiv 2504.05342): the base reads a text, one layer votes, all use its choice.
+    """MASS's rule in SMILE layers (arXiv 2504.05342): the base processes a text, and all layers use the choice of one.
 
     At that layer r_i^2 is the mean over the text's tokens of ||x - V_i V_i^T x||^2, V_i being expert i's right singular
     vectors, and w = softmax(-r). The experts with w_i above `threshold`, at most `most` and at least the best one, are
@@ -162,7 +162,7 @@ class LayerVote(nn.Module):
 
     @classmethod
     def by_validation(cls, model: Upper, trained: Sequence[Trained], count: int = 100) -> LayerVote:
-        """Of the layer that puts most validation texts at their own expert."""
+        """With the layer that selects the own expert of most validation texts."""
         right = dict.fromkeys(smile_layers(model), 0)
         for i, task in enumerate(trained):
             states, mask = task.validation.gather(torch.arange(min(count, len(task.validation.labels))))
@@ -173,7 +173,7 @@ class LayerVote(nn.Module):
 
 @torch.no_grad()
 def residuals(model: Upper, states: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """r [B, N] of `LayerVote` at each SMILE layer, as the base reads the texts."""
+    """r [B, N] of `LayerVote` at each SMILE layer, when the base processes the texts."""
     found: dict[str, Tensor] = {}
 
     def read(name: str) -> Callable[[SmileLinear, tuple], None]:
@@ -208,7 +208,7 @@ def answer(model: Upper | LayerVote, heads: Sequence[nn.Module], texts: Sequence
             tokens[task] += torch.tensor([(first[of] == task).sum(), of.sum()])
 
     hooks += [layer.register_forward_hook(count, with_kwargs=True) for layer in smile_layers(model).values()]
-    with watch_routing(model):  # it hands every layer its routing, which `count` sees
+    with watch_routing(model):  # it passes the routing to every layer, where `count` reads it
         for batch in by_length([text.states for text in texts], 64):
             chosen = [texts[i] for i in batch.tolist()]
             states, mask = pad([text.states for text in chosen])
@@ -228,7 +228,7 @@ def answer(model: Upper | LayerVote, heads: Sequence[nn.Module], texts: Sequence
 
 
 def individual(uppers: Sequence[Upper], heads: Sequence[nn.Module], texts: Sequence[Text]) -> dict:
-    """`answer` of each task's own fine-tuned model, for the parts of that task alone."""
+    """`answer` of each task's own fine-tuned model, for the parts of that task."""
     right = []
     for i, upper in enumerate(uppers):
         own = [Text(t.states, parts) for t in texts if (parts := [part for part in t.parts if part[0] == i])]
@@ -245,7 +245,7 @@ def contenders(
         base: the base's upper layers.
         trained: the tasks.
         seed: whose fine-tuned models are the experts.
-        noise: an input of random word pieces, on which the router's rows are calibrated.
+        noise: an input of random word pieces for calibration.
         ranks: rank_of_router and rank_of_expert.
     """
     uppers = [task.finetuned[seed][0] for task in trained]
@@ -263,7 +263,7 @@ def contenders(
 
 
 def random_pieces(lower: Lower, tokenizer: Tokenizer, sequences: int = 32, length: int = 40) -> dict[str, Tensor]:
-    """States in front of the upper layers of random word pieces, as `calibrate` draws them for an encoder."""
+    """States of random word pieces before the upper layers, drawn as by `calibrate` for an encoder."""
     ids = torch.randint(tokenizer.get_vocab_size(), (sequences, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(ids.shape, dtype=torch.bool)
     with torch.no_grad():

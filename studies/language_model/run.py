@@ -1,4 +1,4 @@
-"""The study: fine-tune one small language model on six tasks, fuse the adapters in every way, count right answers."""
+"""The study: fine-tune one small language model on six tasks, fuse the adapters by each method, count right answers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from .methods import METHODS, Case, Method
 from .model import SMOLLM2, Recipe, base_folder, chat, examples, finetuned_folder
 from .tasks import TASKS, Task
 
-VALIDATION = 12  # rows a task by which the scales of merged models are chosen
-PICTURED = 2  # rows a task that are read for the share of tokens at their own expert
+VALIDATION = 12  # rows per task for choosing the scales of merged models
+PICTURED = 2  # rows per task for the share of tokens at their own expert
 FULL = ("adjective", "town")  # tasks that are also fine-tuned in full
 FULL_RANK = 64  # of experts that are full fine-tunes
-MOST_PROCESSES = 4  # each holds a few models
+MOST_PROCESSES = 4  # each has a few models in memory
 
 
 def ignored(what: str, done: int, total: int) -> None:
@@ -43,12 +43,12 @@ def ignored(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run.
+    """The size of the study.
 
     Attributes:
-        seeds: how many adapters a task.
-        rows: test rows a task.
-        few_rows: those of the methods that are not essential; 0 leaves these methods out.
+        seeds: adapters per task.
+        rows: test rows per task.
+        few_rows: those of the methods that are not essential; with 0 these methods are skipped.
         conversations: of two turns, over all pairs of tasks.
         full: whether the tasks of FULL are also fine-tuned in full.
     """
@@ -87,7 +87,7 @@ class Study:
         return finetuned_folder(*options, seed, partial(step, of.name), full=whole)
 
     def case(self, seed: int, full: bool = False) -> Case:
-        """The fine-tunes of a seed, full ones in FULL's tasks with `full`, and what they are merged with."""
+        """The fine-tunes of a seed, full ones for the tasks of FULL with `full`, and the other inputs of merging."""
         if (seed, full) not in self.cases:
             folders = [self.finetuned(i, seed, full) for i in range(len(self.tasks))]
             rank = {"rank_of_expert": self.rank_of_full} if full else {}
@@ -95,7 +95,7 @@ class Study:
         return self.cases[seed, full]
 
     def answers(self, method: Method, case: Case) -> Path:
-        """The file of a method's answers: another one where the fine-tunes or the code that makes answers differ."""
+        """The file of a method's answers; its name depends on the fine-tunes and on the code that answers."""
         decides = json.dumps([[str(f) for f in case.finetuned], torch.__version__, transformers.__version__])
         digest = hashlib.sha256(decides.encode())
         here, library = Path(__file__).parent, Path(sk.__file__).parent
@@ -131,7 +131,7 @@ class Study:
 def answer_all(
     method: Method, case: Case, questions: Sequence[Question], path: Path, step: Step
 ) -> tuple[list[str], dict]:
-    """The method's answers to `questions`, and its details; answers that `path` holds are not generated again.
+    """The method's answers to `questions`, and its details; answers in `path` are not generated again.
 
     `path` is written after each task, so that an interrupted run resumes.
     """
@@ -146,7 +146,7 @@ def answer_all(
     for done, i in enumerate(tasks):
         step(method.name, done, len(tasks))
         missing = [(key, q) for key, q in zip(keys, questions) if q.task == i and key not in known]
-        for turns in {len(q.turns) for _, q in missing}:  # conversations of different lengths are batched apart
+        for turns in {len(q.turns) for _, q in missing}:  # conversations of different lengths are batched separately
             part = [(key, q) for key, q in missing if len(q.turns) == turns]
             with contender.for_task(i) as model:
                 known.update(zip([key for key, _ in part], generate(model, case.tokenizer, [q for _, q in part])))
@@ -156,7 +156,7 @@ def answer_all(
 
 
 def right_by_task(tasks: Sequence[Task], questions: Sequence[Question], answers: Sequence[str]) -> dict[str, str]:
-    """For every task, one character a question: 1 where its answer is right, 0 where it is not."""
+    """For every task, one character per question: 1 if its answer is right, otherwise 0."""
     right = {task.name: "" for task in tasks}
     for question, answer in zip(questions, answers):
         right[tasks[question.task].name] += str(int(correct(question, answer)))
@@ -190,7 +190,7 @@ def named(name: str) -> Method:
 
 
 def runs(size: Size) -> Iterator[Run]:
-    """All that is run: methods that are not essential with the first seed only."""
+    """All jobs: methods that are not essential run only with the first seed."""
     for seed in range(size.seeds):
         for method in METHODS:
             if method.essential or (seed == 0 and size.few_rows):
@@ -200,9 +200,9 @@ def runs(size: Size) -> Iterator[Run]:
 
 
 def prepare(study: Study, size: Size, step: Step) -> None:
-    """Fine-tune, and answer, whatever is not cached: one thread a process, and about as many processes as cores.
+    """Fine-tune and answer, except for cached results, with one thread per process and about one process per core.
 
-    The operations of so small a model gain little from a second thread.
+    For so small a model, a second thread saves little time.
     """
     kinds = [(i, seed, False) for seed in range(size.seeds) for i in range(len(study.tasks))]
     kinds += [(i, 0, True) for i, task in enumerate(study.tasks) if size.full and study.is_full(task, True)]
@@ -292,7 +292,7 @@ def timings(study: Study, case: Case, step: Step) -> list[dict]:
 
 
 def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model and its tokenizer; `folder` is replaced when they are whole."""
+    """Write the model and its tokenizer; `folder` is replaced when they are complete."""
     with new_folder(folder) as whole:
         sk.save_pretrained(model, whole)
         tokenizer.save_pretrained(whole)
@@ -306,10 +306,10 @@ def study(
     json_path: Path | None = None,
     plot: Path | None = None,
 ) -> dict:
-    """Fine-tune SmolLM2-135M on every task, fuse the adapters in every way, and compare the answers.
+    """Fine-tune SmolLM2-135M on every task, fuse the adapters by each method, and compare the answers.
 
     Args:
-        size: how much is run.
+        size: the size of the study.
         tasks: the tasks, two or more.
         cache: folder for packages, fine-tunes and answers; default: the user's cache folder.
         out: where the fused model is saved, under the recommended policy; default: in the cache.
@@ -321,7 +321,7 @@ def study(
 
     Raises:
         ValueError: a size out of range.
-        RuntimeError: a package cannot be downloaded, or is not the one that is expected.
+        RuntimeError: a package cannot be downloaded, or is not the expected one.
     """
     for name, least in (("seeds", 1), ("rows", 2), ("few_rows", 0), ("conversations", 0)):
         if getattr(size, name) < least:
@@ -363,7 +363,7 @@ def study(
         "own_expert": shares,
         "time": times,
     }
-    shared.show(report.tables(results)[1:])  # the instructions are left to the documentation
+    shared.show(report.tables(results)[1:])  # instructions are in the documentation
     print(f"{time.perf_counter() - start:.0f} s in all")
     shared.write(results, json_path, plot, report.draw)
     print(f"verify, each expert forced against its fine-tuned model: {verdict}")
