@@ -20,7 +20,7 @@ from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, smile_layers, why_not_linear
-from .publishing import MANIFEST, check_folder, output_folder, write_text
+from .publishing import MANIFEST, check_folder, output_folder, restore, write_text
 from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
 from .schema import check_arguments, parse
 from .storage import (
@@ -151,8 +151,10 @@ def calibrate_checkpoint(
     """
     source = Path(folder)
     check_seed(seed)
+    target = check_folder(source)
+    restore(target)
     read_smile_config(source)
-    with output_folder(check_folder(source), {}, force=True) as output:
+    with output_folder(target, {}, force=True) as output:
         try:
             for file in source.rglob("*"):
                 if file.is_file() and file.name != MANIFEST:

@@ -5,7 +5,7 @@ A folder `out` is written in these steps. After an interruption, a later run con
     .out.lock           locked while a process writes `out`; released by the kernel when that process ends
     out.partial/        the work folder: settings.json, files of the job for a restart, and output/
     out.partial/output  gets its manifest, then is renamed to `out`
-    .out.old-*          the folder replaced by `force`: deleted after that rename, or restored if it failed
+    .out.old-*          with `force`, the output gets this name, then both are exchanged and the replaced one is deleted
 
 The manifest, smile_manifest.json, lists a hash of the settings and the files written by smile-kernels, with their sizes
 or hashes. `force` replaces a folder only if it contains exactly these files.
@@ -38,6 +38,7 @@ __all__ = [
     "check_outputs",
     "new_file",
     "output_folder",
+    "restore",
     "work_folder",
     "write_text",
 ]
@@ -132,14 +133,18 @@ class OutputFolder:
         _check_work(self.work, self.writes)
         _write_manifest(self.output, self.settings)
         old = self.folder.with_name(f".{self.folder.name}.old-{uuid.uuid4().hex[:12]}")
-        if self.replaces:
-            _check_replaceable(self.folder, force=True)
-            os.rename(self.folder, old)
         try:
-            os.rename(self.output, self.folder)  # fails unless the folder is absent or empty
+            if self.replaces:
+                _check_replaceable(self.folder, force=True)
+                os.rename(self.output, old)
+                _exchange(old, self.folder)
+            else:
+                os.rename(self.output, self.folder)  # fails unless the folder is absent or empty
         except OSError as error:
-            if self.replaces and not self.folder.exists():
-                os.rename(old, self.folder)
+            if not error.strerror:  # of the check
+                raise
+            if old.exists() and not self.output.exists():
+                os.rename(old, self.output)
             raise FileExistsError(
                 f"{self.folder}: cannot be written ({error.strerror}); the finished output is kept in {self.output}"
             ) from None
@@ -161,6 +166,41 @@ class OutputFolder:
         for file in self.work.glob(f"*{SETTINGS}*"):
             file.unlink()
         self.work.rmdir()
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders: atomically, or in three steps where the file system cannot."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError):  # a C library without it
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+            return
+    between = one.with_name(f"{one.name}-1")
+    os.rename(other, between)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(between, other)
+        raise
+    os.rename(between, one)
+
+
+def restore(folder: Path) -> None:
+    """Give a folder its name again that it lost where a replacement was interrupted in between."""
+    if not folder.exists() and folder.parent.is_dir():
+        with _locked(folder):
+            _restored(folder)
+
+
+def _restored(folder: Path) -> list[Path]:
+    """The old folders left beside `folder`; where that is missing, the replaced one is renamed to it."""
+    found = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"), reverse=True)  # *-1 is the replaced one
+    olds = [old for old in found if _wrote(old) or _empty(old)]
+    if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
+        os.rename(whole[0], folder)
+        olds.remove(whole[0])
+    return olds
 
 
 def work_folder(folder: Path) -> Path:
@@ -238,15 +278,12 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
         before = ()
     output = OutputFolder(folder, settings, before)
     _check_work(output.work, before)
-    olds = [old for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*") if _wrote(old) or _empty(old)]
-    if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
-        os.rename(whole[0], folder)  # a run was interrupted between its two renames
-        olds.remove(whole[0])
+    olds = _restored(folder)
     complete = (
         bool(settings)
         and _wrote(folder)
         and not _missing_files(folder)
-        and _read_manifest(folder)["settings"] == _digest(settings)
+        and _read_manifest(folder).get("settings") == _digest(settings)
     )
     if not complete:
         _check_replaceable(folder, force)
@@ -269,7 +306,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
             output.work.rmdir()
         raise
     output.output.mkdir(exist_ok=True)
-    for file in output.work.rglob(".*"):  # temporary files of a killed process
+    for file in _paths(output.work):  # temporary files of a killed process
         if file.is_file() and _TEMPORARY.search(file.name):
             file.unlink()
     return OutputFolder(folder, settings, writes, replaces=_wrote(folder))
@@ -277,7 +314,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
 
 def _check_work(work: Path, writes: Sequence[str]) -> None:
     """Raise FileExistsError if a work folder contains a link, or a file that matches none of the patterns `writes`."""
-    for path in sorted(work.rglob("*")):
+    for path in _paths(work) if work.exists() else ():
         name = _TEMPORARY.sub(r"\1\2", str(path.relative_to(work)))
         known = not writes or name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
         if path.is_symlink() or not (known or path.is_dir()):
@@ -321,7 +358,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
 
 
 def _write_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
-    files = {str(f.relative_to(folder)): _fingerprint(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = {str(f.relative_to(folder)): _fingerprint(f) for f in _paths(folder) if f.is_file()}
     files.pop(MANIFEST, None)
     write_text(folder / MANIFEST, json.dumps({"settings": _digest(settings), "files": files}, indent=1) + "\n")
 
@@ -345,6 +382,16 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _paths(folder: Path) -> list[Path]:
+    """Everything in a folder, sorted. A folder in it that cannot be read raises OSError; `rglob` would leave it out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=refuse)
+    return sorted(Path(parent, name) for parent, folders, files in walk for name in (*folders, *files))
+
+
 def _empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -360,7 +407,7 @@ def _foreign_files(folder: Path) -> list[str]:
     known = manifest.get("files", {})
     parents = {str(parent) for name in known for parent in Path(name).parents}
     foreign = []
-    for path in sorted(folder.rglob("*")):
+    for path in _paths(folder):
         name = str(path.relative_to(folder))
         if path.is_dir() and not path.is_symlink():
             ours = name in parents
@@ -394,7 +441,7 @@ def _remove_old(folder: Path) -> None:
             stacklevel=2,
         )
         return
-    for path in sorted(folder.rglob("*"), reverse=True):  # contents before folders
+    for path in reversed(_paths(folder)):  # contents before folders
         if path.is_dir():
             path.rmdir()
         elif path != folder / MANIFEST:

@@ -3,18 +3,19 @@
 import errno
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from smile_kernels import SmileLinear, save_pretrained
-from smile_kernels.publishing import MANIFEST, check_folder, output_folder, work_folder, write_text
+from smile_kernels.publishing import MANIFEST, check_folder, output_folder, restore, work_folder, write_text
 from smile_kernels.storage import write_shard
 from tests.upscaling.checkpoints import stored
 
 SETTINGS = {"rank": 8, "files": [["a", 1]]}
-FILE_OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
+FILE_OPERATIONS = {"ctypes.dlsym", "open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
 KILLED = 9
 
 
@@ -62,9 +63,19 @@ def killed_at(operation: int, job) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
 
 
-@pytest.mark.parametrize("replacing", [False, True], ids=["new", "force"])
+@pytest.fixture
+def _no_flush(monkeypatch):
+    """A kill loses nothing that the kernel has, and flushing takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("how", ["new", "force", pytest.param("force in three steps", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("then", ["same", "other", "other-force"])
-def test_a_kill_at_every_file_operation(tmp_path, replacing, then, record_property):
+def test_a_kill_at_every_file_operation(tmp_path, how, then, record_property, monkeypatch):
+    replacing = how != "new"
+    if how == "force in three steps":
+        monkeypatch.setattr("ctypes.CDLL", lambda name: None)  # as where names cannot be exchanged
     write_output(tmp_path / "expected", SETTINGS)
     expected = contents(tmp_path / "expected")
     other = {**SETTINGS, "rank": 16}
@@ -100,6 +111,71 @@ def test_a_kill_at_every_file_operation(tmp_path, replacing, then, record_proper
     record_property("kill_points", operation)
     print(f"{operation} kill points")
     assert operation > 20
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "force"])
+def test_an_error_at_every_file_operation(tmp_path, code, replacing):
+    """One operation of each run fails, also those that read folders; the next run ends with the same files."""
+    write_output(tmp_path / "expected", SETTINGS)
+    expected, operation, failed = contents(tmp_path / "expected"), 0, True
+    while failed:
+        folder = tmp_path / str(operation)
+        folder.mkdir()
+        out, before = folder / "out", None
+        if replacing:
+            write_output(out, {**SETTINGS, "rank": 4})
+            before = contents(out)
+        failed = fails_at(operation, code, lambda out=out: write_output(out, SETTINGS, force=replacing))
+        assert not out.exists() or contents(out) in (before, expected)
+        write_output(out, SETTINGS, force=replacing)
+        assert contents(out) == expected
+        assert all(f.name == "out" or f.name.startswith("out.old-") for f in folder.iterdir())  # kept with a warning
+        operation += 1
+    print(f"{operation} errors")
+    assert operation > 50
+
+
+def fails_at(operation: int, code: int, job) -> bool:
+    """Runs `job` in a process where the file operation of this number fails; whether there was one."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, args: tuple) -> None:
+            nonlocal count
+            if event in FILE_OPERATIONS | {"os.listdir", "os.scandir"}:
+                count += 1
+                if count == operation + 1:
+                    raise OSError(code, os.strerror(code), str(args[0]))
+
+        sys.addaudithook(hook)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                job()
+            except OSError:
+                pass
+            except BaseException:
+                os._exit(1)
+        os._exit(KILLED if count > operation else 0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED)
+    return status == KILLED
+
+
+def test_a_folder_that_lost_its_name_gets_it_back(tmp_path):
+    """As after a kill between the renames of a replacement, where names cannot be exchanged."""
+    out = tmp_path / "out"
+    write_output(out, SETTINGS)
+    before = contents(out)
+    out.rename(tmp_path / ".out.old-1")
+    restore(out)
+    assert contents(out) == before
+    restore(tmp_path / "elsewhere" / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_came_to_be_during_the_work_is_kept(tmp_path):

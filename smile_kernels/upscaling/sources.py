@@ -176,7 +176,7 @@ def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:
     if not stored or not hasattr(kind, "from_dict"):
         return stored or None
     try:
-        return kind.from_dict(stored)
+        return kind.from_pretrained(folder)  # which also reads the spelling of infinity
     except Exception as error:  # any exception of a config for wrong values
         raise SmileError(
             f"{Path(folder) / 'config.json'}: transformers cannot make a {kind.__name__} of it "

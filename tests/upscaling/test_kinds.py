@@ -344,6 +344,22 @@ def test_settings_that_an_expert_has_otherwise_are_listed(stored, settings, list
         assert one.name in report.table()
 
 
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+def test_infinity_in_a_config_is_read_as_transformers_writes_it(tmp_path):
+    """As time_step_limit of the Mamba models has it."""
+    architecture, settings = "FalconH1ForCausalLM", {**LLAMA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8}
+    config = getattr(transformers, architecture).config_class(**settings, time_step_limit=(0.0, float("inf")))
+    base = getattr(transformers, architecture)(config)
+    expert = copy.deepcopy(base)
+    for name, p in expert.named_parameters():
+        p.data += 0.1 * torch.randn_like(p) * ("up_proj" in name)
+    for name, model in (("base", base), ("expert", expert)):
+        model.save_pretrained(tmp_path / name)
+    report = sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+    assert not report.settings
+    assert not report.lost
+
+
 def test_a_trainer_saves_what_opens_again(tmp_path):
     base = build("Llama")
     expert = copy.deepcopy(base)
