@@ -194,7 +194,7 @@ def restore(folder: Path) -> None:
 
 
 def _restored(folder: Path) -> list[Path]:
-    """The old folders left beside `folder`; where that is missing, the replaced one is renamed to it."""
+    """The old folders next to `folder`; where that is missing, the replaced one is renamed to it."""
     found = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"), reverse=True)  # *-1 is the replaced one
     olds = [old for old in found if _wrote(old) or _empty(old)]
     if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):

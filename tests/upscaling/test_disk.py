@@ -418,7 +418,7 @@ def test_killed_and_started_again(tmp_path, deep):
     process.wait()
     assert not (tmp_path / "out").exists()
     work = tmp_path / "out.partial"
-    for left in (work / "layers" / ".2.safetensors.7", work / "output" / ".model.safetensors.7"):
+    for left in (work / "layers" / ".2.safetensors.0123456789ab", work / "output" / ".model.safetensors.0123456789ab"):
         left.write_bytes(b"half")  # an incomplete write
 
     process = processes(1, "-c", WATCHED, "none", *arguments, stdout=subprocess.PIPE, text=True)
