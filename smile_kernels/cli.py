@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -94,6 +95,9 @@ def _main(
 ) -> None:
     if not sys.stderr.isatty():  # read by huggingface_hub, and so by transformers, when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # transformers imports torchao if it is installed, which logs missing libraries.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.command()
