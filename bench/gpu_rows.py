@@ -160,7 +160,7 @@ def _wall_us(call: Call, p: Problem) -> float:
 
 
 def _timed(row: Row, copies: list[Problem], calls: dict[str, Call], graph: bool) -> dict[str, list[float]]:
-    """Microseconds of one call: name -> one number a round."""
+    """Microseconds of one call: name -> one number per round."""
     if row.device == "cpu":  # a rehearsal
         return {name: [_wall_us(call, copies[0])] for name, call in calls.items()}
     runs = {name: _in_turn(call, copies, CALLS) for name, call in calls.items()}

@@ -176,14 +176,14 @@ def footnote(result: Record) -> str:
 
 
 def write_json(file: Path, result: Record) -> None:
-    """Write atomically, a record a line."""
+    """Write atomically, one record per line."""
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items() if name != "records"]
     records = ",\n".join(json.dumps(record) for record in result["records"])
     write_text(file, "{" + ",\n".join([*lines, f'"records": [\n{records}\n]']) + "}\n")
 
 
 def plot(result: Record, file: Path) -> None:
-    """Time over F.linear against tokens, a panel a layer, a line a peer."""
+    """Time relative to F.linear against tokens, a panel per layer, a line per peer."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -143,7 +143,7 @@ def measure(
 
     Returns:
         The case's fields, "bytes" and "flops" of the least work, and "peers": name -> "wall_us" and "process_us" (a
-        number a round), "memory" in bytes; or the reason.
+        number per round), "memory" in bytes; or the reason.
     """
     problem = case.problem(device)
     weights, ids = reference.route(problem.x, problem.rows(), problem.num_experts_per_tok)

@@ -170,7 +170,7 @@ def _peft(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     except ImportError as error:
         raise CannotRunError(f"peft is not installed ({error})") from error
     if problem.num_experts_per_tok > 1:
-        raise CannotRunError("one adapter a sample; this case has several experts a token")
+        raise CannotRunError("one adapter per sample; this case has several experts per token")
     n, r = problem.s.shape
     out_features, in_features = problem.weight.shape
     with_bias = problem.expert_bias is not None
@@ -212,7 +212,7 @@ def _vllm_lora(problem: Problem, weights: Tensor, ids: Tensor) -> Built:
     except ImportError as error:
         raise CannotRunError(f"vllm is not installed ({error})") from error
     if problem.num_experts_per_tok > 1:
-        raise CannotRunError("one adapter a token; this case has several experts a token")
+        raise CannotRunError("one adapter per token; this case has several experts per token")
     n, r = problem.s.shape
     tokens = problem.x.shape[0]
     a, b = torch.stack([_svh(problem, i) for i in range(n)]), problem.u

@@ -1,1 +1,1 @@
-"""The Triton kernels, one operation a file: `backend` puts them together, `configs` chooses how they are launched."""
+"""The Triton kernels, one operation per file: `backend` combines them, `configs` chooses their launch parameters."""

@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA GPUs from compute capability 8.0, AMD gfx942; CPU tensors under Triton's interpreter.
 
-T tokens, D in_features, O out_features, N experts, m experts a token, r rank of an expert, g rank of the router.
+T tokens, D in_features, O out_features, N experts, m experts per token, r rank of an expert, g rank of the router.
 """
 
 import itertools

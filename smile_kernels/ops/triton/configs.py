@@ -262,7 +262,7 @@ def entry_blocks(r: int) -> dict[str, int]:
 def route_blocks(n: int, m: int, width: int) -> dict[str, int]:
     """Block sizes of the route kernels for n experts, m per token, `width` products per expert.
 
-    Few tokens a program and up to 8 products a thread, so that many programs wait for their partial sums at once.
+    Few tokens per program and up to 8 products per thread, so that many programs wait for their partial sums at once.
     """
     block_n, block_m = next_power_of_2(n), next_power_of_2(m)
     block_t = min(16, max(1, 32 // max(block_n, block_m)))
@@ -271,7 +271,7 @@ def route_blocks(n: int, m: int, width: int) -> dict[str, int]:
 
 
 def evidence_blocks(length: int, n: int, m: int, g: int) -> dict[str, int]:
-    """Block sizes of a routing step over sequences of `length` tokens: up to 1024 shares, 32 products a thread."""
+    """Block sizes of a routing step over sequences of `length` tokens: up to 1024 shares, 32 products per thread."""
     block_n = next_power_of_2(n)
     block_t = min(64, next_power_of_2(max(length, 1)), max(1, 1024 // block_n))
     block_k = min(next_power_of_2(g), max(1, 4096 // (block_t * block_n)))
@@ -284,7 +284,7 @@ def rank_block(r: int, dtype: torch.dtype) -> int:
 
 
 # Assumed for an H200, not measured: bytes a second of its memory and of its second-level cache, FLOPs a second, and the
-# seconds that a kernel takes besides its work where it cannot overlap the one ahead of it.
+# seconds that a kernel takes in addition to its work if it cannot overlap the previous one.
 BANDWIDTH, CACHE_BANDWIDTH, RATE, RAMP = 4.3e12, 6e12, 780e12, 1.5e-6
 
 
@@ -356,7 +356,7 @@ def _estimated_apply_path(
 @functools.lru_cache(maxsize=4096)
 def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int, save: bool) -> tuple[LinearPath, ...]:
     """The possible paths to route a layer of n experts of k rows; see `linear_path`."""
-    # What one program holds of the products of 16 tokens in `decode`: 32 numbers a thread.
+    # Numbers of the products of 16 tokens in one program of `decode`: 32 per thread.
     held = next_power_of_2(n) * max(16, next_power_of_2(k))
     few = (
         tokens <= 16
