@@ -1,7 +1,7 @@
-"""SMILE checkpoints in vLLM against transformers: `make test-vllm`, in an environment of its own.
+"""SMILE checkpoints in vLLM compared with transformers: `make test-vllm`, in a separate environment.
 
 Not collected by default: vLLM pins other versions of its dependencies, and each engine takes about 20 s to start. So
-there is one engine for each architecture and number of ranks, and each of them is made to show something more.
+there is one engine for each architecture and number of ranks, and each of them tests several properties.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ from tests.integrations import tiny_models
 from tests.integrations.tiny_models import build, fine_tuned
 from tests.upscaling.test_quantized import INT8, adapter, quantised
 
-# vLLM's CPU attention wants heads of 32; two ranks want an even number of key-value heads.
+# vLLM's CPU attention requires heads of 32; two ranks require an even number of key-value heads.
 tiny_models.GROUPED.update(hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
 tiny_models.CONFIGS["GPT2LMHeadModel"] = lambda: transformers.GPT2Config(
     n_embd=128, n_layer=2, n_head=4, vocab_size=96, **tiny_models.SPECIAL
@@ -83,7 +83,7 @@ PROMPTS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0
 # Longer than a block of the KV cache, or a chunk of prefill, of 32 tokens; the last begins as the one before it.
 LONG = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 40, 3, 150, 21)]
 LONG.append(LONG[3][:100] + LONG[1])
-TURN = (5, 7)  # begins a turn: two of these prompts have one, behind another prompt
+TURN = (5, 7)  # begins a turn: two of these prompts have one, after another prompt
 VOTING = [*LONG, LONG[0] + [*TURN] + LONG[2], LONG[3][:60] + [*TURN] + LONG[1], 6 * LONG[4]]
 BLOCK = 128  # tokens, in vLLM's KV cache on a CPU
 PER_REQUEST = {"additional_config": {"smile_expert_per_request": True}}
@@ -98,7 +98,7 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """architecture -> its checkpoint, the model and transformers' tokens, each made once."""
+    """architecture -> its checkpoint, the model and transformers' tokens, each created once."""
     made = {}
 
     def make(architecture: str) -> Served:
@@ -133,7 +133,7 @@ def served(tmp_path_factory):
 
 
 def make_parts_differ(model: nn.Module, base: nn.Module) -> None:
-    """In the first merged layer: a router of its own, a part of lower rank, a dense part. The second stays uniform."""
+    """The first merged layer has a separate router, a part of lower rank and a dense part. The second is uniform."""
     attention = model.model.layers[0].self_attn
     for name in ("q_proj", "k_proj"):
         layer = getattr(attention, name)
@@ -152,7 +152,7 @@ def make_parts_differ(model: nn.Module, base: nn.Module) -> None:
 
 @torch.no_grad()
 def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[int]:
-    """Greedy tokens by transformers, end-of-text tokens being like any other."""
+    """Greedy tokens by transformers, without stopping at end-of-text tokens."""
     ids = torch.tensor([prompt])
     for _ in range(tokens):
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -160,13 +160,13 @@ def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[in
 
 
 def in_a_process(function, *args):
-    """What it returns, called in a process of its own."""
+    """The result of a call in a separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def in_vllm(folder, loras: tuple = (None,), prompts: list = PROMPTS, **options) -> list[list[list[int]]]:
-    """Greedy tokens by one engine, in a process of its own: for each adapter, for each prompt."""
+    """Greedy tokens by one engine, in a separate process: for each adapter, for each prompt."""
     return in_a_process(_in_vllm, str(folder), loras, prompts, options)
 
 
@@ -184,7 +184,7 @@ def _in_vllm(folder: str, loras: tuple, prompts: list, options: dict) -> list[li
         request = LoRARequest("adapter", 1, lora) if lora else None
         outputs = engine.generate(prompts, sampling, lora_request=request)
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
-    if len(prompts[-1]["prompt_token_ids"]) > BLOCK:  # asked again, with its prefix in the cache
+    if len(prompts[-1]["prompt_token_ids"]) > BLOCK:  # again, with its prefix in the cache
         (again,) = engine.generate(prompts[-1:], sampling, lora_request=request)
         assert again.num_cached_tokens >= BLOCK
         assert list(again.outputs[0].token_ids) == answers[-1][-1]
@@ -193,7 +193,7 @@ def _in_vllm(folder: str, loras: tuple, prompts: list, options: dict) -> list[li
 
 
 def assert_preempted(engine, options: dict) -> None:
-    """Where an engine has room for one of the longest prompts and little more, and so counts."""
+    """An engine with memory for little more than one of the longest prompts must preempt requests."""
     if "num_gpu_blocks_override" in options:
         (preemptions,) = (metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
         assert preemptions > 0
@@ -223,7 +223,7 @@ def test_the_same_tokens(architecture, options, served):
 
 
 def test_conv1d_layers_saved_from_memory(served, tmp_path):
-    """transformers stores them as it holds them, unlike the base's checkpoint; some of them are square."""
+    """transformers stores them as in memory, unlike the base's checkpoint; some of them are square."""
     case = served("GPT2LMHeadModel")
     case.model.save_pretrained(tmp_path)
     stored, base = (load_file(folder / "model.safetensors") for folder in (tmp_path, case.folder))
@@ -234,7 +234,7 @@ def test_conv1d_layers_saved_from_memory(served, tmp_path):
 
 
 def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
-    """The checkpoint with another policy in `to`, and the model that transformers loads from there."""
+    """The checkpoint with another policy, in `to`, and the model that transformers loads from there."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
     if policy.calibrated:
         add_calibration(to, policy, seed=0)
@@ -290,7 +290,7 @@ def test_routing_policies_with_sums(architecture, policy, options, served, tmp_p
 
 
 def reloaded(folder: Path, changed: Path, broken: list[Path], options: dict) -> tuple[list, list[str]]:
-    """Greedy tokens before, after each folder that does not fit, after `changed`, and after `folder` again."""
+    """Greedy tokens before, after each wrong folder, after `changed`, and after `folder` again."""
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
@@ -330,7 +330,7 @@ def test_experts_are_replaced_while_serving(architecture, policy, options, serve
     model = with_routing(case.folder, tmp_path / "a", policy)
     changed, less, cut = tmp_path / "changed", tmp_path / "less", tmp_path / "cut"
     want = [greedy(model, prompt) for prompt in LONG]
-    if "Qwen2" in architecture:  # whose router of its own no new expert can have
+    if "Qwen2" in architecture:  # a separate router, which no new expert has
         other = type(model).from_pretrained(tmp_path / "a")
         for layer in smile_layers(other).values():
             for name in ("vh", "u", "router"):
@@ -358,7 +358,7 @@ def test_experts_are_replaced_while_serving(architecture, policy, options, serve
 
 
 def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple[list, list, str]:
-    """Greedy tokens of one batch whose requests ask for experts, twice; what the second had in its cache; an error."""
+    """Greedy tokens of one batch whose requests select experts, twice; cached tokens of the second run; an error."""
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
@@ -392,7 +392,7 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
     ids=["eager", "compiled", "causal"],
 )
 def test_each_request_its_expert(architecture, policy, options, served, tmp_path):
-    """One long prompt under different experts, and others, mixed in one batch; the cache of none serves another."""
+    """One long prompt with different experts, and others, in one batch; they do not share caches."""
     case = served(architecture)
     model = with_routing(case.folder, tmp_path, policy)
     asked = ["m1", None, "m3", 1, [0.5, 0.0, 0.75], {}, {"m1": 0.5, "m2": 0.5}]
@@ -411,7 +411,7 @@ def test_each_request_its_expert(architecture, policy, options, served, tmp_path
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer whose weight and input are rounded to 8 bits, each row by its own scale."""
+    """A linear layer whose weight and input are rounded to 8 bits, with a scale per row."""
 
     def forward(self, x):
         scale, size = (t.abs().amax(-1, keepdim=True) / 127 for t in (self.weight, x))
@@ -419,7 +419,7 @@ class Int8Linear(nn.Linear):
 
 
 def asking(folder: Path, asked: list, prompts: list, options: dict) -> list[list[list[int]]]:
-    """Greedy tokens where every request asks for the same expert, for each of those asked."""
+    """Greedy tokens if every request selects the same expert, for each of `asked`."""
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
@@ -434,7 +434,7 @@ def asking(folder: Path, asked: list, prompts: list, options: dict) -> list[list
 
 
 def test_adapters_on_an_int8_base(tmp_path):
-    """Each expert by request and the router's choice, as an emulation in transformers gives them."""
+    """Each expert by request and the router's choice, compared with an emulation in transformers."""
     plain = tmp_path / "plain"
     build("LlamaForCausalLM").save_pretrained(plain)
     base = quantised(plain, tmp_path / "base", INT8)
@@ -456,7 +456,7 @@ def test_adapters_on_an_int8_base(tmp_path):
     options = {"enforce_eager": True, **PER_REQUEST}
     assert in_a_process(asking, tmp_path / "fused", asked, PROMPTS, options) == want
 
-    # Compiled, the same number may round to the next of 8 bits: near ties fall to either side.
+    # When compiled, a number may round to the adjacent 8-bit value, so near-ties may differ.
     def apart(tokens: list[list[int]]) -> float:
         gaps = []
         for prompt, answer in zip(PROMPTS, tokens):
@@ -471,7 +471,7 @@ def test_adapters_on_an_int8_base(tmp_path):
 
 
 def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
-    """The expert that wins a prompt in transformers, under scope "prompt", and the greedy tokens it then gives."""
+    """The expert chosen for a prompt in transformers, with scope "prompt", and its greedy tokens."""
     ids = torch.tensor([prompt])
     with watch_routing(model) as counts:
         model(ids)
@@ -505,7 +505,7 @@ def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
     ids=["one-pass", "compiled", "preempted", "parts-tp2", "two-experts"],
 )
 def test_prompts_that_vote(architecture, policy, options, served, tmp_path):
-    """Among them two turns, one of which begins as the other ends, and a request that asks for its expert."""
+    """Including two turns, one of which begins as the other ends, and a request that selects its expert."""
     case = served(architecture)
     model = with_routing(case.folder, tmp_path, policy)
     asked = [None] * len(VOTING) + ["m2"]
@@ -570,13 +570,13 @@ def test_prompts_vote_under_asyncllm(served, tmp_path):
 
 
 def admitted(folder: str, options: dict) -> tuple:
-    """What the front end makes of requests, without an engine: what each asks for and its salt, and two errors."""
+    """The front end's handling of requests, without an engine: selections and salts, and two errors."""
     os.environ.update(ENVIRONMENT)
     from vllm import EngineArgs, SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
     config = EngineArgs(folder, skip_tokenizer_init=True, dtype="float32", **options).create_engine_config()
-    front = InputProcessor(pickle.loads(pickle.dumps(config)))  # as another process has it
+    front = InputProcessor(pickle.loads(pickle.dumps(config)))  # as in another process
 
     def ask(**extra):
         prompt = {"type": "token", "prompt_token_ids": [3, 4, 5]}
@@ -600,7 +600,7 @@ def admitted(folder: str, options: dict) -> tuple:
 
 
 def test_the_front_end_checks_what_requests_ask_for(served):
-    """In a configuration of vLLM's own, which has gone to another process."""
+    """With a configuration of vLLM that was sent to another process."""
     folder = str(served("LlamaForCausalLM").folder)
     found, errors = in_a_process(admitted, folder, PER_REQUEST)
     none, refused = in_a_process(admitted, folder, {})
@@ -620,7 +620,7 @@ def test_the_front_end_checks_what_requests_ask_for(served):
 @pytest.mark.parametrize("names", [("o",), ("q", "k", "v")], ids=["one", "merged"])
 @torch.no_grad()
 def test_a_layer_takes_what_the_requests_of_a_pass_ask_for(names, policy):
-    """Three requests of 2, 1 and 3 tokens and padding at the end; the second one's experts are the router's."""
+    """Three requests of 2, 1 and 3 tokens and padding at the end; the router chooses for the second one."""
     p, n, r, o, d = len(names), 3, 4, 6, 10
     routing = policy and remembered(policy, 16, p)
     asking = requests.RequestedExperts(n, ("math", "code", "chat"))
@@ -676,7 +676,7 @@ def test_engines_whose_requests_cannot_choose_say_why():
 
 @torch.no_grad()
 def test_a_compiled_layer_reads_what_the_runner_says_of_each_pass(monkeypatch):
-    """The very graph of one pass serves the next, whose requests ask for others; what follows asks for none."""
+    """The graph of one pass runs for the next, with other selections, and then for one without any."""
     asking, (n, r, o, d) = requests.RequestedExperts(2, ("math", "code")), (2, 3, 5, 7)
     method = SmileLinearMethod({"o": SmileModuleConfig(r, 2)}, n, 1, None, asking)
     method.rows, layer = [o], nn.Module()
@@ -770,7 +770,7 @@ def test_the_example_compiles_the_model(policy, served, tmp_path):
 
 
 def over_http(folder: Path, requests: list[dict], log: Path) -> list[dict]:
-    """What the OpenAI server says to each of these requests for completions, errors too."""
+    """The OpenAI server's response to each request for completions, including errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -861,7 +861,7 @@ def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
 
 
 def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRouting:
-    """A policy's state without an engine, 3 experts of which 2 are chosen, its buffers poisoned."""
+    """A policy's state without an engine, with 3 experts of which 2 are chosen, and poisoned buffers."""
     routing = RememberedRouting(policy, 3, 2)
     if policy.scope == "causal":
         routing.cache = kv_sums.SumsCache("smile_routing.1", lambda: 3 * routers, None)
@@ -882,7 +882,7 @@ def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRo
 )
 @torch.no_grad()
 def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypatch):
-    """Traced as vLLM traces it, for any number of tokens: a read on the host or a shape in the data would break it."""
+    """Traced as by vLLM, for any number of tokens: reads on the host or data-dependent shapes would raise."""
     monkeypatch.setattr(library, "choose_backend", lambda *_: "triton")  # as on a GPU
     routing = policy and remembered(policy, 16, parts)
     entry = SmileModuleConfig(4, 2, expert_bias=True)
@@ -916,7 +916,7 @@ def test_a_layer_is_one_graph_that_calls_our_kernels(parts, policy, op, monkeypa
 
 @pytest.mark.parametrize(("op", "given"), [("smile_running_sums", ["sums"]), ("smile_vote", ["weights", "ids"])])
 def test_what_runs_between_cuda_graphs_writes_where_the_next_reads(op, given):
-    """A tensor of its own would lie elsewhere in each pass, and a captured graph reads where it lay when captured."""
+    """A new tensor would have another address in each pass, while a captured graph reads the address at capture."""
     schema = getattr(torch.ops.vllm, op).default._schema
     assert schema.returns == []
     assert [argument.name for argument in schema.arguments if argument.is_write] == given
@@ -924,7 +924,7 @@ def test_what_runs_between_cuda_graphs_writes_where_the_next_reads(op, given):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_sums_read_nothing_on_the_host(gamma, monkeypatch):
-    """What runs between CUDA graphs, on tensors without values: three requests, two of them continued, and padding."""
+    """Operators between CUDA graphs, on tensors without values: three requests, two of them continued, and padding."""
     with FakeTensorMode():
         slots, blocks, lengths = (torch.empty(n, dtype=torch.int32) for n in (9, 6, 3))
         common = CommonAttentionMetadata(
@@ -949,7 +949,7 @@ def test_sums_read_nothing_on_the_host(gamma, monkeypatch):
 
 
 def test_requests_that_begin_on_blocks_of_the_same_pass():
-    """Row 1 begins after two blocks that row 0 fills, row 2 after one of row 1's; rows 3 and 4 on their own."""
+    """Row 1 begins after two blocks that row 0 fills, row 2 after one of row 1's; rows 3 and 4 are independent."""
     table = np.array([[1, 2, 3, 0], [1, 2, 4, 5], [1, 2, 4, 6], [7, 8, 0, 0], [9, 10, 0, 0]], np.int32)
     computed, counts = np.array([0, 8, 12, 4, 6], np.int32), np.array([10, 8, 2, 3, 1], np.int32)
     assert kv_sums.longest_chain(table, 4, computed, counts) == 2
@@ -965,7 +965,7 @@ def test_tokens_that_complete_a_pattern_across_the_borders_of_passes():
 
 
 def test_requests_wait_for_the_vote_on_their_prompt():
-    """Two of one prompt for the same vote; what wins is in their cache's salt, what is withdrawn has no vote left."""
+    """Two requests with one prompt share a vote; the choice is in their cache salts; withdrawn ones have none."""
 
     def request(name: str, prompt: list[int]) -> Request:
         salt = SamplingParams(max_tokens=4), None
@@ -1003,7 +1003,7 @@ def test_votes_take_the_place_of_logits():
 
 @torch.no_grad()
 def test_layers_score_where_somebody_votes(monkeypatch):
-    """And a pass of votes alone ends at the first layer past them, for which the runner continues with any states."""
+    """A pass with only votes ends at the first layer after the voting blocks; the runner continues with any states."""
     routing, layers, x = PromptRouting(RoutingPolicy("prompt", lock_after=1), 3, 1), [], torch.randn(4, 6)
     routing.evidence, routing.weights = torch.full((8, 3), torch.nan), torch.ones(8, 1)
     routing.ids = torch.tensor([[2], [-1], [0], [1]] * 2, dtype=torch.int32)
@@ -1135,7 +1135,7 @@ def test_vllm_takes_the_runner_that_says_what_a_pass_has():
 
 def test_layers_in_another_order_than_they_were_built_are_refused():
     routing = remembered(RoutingPolicy(accumulate=True), 4, 3)
-    for first in (0, 1, 0, 1, 2):  # a pass that failed, and a whole one
+    for first in (0, 1, 0, 1, 2):  # a failed pass, and a complete one
         weights, ids = routing.choose(torch.rand(4, 1, 3), first, 1)
         assert weights.shape == ids.shape == (4, 1, 2)
         assert not routing.evidence.isnan().any()
