@@ -63,8 +63,9 @@ wheels: .venv/ready
 		--exclude 'libtorch*.so' --exclude libc10.so build/wheels/*-abi3-*.whl
 	rm -rf build/lib* build/temp* build/bdist*
 	SMILE_KERNELS_SKIP_BUILD=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear .venv-bare
 	set -e; for wheel in dist/*.whl; do \
-		$(PYTHON) -m venv --clear .venv-bare; \
+		.venv-bare/bin/python -m pip uninstall --quiet --yes smile-kernels; \
 		.venv-bare/bin/python -m pip install --quiet $(CONSTRAINTS) $(TORCH) "$$wheel"; \
 		(cd / && env PATH=/nonexistent $(CURDIR)/.venv-bare/bin/python $(CURDIR)/tests/ops/extension/wheel_smoke.py "$$wheel"); \
 	done

@@ -218,7 +218,7 @@ def _prepare(
 
 
 def machine(device: str) -> Record:
-    """What a result depends on besides the code: the device, its clock now, versions, the commit, and its limits."""
+    """Conditions of a result: the device, its current clock, versions, the commit, and its limits."""
     return {
         "device": device_name(device),
         "cores": os.cpu_count() if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count,
@@ -275,7 +275,7 @@ def floor_us(record: Record, limits: Record) -> float:
 
 
 def summary(record: Record, limits: Record) -> dict[str, dict[str, float]]:
-    """What a table shows of every peer that was timed: medians, spread, and ratios.
+    """The values of a table for every timed peer: medians, spread, and ratios.
 
     Returns:
         name -> "us" (median wall time), "spread" (half the interquartile range over the median), "over_linear" (median

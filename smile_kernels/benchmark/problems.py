@@ -116,7 +116,7 @@ class Case:
         return Work(3 * forward.bytes - size * t * o, 3 * forward.flops) if backward else forward
 
     def work(self, experts: int | None = None, backward: bool = False) -> Work:
-        """What no implementation can avoid, where the tokens together choose `experts` of the experts.
+        """The minimum for every implementation, if the tokens together choose `experts` of the experts.
 
         Every operand is moved once: x, y, W, b, the router's rows, and of each chosen expert the rows of vh that are
         not the router's, s, u and its bias. Forward and backward read the operands and dy again and write a gradient of

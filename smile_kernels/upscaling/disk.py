@@ -182,7 +182,7 @@ class Job:
                 yield key, one
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on; a run continues only if it is equal. Files are compared by size and time."""
+        """What determines the result; a run continues only if it is equal. Files are compared by size and time."""
         folders = [self.base, *self.experts]
         return {
             "version": __version__,

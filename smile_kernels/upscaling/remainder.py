@@ -187,7 +187,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def lost_settings(base: Any, sources: Sequence[ExpertSource]) -> list[LostSetting]:
-    """What the experts' configs have otherwise than that of the base, by which the result is run."""
+    """Settings in which the experts' configs differ from that of the base, which is the config of the result."""
     if base is None or all(source.config is None for source in sources):
         return []
     ours = settings_of(base)

@@ -358,7 +358,7 @@ def _record(model: nn.Module, inputs: Mapping[str, Tensor] | None, seed: int) ->
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a SMILE layer may differ by from a fine-tuned layer.
+    """The allowed difference of a SMILE layer from a fine-tuned layer.
 
     Attributes:
         weight_of: the fine-tuned weight of a layer [O, D], and whether the base's was rounded to `dtype`.

@@ -80,7 +80,7 @@ class SumsCache(AttentionLayerBase):
 
 @dataclass
 class SumsMetadata:
-    """Where the sums of each of a pass's T tokens (padding included) begin."""
+    """The first token and the previous slot of the sums of each of a pass's T tokens (including padding)."""
 
     start: Tensor  # [T] the row of the first token of the same request
     known: Tensor  # [T, 1] bool: there are tokens before that one

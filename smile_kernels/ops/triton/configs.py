@@ -318,7 +318,7 @@ def apply_paths(device: Device, dtype: torch.dtype) -> tuple[ApplyPath, ...]:
 
 
 def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, r: int, m: int) -> ApplyPath:
-    """How given experts are applied.
+    """The path for applying given experts.
 
     "fused": base product and a tail over the experts present in one accumulator; "tma": the same, its 16-bit numbers
     read by the tensor memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert,
@@ -371,7 +371,7 @@ def linear_paths(device: Device, dtype: torch.dtype, tokens: int, n: int, k: int
 def linear_path(
     device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, n: int, k: int, g: int, r: int, m: int, save: bool
 ) -> LinearPath:
-    """How a layer is routed whose router is the first g of each expert's k rows.
+    """The routing path of a layer whose router is the first g of each expert's k rows.
 
     "decode": all in two launches; "decode_one_launch": all in one; "one_product": one product of all rows, routed, then
     applied as `apply_path` says; "route_first": routed by the router's rows alone, then applied. Only the last two can
