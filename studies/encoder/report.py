@@ -176,22 +176,21 @@ def draw(results: dict) -> Figure:
     smile = [row for row in rows if row["name"].startswith("SMILE")]
     plain = [row["name"] for row in rows if row not in smile and row["name"] not in ("base + probe", "individual")]
     colours = {"base + probe": "#9aa0a6", "individual": "#202124"}
-    for names, colormap in ((plain, "YlOrBr"), ([row["name"] for row in smile], "GnBu")):
-        shades = matplotlib.colormaps[colormap](torch.linspace(0.35, 1, len(names)).tolist())
+    for names, colormap in ((plain, "YlOrBr"), ([row["name"] for row in smile], "winter")):
+        shades = matplotlib.colormaps[colormap](torch.linspace(0.3, 1, len(names)).tolist())
         colours |= dict(zip(names, map(tuple, shades)))
 
     individual = statistics.fmean(averages(next(row for row in rows if row["name"] == "individual")))
-    figure = Figure(figsize=(16, 6), layout="constrained")
+    figure = Figure(figsize=(16, 1.5 + 0.33 * len(rows)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.1))
     for y, row in enumerate(rows[::-1]):
         by_task = [statistics.fmean(scores) for scores in zip(*(run["accuracy"] for run in row["runs"]))]
         mean = statistics.fmean(averages(row))
         left.plot([min(by_task), max(by_task)], [y, y], color="#dadce0", linewidth=1, zorder=1)
         left.scatter(by_task, [y] * len(by_task), s=22, color="white", edgecolor=colours[row["name"]], zorder=2)
-        left.scatter(mean, y, s=130, color=colours[row["name"]], zorder=3)
-        left.annotate(
-            f"{mean:.1f}", (mean, y), (0, 9), textcoords="offset points", ha="center", fontsize=9, weight="bold"
-        )
+        left.scatter(mean, y, s=90, color=colours[row["name"]], zorder=3)
+        place = {"textcoords": "offset points", "va": "center", "fontsize": 9, "weight": "bold"}
+        left.annotate(f"{mean:.1f}", (max(by_task), y), (8, 0), **place)
     left.axvline(individual, color="#202124", linewidth=0.8, linestyle=":", zorder=0)
     left.set_yticks(range(len(rows)), [row["name"] for row in rows[::-1]])
     left.set_ylim(-0.6, len(rows) - 0.3)
@@ -201,14 +200,13 @@ def draw(results: dict) -> Figure:
     for row in rows:
         if row["name"] != "base + probe" and "oracle" not in row["name"]:
             mean = statistics.fmean(averages(row))
-            middle.scatter(row["parameters"], mean, s=90, color=colours[row["name"]], zorder=2, label=row["name"])
+            middle.scatter(row["parameters"], mean, s=90, color=colours[row["name"]], zorder=2)
     middle.axhline(individual, color="#202124", linewidth=0.8, linestyle=":")
     middle.set_xscale("log", base=2)
     middle.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     middle.set_xlabel("parameters, relative to one encoder")
     middle.set_ylabel("average accuracy, %")
-    middle.set_title("What accuracy costs")
-    middle.legend(frameon=False, fontsize=8, loc="lower right")
+    middle.set_title("What accuracy costs (colours as on the left)")
 
     for row in smile:
         if "oracle" not in row["name"]:
