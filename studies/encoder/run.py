@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 import os
 import statistics
 import time
@@ -14,12 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import BertModel
 
+import smile_kernels
 from smile_kernels import RoutingPolicy, SmileLinear, set_routing, upscale, verify, watch_routing
 from smile_kernels.nn import smile_layers
+from smile_kernels.publishing import write_text
 
 from .. import merge, report
 from ..data import MINILM, QUICK, SRE, TASKS
@@ -250,48 +255,70 @@ def evaluate(variant: Variant, case: Case) -> dict:
     return {"accuracy": scores, "own_expert": own, **costs, **variant.details}
 
 
-def merge_and_test(cases: Sequence[Case], step: report.Step) -> tuple[dict[str, list[dict]], dict[str, nn.Module]]:
-    """({row: results of `evaluate`, one per seed}, {name: module} of the first seed's timed rows)."""
-    rows: dict[str, list[dict]] = {}
+def merge_and_test(case: Case, lower: Lower | None, step: report.Step) -> dict:
+    """{"rows": {row: result of `evaluate`}, "time": with `lower`, `time_per_batch` of the timed rows}."""
+    rows: dict[str, dict] = {}
     encoders: dict[str, nn.Module] = {}
-    for case in cases:
+    start = time.process_time()
+    for variant in variants(case):
+        seconds = time.process_time() - start
+        step(f"{variant.name}, seed {case.seed}", 0, 1)
+        rows[variant.name] = {"seconds": seconds, **evaluate(variant, case)}
+        if variant.timed and lower:
+            encoders["plain encoder" if variant.probe else variant.name] = variant.build(0)
         start = time.process_time()
-        for variant in variants(case):
-            seconds = time.process_time() - start
-            step(f"{variant.name}, seed {case.seed}", 0, 1)
-            rows.setdefault(variant.name, []).append({"seconds": seconds, **evaluate(variant, case)})
-            if variant.timed and case is cases[0]:
-                encoders["plain encoder" if variant.probe else variant.name] = variant.build(0)
-            start = time.process_time()
-    return rows, encoders
+    return {"rows": rows, "time": time_per_batch(lower, encoders, case) if lower else []}
 
 
 def route_all(
-    cases: Sequence[Case],
+    case: Case,
     sets: dict[str, list[routing.Text]],
     noise: dict[str, Tensor],
     step: report.Step,
     ranks: tuple[int, int] = SHOWN,
 ) -> dict[str, dict[str, dict]]:
-    """{set: {row: {"right": {task: [a string of 0 and 1 a seed]}, "own": [share of tokens by task, % a seed]}}}."""
+    """{set: {row: what `routing.answer` gives}}."""
     found: dict[str, dict[str, dict]] = {name: {} for name in sets}
-    for case in cases:
-        heads = [task.finetuned[case.seed][1] for task in case.trained]
-        done = itertools.count()
+    heads = [task.finetuned[case.seed][1] for task in case.trained]
+    done, total = itertools.count(), (len(routing.POLICIES) + 5) * len(sets)
 
-        def add(name: str, answers: Callable[[list[routing.Text]], dict], case: Case = case, done=done) -> None:
-            for of, texts in sets.items():
-                step(f"routing, seed {case.seed}", next(done), (len(routing.POLICIES) + 5) * len(sets))
-                answered, entry = answers(texts), found[of].setdefault(name, {"right": {}, "own": []})
-                entry["own"].append(answered.get("own"))
-                for task, right in zip(case.trained, answered["right"]):
-                    if right:
-                        entry["right"].setdefault(task.task.name, []).append(right)
+    def add(name: str, answers: Callable[[list[routing.Text]], dict]) -> None:
+        for of, texts in sets.items():
+            step(f"routing, seed {case.seed}", next(done), total)
+            found[of][name] = answers(texts)
 
-        add("individual", partial(routing.individual, case.uppers, heads))
-        for name, model in routing.contenders(case.base, case.trained, case.seed, noise, ranks):
-            add(name, partial(routing.answer, model, heads))
+    add("individual", partial(routing.individual, case.uppers, heads))
+    for name, model in routing.contenders(case.base, case.trained, case.seed, noise, ranks):
+        add(name, partial(routing.answer, model, heads))
     return found
+
+
+def by_seed(tasks: Sequence[str], seeds: Sequence[dict[str, dict[str, dict]]]) -> dict[str, dict[str, dict]]:
+    """`route_all` of every seed as {set: {row: {"right": {task: [a string a seed]}, "own": [one a seed]}}}."""
+    return {
+        of: {
+            name: {
+                "right": {task: [s[of][name]["right"][i] for s in seeds] for i, task in enumerate(tasks) if right[i]},
+                "own": [s[of][name].get("own") for s in seeds],
+            }
+            for name, right in ((name, row["right"]) for name, row in rows.items())
+        }
+        for of, rows in seeds[0].items()
+    }
+
+
+def kept(folder: Path, decides: object, make: Callable[[], dict | list]) -> dict | list:
+    """What `make` gives, as JSON has it; read from `folder` again unless what decides it or any code differs."""
+    digest = hashlib.sha256(json.dumps([decides, torch.__version__, transformers.__version__]).encode())
+    here, library = Path(__file__).parent, Path(smile_kernels.__file__).parent
+    for source in [*sorted(here.glob("*.py")), here.parent / "merge.py", *sorted(library.rglob("*.py"))]:
+        digest.update(source.read_bytes())
+    path = folder / f"{digest.hexdigest()[:16]}.json"
+    if not path.exists():
+        made = json.dumps(make())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, made)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def energy(report) -> dict[str, float]:
@@ -450,15 +477,18 @@ def study(
 
             trained.append(train_task(task, recipe, held_out, range(seeds), cache, lower, base, tokenizer, advance))
         cases = [Case(base, trained, seed, **settings) for seed in range(seeds)]
-        rows, encoders = merge_and_test(cases, step)
+        decides = [asdict(recipe), [task.name for task in chosen], held_out, asdict(sizes), settings]
+        keep = partial(kept, cache / "encoder")
+        tested = [
+            keep(["rows", case.seed, *decides], partial(merge_and_test, case, None if case.seed else lower, step))
+            for case in cases
+        ]
+        noise = routing.random_pieces(lower, tokenizer)
         sets = routing.text_sets(trained, lower, tokenizer, "test", sizes)
-        routed = route_all(cases, sets, routing.random_pieces(lower, tokenizer), step)
-        step("time per batch", 0, 1)
-        timings = time_per_batch(lower, encoders, cases[0])
+        routed = [keep(["routing", case.seed, *decides], partial(route_all, case, sets, noise, step)) for case in cases]
         step("a published fine-tune", 0, 1)
-        fidelity = embedding_fidelity(
-            bert, cache / "packages", [ids for t in trained for ids in t.validation.tokens[:40]]
-        )
+        tokens = [ids for t in trained for ids in t.validation.tokens[:40]]
+        fidelity = embedding_fidelity(bert, cache / "packages", tokens)
 
     upper_parameters = sum(p.numel() for p in base.parameters())
     whole = sum(p.numel() for p in lower.parameters()) + upper_parameters
@@ -469,16 +499,18 @@ def study(
         "quick": quick,
         "tasks": [_described(t) for t in trained],
         "rows": [
-            {"name": name, "parameters": 1 + (runs[0]["upper_parameters"] - upper_parameters) / whole, "runs": runs}
-            for name, runs in rows.items()
+            {"name": name, "parameters": 1 + (row["upper_parameters"] - upper_parameters) / whole, "runs": runs}
+            for name, row in tested[0]["rows"].items()
+            for runs in [[seed["rows"][name] for seed in tested]]
         ],
-        "routing": routed,
-        "time": timings,
+        "routing": by_seed([task.name for task in chosen], routed),
+        "time": tested[0]["time"],
         "fidelity": fidelity,
     }
     report.write(results, json_path, plot, draw)
     report.show(tables(results)[1:])  # prompts and licences are in the documentation
-    verdicts = ", ".join(f"{name} {runs[0]['verified']}" for name, runs in rows.items() if "verified" in runs[0])
+    verified = ((name, row.get("verified")) for name, row in tested[0]["rows"].items())
+    verdicts = ", ".join(f"{name} {verdict}" for name, verdict in verified if verdict)
     print(f"verify, each expert forced against its fine-tuned model: {verdicts}")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return results

@@ -214,16 +214,22 @@ class TestRouting:
     def test_every_contender_answers(self, case, bert):
         texts = [routing.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states[:8]]
         noise = routing.random_pieces(encoder.Lower(bert, 1), self.tokenizer(), 4, 10)
-        found = run.route_all([case], {"prompted": texts, "one task": texts[:8]}, noise, lambda *_: None, (4, 8))
-        rows = found["prompted"]
-        assert list(rows) == list(found["one task"])
-        assert len(rows) == len(routing.POLICIES) + 5
-        assert rows["oracle"]["own"] == [[100.0] * 3]
+        sets = {"prompted": texts, "one task": texts[:8]}
+        answered = run.route_all(case, sets, noise, lambda *_: None, (4, 8))
+        assert len(answered["prompted"]) == len(routing.POLICIES) + 5
+        assert answered["prompted"]["oracle"]["own"] == [100.0] * 3
+        assert len({str(row) for row in answered["prompted"].values()}) > len(routing.POLICIES) / 2
         tasks = [task.task.name for task in case.trained]
-        assert all(list(row["right"]) == tasks for row in rows.values())
-        assert all(len(right) == 8 for row in rows.values() for (right,) in row["right"].values())
-        assert all(list(row["right"]) == tasks[:1] for row in found["one task"].values())
-        assert len({str(row) for row in rows.values()}) > len(rows) / 2
+        found = run.by_seed(tasks, [answered, answered])
+        for name, row in found["prompted"].items():
+            assert list(row["right"]) == tasks
+            assert all(right == [right[0]] * 2 and len(right[0]) == 8 for right in row["right"].values())
+            assert list(found["one task"][name]["right"]) == tasks[:1]
+
+    def test_results_are_kept_until_what_decides_them_changes(self, tmp_path):
+        assert run.kept(tmp_path, [1], lambda: {"a": (1, 2)}) == {"a": [1, 2]}
+        assert run.kept(tmp_path, [1], lambda: pytest.fail("made again")) == {"a": [1, 2]}
+        assert run.kept(tmp_path, [2], lambda: {"b": 1}) == {"b": 1}
 
     def test_the_recommended_policy_of_an_encoder_is_the_published_one(self, case):
         model, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
