@@ -82,8 +82,9 @@ release-check: wheels .venv-uv/ready
 	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/python -m pytest tests/test_release.py
 	set -e; export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); for version in 3.10 3.11 3.12 3.13; do \
-		.venv-uv/bin/uv venv --quiet --clear --no-python-downloads --seed --python $$version .venv-bare \
-			|| { echo "Python $$version: not here, not tried"; continue; }; \
+		python=$$(.venv-uv/bin/uv python find --no-project --no-python-downloads $$version) \
+			|| { echo "Python $$version: not installed, skipped"; continue; }; \
+		"$$python" -m venv --clear .venv-bare; \
 		for file in dist/*.whl dist/*.tar.gz; do \
 			.venv-bare/bin/python -m pip uninstall --quiet --yes smile-kernels; \
 			.venv-bare/bin/python -m pip install --quiet $(CONSTRAINTS) $(TORCH) "$$file"; \
