@@ -117,11 +117,46 @@ template <> struct Operand<bfloat16> {
 };
 #endif
 
-// The first `count` numbers at p, then zeros, as one operand.
+// The first `count` numbers at p, then zeros: at most `Count`. A loop or memcpy would take longer than the products.
+template <int Count, class T> struct First {
+  T numbers[Count];
+  SMILE_INLINE First(const T* p, int count) {
+    constexpr int size = Count * sizeof(T);
+    const int bytes = count * int(sizeof(T));
+#if SMILE_VECTOR_BYTES == 64
+    const __mmask64 mask = bytes == 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
+    if constexpr (size == 64) {
+      const __m512i v = _mm512_maskz_loadu_epi8(mask, p);
+      std::memcpy(numbers, &v, size);
+    } else {
+      const __m256i v = _mm256_maskz_loadu_epi8(__mmask32(mask), p);
+      std::memcpy(numbers, &v, size);
+    }
+#else
+    std::memset(numbers, 0, size);
+    copy_twice<size>(reinterpret_cast<const char*>(p), bytes);
+#endif
+  }
+
+#if SMILE_VECTOR_BYTES != 64
+ private:
+  // Copies `bytes` in one piece of Most bytes, or two of a half or a quarter of it and so on, which overlap.
+  template <int Most> SMILE_INLINE void copy_twice(const char* p, int bytes) {
+    if (bytes == 0) return;
+    if (bytes < Most) {
+      if constexpr (Most > int(sizeof(T))) copy_twice<Most / 2>(p, bytes);
+      return;
+    }
+    char last[Most];
+    std::memcpy(last, p + bytes - Most, Most);
+    std::memcpy(numbers, p, Most);
+    std::memcpy(reinterpret_cast<char*>(numbers) + bytes - Most, last, Most);
+  }
+#endif
+};
+
 template <class X, class T> SMILE_INLINE typename Operand<X>::type load_first(const T* p, int count) {
-  T lanes[Operand<X>::lanes] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = p[i];
-  return Operand<X>::load(lanes);
+  return Operand<X>::load(First<Operand<X>::lanes, T>(p, count).numbers);
 }
 
 #if defined(__clang__)
@@ -324,9 +359,7 @@ template <class X, class T> void pack(const T* const* rows, int64_t width, int64
         if (left == lanes * numbers) {
           square[i] = Packed<X>::load(row);
         } else {
-          T numbers_left[lanes * numbers] = {};
-          std::copy_n(row, left, numbers_left);
-          square[i] = Packed<X>::load(numbers_left);
+          square[i] = Packed<X>::load(First<lanes * numbers, T>(row, left).numbers);
         }
       }
       transpose<lanes / 2, R>(square, std::make_integer_sequence<int, lanes>());
