@@ -70,8 +70,9 @@ wheels: .venv/ready
 		(cd / && env PATH=/nonexistent $(CURDIR)/.venv-bare/bin/python $(CURDIR)/tests/ops/extension/wheel_smoke.py "$$wheel"); \
 	done
 
-# What a release needs but its upload: the wheels and the source distribution, their metadata, the workflow files, and an
-# install of each wheel where there is no compiler, on every Python from 3.10 to 3.13 that is here.
+# Everything for a release except for its upload: the wheels and the source distribution, their metadata, the workflow
+# files, and an install of each file, run without a compiler, on every installed Python from 3.10 to 3.13. The source
+# distribution is compiled for one GPU architecture if there is nvcc: for all of them it takes minutes.
 release-check: wheels .venv-uv/ready
 	.venv-wheels/bin/python -m pip install --quiet build twine 'readme-renderer[md]' check-jsonschema
 	rm -f dist/*.tar.gz
@@ -81,7 +82,8 @@ release-check: wheels .venv-uv/ready
 	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bf]*.yml
 	.venv-wheels/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/python -m pytest tests/test_release.py
-	set -e; export PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); for version in 3.10 3.11 3.12 3.13; do \
+	set -e; export TORCH_CUDA_ARCH_LIST=9.0 PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :); \
+	for version in 3.10 3.11 3.12 3.13; do \
 		python=$$(.venv-uv/bin/uv python find --no-project --no-python-downloads $$version) \
 			|| { echo "Python $$version: not installed, skipped"; continue; }; \
 		"$$python" -m venv --clear .venv-bare; \
