@@ -65,7 +65,7 @@ namespace emulation {
 
 enum class State { running, at_warp_barrier, at_block_barrier, done };
 
-// What a thread has asked to be copied, in groups of which the last is still open.
+// The copies requested by a thread, in groups; the last group is open.
 struct Copy { void* to; const void* from; };
 using Copies = std::vector<std::vector<Copy>>;
 
@@ -107,7 +107,7 @@ inline void run_fiber() {
   }
 }
 
-// Contexts only begin a fiber: switching by jumps saves their system call.
+// Contexts only start a fiber: switching by jumps avoids their system call.
 inline void resume(Fiber& fiber) {
   constexpr size_t kStack = 1 << 16;
   current = &fiber;
@@ -126,7 +126,7 @@ inline void fail(const char* what) {
   std::abort();
 }
 
-inline std::function<void()> of_warp[32];  // what lane 0 of a warp does for all of it at its next barrier
+inline std::function<void()> of_warp[32];  // work of lane 0 for its warp at the next barrier
 
 inline bool release(size_t begin, size_t end, State barrier) {
   size_t waiting = 0, done = 0;
@@ -204,7 +204,7 @@ template <size_t kLeft> void wait_copies() {
 
 // ---- tensor cores ----
 
-// What the whole warp does at once: all its threads must come here with the same arguments.
+// Operations of a whole warp: all its threads must call them with the same arguments.
 template <class Body> void together(const void* argument, size_t stride, const Body& body) {
   const unsigned self = current->thread.x;
   exchange[self] = uint64_t(uintptr_t(argument)) * 31 + stride;

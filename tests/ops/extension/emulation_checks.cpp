@@ -1,4 +1,4 @@
-// emulation_checks CASE: whether the emulation notices what it promises to. Prints what it found, or aborts.
+// emulation_checks CASE: whether the emulation detects errors. Prints the result, or aborts.
 #include "../../../csrc/common.cuh"
 
 #include <string>
@@ -7,14 +7,14 @@ using namespace smile;
 
 static_assert(kTensorCores<float16> && kTensorCores<bfloat16> && !kTensorCores<float>, "the branches of a GPU of today");
 
-// Shared memory of a template: what the second block finds before it writes.
+// Shared memory of a template: its contents in the second block before it writes.
 template <class T> __global__ void poison_kernel(float* found) {
   SMILE_SHARED(T, memory, [64]);
   found[blockIdx.x] = to_float(memory[threadIdx.x]);
   memory[threadIdx.x] = from_float<T>(1);
 }
 
-// Two groups of copies: what is there before any wait, after the wait for the first, and after all.
+// Two groups of copies: the contents before any wait, after the wait for the first, and after all.
 __global__ void copies_kernel(const float* from, float* found) {
   SMILE_SHARED(float, memory, [8]);
   for (int group = 0; group < 2; ++group) {

@@ -1,4 +1,4 @@
-// program EXTENSION MODEL TOKENS IN_FEATURES: a SMILE model without Python. Prints what it makes of x[t, d] = sin(t + d).
+// program EXTENSION MODEL TOKENS IN_FEATURES: a SMILE model without Python. Prints its output for x[t, d] = sin(t + d).
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
