@@ -3,16 +3,62 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 from smile_kernels.publishing import write_text
 
 from .encoder import report as encoder
 from .language_model import report as language_model
-from .report import fill
+from .report import fill, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"
+
+
+# What the two studies call a row of the summary: (the encoder's, the language model's), None where it has none.
+SUMMARY = {
+    "simple averaging": ("simple averaging", "simple averaging"),
+    "task arithmetic": ("task arithmetic", "task arithmetic"),
+    "TIES": ("TIES", "ties"),
+    "TSV-Merge": ("TSV-Merge", "tsv-merge"),
+    "Iso-C": ("Iso-C", "iso-c"),
+    "Fisher merging": ("Fisher merging", None),
+    "RegMean": ("RegMean", None),
+    "AdaMerging, by layer": ("AdaMerging, by layer", None),
+    "WEMoE": ("WEMoE", None),
+    "SMILE, published routing": ("SMILE (g 16, r 32)", "published"),
+    "SMILE, recommended routing": ("SMILE (g 16, r 32)", "recommended"),
+    "SMILE, sequence + layers": ("SMILE (g 16, r 32), sequence + layers", "sequence + layers, calibrated, restarts"),
+    "SMILE, oracle routing": ("SMILE (g 16, r 32), oracle routing", "oracle"),
+}
+
+
+def summary(easy: dict, hard: dict, language: dict) -> str:
+    """Accuracy of every method as a share of the individual models', in both studies."""
+
+    def of_encoder(results: dict, name: str) -> tuple[str, str]:
+        rows = {row["name"]: row for row in results["rows"]}
+        if name not in rows:
+            return "–", "–"
+        mean, individual = (statistics.fmean(encoder.averages(rows[row])) for row in (name, "individual"))
+        return f"{100 * mean / individual:.1f}", f"{rows[name]['parameters']:.2f}×"
+
+    def of_language(name: str | None) -> tuple[str, str, str]:
+        if name not in language["methods"]:
+            return "–", "–", "–"
+        row = language["methods"][name]
+        turns = row.get("two_turns")
+        return (
+            f"{row['of_individual']:.1f}",
+            f"{turns['of_individual']:.1f}" if turns else "–",
+            f"{row['parameters']:.2f}×",
+        )
+
+    columns = ["% of the individual models", "encoder, six tasks", "parameters", "encoder, eight tasks", "parameters"]
+    columns += ["language model", "second turn", "parameters"]
+    rows = [[shown, *of_encoder(easy, e), *of_encoder(hard, e), *of_language(l)] for shown, (e, l) in SUMMARY.items()]
+    return markdown_table(columns, [row for row in rows if row.count("–") < len(row) - 1]) + "\n"
 
 
 def sections() -> dict[Path, dict[str, str]]:
@@ -26,6 +72,7 @@ def sections() -> dict[Path, dict[str, str]]:
         docs / "demo.md": {"easy": encoder.markdown(easy), "hard": encoder.markdown(hard)},
         docs / "log.md": {"easy": encoder.markdown(easy, details=True), "hard": encoder.markdown(hard, details=True)},
         docs / "language_model.md": {"results": language_model.markdown(language)},
+        docs / "study.md": {"summary": summary(easy, hard, language)},
         ROOT / "README.md": {"language model": language_model.headline(language)},
     }
 
