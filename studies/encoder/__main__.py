@@ -8,7 +8,7 @@ import typer
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Four tasks, under three minutes on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Four tasks, fewer texts and settings.")] = False,
     seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
     tasks: Annotated[int, typer.Option(help="6, or 8 for the hard case.")] = 6,
     cache: Annotated[Path | None, typer.Option(help="Folder for packages and fine-tuned models.")] = None,

@@ -435,7 +435,7 @@ def study(
     downloaded into the cache. Every setting of a merging method is chosen on a validation split.
 
     Args:
-        quick: four tasks of short texts, fewer rows: under three minutes on two idle cores.
+        quick: four tasks of short texts, fewer rows and settings.
         seeds: how many times each task is fine-tuned; the table shows the mean.
         tasks: 6, or 8 for the hard case: two more tasks, and every layer of the encoder is fine-tuned.
         cache: folder for packages and fine-tuned models; default: the user's cache folder.
