@@ -729,8 +729,13 @@ def _from_yaml(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file; expected a YAML file")
     text = read_text(file, limit=1 << 16)
     try:
-        if alias := next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None):
-            raise SmileError(f"{file}: contains an alias, *{alias.anchor}; expected its value")
+        depth = 0
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise SmileError(f"{file}: contains an alias, *{event.anchor}; expected its value")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 16:  # the scanner's time grows with the square of it
+                raise SmileError(f"{file}: has more than 16 nested lists and mappings; expected settings")
         if twice := _repeated_key(yaml.compose(text, yaml.SafeLoader)):
             raise SmileError(f"{file}: sets {twice} twice; expected one value")
         content = yaml.safe_load(text)

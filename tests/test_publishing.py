@@ -71,7 +71,7 @@ def _no_flush(monkeypatch):
 
 @pytest.mark.usefixtures("_no_flush")
 @pytest.mark.parametrize("how", ["new", "force", pytest.param("force in three steps", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("then", ["same", "other", "other-force"])
+@pytest.mark.parametrize("then", ["same", pytest.param("other", marks=pytest.mark.exhaustive), "other-force"])
 def test_a_kill_at_every_file_operation(tmp_path, how, then, record_property, monkeypatch):
     replacing = how != "new"
     if how == "force in three steps":

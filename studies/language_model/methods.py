@@ -67,6 +67,7 @@ class Case:
         """The fine-tunes as experts of one model, calibrated on text that it writes itself, routed as published."""
         if rank_of_router not in self.made:
             options = {"rank_of_expert": self.rank_of_expert, "rank_of_router": rank_of_router, "progress": False}
+            options["expert_names"] = [folder.name.split("-")[0] for folder in self.finetuned]  # the tasks'
             self.made[rank_of_router] = upscale(self.model, self.experts, **options)[0].eval()
             calibrate(self.made[rank_of_router])
         return copy.deepcopy(self.made[rank_of_router])

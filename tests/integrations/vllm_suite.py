@@ -362,7 +362,8 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(folder), skip_tokenizer_init=True, dtype="float32", **{"max_model_len": 256, **options})
+    options = {"dtype": "float32", "max_model_len": 256, **options}
+    engine = LLM(str(folder), skip_tokenizer_init=True, **options)
 
     def sampling(expert):
         extra = None if expert is None else {"expert": expert}
@@ -518,6 +519,19 @@ def test_prompts_that_vote(architecture, policy, options, served, tmp_path):
     assert answers == [want, want]
     assert any(cached[1])
     assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error
+
+
+def test_prompts_vote_in_half_precision(served, tmp_path):
+    """Votes and evidence are float32 there too: each answer is that of the expert that float32 chooses."""
+    model = with_routing(served("LlamaForCausalLM").folder, tmp_path, RoutingPolicy("prompt", lock_after=1))
+    (answers,) = in_vllm(tmp_path, prompts=VOTING, dtype="bfloat16", max_model_len=256)
+    for prompt, answer in zip(VOTING, answers):
+        gaps = []
+        for expert in range(3):
+            with routing_override(model, expert), torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            gaps.append(float((logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]).max()))
+        assert min(gaps) == gaps[voted(model, prompt)[0]]
 
 
 def asynchronously(folder: str, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:

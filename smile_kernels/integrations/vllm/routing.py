@@ -80,8 +80,9 @@ class RememberedRouting:
                     "it, or no routing in the quantization_config, which means the published routing"
                 )
         tokens, width = config.scheduler_config.max_num_batched_tokens, self._most(config)
-        self.evidence = torch.zeros(tokens, self.n)  # L of the router that ran last
-        self.weights = torch.zeros(tokens, width)  # the choice of the last router with scores
+        # float32, also where vLLM makes the model in half precision.
+        self.evidence = torch.zeros(tokens, self.n, dtype=torch.float32)  # L of the router that ran last
+        self.weights = torch.zeros(tokens, width, dtype=torch.float32)  # the choice of the last router with scores
         self.ids = torch.zeros(tokens, width, dtype=torch.int32)
         if self.policy.scope in ("causal", "prompt"):
             # vLLM reads a layer's number from its name.
