@@ -352,8 +352,8 @@ def analyze(
     if not experts:
         raise SmileError("experts: is empty; expected one fine-tuned model or more")
     check_integer("rank_of_expert", rank_of_expert, 1)
-    if not math.isfinite(scale):
-        raise SmileError(f"scale: is {scale}; expected a finite number")
+    if not -1e9 < scale < 1e9:
+        raise SmileError(f"scale: is {scale}; expected a finite number, of at most 1e9")
     if workers is not None and workers < 1:
         raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]

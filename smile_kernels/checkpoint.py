@@ -65,6 +65,8 @@ def save_pretrained(
     config = SmileConfig.from_layers(smile_layers(model))
     config = replace(config, routing=stored_routing(model))
     if base is not None:
+        if not os.path.isdir(base):
+            raise FileNotFoundError(f"base: is {str(base)!r}; expected the folder of the base checkpoint")
         config = replace(config, base_model_name_or_path=os.path.abspath(base))
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
@@ -115,7 +117,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
         smile = read_smile_config(folder)
         smile.refuse_quantized_base(str(folder))
         if model is None and smile.base_model_name_or_path is None:
-            return _from_pretrained(transformers_class(config), folder, from_pretrained)
+            return load_transformers(transformers_class(config), folder, from_pretrained)
         tensors = {name: tensor.load() for name, tensor in stored.items()}
     else:
         if not holds_fusion_bench_layers(stored):
@@ -328,7 +330,12 @@ def transformers_class(config: Mapping[str, Any]) -> Any:
     return cls
 
 
-def _from_pretrained(cls: Any, folder: str | Path, options: dict[str, Any]) -> nn.Module:
+def load_transformers(cls: Any, folder: str | Path, options: Mapping[str, Any]) -> nn.Module:
+    """A model of the class `cls` of transformers.
+
+    Raises:
+        ValueError, OSError: the folder or an option does not fit.
+    """
     try:
         return cls.from_pretrained(folder, **options)
     except (SmileError, OSError):
@@ -348,7 +355,7 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
                 f"base_model_name_or_path: is {smile.base_model_name_or_path!r}, which is not a folder here; "
                 "expected the base checkpoint, or the base model as `model`"
             )
-        return _from_pretrained(cls, smile.base_model_name_or_path, from_pretrained)
+        return load_transformers(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
     plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "torch_dtype")}
     return cls._from_config(cls.config_class(**plain), **from_pretrained).eval()

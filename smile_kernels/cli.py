@@ -209,7 +209,7 @@ def _fuse(settings: dict[str, Any], table: bool, **options: Any) -> None:
         settings["routing"] = RoutingPolicy.from_dict(settings["routing"])
     if "dtype" in settings:
         settings["dtype"] = _dtype(torch, settings["dtype"])
-    first, out = int(os.environ.get("RANK", 0)) == 0, settings["out"]
+    first, out = os.environ.get("RANK", "0") == "0", settings["out"]
     if first:
         _say(f"{out}: is created when complete; the same command resumes an interrupted run")
     with _progress(first) as advance:

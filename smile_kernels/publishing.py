@@ -36,6 +36,7 @@ __all__ = [
     "OutputFolder",
     "check_folder",
     "check_outputs",
+    "is_utf8",
     "new_file",
     "output_folder",
     "restore",
@@ -220,7 +221,7 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         FileExistsError: the path is a file.
     """
     text = os.fsencode(folder)
-    if not text.strip() or b"\0" in text or not _is_utf8(text):
+    if not text.strip() or b"\0" in text or not is_utf8(folder):
         raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write, in UTF-8")
     path = Path(os.path.realpath(folder))
     if path.is_symlink():
@@ -240,10 +241,10 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
     return path
 
 
-def _is_utf8(text: bytes) -> bool:
+def is_utf8(path: str | Path) -> bool:
     """Whether safetensors can open files of this path."""
     try:
-        text.decode()
+        os.fsencode(path).decode()
     except UnicodeDecodeError:
         return False
     return True

@@ -39,7 +39,7 @@ def parse(kind: type[_T], values: Any, where: str) -> _T:
 
 
 def check_arguments(function: _F) -> _F:
-    """Make a function refuse, by name, arguments that do not fit its annotations; they are passed on unchanged."""
+    """Make a function refuse, by name, arguments that do not fit its annotations. Integers of NumPy become int."""
     signature = inspect.signature(function)
 
     @functools.cache
@@ -58,18 +58,22 @@ def check_arguments(function: _F) -> _F:
     def checked(*args: Any, **kwargs: Any) -> Any:
         from pydantic import ValidationError
 
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        bound, changed = signature.bind(*args, **kwargs), False
+        for name, value in bound.arguments.items():
             if name not in adapters():
                 continue
-            if isinstance(value, (np.integer, nn.ModuleList)):  # accepted like an int, a list
-                value = int(value) if isinstance(value, np.integer) else list(value)
+            if isinstance(value, np.integer):  # which JSON and torch's generators do not take
+                bound.arguments[name] = value = int(value)
+                changed = True
+            if isinstance(value, nn.ModuleList):  # accepted like a list
+                value = list(value)
             try:
                 adapters()[name].validate_python(value, strict=True)
             except ValidationError as error:
                 path, _, misfit = f": {_misfit(None, value, error.errors())}".rpartition(": is ")
                 step = "".join(f"[{part}]" for part in path.removeprefix(": ").split(".") if part)
                 raise SmileError(f"{name}{step}: is {misfit}") from None
-        return function(*args, **kwargs)
+        return function(*bound.args, **bound.kwargs) if changed else function(*args, **kwargs)
 
     return typing.cast(_F, checked)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import smile_kernels as sk
 from smile_kernels import functional
+from smile_kernels.integrations.quantization import split_base
 from smile_kernels.testing import Problem
 from tests.fuzzing import fuzzed, outcome
 
@@ -137,7 +138,8 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     for name, value in (
         ("scope", "tokens"), ("scope", None), ("accumulate", 1), ("lock_after", 0), ("lock_after", "3"),
         ("lock_after", 3), ("num_experts_per_tok", 0), ("num_experts_per_tok", 1.5), ("half_life", -1),
-        ("half_life", "x"),
+        ("half_life", "x"), ("half_life", 10**400), ("restart_at", 3), ("restart_at", "x"), ("restart_at", []),
+        ("restart_at", torch.ones(2)), ("restart_at", [-1]), ("scope", torch.ones(2)),
     ):  # fmt: skip
         add(f"RoutingPolicy({name}={value!r})", lambda n=name, v=value: sk.RoutingPolicy(**{n: v}), name)
     fused, _ = sk.upscale(model, models, progress=False, **ranks)
@@ -155,6 +157,27 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
             lambda v=value: sk.save_pretrained(fused, "no-such-folder", max_shard_size=v),
             "max_shard_size",
         )
+    adapters = ({"x": 1}, {1: 2}, {"0": models[0]})
+    for value in adapters:
+        add(
+            f"upscale(finetuned=[{value!r}])",
+            lambda v=value: sk.upscale(model, [v], progress=False, **ranks),
+            "finetuned",
+        )
+        add(f"add_expert({value!r})", lambda v=value: sk.add_expert(fused, v), "expert")
+        add(f"replace_expert({value!r})", lambda v=value: sk.replace_expert(fused, 0, v), "expert")
+    for value in ("a\0b", "\udcff", "no-such-folder"):
+        add(f"save_pretrained(base={value!r})", lambda v=value: sk.save_pretrained(fused, "no", base=v), "base")
+    for value in ({"x": 1}, {1: torch.ones(T, D)}, {"input": model}, {"input": torch.ones(T, D, device="meta")}):
+        add(f"verify(inputs={value})", lambda v=value: sk.verify(fused, model, models, inputs=v), "inputs")
+    add("calibrate(wrong inputs)", lambda: sk.calibrate(fused, [{"input": torch.ones(T, D + 1)}]), "inputs")
+    abroad = copy.deepcopy(model).to("meta")
+    add("verify(base on meta)", lambda: sk.verify(fused, abroad, models), "meta")
+    for value in (None, 3, "x", [model]):
+        add(f"split_base({value!r})", lambda v=value: split_base(v), "model")
+    for value in (-1, 2**63, 2**70, "0", 0.5):
+        add(f"calibrate(seed={value!r})", lambda v=value: sk.calibrate(fused, seed=v), "seed")
+        add(f"verify(seed={value!r})", lambda v=value: sk.verify(fused, model, models, seed=v), "seed")
     for name, value in (("sequences", 0), ("sequences", -1), ("length", 0)):
         add(f"calibrate({name}={value})", lambda n=name, v=value: sk.calibrate(fused, **{n: v}), name)
     return cases
@@ -170,13 +193,13 @@ def test_every_bad_call_names_its_argument():
     for label, call, named in cases:
         try:
             call()
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
             subject = str(error).split(":")[0].split("[")[0]
             if named in ("weight", "vh") and subject in ("x", "bias", "vh", "u", "weight", "rank_of_router"):
                 continue  # two shapes that do not match: either may be named
             if named.split("[")[0] not in str(error) and named != "backend":
                 faults.append(f"{label}: names no {named}: {type(error).__name__}: {str(error)[:150]}")
-            elif not isinstance(error, ValueError) and named not in ("backend", "ids"):
+            elif not isinstance(error, (ValueError, OSError)) and named not in ("backend", "ids"):
                 faults.append(f"{label}: {error!r}"[:200])
         except Exception as error:
             faults.append(f"{label}: {error!r}"[:200])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -378,6 +379,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "an empty base": (str, upscale_with("--base", ""), "base: is ''; expected a folder, or the id"),
     "an empty expert": (str, upscale_with("--expert", ""), r"experts\[0\]: is ''; expected a folder, or the id"),
     "an empty output": (str, upscale_with("--out", ""), "out: is ''; expected the path"),
+    "a base whose name is not UTF-8": (
+        lambda folder: (folder / "base").rename(folder / os.fsdecode(b"\xff")),
+        lambda folder: sk.upscale_checkpoints(
+            folder / os.fsdecode(b"\xff"), [folder / "expert"], folder / "out", **OPTIONS
+        ),
+        "base: is '.*'; expected a path in UTF-8",
+    ),
     "an output in a base": (str, upscale_with("--out", "{folder}/base/out"), "is inside base"),
     "an output in a file": (
         text("notes", "mine"),
@@ -573,3 +581,25 @@ def test_weights_beyond_float32_are_refused(folder):
     with pytest.raises(sk.SmileError, match=r"_proj: expert_weights\[0\]: its change is beyond torch\.float32"):
         fuse(folder)
     assert not (folder / "out").exists()
+
+
+def test_integers_of_numpy_are_taken_as_integers(folder):
+    numbers = {name: np.int64(value) for name, value in (OPTIONS | {"max_shard_size": 20_000}).items()}
+    fuse(folder, **numbers)
+    assert len([*(folder / "out").glob("model-*.safetensors")]) > 1
+    load(folder)
+
+
+def test_names_of_experts_are_printable_whatever_their_folders_are_called(folder):
+    (folder / "expert").rename(folder / "one\nexpert")
+    sk.upscale_checkpoints(folder / "base", [folder / "one\nexpert"], folder / "out", **OPTIONS)
+    assert sk.load_pretrained(folder / "out").lm_head.expert_names == ("one_expert",)
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2"}], ids=str)
+def test_variables_of_a_launcher_that_is_not_there(variables, folder, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(sk.SmileError, match=r"WORLD_SIZE: is '.'; expected the variables that torchrun sets"):
+        fuse(folder)
+    assert not [*folder.glob("*out*")]

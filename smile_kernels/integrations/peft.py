@@ -142,6 +142,8 @@ def adapter_deltas(
         ValueError: an adapter that is not LoRA, that changed its base, or that does not fit `base`.
     """
     directory = Path(directory)
+    if not isinstance(base, nn.Module) and (odd := next((name for name in base if not isinstance(name, str)), None)):
+        raise SmileError(f"base: has {odd!r}; expected tensors by name")
     config = _config(directory)
     names = names or ModelNames(base if isinstance(base, nn.Module) else None)
     if isinstance(base, nn.Module):

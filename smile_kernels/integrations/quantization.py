@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import SmileError
 from ..functional import smile_delta
 from ..nn import KeepsSingularValues, SmileLinear, all_or_nothing, smile_layers
+from ..schema import check_arguments
 from ..versions import warn_if_newer
 
 __all__ = ["SmileBesideLinear", "split_base"]
@@ -75,6 +76,7 @@ class SmileBesideLinear(KeepsSingularValues):
         )
 
 
+@check_arguments
 def split_base(model: nn.Module) -> nn.Module:
     """Replace every SmileLinear of `model` by a SmileBesideLinear, in place; return the model, or the new layer.
 

@@ -110,7 +110,12 @@ def calibrate(
                         f"inputs: contains a {type(batch).__name__}; expected mappings of forward's arguments"
                     )
                 check_inputs(model, batch)
-                model(**batch)
+                try:
+                    model(**batch)
+                except Exception as error:  # whatever inputs that do not fit make it raise
+                    raise SmileError(
+                        f"inputs: the model fails on them ({type(error).__name__}: {error}); expected others"
+                    ) from error
         elif _writes(model):
             source = "written"
             _write(model, sequences, length, generator)

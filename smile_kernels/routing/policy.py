@@ -25,7 +25,6 @@ every layer and every token that follows.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +89,7 @@ class RoutingPolicy:
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
+        if not isinstance(self.scope, str) or self.scope not in SCOPES:
             raise SmileError(f"scope: is {self.scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
         for name in ("accumulate", "calibrated"):
             if not isinstance(getattr(self, name), bool):
@@ -101,12 +100,15 @@ class RoutingPolicy:
                 raise SmileError(f"{name}: is {value!r}; expected None or an integer, 1 or more")
         if self.half_life is not None:
             number = isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool)
-            if not number or not isfinite(self.half_life) or self.half_life <= 0:
-                raise SmileError(f"half_life: is {self.half_life!r}; expected None or a number of tokens above 0")
+            if not number or not 0 < self.half_life < 1e15:
+                raise SmileError(
+                    f"half_life: is {self.half_life!r}; expected None or a number of tokens above 0, below 1e15"
+                )
         if self.restart_at is not None:
             if isinstance(self.restart_at, (list, tuple)):  # JSON has lists only
                 object.__setattr__(self, "restart_at", tuple(self.restart_at))
-            if not self.restart_at or not all(_is_integer(i, 0) for i in self.restart_at):
+            ids = self.restart_at if isinstance(self.restart_at, tuple) else ()
+            if not ids or not all(_is_integer(i, 0) for i in ids):
                 raise SmileError(f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more")
         check_top_p(self.top_p)
         if self.top_p < 1 and self.num_experts_per_tok == 1:

@@ -557,6 +557,7 @@ def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None)
     if given is not None and (isinstance(given, str) or len(given) != len(experts)):
         raise SmileError(f"expert_names: is {given!r}; expected {len(experts)} names, one for each expert")
     places = [str(expert) if Path(expert).exists() else str(expert).partition("@")[0] for expert in experts]
+    places = ["".join(c if c.isprintable() else "_" for c in place) for place in places]
     paths = [Path(os.path.abspath(place)).parts[1:] or ("expert",) for place in places]
     tails: list[str] = []
     for depth in range(1, max(map(len, paths)) + 1):
@@ -654,14 +655,18 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 @contextmanager
 def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
     """Rank, number of processes and a barrier: from torchrun, or for a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield 0, 1, lambda: None
         return
     import torch.distributed as dist
 
     started = not dist.is_initialized()
     if started:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        except ValueError as error:
+            size = os.environ["WORLD_SIZE"]
+            raise SmileError(f"WORLD_SIZE: is {size!r}; expected the variables that torchrun sets ({error})") from None
     try:
         yield dist.get_rank(), dist.get_world_size(), dist.barrier
     finally:

@@ -18,6 +18,7 @@ from ..config import read_config
 from ..errors import SmileError, check_integer
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
+from ..publishing import is_utf8
 from ..storage import StoredTensor, read_tensors
 from .layers import Layer
 
@@ -190,6 +191,12 @@ class AdapterSource(ExpertSource):
     def __init__(
         self, where: str, deltas: Mapping[str, ModuleDelta], base: Mapping[str, Tensor], layers: Mapping[str, Layer]
     ):
+        for module, delta in deltas.items():
+            if not isinstance(module, str) or not isinstance(delta, ModuleDelta):
+                raise SmileError(
+                    f"{where}[{module!r}]: is a {type(delta).__name__}; expected the names of modules and their "
+                    "ModuleDelta, as adapter_deltas returns them"
+                )
         changed = {
             f"{module}.{part}"
             for module, delta in deltas.items()
@@ -296,6 +303,8 @@ def local_folder(argument: str, place: str | Path) -> Path:
     """
     if not str(place).strip() or "\0" in str(place):
         raise SmileError(f"{argument}: is {str(place)!r}; expected a folder, or the id of a Hub repository")
+    if not is_utf8(place):
+        raise SmileError(f"{argument}: is {str(place)!r}; expected a path in UTF-8")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(place))
     if hub is None or Path(place).exists():
         return Path(place)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..checkpoint import REPORT, load_pretrained, transformers_class
+from ..checkpoint import REPORT, load_pretrained, load_transformers, transformers_class
 from ..config import read_config, read_smile_config
 from ..errors import SmileError, check_seed
 from ..integrations.conversion import ModelNames
@@ -112,6 +112,7 @@ def verify(
         FileNotFoundError: a folder does not exist.
     """
     check_seed(seed)
+    _check_inputs(inputs)
     if not isinstance(model, nn.Module):
         stored = Path(model) / REPORT
         report = report or (UpscaleReport.load(stored) if stored.is_file() else None)
@@ -276,6 +277,8 @@ def _load(place: _Model, dtype: torch.dtype) -> nn.Module:
     """A model in float32, or float64 if it is, its tensors rounded to `dtype`; folders as transformers loads them."""
     if isinstance(place, nn.Module):
         model = _unwrapped(place)
+        if name := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+            raise SmileError(f"{type(model).__name__}: {name} is on the meta device; expected a model with its data")
         coarse = [p.dtype.itemsize for p in model.parameters() if p.is_floating_point()]
         if min(coarse, default=4) >= 4 <= dtype.itemsize:
             return model
@@ -285,7 +288,7 @@ def _load(place: _Model, dtype: torch.dtype) -> nn.Module:
         config, wanted = read_config(place), torch.float32
         if config.get("quantization_config"):
             return load_pretrained(place, dtype=wanted)
-        model = transformers_class(config).from_pretrained(place, dtype=wanted)
+        model = load_transformers(transformers_class(config), place, {"dtype": wanted})
     for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}.values():
         if tensor.is_floating_point():
             tensor.data = _rounded(tensor.data, dtype)
@@ -507,6 +510,13 @@ def _naming(inputs: Mapping[str, Tensor] | None) -> Iterator[None]:
             raise
         shapes = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in inputs.items())
         raise SmileError(f"inputs: {shapes}: the model fails on them ({type(error).__name__}: {error})") from error
+
+
+def _check_inputs(inputs: Mapping[str, Tensor] | None) -> None:
+    for name, tensor in (inputs or {}).items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_meta:
+            shown = f"{tensor.dtype} on meta" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise SmileError(f"inputs[{name!r}]: is {shown}; expected tensors by the names of forward's arguments")
 
 
 @contextmanager
