@@ -120,7 +120,12 @@ def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "smile_kernels", "chat", str(fused), "--max-new-tokens", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    def interruptible() -> None:  # a shell's background jobs ignore the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, preexec_fn=interruptible
+    )
     os.close(terminal)
     seen, start = b"", 0
     for awaited, keys in ((b"\n> ", b"Hi\n"), (b"%]", b""), (b"\n> ", b"")):
