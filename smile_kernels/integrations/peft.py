@@ -225,9 +225,9 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
             adapters.add(match["adapter"])
         if match["module"].endswith(".original_module"):
             continue
-        if part in modules.setdefault(match["module"], {}):
+        held = modules.setdefault(match["module"], {}).setdefault(part, tensor)
+        if held.shape != tensor.shape or not torch.equal(held, tensor):  # some versions of PEFT store one twice
             raise SmileError(f"{directory}: has {part} of {match['module']!r} twice, in {key!r}, too; expected one")
-        modules[match["module"]][part] = tensor
     if len(adapters) > 1:
         raise SmileError(f"{directory}: contains the adapters {', '.join(sorted(adapters))}; expected one")
     return modules

@@ -151,7 +151,7 @@ def test_a_base_that_is_not_known(plain, tmp_path):
         "is stored as 'bitsandbytes'; expected a checkpoint of plain weights, or of awq",
         INT8 | {"quant_method": "bitsandbytes"},
     )
-    refused("names no architecture that transformers knows", INT8, architectures=["Nobody"])
+    refused("names no architecture that transformers supports", INT8, architectures=["Nobody"])
     refused("dtype is 'int4'; expected bfloat16", INT8, dtype="int4")
     refused("is of no layer of the LlamaForCausalLM", INT8, num_hidden_layers=1)
     fused = tmp_path / "fused"
