@@ -20,7 +20,7 @@ from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, smile_layers, why_not_linear
-from .publishing import MANIFEST, check_folder, output_folder, restore, write_text
+from .publishing import MANIFEST, check_folder, is_utf8, output_folder, restore, write_text
 from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
 from .schema import check_arguments, parse
 from .storage import (
@@ -65,8 +65,8 @@ def save_pretrained(
     config = SmileConfig.from_layers(smile_layers(model))
     config = replace(config, routing=stored_routing(model))
     if base is not None:
-        if not os.path.isdir(base):
-            raise FileNotFoundError(f"base: is {str(base)!r}; expected the folder of the base checkpoint")
+        if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
+            raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
         config = replace(config, base_model_name_or_path=os.path.abspath(base))
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)

@@ -1,8 +1,10 @@
 """A policy on one root module: the state of each forward pass, and the choices for its layers."""
 
+import contextlib
 import copy
 import inspect
 import itertools
+import operator
 import sys
 import threading
 import types
@@ -204,20 +206,32 @@ class RootRouting:
 
     def began_before(self) -> bool:
         """Whether this thread is inside a call of the root that began before it had a policy."""
-        return not self.handles or (not getattr(self.current, "seen", False) and self._calls(sys._getframe()))
+        return not self.handles or (not getattr(self.current, "seen", False) and self._calls(threading.get_ident()))
 
     def is_running(self) -> bool:
         """Whether any thread is inside a call of the root."""
-        return any(self._calls(frame) for frame in sys._current_frames().values())
+        return any(self._calls(thread) for thread in sys._current_frames())
 
-    def _calls(self, frame: types.FrameType | None) -> bool:
+    def _calls(self, thread: int) -> bool:
         """Whether a call of the root is on a thread's stack."""
-        while frame is not None:
+        for frame in _stack_of(thread):
             root = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
             if isinstance(root, nn.Module) and self.handles[0].id in root._forward_pre_hooks:
                 return True
-            frame = frame.f_back
         return False
+
+
+def _stack_of(thread: int) -> list[types.FrameType]:
+    """The frames of a thread, the innermost first; [] if it has ended.
+
+    They are collected inside one call of C, so that the thread cannot run meanwhile: `f_back` of a generator that has
+    yielded since can be a freed frame (Python 3.11).
+    """
+    frames: list[Any] = []
+    innermost = map(operator.itemgetter(thread), itertools.starmap(sys._current_frames, [()]))
+    with contextlib.suppress(AttributeError, KeyError):  # at the end, None.f_back; a thread that has ended
+        frames.extend(itertools.accumulate(itertools.chain(innermost, itertools.repeat("f_back")), getattr))
+    return frames[:-1]
 
 
 def _backward_pass() -> int:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from smile_kernels import SmileLinear
 from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
+from smile_kernels.routing.state import _stack_of
 from tests.routing.definition import (
     POLICIES,
     Calls,
@@ -290,3 +291,33 @@ def test_calibrating_keeps_the_number_of_experts():
     calibrate(model, sequences=2, length=3)
     assert get_routing(model) == RoutingPolicy(num_experts_per_tok=2)
     assert {layer.num_experts_per_tok for layer in smile_layers(model).values()} == {2}
+
+
+def test_the_stack_of_a_thread_that_runs_generators():
+    """A frame of a generator that yielded meanwhile leads to freed memory, so a stack is taken in one step."""
+    stop = threading.Event()
+
+    def inner():
+        yield from range(3)
+
+    def work():
+        while not stop.is_set():
+            [*inner()]
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    end, stacks = time.monotonic() + 1, 0
+    try:
+        while time.monotonic() < end:
+            for thread in threads:
+                names = [frame.f_code.co_name for frame in _stack_of(thread.ident)]
+                assert names[-3:] == ["run", "_bootstrap_inner", "_bootstrap"]
+                assert set(names[:-3]) <= {"inner", "work", "is_set", "<listcomp>"}
+                stacks += 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert stacks > 20
+    assert _stack_of(-1) == []
