@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+# transformers imports torchao if it is installed, which logs missing libraries. The processes of the study import this
+# file, too.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Three tasks, fewer rows.")] = False,
@@ -18,9 +23,6 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Fine-tune a small language model on six tasks, fuse the adapters by each method, and compare the answers."""
-    # transformers imports torchao if it is installed, which logs missing libraries.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from .run import Size, study
     from .tasks import QUICK, TASKS
 
