@@ -168,6 +168,7 @@ def smile_running_sums(shares: Tensor, sums: Tensor, first: int, gamma: float, c
     size, columns = pages.shape[2], slice(first * n, (first + routers) * n)
     page = pages[:, 0, :, columns]
     slots = slots.clamp_min(0)  # padding, -1, is written to block 0, which has no tokens
+    upto = flat
     for _ in range(metadata.rounds):
         before = torch.where(metadata.known, page[metadata.before // size, metadata.before % size], 0)
         if gamma == 1:

@@ -458,7 +458,7 @@ class SmileLinearMethod(UnquantizedLinearMethod):
         return weights[..., where, :], ids[..., where, :]
 
 
-def _index(parts: int, shard: Any = None) -> int:
+def _index(parts: int, shard: Any = None) -> Any:
     """The index of a part by vLLM's name for it; a layer with one part accepts any name."""
     return 0 if parts == 1 else {"q": 0, "k": 1, "v": 2}.get(shard, shard)
 
