@@ -267,7 +267,7 @@ def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
     }
 
 
-@fuzzed(150, 6000)
+@fuzzed(150, 3000)
 def test_fuzzed_calls(examples):
     calls, outcomes = valid_calls(), Counter[str]()
     for function, arguments in calls.values():
