@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 import textwrap
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def test_yaml_errors(tmp_path, content, message):
     assert result.exit_code == 1
     assert re.search(message, result.output.replace("\n", " ")), result.output
     assert [f.name for f in tmp_path.iterdir()] == ["bad.yml"]
+
+
+def test_streams_that_the_caller_closed(tmp_path, folders, monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    with pytest.raises(SystemExit) as end:
+        app(command(folders, tmp_path / "out"))
+    assert end.value.code == 0
+    assert read_smile_config(tmp_path / "out").expert_names == ("m1", "m2", "m3")
 
 
 def test_experts_have_names(tmp_path, folders):
