@@ -195,6 +195,16 @@ def streaming_table(part: Record) -> str:
     return markdown(header, rows)
 
 
+def vllm_table(part: Record) -> str:
+    """Milliseconds of CPU time of vLLM's engines, and the median ratios over the base."""
+    rows = []
+    for record in part["records"]:
+        for name, peer in record["peers"].items():
+            ratios = [f"{peer[f'over_first_{kind}']:.2f}" for kind in ("process_ms", "wall_ms")]
+            rows.append([record["name"], name, f"{median(peer['process_ms']):.1f}", *ratios])
+    return markdown(["case", "engine", "CPU ms", "over base, CPU time", "over base, wall time"], rows)
+
+
 def routing_table(part: Record, tasks: int) -> str:
     """Accuracy of every rule for choosing experts on each set of texts, the mean over the seeds."""
     records = [record for record in part["records"] if len(record["tasks"]) == tasks]
@@ -310,6 +320,7 @@ BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
         "routing-8": ("routing", lambda part: routing_table(part, 8)),
         "routing-models": ("routing_costs", lambda part: routing_costs_table(part, "batch")),
         "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
+        "vllm": ("vllm", vllm_table),
         "machine": ("layers", machine_line),
     },
     "gpu": {
