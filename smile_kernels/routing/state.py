@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import itertools
 import operator
@@ -9,7 +10,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,7 +211,9 @@ class RootRouting:
 
     def is_running(self) -> bool:
         """Whether any thread is inside a call of the root."""
-        return any(self._calls(thread) for thread in sys._current_frames())
+        with _no_collection():
+            threads = list(sys._current_frames())
+        return any(self._calls(thread) for thread in threads)
 
     def _calls(self, thread: int) -> bool:
         """Whether a call of the root is on a thread's stack."""
@@ -221,6 +224,18 @@ class RootRouting:
         return False
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: in sys._current_frames, Python 3.11 holds a lock that the end of a thread-local takes."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _stack_of(thread: int) -> list[types.FrameType]:
     """The frames of a thread, the innermost first; [] if it has ended.
 
@@ -229,7 +244,8 @@ def _stack_of(thread: int) -> list[types.FrameType]:
     """
     frames: list[Any] = []
     innermost = map(operator.itemgetter(thread), itertools.starmap(sys._current_frames, [()]))
-    with contextlib.suppress(AttributeError, KeyError):  # at the end, None.f_back; a thread that has ended
+    # At the end, None.f_back; a thread that has ended.
+    with _no_collection(), contextlib.suppress(AttributeError, KeyError):
         frames.extend(itertools.accumulate(itertools.chain(innermost, itertools.repeat("f_back")), getattr))
     return frames[:-1]
 

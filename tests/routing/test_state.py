@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -321,3 +323,21 @@ def test_the_stack_of_a_thread_that_runs_generators():
             thread.join()
     assert stacks > 20
     assert _stack_of(-1) == []
+
+
+def test_stacks_are_read_while_garbage_has_thread_locals():
+    """Python 3.11 would wait for a lock that it holds; the process would hang."""
+    code = """
+import gc, threading
+from smile_kernels.routing.state import _stack_of
+class Cycle: pass
+gc.set_threshold(1)
+for _ in range(300):
+    cycle = Cycle()
+    cycle.itself, cycle.local = cycle, threading.local()
+    cycle.local.value = 1
+    del cycle
+    assert _stack_of(threading.get_ident())
+assert gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
