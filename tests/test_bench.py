@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 
-from bench import compare, construction, models, problems, report, routing, run, streaming
+from bench import compare, construction, models, problems, report, routing, run, streaming, vllm_engines
 from smile_kernels import SmileLinear
 from smile_kernels.benchmark import command, measure
 from smile_kernels.benchmark.peers import BASELINE, PEERS, CannotRunError, Peer
@@ -482,3 +482,29 @@ def test_streaming_is_measured_above_an_idle_process(monkeypatch):
     assert 50e6 < record["idle_bytes"] < large.nbytes
     assert abs(record["peak_bytes"] - record["idle_bytes"]) < 50e6
     assert "| 0 | 0 | 1 |" in report.streaming_table(layers_part(record))
+
+
+class Engine:
+    """In place of the pipe to an engine: a job takes `first` seconds and `each` per token after the first."""
+
+    def __init__(self, first: float, each: float):
+        self.first, self.each = first, each
+
+    def send(self, job: tuple[int, ...]) -> None:
+        self.new = job[2]
+
+    def recv(self) -> tuple[float, float]:
+        seconds = self.first + self.each * (self.new - 1)
+        return seconds, 2 * seconds
+
+
+def test_engines_are_compared_by_the_tokens_after_the_first(capsys):
+    records = vllm_engines.measure({"base": Engine(1.0, 0.1), "fused": Engine(3.0, 0.15)}, rounds=3)
+    assert [record["name"] for record in records] == list(vllm_engines.CASES)
+    for record in records:
+        base, peer = record["peers"]["base"], record["peers"]["fused"]
+        decodes = record["new_tokens"] > 1
+        assert base["process_ms"] == pytest.approx([100 if decodes else 1000] * 3)
+        assert peer["wall_ms"] == pytest.approx([300 if decodes else 6000] * 3)
+        assert peer["over_first_process_ms"] == pytest.approx(1.5 if decodes else 3.0)
+    assert "1.50" in report.vllm_table({"records": records})

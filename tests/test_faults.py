@@ -86,14 +86,17 @@ def text_in(part: str, file: str, content: str) -> Callable[[Path], object]:
     return lambda folder: [(folder / part).mkdir(), (folder / part / file).write_text(content)]
 
 
-def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+def edited(file: str, key: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def apply(folder: Path) -> None:
-        path = folder / "base" / "model.safetensors.index.json"
-        content = json.loads(path.read_text())
-        change(content["weight_map"])
-        path.write_text(json.dumps(content))
+        content = json.loads((folder / file).read_text())
+        change(content[key])
+        (folder / file).write_text(json.dumps(content))
 
     return apply
+
+
+def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return edited("base/model.safetensors.index.json", "weight_map", change)
 
 
 def tensors(file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
@@ -110,13 +113,7 @@ def adapter(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 
 
 def fused(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def apply(folder: Path) -> None:
-        path = folder / "fused" / "config.json"
-        config = json.loads(path.read_text())
-        change(config["quantization_config"])
-        path.write_text(json.dumps(config))
-
-    return apply
+    return edited("fused/config.json", "quantization_config", change)
 
 
 def pipe(file: str) -> Callable[[Path], object]:

@@ -1,6 +1,5 @@
 """`python -m studies.encoder [--quick] ...`, as `make demo` runs it."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +15,6 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Fine-tune a small encoder on real tasks, merge the results by each method, and compare them."""
-    # transformers imports torchao if it is installed, which logs missing libraries.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from .run import study
 
     try:

@@ -1,16 +1,10 @@
 """`python -m studies.language_model [--quick] ...`, as `make demo-llm` runs it."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-# transformers imports torchao if it is installed, which logs missing libraries. The processes of the study import this
-# file, too.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def main(
