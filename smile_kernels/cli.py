@@ -1,5 +1,7 @@
 """The command line: `smile-kernels COMMAND`, or `python -m smile_kernels COMMAND`; `--help` lists the commands."""
 
+import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -31,7 +33,24 @@ from . import __version__
 from .errors import SmileError
 from .schema import KNOWN_KEYS_ONLY, parse
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; standard output that cannot be written ends any of them, and its help, with one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _is_of_output(error):
+                raise
+            _say(f"error: standard output: cannot be written ({error.strerror}); expected a file or pipe with space")
+            with contextlib.suppress(OSError):  # else Python tries again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Fuse fine-tuned models into a sparse mixture of low-rank experts (SMILE), and run it.",
     no_args_is_help=True,
     add_completion=False,
@@ -83,7 +102,7 @@ class _Recipe:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"smile-kernels {__version__}")
+        print(f"smile-kernels {__version__}", flush=True)
         raise typer.Exit()
 
 
@@ -93,9 +112,10 @@ def _main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by the caller
-            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+    # Streams that the caller closed, in the order of their descriptors, which files of the output would get otherwise.
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     if not sys.stderr.isatty():  # read by huggingface_hub, and so by transformers, when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers imports torchao if it is installed, which logs missing libraries.
@@ -272,8 +292,15 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _say(text: str) -> None:
-    """One line on stderr."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    """One line on stderr, if that can be written."""
+    with contextlib.suppress(OSError):
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether standard output could not be written: `publishing` names the file in each error of another one."""
+    codes = errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
+    return isinstance(error, OSError) and error.filename is None and error.errno in codes
 
 
 def _policy(
@@ -865,7 +892,10 @@ def _errors() -> Iterator[None]:
     """Print a user error in one line on stderr and exit with status 1; a bug keeps its traceback."""
     try:
         yield
+        sys.stdout.flush()
     except (SmileError, OSError, ImportError) as error:
+        if _is_of_output(error):
+            raise  # to _Commands
         _say(f"error: {' '.join(str(error).split())}")
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort):

@@ -14,6 +14,7 @@ __all__ = ["route", "router_projections", "router_scores", "select_experts", "sm
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ID_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8)
+_INT32 = -(2**31), 2**31 - 1
 
 
 def smile_linear(
@@ -111,13 +112,17 @@ def smile_linear(
         if ids.shape[-1] == 0:
             return F.linear(x, weight, bias)
     layer = tokens, weight, bias, vh, s, u, expert_bias
-    if parts is not None:
-        options = num_experts_per_tok, rank_of_router, parts, rank_of_parts
-        y = library.linear_of_parts(*layer, router if ids is None else None, weights, ids, *options, backend)
-    elif ids is None:
-        y = library.linear(*layer, router, num_experts_per_tok, rank_of_router, backend)
-    else:
-        y = library.apply(*layer, weights, ids, backend)
+    try:
+        if parts is not None:
+            options = num_experts_per_tok, rank_of_router, parts, rank_of_parts
+            y = library.linear_of_parts(*layer, router if ids is None else None, weights, ids, *options, backend)
+        elif ids is None:
+            y = library.linear(*layer, router, num_experts_per_tok, rank_of_router, backend)
+        else:
+            y = library.apply(*layer, weights, ids, backend)
+    except (RuntimeError, SmileError) as error:
+        _name_id(error, routing, s.shape[-2])
+        raise
     return y if is_flat else y.view(*leading, weight.shape[0])
 
 
@@ -188,7 +193,11 @@ def smile_delta(
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     rows = y if y.dim() == 2 else y.reshape(-1, y.shape[-1])
     experts = tokens, vh, s, u, expert_bias, router if ids is None else None, weights, ids
-    out = library.delta(rows, *experts, num_experts_per_tok, rank_of_router, *of_parts, backend, inplace=inplace)
+    try:
+        out = library.delta(rows, *experts, num_experts_per_tok, rank_of_router, *of_parts, backend, inplace=inplace)
+    except (RuntimeError, SmileError) as error:
+        _name_id(error, routing, s.shape[-2])
+        raise
     return y if inplace else out.view(y.shape)
 
 
@@ -376,12 +385,27 @@ def _given_routing(
     for i, tensor in enumerate(routing):
         _check_device(f"routing[{i}]", tensor, x)
     if ids.dtype == torch.int64:  # so that none wraps around into the range
-        ids = ids.clamp(-2, s.shape[-2])
+        ids = ids.clamp(*_INT32)
     if ids.shape[-1] == 0:
         return weights, ids
     shape = (-1, *of_parts, ids.shape[-1])
     # One choice for a whole sequence is an expanded view.
     return weights.reshape(shape).to(s.dtype).contiguous(), ids.reshape(shape).int().contiguous()
+
+
+def _name_id(error: Exception, routing: tuple[Tensor, Tensor] | None, n: int) -> None:
+    """Raise SmileError, with the id as the caller gave it, if a backend raised `error` for an id that is no expert's.
+
+    A check before the call would read all ids a second time.
+    """
+    if routing is None or "ids: contains" not in str(error):
+        return
+    try:
+        least, most = (extreme.item() for extreme in torch.aminmax(routing[1]))
+    except RuntimeError:  # under vmap a tensor has no single extreme
+        return
+    worst = least if least < -1 else most
+    raise SmileError(f"ids: contains {worst}; expected 0 to {n - 1}, or -1 for no expert") from None
 
 
 def _check_in_place(y: Tensor, x: Tensor, tensors: Sequence[tuple[str, Tensor | None]]) -> None:

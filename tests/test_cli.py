@@ -1,6 +1,7 @@
 """`smile-kernels upscale`, `inspect`, `doctor` and `tune`: options, output and errors."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -78,11 +79,34 @@ def test_yaml_errors(tmp_path, content, message):
 
 
 def test_streams_that_the_caller_closed(tmp_path, folders, monkeypatch):
-    for stream in ("stdout", "stderr"):
+    for stream in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, stream, None)
     with pytest.raises(SystemExit) as end:
         app(command(folders, tmp_path / "out"))
     assert end.value.code == 0
+    assert read_smile_config(tmp_path / "out").expert_names == ("m1", "m2", "m3")
+
+
+def test_standard_output_that_cannot_be_written(tmp_path, folders, monkeypatch, capfd):
+    run(*command(folders, tmp_path / "out"))
+    for buffering, arguments in ((-1, ["inspect", str(tmp_path / "out")]), (1, ["--version"]), (1, ["-h"])):
+        with open("/dev/full", "w", buffering) as full, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", full)
+            with pytest.raises(SystemExit) as end:
+                app(arguments)
+        assert end.value.code == 1
+        said = "error: standard output: cannot be written (No space left on device); expected a file or pipe with space"
+        assert capfd.readouterr().err.splitlines()[-1] == said
+
+
+def test_standard_error_that_cannot_be_written(tmp_path, folders, monkeypatch):
+    with open("/dev/full", "w") as full, open(os.devnull, "w") as null:
+        monkeypatch.setattr(sys, "stderr", full)
+        for code, arguments in enumerate((command(folders, tmp_path / "out"), ["inspect", str(tmp_path)])):
+            with pytest.raises(SystemExit) as end:
+                app(arguments)
+            assert end.value.code == code
+        os.dup2(null.fileno(), full.fileno())  # what is left to write
     assert read_smile_config(tmp_path / "out").expert_names == ("m1", "m2", "m3")
 
 

@@ -159,11 +159,23 @@ def test_ids_out_of_range_are_named(backend):
     for bad in (5, -2, 2**32, -(2**40)):
         wrong = ids.long()
         wrong[3, 1] = bad
-        with pytest.raises((ValueError, RuntimeError), match=r"ids: contains .*; expected 0 to 4, or -1 for no expert"):
+        with pytest.raises(sk.SmileError, match=f"^ids: contains {bad}; expected 0 to 4, or -1 for no expert$"):
             call(p, routing=(weights, wrong), backend=backend)
+        numbers = {"num_experts_per_tok": 2, "rank_of_router": 7, "routing": (weights, wrong), "backend": backend}
+        with pytest.raises(sk.SmileError, match=f"^ids: contains {bad}; expected 0 to 4"):
+            smile_delta(torch.zeros(len(p.x), len(p.weight)), p.x, p.vh, p.s, p.u, p.expert_bias, **numbers)
     for dtype in (torch.float32, torch.bool, torch.complex64):
         with pytest.raises(ValueError, match=r"routing\[1\]: is torch"):
             call(p, routing=(weights, ids.to(dtype)), backend=backend)
+
+
+@torch.no_grad()
+def test_ids_of_a_layer_s_own_policy_are_named():
+    layer = sk.SmileLinear(6, 5, 3, 2, 2)
+    for bad in (3, -2):
+        layer.router_policy = lambda _, x, bad=bad: (torch.ones(len(x), 1), torch.full((len(x), 1), bad).int())
+        with pytest.raises(sk.SmileError, match=f"^ids: contains {bad}; expected 0 to 2, or -1 for no expert$"):
+            layer(torch.ones(4, 6))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "vh", "s", "u", "expert_bias", "router"])

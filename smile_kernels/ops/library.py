@@ -377,7 +377,8 @@ def evidence(
 def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:
     """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None if not supported.
 
-    The operator checks its arguments, since checks in Python are slow for a few tokens. m = 0: only the shared layer.
+    The operator checks its arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an
+    id that is no expert's, is not supported. m = 0: only the shared layer.
     """
     (o, d), m, kind = weight.shape, ids.shape[-1], x.device.type
     if m == 0:
@@ -387,7 +388,11 @@ def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None
     if torch.is_autocast_enabled(kind) or not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
         return None
     tokens, weights, ids = x.reshape(-1, d), weights.reshape(-1, m), ids.reshape(-1, m)
-    y = torch.ops.smile_kernels_ext.apply.default(tokens, weight, bias, vh, s, u, expert_bias, weights, ids, False)[0]
+    layer = tokens, weight, bias, vh, s, u, expert_bias
+    try:
+        y = torch.ops.smile_kernels_ext.apply.default(*layer, weights, ids, False)[0]
+    except RuntimeError:
+        return None
     return y.view(*x.shape[:-1], o)
 
 
