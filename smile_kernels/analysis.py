@@ -214,6 +214,7 @@ def half_rank(sigma: Tensor) -> int:
     return min(int((sums < 0.5 * sums[-1]).sum()) + 1, len(sigma))
 
 
+@check_arguments
 @torch.no_grad()
 def zone(weight: Tensor, finetuned: Tensor, name: str) -> Tensor:
     """The component of a layer's change in one zone.
@@ -226,7 +227,7 @@ def zone(weight: Tensor, finetuned: Tensor, name: str) -> Tensor:
         [O, D] in float32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown zone; shapes that differ; NaN or inf.
+        ValueError: an unknown zone; matrices that are not floating point, or differ in shape or device; NaN or inf.
     """
     names = name.split("+")
     if unknown := [one for one in names if one not in ZONES]:
@@ -238,14 +239,26 @@ def zone(weight: Tensor, finetuned: Tensor, name: str) -> Tensor:
 
 def _change(weight: Tensor, finetuned: Tensor) -> tuple[Tensor, Tensor]:
     """W and W_i - W in float32 or float64."""
-    if weight.dim() != 2 or weight.shape != finetuned.shape:
-        raise SmileError(f"finetuned: has shape {list(finetuned.shape)}; expected weight's, {list(weight.shape)}")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight, finetuned = weight.to(wide), finetuned.to(wide)
-    for name, tensor in (("weight", weight), ("finetuned", finetuned)):
-        if not tensor.isfinite().all():
-            raise SmileError(f"{name}: contains NaN or inf; expected finite numbers")
-    return weight, finetuned - weight
+    _check_matrix("weight", weight, weight)
+    _check_matrix("finetuned", finetuned, weight)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, finetuned.dtype), torch.float32)
+    weight, change = weight.to(wide), finetuned.to(wide) - weight.to(wide)
+    if not change.isfinite().all():
+        raise SmileError(f"finetuned: its change is beyond {wide}; expected what that holds")
+    return weight, change
+
+
+def _check_matrix(name: str, matrix: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless it is a floating-point matrix of weight's shape, on its device, with finite numbers."""
+    if matrix.dim() != 2 or not matrix.numel() or matrix.shape != weight.shape:
+        expected = "[O, D]" if matrix is weight else f"weight's, {list(weight.shape)}"
+        raise SmileError(f"{name}: has shape {list(matrix.shape)}; expected {expected}")
+    if matrix.device != weight.device or matrix.is_meta:
+        raise SmileError(f"{name}: is on {matrix.device}, and weight on {weight.device}; expected one device with data")
+    if not matrix.is_floating_point():
+        raise SmileError(f"{name}: is {matrix.dtype}; expected floating-point numbers")
+    if not matrix.to(torch.promote_types(matrix.dtype, torch.float32)).isfinite().all():
+        raise SmileError(f"{name}: contains NaN or inf; expected finite numbers")
 
 
 def _parts(weight: Tensor, change: Tensor) -> dict[str, Tensor]:
@@ -260,6 +273,7 @@ def _parts(weight: Tensor, change: Tensor) -> dict[str, Tensor]:
     return {"I": first, "II": second, "III": outside - second, "mixed": change - first - outside}
 
 
+@check_arguments
 @torch.no_grad()
 def analyze_layer(
     name: str, weight: Tensor, changes: Sequence[Tensor], *, rank_of_expert: int = 16, scale: float = 0.3
@@ -272,7 +286,13 @@ def analyze_layer(
         changes: D_i [O, D], one per expert.
         rank_of_expert: r of `Interference.expanded`.
         scale: factor of task arithmetic.
+
+    Raises:
+        ValueError: matrices that are not floating point, or differ in shape or device; NaN or inf; or a rank below 1.
     """
+    check_integer("rank_of_expert", rank_of_expert, 1)
+    for i, matrix in enumerate((weight, *changes)):
+        _check_matrix(f"changes[{i - 1}]" if i else "weight", matrix, weight)
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k, size = half_rank(sigma), torch.linalg.vector_norm(weight).item()
     gram = torch.tensor([[(a.double() * b.double()).sum() for b in changes] for a in changes], dtype=torch.float64)

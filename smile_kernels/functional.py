@@ -394,7 +394,7 @@ def _given_routing(
 
 
 def _name_id(error: Exception, routing: tuple[Tensor, Tensor] | None, n: int) -> None:
-    """Raise SmileError, with the id as the caller gave it, if a backend raised `error` for an id that is no expert's.
+    """Raise SmileError, with the id as the caller gave it, if a backend raised `error` for an id out of range.
 
     A check before the call would read all ids a second time.
     """

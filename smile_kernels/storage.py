@@ -66,17 +66,23 @@ class StoredTensor:
 
     def load(self) -> Tensor:
         """The data; raises ValueError, naming the file and the tensor, if it contains NaN or inf."""
+        return self.load_with_peak()[0]
+
+    def load_with_peak(self) -> tuple[Tensor, float]:
+        """`load`, and the largest magnitude in it; 0 for integers."""
         tensor = self.read()
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
-            comparable = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            comparable = comparable if comparable.dtype.itemsize > 1 else comparable.float()
-            if not all(math.isfinite(extreme.item()) for extreme in comparable.aminmax()):
-                bad = (~torch.isfinite(comparable)).nonzero()
-                raise SmileError(
-                    f"{self.file}: tensor {self.name!r} holds {len(bad)} NaN or inf, the first at "
-                    f"{bad[0].tolist()}; expected finite numbers"
-                )
-        return tensor
+        if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+            return tensor, 0.0
+        comparable = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        comparable = comparable if comparable.dtype.itemsize > 1 else comparable.float()
+        extremes = [extreme.item() for extreme in comparable.aminmax()]
+        if not all(map(math.isfinite, extremes)):
+            bad = (~torch.isfinite(comparable)).nonzero()
+            raise SmileError(
+                f"{self.file}: tensor {self.name!r} holds {len(bad)} NaN or inf, the first at "
+                f"{bad[0].tolist()}; expected finite numbers"
+            )
+        return tensor, max(map(abs, extremes))
 
 
 def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:

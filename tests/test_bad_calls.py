@@ -1,18 +1,22 @@
 """Bad calls: a wrong value for each argument of each public call raises an error that names it, before any work."""
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import smile_kernels as sk
-from smile_kernels import functional
+from smile_kernels import analysis, functional
+from smile_kernels.checkpoint import describe
 from smile_kernels.integrations.quantization import split_base
 from smile_kernels.testing import Problem
 from tests.fuzzing import fuzzed, outcome
@@ -228,8 +232,26 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+def entered(manager: Callable[..., Any]) -> Callable[..., object]:
+    """A context manager as a function that opens and closes it."""
+
+    def call(**arguments: Any) -> None:
+        with manager(**arguments):
+            pass
+
+    return call
+
+
+def write_folders(model: nn.Module, tuned: nn.Module, fused: nn.Module) -> None:
+    """The checkpoints base, expert and fused in the current folder."""
+    for name, one in (("base", model), ("expert", tuned)):
+        Path(name).mkdir()
+        save_file(one.state_dict(), f"{name}/model.safetensors")
+    sk.save_pretrained(fused, "fused")
+
+
 def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
-    """Public functions with arguments that they take."""
+    """Public functions with arguments that they take; their files are in the current folder."""
     problem = Problem.random(T, D, O, N, R, G, M, bias=True, expert_bias=True, dtype=torch.float32)
     names = ("x", "weight", "bias", "vh", "s", "u", "expert_bias")
     tensors = dict(zip(names, problem.arguments()[: len(names)]))
@@ -245,6 +267,10 @@ def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
     of_one_part = {"vh": problem.vh[None], "s": problem.s[None], "parts": [O], "rank_of_parts": [R - 1]}
     of_parts = {**tensors, **numbers, **of_one_part}
     delta = {"y": torch.rand(T, O), **{name: t for name, t in tensors.items() if name not in ("weight", "bias")}}
+    write_folders(model, models[0], fused)
+    disk = {"base": "base", "experts": ["expert"], "include": ["*"], "exclude": [], "workers": 1}
+    saved = {"model": fused, "folder": "saved", "base": None, "max_shard_size": "5GB", "force": True}
+    names = {"embeddings_from": None, "routing": None, "experts_only": False, "max_shard_size": "5GB"}
     return {
         "smile_linear": (functional.smile_linear, tensors | numbers),
         "smile_linear, routed": (functional.smile_linear, tensors | numbers | {"routing": routing}),
@@ -264,14 +290,29 @@ def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "calibrate": (sk.calibrate, {"model": fused, "inputs": inputs, "seed": 0, "sequences": 1, "length": 1}),
         "verify": (sk.verify, {"model": fused, "finetuned": models, "inputs": inputs[0]}),
         "warmup": (sk.warmup, {"model": fused, "tokens": [1]}),
+        "split_base": (split_base, {"model": fused}),
+        "describe": (describe, {"folder": "fused"}),
+        "save_pretrained": (sk.save_pretrained, saved),
+        "load_pretrained": (sk.load_pretrained, {"folder": "fused", "model": nn.Sequential(nn.Linear(D, O))}),
+        "analyze": (analysis.analyze, disk | {"rank_of_expert": R, "scale": 0.3}),
+        "zone": (analysis.zone, {"weight": base.weight, "finetuned": tuned[0].weight, "name": "I+II"}),
+        "analyze_layer": (analysis.analyze_layer, {"name": "a", "weight": base.weight, "changes": [tuned[0].weight]}),
+        "keep_zone": (analysis.keep_zone, {"model": model, "finetuned": models[0], "name": "I", "include": ["*"]}),
+        "upscale_checkpoints": (sk.upscale_checkpoints, disk | {"out": "out", "force": True} | ranks | names),
+        "add_expert": (sk.add_expert, {"model": fused, "expert": models[0], "name": None}),
+        "replace_expert": (sk.replace_expert, {"model": fused, "old": 0, "expert": "expert", "name": None}),
+        "remove_expert": (sk.remove_expert, {"model": fused, "old": 0}),
+        "routing_override": (entered(sk.routing_override), {"model": fused, "expert": {0: 0.5}}),
+        "watch_routing": (entered(sk.watch_routing), {"model": fused}),
     }
 
 
 @fuzzed(150, 3000)
-def test_fuzzed_calls(examples):
+def test_fuzzed_calls(examples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     calls, outcomes = valid_calls(), Counter[str]()
-    for function, arguments in calls.values():
-        function(**arguments)
+    for name, (function, arguments) in calls.items():
+        assert outcome(functools.partial(function, **arguments)) == "success", name
 
     @examples
     @given(st.data())

@@ -573,11 +573,39 @@ def test_a_file_beside_the_weights_that_the_disk_has_no_space_for(folder):
     assert not [*folder.glob("*out*")]
 
 
-def test_weights_beyond_float32_are_refused(folder):
-    tensors("expert/model.safetensors", lambda t: {name: torch.full_like(one, 3e38) for name, one in t.items()})(folder)
-    with pytest.raises(sk.SmileError, match=r"_proj: expert_weights\[0\]: its change is beyond torch\.float32"):
-        fuse(folder)
-    assert not (folder / "out").exists()
+def test_weights_beyond_what_holds_their_change_are_refused_before_any_layer(folder):
+    def filled(size: float) -> Callable[[Path], object]:
+        return tensors(
+            "expert/model.safetensors", lambda t: {name: torch.full_like(one, size) for name, one in t.items()}
+        )
+
+    stages: list[str] = []
+    filled(3e38)(folder)
+    with pytest.raises(
+        sk.SmileError, match=r"experts\[0\]: \S+: the change of \S+_proj is 4\.8e\+39; expected what torch"
+    ):
+        fuse(folder, progress=lambda stage, *_: stages.append(stage))
+    assert set(stages) == {"checks"}
+    assert not [*folder.glob("out*")]
+    filled(4e4)(folder)
+    fuse(folder, dtype=torch.float16)
+
+
+def test_biases_beyond_what_holds_their_change_are_refused_before_any_layer(tmp_path):
+    stages = []
+    for name, size in (("base", 6e4), ("expert", -6e4)):
+        (tmp_path / name).mkdir()
+        layer = {"up.weight": torch.randn(8, 8).half(), "up.bias": torch.full((8,), size).half()}
+        save_file(layer, tmp_path / name / "model.safetensors")
+    with pytest.raises(sk.SmileError, match=r"the change of up\.bias is 1\.2e\+05; expected what torch\.float16"):
+        sk.upscale_checkpoints(
+            tmp_path / "base",
+            [tmp_path / "expert"],
+            tmp_path / "out",
+            progress=lambda stage, *_: stages.append(stage),
+            **OPTIONS,
+        )
+    assert set(stages) == {"checks"}
 
 
 def test_integers_of_numpy_are_taken_as_integers(folder):

@@ -378,7 +378,7 @@ def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None
     """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None if not supported.
 
     The operator checks its arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an
-    id that is no expert's, is not supported. m = 0: only the shared layer.
+    id out of range, is not supported. m = 0: only the shared layer.
     """
     (o, d), m, kind = weight.shape, ids.shape[-1], x.device.type
     if m == 0:

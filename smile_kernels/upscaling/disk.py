@@ -214,14 +214,37 @@ class Job:
         tensors = [tensor for _, tensor in self._stored()]
         written = {id(tensor) for tensor in tensors}
         tensors += [t for whole in wholes for name, t in whole.items() if average or name in needed]
+        huge = False
         for i, tensor in enumerate(tensors[part]):
-            value, dtype = tensor.load(), self._dtype(tensor.dtype)
+            (value, peak), dtype = tensor.load_with_peak(), self._dtype(tensor.dtype)
             if (average or id(tensor) in written) and dtype != tensor.dtype and not value.to(dtype).isfinite().all():
                 raise SmileError(
-                    f"{tensor.file}: tensor {tensor.name!r} has {value.abs().max():g}; expected at most "
+                    f"{tensor.file}: tensor {tensor.name!r} has {peak:g}; expected at most "
                     f"{torch.finfo(dtype).max:g}, the largest number of {dtype}"
                 )
+            if dtype.is_floating_point:  # twice, for the difference of two such numbers
+                huge |= 2 * peak > torch.finfo(dtype).max
+                huge |= 2 * peak * math.sqrt(value.numel()) > torch.finfo(torch.float32).max
             progress("checks", min((i + 1) * (part.step or 1), len(tensors)), len(tensors))
+        for layer in self.layers if huge else ():
+            self._check_change(layer)
+
+    def _check_change(self, layer: Layer) -> None:
+        """Raise ValueError if the change of a layer is beyond the dtype of its singular values or its biases."""
+        weight, bias = self.tensors[layer.weight], self.tensors.get(layer.bias)
+        for source in self.sources:
+            tuned, own = source.weight(layer), source.bias(layer)
+            sizes: dict[str, tuple[float, torch.dtype]] = {}
+            if isinstance(tuned, Tensor):
+                dtype = self._dtype(torch.promote_types(tuned.dtype, weight.dtype))
+                norm = torch.linalg.vector_norm(tuned.double() - weight.double()).item()
+                sizes[layer.name] = norm, torch.promote_types(dtype, torch.float32)
+            if bias is not None and own is not None:
+                peak = (own.double() - bias.double()).abs().max().item()
+                sizes[layer.bias] = peak, self._dtype(weight.dtype)
+            for name, (size, dtype) in sizes.items():
+                if size > torch.finfo(dtype).max:
+                    raise SmileError(f"{source.where}: the change of {name} is {size:.1e}; expected what {dtype} holds")
 
     def bytes_to_write(self, experts_only: bool) -> int:
         """A lower bound of the required disk space: factors as intermediate files and in the output, and the base."""
