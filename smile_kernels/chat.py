@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checkpoint import load_pretrained
 from .errors import SmileError, check_integer
-from .nn import smile_layers
+from .nn import routed_layers
 from .routing import routing_override, watch_routing
 
 __all__ = ["chat"]
@@ -46,7 +46,7 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise SmileError(f"{folder}: contains a {type(model).__name__}; expected a causal language model")
     model = model.to(device).eval()
-    names = next(iter(smile_layers(model).values())).expert_names or ()
+    names = next(iter(routed_layers(model).values())).expert_names or ()
     if interactive:
         print(HELP, file=sys.stderr)
         import readline  # noqa: F401  (with it, `input` edits lines and keeps a history)

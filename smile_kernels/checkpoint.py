@@ -19,7 +19,7 @@ from .errors import SmileError, check_seed
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
-from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, smile_layers, why_not_linear
+from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, routed_layers, smile_layers, why_not_linear
 from .publishing import MANIFEST, check_folder, is_utf8, output_folder, restore, write_text
 from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
 from .schema import check_arguments, parse
@@ -115,7 +115,11 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
     stored, config = read_tensors(folder), read_config(folder)
     if "quantization_config" in config:
         smile = read_smile_config(folder)
-        smile.refuse_quantized_base(str(folder))
+        if model is not None and smile.base is not None:
+            raise SmileError(
+                f"{folder}: its base is stored as {smile.base.get('quant_method')!r}, which no given model can hold; "
+                "expected None as `model`, to build it with transformers"
+            )
         if model is None and smile.base_model_name_or_path is None:
             return load_transformers(transformers_class(config), folder, from_pretrained)
         tensors = {name: tensor.load() for name, tensor in stored.items()}
@@ -179,7 +183,7 @@ def add_calibration(
     model = load_pretrained(folder, **from_pretrained)
     report = calibrate(model, seed=seed)
     set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=_user_turn_ids(folder)))
-    layers = smile_layers(model)
+    layers = routed_layers(model)
     if missing := [name for name in config.modules if name not in layers]:
         raise SmileError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
     priors = [

@@ -149,14 +149,6 @@ class SmileConfig:
                 del config[name]
         return config
 
-    def refuse_quantized_base(self, where: str) -> None:
-        """Raises ValueError where the base is stored quantised: what builds SmileLinear needs its plain weights."""
-        if self.base is not None:
-            raise SmileError(
-                f"{where}: its base is stored as {self.base.get('quant_method')!r}, which vLLM serves; expected a base "
-                "of plain weights (in memory, split_base and torchao quantise it)"
-            )
-
     @classmethod
     def from_layers(cls, layers: Mapping[str, SmileLinear]) -> "SmileConfig":
         """The config of layers, by name.

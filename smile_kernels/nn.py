@@ -16,12 +16,41 @@ from .schema import check_arguments
 from .svd import decompose_linear
 
 
-class KeepsSingularValues(nn.Module):
-    """A module of experts: `s` and `router_prior` stay float32 when it is cast to a lower precision."""
+class RoutedExperts(nn.Module):
+    """The experts of a layer, and what routing policies read and set there.
+
+    `s` and `router_prior` stay float32 when the module is cast to a lower precision.
+    """
 
     vh: nn.Parameter
     s: nn.Parameter
+    u: nn.Parameter
+    expert_bias: nn.Parameter | None
+    router: nn.Parameter | None
     router_prior: Tensor | None
+    num_local_experts: int
+    num_experts_per_tok: int
+    rank_of_router: int
+    # Returns the routing (weights, ids) of an input; without a policy, or if it returns None, the layer routes itself.
+    router_policy: Callable[[Any, Tensor], tuple[Tensor, Tensor] | None] | None = None
+    expert_names: tuple[str, ...] | None = None
+    _own_num_experts_per_tok: int | None = None  # if a routing policy has set another number
+
+    def set_num_experts_per_tok(self, num_experts_per_tok: int | None) -> None:
+        """Set the number of experts per token; None restores the number of the constructor."""
+        own = self.own_num_experts_per_tok()
+        if num_experts_per_tok is not None:
+            n = self.num_local_experts
+            check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
+            self._own_num_experts_per_tok = own
+        self.num_experts_per_tok = num_experts_per_tok or own
+        if num_experts_per_tok is None:
+            self._own_num_experts_per_tok = None
+
+    def own_num_experts_per_tok(self) -> int:
+        """The number given to the constructor, also while another thread sets one."""
+        own, m = self._own_num_experts_per_tok, self.num_experts_per_tok
+        return own or self._own_num_experts_per_tok or m
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(bfloat16) and half() would round them.
@@ -35,7 +64,7 @@ class KeepsSingularValues(nn.Module):
         return self
 
 
-class SmileLinear(KeepsSingularValues, nn.Linear):
+class SmileLinear(RoutedExperts, nn.Linear):
     """A pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
 
     It is a subclass of nn.Linear, so code that looks for linear layers, such as PEFT's `target_modules`, finds it. An
@@ -76,18 +105,8 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
 
     weight: nn.Parameter
     bias: nn.Parameter | None  # type: ignore[assignment]  # which nn.Linear's own annotation leaves out
-    vh: nn.Parameter
-    s: nn.Parameter
-    u: nn.Parameter
-    expert_bias: nn.Parameter | None
-    router: nn.Parameter | None
-    router_prior: Tensor | None
-    # Returns the routing (weights, ids) of an input; without a policy, or if it returns None, the layer routes itself.
-    router_policy: "Callable[[SmileLinear, Tensor], tuple[Tensor, Tensor] | None] | None" = None
-    expert_names: tuple[str, ...] | None = None
     parts: tuple[int, ...] | None = None
     rank_of_parts: tuple[int, ...] | None = None
-    _own_num_experts_per_tok: int | None = None  # if a routing policy has set another number
 
     def __init__(
         self,
@@ -359,22 +378,6 @@ class SmileLinear(KeepsSingularValues, nn.Linear):
             else:
                 yield whole[part, :, :rank] if name == "s" else whole[part]
 
-    def set_num_experts_per_tok(self, num_experts_per_tok: int | None) -> None:
-        """Set the number of experts per token; None restores the number of the constructor."""
-        own = self.own_num_experts_per_tok()
-        if num_experts_per_tok is not None:
-            n = self.num_local_experts
-            check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
-            self._own_num_experts_per_tok = own
-        self.num_experts_per_tok = num_experts_per_tok or own
-        if num_experts_per_tok is None:
-            self._own_num_experts_per_tok = None
-
-    def own_num_experts_per_tok(self) -> int:
-        """The number given to the constructor, also while another thread sets one."""
-        own, m = self._own_num_experts_per_tok, self.num_experts_per_tok
-        return own or self._own_num_experts_per_tok or m
-
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         p: dict[str, Any] = self._parameters
         try:  # faster than attributes, which Module.__getattr__ looks up one by one
@@ -472,6 +475,16 @@ def smile_layers(model: nn.Module) -> dict[str, SmileLinear]:
     return layers
 
 
+def routed_layers(model: nn.Module) -> dict[str, RoutedExperts]:
+    """The layers of a model that routing policies apply to, by name: SMILE layers, also with a quantised base.
+
+    Raises:
+        ValueError: one of them is merged.
+    """
+    smile_layers(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+
+
 @contextmanager
 def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
     """Restore the modules, parameters, hooks and config of a model if the block raises.
@@ -542,6 +555,12 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
             vars(layer)[attribute] = vars(module)[attribute]
     for parts in places:
         model.set_submodule(".".join(parts), layer)
+
+
+def replace_module(model: nn.Module, module: nn.Module, new: nn.Module) -> None:
+    """Put `new` in every place of `model` that holds `module`."""
+    for place in [place for place, one in model.named_modules(remove_duplicate=False) if one is module]:
+        model.set_submodule(place, new)
 
 
 @check_arguments

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -188,6 +189,14 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     return [StoredTensor(name, _DTYPES[dtype], shape, reader(name), file) for name, (dtype, shape) in headers.items()]
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file; that of a PyTorch file is empty."""
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as f:
+        return dict(f.metadata() or {})
+
+
 def read_pickled(file: Path) -> list[StoredTensor]:
     """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or no checkpoint."""
     _check_regular(file)
@@ -244,7 +253,8 @@ def add_tensors(folder: Path, tensors: list[StoredTensor], *, file: str) -> None
     index, files = _weight_files(folder)
     names = {tensor.name for tensor in tensors}
     if index is None:
-        write_shard(files[0], [*(t for t in read_safetensors(files[0]) if t.name not in names), *tensors])
+        kept = [tensor for tensor in read_safetensors(files[0]) if tensor.name not in names]
+        write_shard(files[0], [*kept, *tensors], read_metadata(files[0]))
         return
     write_shard(folder / file, tensors)
     stored = read_json(index)
@@ -272,7 +282,7 @@ def plan_shards(
     return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
+def write_shard(file: Path, tensors: list[StoredTensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write one safetensors file tensor by tensor, atomically.
 
     Raises:
@@ -280,7 +290,7 @@ def write_shard(file: Path, tensors: list[StoredTensor]) -> None:
     """
     # Readers map the file: the widest type first keeps each tensor aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Mapping[str, object]] = {"__metadata__": {**metadata, "format": "pt"}}
     offset = 0
     for t in tensors:
         end = offset + t.nbytes

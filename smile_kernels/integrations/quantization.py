@@ -6,22 +6,19 @@
 A tool that quantises `nn.Linear` (torchao, bitsandbytes) then applies only to the shared weights.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..functional import smile_delta
-from ..nn import KeepsSingularValues, SmileLinear, all_or_nothing, smile_layers
+from ..nn import RoutedExperts, SmileLinear, all_or_nothing, replace_module, smile_layers
 from ..schema import check_arguments
 from ..versions import warn_if_newer
 
 __all__ = ["SmileBesideLinear", "split_base"]
 
 
-class SmileBesideLinear(KeepsSingularValues):
+class SmileBesideLinear(RoutedExperts):
     """The experts of a SmileLinear, added to `base`, the linear module of its shared weight.
 
         y = base(x) + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
@@ -31,33 +28,31 @@ class SmileBesideLinear(KeepsSingularValues):
 
     Args:
         layer: the layer; its tensors are shared, not copied.
+        base: the module to use as `base`, x [..., D] -> [..., O]; None: an nn.Linear of the layer's weight and bias.
     """
 
-    expert_bias: nn.Parameter | None
-    router: nn.Parameter | None
-    router_prior: Tensor | None
-    router_policy: Callable[[Any, Tensor], tuple[Tensor, Tensor] | None] | None
-
-    def __init__(self, layer: SmileLinear):
+    def __init__(self, layer: SmileLinear, base: nn.Module | None = None):
         super().__init__()
-        self.base = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.base.weight = layer.weight
-        self.base.register_parameter("bias", layer.bias)
+        if base is None:
+            base = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            base.weight = layer.weight
+            base.register_parameter("bias", layer.bias)
+        self.base = base
         self.vh, self.s, self.u = layer.vh, layer.s, layer.u
         self.register_parameter("expert_bias", layer.expert_bias)
         self.register_parameter("router", layer.router)
         self.register_buffer("router_prior", layer.router_prior)
         self.num_local_experts, self.rank_of_router = layer.num_local_experts, layer.rank_of_router
-        self.num_experts_per_tok, self._own = layer.num_experts_per_tok, layer.own_num_experts_per_tok()
+        self.num_experts_per_tok = layer.own_num_experts_per_tok()
+        if layer.num_experts_per_tok != self.num_experts_per_tok:
+            self.set_num_experts_per_tok(layer.num_experts_per_tok)
         self.router_policy, self.expert_names = layer.router_policy, layer.expert_names
 
-    def own_num_experts_per_tok(self) -> int:
-        """The number given to the layer's constructor, independent of routing policies."""
-        return self._own
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> y [..., O]."""
-        routing = None if self.router_policy is None else self.router_policy(self, x)
+    def forward(self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [..., D] -> y [..., O]; routing: weights and ids [..., m], as in `functional.smile_linear`."""
+        m = self.num_experts_per_tok  # read before the policy runs, which may return None for this number
+        if self.router_policy is not None and routing is None:
+            routing = self.router_policy(self, x)
         y = self.base(x)
         # The base's output may be held by a hook and is not changed.
         apart = torch.is_grad_enabled() or bool(self.base._forward_hooks) or not y.is_contiguous()
@@ -69,7 +64,7 @@ class SmileBesideLinear(KeepsSingularValues):
             self.u,
             self.expert_bias,
             self.router,
-            num_experts_per_tok=self.num_experts_per_tok,
+            num_experts_per_tok=m,
             rank_of_router=self.rank_of_router,
             routing=routing,
             inplace=not apart,
@@ -80,7 +75,7 @@ class SmileBesideLinear(KeepsSingularValues):
 def split_base(model: nn.Module) -> nn.Module:
     """Replace every SmileLinear of `model` by a SmileBesideLinear, in place; return the model, or the new layer.
 
-    A routing policy of the model stays in effect. Call `set_routing` before: it only finds SmileLinear.
+    A routing policy of the model stays in effect, and may be set before or after.
 
     Raises:
         ValueError: the model contains no SmileLinear. Nothing is changed then.
@@ -94,5 +89,5 @@ def split_base(model: nn.Module) -> nn.Module:
             split = SmileBesideLinear(layer).train(layer.training)
             if not name:
                 return split
-            model.set_submodule(name, split)
+            replace_module(model, layer, split)
     return model

@@ -1,7 +1,8 @@
 """SMILE checkpoints in transformers: `AutoModel*.from_pretrained(directory)` for any model with linear layers.
 
 A checkpoint can name a "quantizer" that replaces modules before transformers loads the weights. Ours inserts a
-SmileLinear for each linear layer in `quantization_config.modules`. `import smile_kernels` registers it.
+SmileLinear for each linear layer in `quantization_config.modules`; over a base that is stored quantised, it is the
+base's own quantizer with experts added to its layers. `import smile_kernels` registers it.
 """
 
 import inspect
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import nn
@@ -22,17 +24,25 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.quantizers import auto
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig, stored_routing
 from ..errors import SmileError
 from ..guard import guard_weights
-from ..nn import is_conv1d, replace_linear, smile_layers, why_not_linear
+from ..nn import SmileLinear, is_conv1d, replace_linear, replace_module, smile_layers, why_not_linear
 from ..routing import set_routing
 from ..storage import read_pickled, read_safetensors
 from ..versions import expect, warn_if_newer
+from .quantization import SmileBesideLinear
+
+BASES = ("compressed-tensors", "torchao")  # bases stored quantised that transformers loads below experts
 
 
 def _expect_parameters(function: Callable, *names: str) -> None:
@@ -46,7 +56,6 @@ def _expect_call(caller: Callable, hook: str) -> None:
     expect("transformers", called, f"{caller.__qualname__} to call HfQuantizer.{hook}")
 
 
-_expect_parameters(get_model_conversion_mapping, "model", "hf_quantizer")
 _expect_parameters(rename_source_key, "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict")
 _expect_parameters(revert_weight_conversion, "model", "state_dict")
 _expect_call(auto.get_hf_quantizer, "update_attn_implementation")
@@ -55,16 +64,14 @@ _expect_call(HfQuantizer.postprocess_model, "_process_model_after_weight_loading
 warn_if_newer("transformers")
 
 
-def checkpoint_renaming(
-    model: nn.Module, hf_quantizer: HfQuantizer | None = None
-) -> Callable[[str], tuple[str, str | None]]:
+def checkpoint_renaming(model: nn.Module) -> Callable[[str], tuple[str, str | None]]:
     """The mapping from a checkpoint's names to those of `model` in transformers.
 
     Returns:
         A function of a tensor's name in the checkpoint that returns its name in the model, and the pattern of the
         conversion that builds it from several tensors, or None.
     """
-    transforms = get_model_conversion_mapping(model, hf_quantizer=hf_quantizer)
+    transforms = get_model_conversion_mapping(model)
     options = {
         "weight_renamings": [t for t in transforms if isinstance(t, WeightRenaming)],
         "weight_converters": [t for t in transforms if isinstance(t, WeightConverter)],
@@ -89,6 +96,18 @@ class SmileQuantizer(HfQuantizer):
     is_trainable = True
     is_qat_trainable = True
     is_compileable = True
+    smile: SmileQuantizationConfig
+    _layers: dict[str, tuple[SmileLinear, SmileModuleConfig]]
+    _fan_in_fan_out: list[SmileLinear]
+    _dtypes: dict[str, torch.dtype]
+
+    def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> "SmileQuantizer":
+        base = getattr(quantization_config, "base", None)
+        return super().__new__(cls if base is None else _over_quantizer_of(base["quant_method"]))
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.smile = quantization_config
 
     def is_serializable(self) -> bool:
         return True
@@ -116,9 +135,8 @@ class SmileQuantizer(HfQuantizer):
                 "distributed_config: transformers' own tensor parallelism does not know SMILE layers; "
                 "load the model whole and use smile_kernels.integrations.distributed"
             )
-        config = SmileConfig.from_dict(self.quantization_config.to_dict())
-        config.refuse_quantized_base("checkpoint")
-        renamed, tensors = checkpoint_renaming(model, self), model.state_dict()
+        config = SmileConfig.from_dict(self.smile.to_dict())
+        renamed, tensors = checkpoint_renaming(model), model.state_dict()
         self._layers, self._fan_in_fan_out = {}, []
         for name, entry in config.modules.items():
             # A layer's name in the checkpoint may differ from the model's: another head, a renamed submodule.
@@ -143,11 +161,9 @@ class SmileQuantizer(HfQuantizer):
                 device="meta",
                 dtype=linear.weight.dtype,
             )
-            if entry.fan_in_fan_out:
-                layer.weight = nn.Parameter(layer.weight.T)
-                self._fan_in_fan_out.append(layer)
-            replace_linear(model, target, layer.train(linear.training))
-            self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
+            self._layers[target] = layer.train(linear.training), entry
+        super()._process_model_before_weight_loading(model, **kwargs)
+        self._place(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         known = {renamed(f"{name}.weight")[0] for name in config.modules}
         for file in kwargs.get("checkpoint_files") or ():
@@ -169,10 +185,21 @@ class SmileQuantizer(HfQuantizer):
         if not self._layers:
             raise SmileError(f"modules: none of the {len(config.modules)} layers exists in {type(model).__name__}")
 
+    def _place(self, model: Any) -> None:
+        """Put the layers into the model, whose tensors have the names of the checkpoint's."""
+        for target, (layer, entry) in self._layers.items():
+            if entry.fan_in_fan_out:
+                layer.weight = nn.Parameter(layer.weight.T)
+                self._fan_in_fan_out.append(layer)
+            replace_linear(model, target, layer)
+            self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        loaded = {name: model.get_submodule(name) for name in self._layers}
         missing = [
             f"{name}.{parameter}"
-            for name, (layer, _) in self._layers.items()
+            for name, layer in loaded.items()
             for parameter, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
             if not (getattr(value, "_is_hf_initialized", False) or value.is_meta)  # offloaded to disk
         ]
@@ -180,21 +207,25 @@ class SmileQuantizer(HfQuantizer):
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise SmileError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
         self._cast_renamed(model)
-        for name, (layer, _) in self._layers.items():
+        for name, layer in loaded.items():
             for factor in FACTORS:
-                tensor = getattr(layer, factor)
+                tensor = getattr(layer, factor, None)
                 if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
                     raise SmileError(f"checkpoint: tensor {name}.{factor} contains NaN or inf; expected finite numbers")
+        self._complete(model)
+        set_routing(model, SmileConfig.from_dict(self.smile.to_dict()).routing)
+        del self._layers, self._fan_in_fan_out, self._dtypes
+
+    def _complete(self, model: Any) -> None:
+        """What remains once the tensors are loaded."""
         for layer in self._fan_in_fan_out:
             layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=layer.weight.requires_grad)
-        set_routing(model, SmileConfig.from_dict(self.quantization_config.to_dict()).routing)
         guard_weights(model)
         _keep_layers_apart(model)
         self.quantization_config.modules = _as_stored(model, {name: entry for name, (_, entry) in self._layers.items()})
         self.quantization_config.__dict__.pop("base_model_name_or_path", None)
         # Nothing is quantised: half(), float() and training work as for any model.
         model.is_quantized = False
-        del self._layers, self._fan_in_fan_out, self._dtypes
 
     def _cast_renamed(self, model: Any) -> None:
         """Gives tensors their model's dtype where transformers before 5.21 kept that of the file: where it renames."""
@@ -204,6 +235,61 @@ class SmileQuantizer(HfQuantizer):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and not tensor.is_meta and not kept & {*name.split(".")}:
                 tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
+
+
+class _OverQuantizedBase(SmileQuantizer):
+    """A mixin before the quantizer of a base that is stored quantised, which loads the base as it does without experts.
+
+    The factors are loaded as tensors of the base's linear modules, and then become `SmileBesideLinear`.
+    """
+
+    def __init__(self, quantization_config: SmileQuantizationConfig, **kwargs: Any):
+        base = quantization_config.base  # type: ignore[attr-defined]
+        warn_if_newer(base["quant_method"])
+        super(SmileQuantizer, self).__init__(AutoQuantizationConfig.from_dict(dict(base)), **kwargs)
+        self.smile = quantization_config
+
+    def is_serializable(self) -> bool:
+        raise SmileError(
+            "model: its base is stored quantised, and is not saved again; expected a base of plain weights "
+            "(copy the checkpoint's folder instead)"
+        )
+
+    def _place(self, model: Any) -> None:
+        for target, (layer, _) in self._layers.items():
+            linear = model.get_submodule(target)
+            for factor in FACTORS:
+                tensor = getattr(layer, factor)
+                if isinstance(tensor, nn.Parameter):
+                    linear.register_parameter(factor, tensor)
+                elif tensor is not None:
+                    linear.register_buffer(factor, tensor)
+
+    def _complete(self, model: Any) -> None:
+        for target, (layer, _) in self._layers.items():
+            linear = model.get_submodule(target)
+            for tensors, own in ((linear._parameters, layer._parameters), (linear._buffers, layer._buffers)):
+                for factor in [name for name in tensors if name in FACTORS]:
+                    tensor = tensors.pop(factor)
+                    own[factor] = tensor
+                    if tensor is not None and tensor.is_meta:
+                        raise SmileError(
+                            f"device_map: offloads {target}, whose base is stored quantised; expected devices that "
+                            "hold all layers"
+                        )
+            replace_module(model, linear, SmileBesideLinear(layer, linear).train(linear.training))
+        model.config.quantization_config = self.smile
+
+
+def _over_quantizer_of(method: str) -> type[SmileQuantizer]:
+    if method not in BASES:
+        raise SmileError(
+            f"checkpoint: its base is stored as {method!r}; expected one that transformers loads here, "
+            f"{' or '.join(map(repr, BASES))}, or vLLM"
+        )
+    kind = AUTO_QUANTIZER_MAPPING[method]
+    own = {name: getattr(kind, name) for name in ("is_trainable", "is_qat_trainable", "is_compileable")}
+    return type(f"Smile{kind.__name__}", (_OverQuantizedBase, kind), own)
 
 
 def describe_as_smile(model: Any) -> None:

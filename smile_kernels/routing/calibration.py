@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SmileError, check_seed
-from ..nn import SmileLinear, smile_layers
+from ..nn import RoutedExperts, routed_layers
 from ..schema import check_arguments, check_inputs
 from .cache import cache_in
 from .control import get_routing, refuse_override, set_routing, watch_tokens
@@ -93,7 +93,7 @@ def calibrate(
         ValueError: no SMILE layers; inputs without a batch, or that reach no SMILE layer; or unknown inputs of the
             model without `inputs`. Nothing is changed then.
     """
-    layers = smile_layers(model)
+    layers = routed_layers(model)
     if not layers:
         raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
     check_seed(seed)
@@ -146,13 +146,13 @@ def check_calibration(model: nn.Module) -> None:
 
 
 @contextmanager
-def _experts_off(model: nn.Module, layers: Mapping[str, SmileLinear]) -> Iterator[dict[str, tuple[Tensor, int]]]:
+def _experts_off(model: nn.Module, layers: Mapping[str, RoutedExperts]) -> Iterator[dict[str, tuple[Tensor, int]]]:
     """While it is open SMILE layers run without experts; fills the sum of p [N] float64 and the tokens of each."""
     shares = {name: (torch.zeros(layer.num_local_experts, dtype=torch.float64), 0) for name, layer in layers.items()}
     training = {module: module.training for module in model.modules()}
 
-    def reader(name: str) -> Callable[[SmileLinear, Tensor], Routing]:
-        def read(layer: SmileLinear, x: Tensor) -> Routing:
+    def reader(name: str) -> Callable[[RoutedExperts, Tensor], Routing]:
+        def read(layer: RoutedExperts, x: Tensor) -> Routing:
             rows = layer.vh if layer.router is None else layer.router
             p = energy_shares(router_energies(x.to(rows.dtype), rows[:, : layer.rank_of_router]))
             voting = p.sum(-1) > 0

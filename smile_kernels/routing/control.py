@@ -5,14 +5,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..functional import route
-from ..nn import SmileLinear, smile_layers
+from ..nn import RoutedExperts, routed_layers
 from ..schema import check_arguments
 from .policy import RoutingPolicy, block_numbers
 from .state import LayerPolicy, RootRouting
@@ -26,7 +25,6 @@ __all__ = [
     "get_routing",
     "refuse_override",
     "release_idle",
-    "routed_layers",
     "set_routing",
     "watch_routing",
     "watch_tokens",
@@ -48,7 +46,7 @@ def check_routing(
     Raises:
         ValueError: as `set_routing`.
     """
-    found = smile_layers(model) if layers is None else {}
+    found = routed_layers(model) if layers is None else {}
     layers = {name: layer.num_local_experts for name, layer in found.items()} if layers is None else layers
     if not layers:
         raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model with SMILE layers")
@@ -101,7 +99,7 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
             that belong to no single root; or a `routing_override` open on another part. Nothing is changed then.
     """
     check_routing(model, policy)
-    layers = smile_layers(model)
+    layers = routed_layers(model)
     _warn_of_early_lock(policy, layers)
     parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
     for root, members in parts.items():
@@ -125,14 +123,14 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
                 routing.release(layer)
 
 
-def _routing_of(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> RootRouting | None:
+def _routing_of(model: nn.Module, root: str, members: Mapping[str, RoutedExperts]) -> RootRouting | None:
     """The routing of this root if it covers all its layers, else None."""
     held = {_root_routing(layer) for layer in members.values()}
     routing = held.pop() if len(held) == 1 else None
     return routing if routing is not None and routing.is_on(model.get_submodule(root), len(members)) else None
 
 
-def _attach(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> RootRouting:
+def _attach(model: nn.Module, root: str, members: Mapping[str, RoutedExperts]) -> RootRouting:
     """Attach the layers of a root to its forward passes, with their present routing."""
     for layer in members.values():
         if (attached := _root_routing(layer)) is not None:
@@ -142,7 +140,7 @@ def _attach(model: nn.Module, root: str, members: Mapping[str, SmileLinear]) -> 
     return RootRouting(before, model.get_submodule(root), inside)
 
 
-def _published_policy(layer: SmileLinear) -> RoutingPolicy:
+def _published_policy(layer: RoutedExperts) -> RoutingPolicy:
     """The policy of a layer that routes itself."""
     own = layer.own_num_experts_per_tok() == layer.num_experts_per_tok
     return RoutingPolicy(num_experts_per_tok=None if own else layer.num_experts_per_tok)
@@ -158,7 +156,7 @@ def _warn_of_early_lock(policy: RoutingPolicy, names: Iterable[str]) -> None:
         )
 
 
-def _root_routing(layer: SmileLinear) -> RootRouting | None:
+def _root_routing(layer: RoutedExperts) -> RootRouting | None:
     return layer.router_policy.root if isinstance(layer.router_policy, LayerPolicy) else None
 
 
@@ -169,19 +167,11 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     Raises:
         ValueError: its parts have different policies.
     """
-    attached = ((layer, _root_routing(layer)) for layer in smile_layers(model).values())
+    attached = ((layer, _root_routing(layer)) for layer in routed_layers(model).values())
     found = {_published_policy(layer) if root is None else root.policy for layer, root in attached}
     if len(found) > 1:
         raise SmileError(f"model: its SMILE layers follow {len(found)} routing policies; expected one")
     return found.pop() if found else RoutingPolicy()
-
-
-def routed_layers(model: nn.Module) -> dict[str, SmileLinear]:
-    """The SMILE layers of a model by name, and other modules with a `router_policy`."""
-    smile_layers(model)  # refuses merged layers
-    return {
-        name: cast(SmileLinear, module) for name, module in model.named_modules() if hasattr(module, "router_policy")
-    }
 
 
 def attached_roots(model: nn.Module) -> list[RootRouting]:
@@ -207,7 +197,7 @@ def attached_roots(model: nn.Module) -> list[RootRouting]:
     return [_routing_of(model, root, members) or _attach(model, root, members) for root, members in parts.items()]
 
 
-def release_idle(layers: Iterable[SmileLinear]) -> None:
+def release_idle(layers: Iterable[RoutedExperts]) -> None:
     """Detach layers that route themselves and that no override or forward pass needs."""
     for layer in layers:
         root = _root_routing(layer)
@@ -254,10 +244,10 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             model(**batch)
         share = {name: count / count.sum() for name, count in counts.items()}
     """
-    layers = smile_layers(model)
+    layers = routed_layers(model)
     counts = {name: torch.zeros(layer.num_local_experts, dtype=torch.int64) for name, layer in layers.items()}
 
-    def count(name: str, layer: SmileLinear, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def count(name: str, layer: RoutedExperts, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if kwargs.get("routing_weights") is not None:
             return None
         routing = kwargs.get("routing")
@@ -299,7 +289,7 @@ def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
         names = inspect.signature(root.forward).parameters
         tokens = Tokens(dict(zip(names, args)) | kwargs, RoutingPolicy(), type(root).__name__)
 
-    roots = [model.get_submodule(root) for root in _parts(model, smile_layers(model))]
+    roots = [model.get_submodule(root) for root in _parts(model, routed_layers(model))]
     handles = [root.register_forward_pre_hook(enter, with_kwargs=True) for root in roots]
     try:
         yield lambda: None if tokens is None else tokens.real

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import SmileError
 from ..functional import route
-from ..nn import SmileLinear
-from .control import attached_roots, release_idle, routed_layers
+from ..nn import RoutedExperts, routed_layers
+from .control import attached_roots, release_idle
 from .policy import Routing
 from .tokens import Tokens
 
@@ -68,7 +68,7 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
 
 
 @contextmanager
-def _opened(model: nn.Module, layers: Iterable[SmileLinear], override: "Override | None") -> Iterator[None]:
+def _opened(model: nn.Module, layers: Iterable[RoutedExperts], override: "Override | None") -> Iterator[None]:
     with _attaching:
         roots = attached_roots(model)
         for root in roots:
@@ -143,7 +143,7 @@ class Override:
         own = torch.tensor([[row is None] for row in rows])
         self.tensors = {device: (weights.to(device), ids.to(device), own.to(device)) for device in devices}
 
-    def routing(self, layer: SmileLinear, x: Tensor, own: Routing | None, tokens: Tokens | None) -> Routing:
+    def routing(self, layer: RoutedExperts, x: Tensor, own: Routing | None, tokens: Tokens | None) -> Routing:
         """(weights, ids) [..., k] for x [..., D].
 
         Args:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..functional import keep_top_p, route, select_experts
-from ..nn import SmileLinear
+from ..nn import RoutedExperts
 from ..ops import library
 from .cache import PROMPT, Key, Memory, cache_in
 from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, router_energies, running_sums
@@ -47,7 +47,7 @@ class LayerPolicy:
     def __init__(self, root: "RootRouting", index: int, before: int):
         self.root, self.index, self.before = root, index, before
 
-    def __call__(self, layer: SmileLinear, x: Tensor) -> Routing | None:
+    def __call__(self, layer: RoutedExperts, x: Tensor) -> Routing | None:
         """(weights, ids) [..., m] for x [..., D]; None: the layer routes itself."""
         root = self.root
         state = getattr(root.current, "state", None)
@@ -63,7 +63,7 @@ class LayerPolicy:
         return at.replay(self.index, x) if state is None else at.choose(self.index, layer, x)
 
 
-def _route_alone(layer: SmileLinear, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
+def _route_alone(layer: RoutedExperts, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
     """The published routing to this number of experts; None if the layer can compute it itself."""
     if num_experts_per_tok == layer.num_experts_per_tok and top_p == 1:
         return None
@@ -81,7 +81,7 @@ class RootRouting:
 
     _serials = itertools.count()
 
-    def __init__(self, policy: RoutingPolicy, root: nn.Module, layers: Sequence[tuple[str, SmileLinear]]):
+    def __init__(self, policy: RoutingPolicy, root: nn.Module, layers: Sequence[tuple[str, RoutedExperts]]):
         self.plan = policy, next(self._serials)
         self.root_name = type(root).__name__
         self.users = len(layers)
@@ -139,7 +139,7 @@ class RootRouting:
         """Use `policy` in passes that begin from now on."""
         self.plan = policy, next(self._serials)
 
-    def release(self, layer: SmileLinear) -> None:
+    def release(self, layer: RoutedExperts) -> None:
         """Detaches `layer`; the last one removes the hooks."""
         layer.router_policy = None
         self.users -= 1
@@ -295,12 +295,12 @@ class ForwardPass:
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
 
-    def route_alone(self, layer: SmileLinear, x: Tensor) -> Routing | None:
+    def route_alone(self, layer: RoutedExperts, x: Tensor) -> Routing | None:
         """The published routing of a layer; None: it does so by itself."""
         m = self.policy.num_experts_per_tok or layer.own_num_experts_per_tok()
         return _route_alone(layer, x, m, self.policy.top_p)
 
-    def choose(self, index: int, layer: SmileLinear, x: Tensor) -> Routing:
+    def choose(self, index: int, layer: RoutedExperts, x: Tensor) -> Routing:
         """(weights, ids) [..., m] for the input x [..., D] of layer `index`, which runs now."""
         key = (index, self.calls.get(index, 0))
         self.calls[index] = key[1] + 1
@@ -314,7 +314,7 @@ class ForwardPass:
         self.devices.add(x.device)
         return choice
 
-    def _choose(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
+    def _choose(self, key: Key, layer: RoutedExperts, x: Tensor) -> Routing:
         """The policy's choice."""
         policy, index = self.policy, key[0]
         block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
@@ -378,7 +378,7 @@ class ForwardPass:
             if cache is not None:
                 self.memory.attach(cache)
 
-    def _score(self, key: Key, layer: SmileLinear, x: Tensor) -> Routing:
+    def _score(self, key: Key, layer: RoutedExperts, x: Tensor) -> Routing:
         """The choice at a layer that runs now; its evidence L is kept for those above."""
         tokens, policy = self.tokens, self.policy
         m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()

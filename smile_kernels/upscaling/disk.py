@@ -52,7 +52,7 @@ from .layers import (
     model_of_checkpoint,
     select_layers,
 )
-from .quantized import check_experts, open_base, quantization_of
+from .quantized import check_experts, metadata_of, open_base, quantization_of
 from .remainder import (
     average,
     check_changed,
@@ -122,6 +122,7 @@ class Job:
             _check_quantized(remaining, dtype, embeddings_from)
         names = ModelNames(model_of_checkpoint(self.base))
         self.stored, self.packed = open_base(self.base, names)
+        self.metadata = metadata_of(one for tensors in self.packed.values() for one in tensors)
         self.beside = _files_beside(self.base)
         self.by_name, self.origins = names.map(self.stored)
         names.check_complete(self.base, self.by_name)
@@ -434,8 +435,8 @@ def upscale_checkpoints(
 
     Args:
         base: checkpoint of the pre-trained model: a folder or a Hub id, optionally with @revision.
-            A quantised base (compressed-tensors, awq, gptq, fp8) supports LoRA adapters as experts; its tensors are
-            copied unchanged, for vLLM.
+            A quantised base (compressed-tensors, awq, gptq, fp8, torchao) supports LoRA adapters as experts; its
+            tensors are copied unchanged.
         experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; folders or Hub ids.
         out: output folder, new or empty.
         rank_of_expert, rank_of_router, router, num_experts_per_tok, include, exclude, strict: as in `upscale`.
@@ -561,7 +562,7 @@ def _write(
     shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
     for i, (name, shard) in enumerate(shards.items()):
         if i % world == rank and not (output.output / name).exists():
-            write_shard(output.output / name, shard)
+            write_shard(output.output / name, shard, job.metadata)
         progress("files", i + 1, len(shards))
     barrier()
     reports = [*reports, *unfit_layers(job.unfit, job.taken), *job.fused]

@@ -5,7 +5,7 @@ of the model's shape, of which only shape and dtype are used.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from ..config import read_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import LowRankDelta
-from ..storage import StoredTensor, read_tensors
+from ..storage import StoredTensor, read_metadata, read_tensors
 from .sources import AdapterSource, ExpertSource, read_plain
 
-__all__ = ["check_experts", "open_base", "quantization_of"]
+__all__ = ["check_experts", "metadata_of", "open_base", "quantization_of"]
 
 # Names of the tensors that each method stores instead of `<layer>.weight`; a `weight` has another dtype there.
 METHODS = {
@@ -30,6 +30,10 @@ METHODS = {
     ),
     "fp8": ("weight", "weight_scale", "weight_scale_inv", "input_scale"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "torchao": tuple(
+        f"_weight_{name}"
+        for name in ("qdata", "scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale")
+    ),
 }
 
 
@@ -87,6 +91,12 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
     if not packed:
         raise SmileError(f"base: {folder} says that it is stored as {method!r}, and has no such tensors; expected some")
     return stored, packed
+
+
+def metadata_of(quantised: Iterable[StoredTensor]) -> dict[str, str]:
+    """The metadata of the files of quantised tensors, by which torchao builds its own."""
+    files = {Path(tensor.file) for tensor in quantised}
+    return {key: text for file in sorted(files) for key, text in read_metadata(file).items()}
 
 
 def check_experts(source: ExpertSource, packed: Mapping[str, object]) -> None:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import smile_kernels as sk
 from smile_kernels import RoutingPolicy, SmileLinear, calibrate, set_routing
+from smile_kernels.config import read_smile_config
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
-from smile_kernels.nn import smile_layers
+from smile_kernels.nn import routed_layers, smile_layers
 from smile_kernels.upscaling import verify
-from tests.integrations.tiny_models import build, fine_tuned, fuse, output
+from tests.integrations.tiny_models import build, fine_tuned, fuse, output, transformers
+from tests.upscaling.test_quantized import AWQ, INT8, INT8_WEIGHTS, RANKS, adapter, quantised
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2, 5])
@@ -88,6 +91,10 @@ def test_a_routing_policy_holds(policy):
     assert not smile_layers(split)
     torch.testing.assert_close(output(split), want)
     torch.testing.assert_close(output(copy.deepcopy(split)), want)
+    set_routing(split, RoutingPolicy())
+    torch.testing.assert_close(output(split), published)
+    set_routing(split, policy)
+    torch.testing.assert_close(output(split), want)
 
 
 def test_the_singular_values_stay_float32_when_a_split_layer_is_cast():
@@ -105,3 +112,88 @@ def test_a_hook_of_the_base_sees_its_output_alone():
         y = split(x)
         assert torch.equal(seen[0], split.base(x))
     assert not torch.equal(y, seen[0])
+
+
+load = transformers.AutoModelForCausalLM.from_pretrained
+
+
+def torchao_base(plain, to):
+    """A checkpoint of transformers' own, in several files."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = transformers.TorchAoConfig(quantization.IntxWeightOnlyConfig(torch.int4))
+    load(plain, quantization_config=config).save_pretrained(to, max_shard_size="20KB")
+    return to
+
+
+def compressed(config):
+    def base(plain, to):
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+        return quantised(plain, to, config)
+
+    return base
+
+
+@pytest.fixture
+def plain(tmp_path):
+    build("LlamaForCausalLM").save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+BASES = {"int8": compressed(INT8), "int8 weights": compressed(INT8_WEIGHTS), "torchao int4": torchao_base}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_checkpoint_whose_base_is_quantised(kind, plain, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = BASES[kind](plain, tmp_path / "base")
+    adapters = [adapter(tmp_path / "a", plain, 2, ["q_proj", "up_proj"]), adapter(tmp_path / "b", plain, 3, ["q_proj"])]
+    sk.upscale_checkpoints(base, adapters, tmp_path / "out", max_shard_size=30000, **RANKS)
+    model, reference = sk.load_pretrained(tmp_path / "out"), load(base)
+    assert len(routed_layers(model)) == 4
+    assert model.config.quantization_config.base["quant_method"] == reference.config.quantization_config.quant_method
+    with sk.routing_override(model, {}):
+        assert torch.equal(output(model), output(reference))
+    if kind == "int8":  # rounds activations, where the last bit may cross a border
+        return
+    reference = peft.PeftModel.from_pretrained(reference, adapters[0], adapter_name="a").eval()
+    reference.load_adapter(adapters[1], adapter_name="b")
+    for name in "ab":
+        reference.set_adapter(name)
+        with sk.routing_override(model, name):
+            torch.testing.assert_close(output(model), output(reference), rtol=1e-5, atol=1e-5)
+
+
+def test_routing_of_a_checkpoint_whose_base_is_quantised(plain, tmp_path):
+    base = torchao_base(plain, tmp_path / "base")
+    adapters = [adapter(tmp_path / name, plain, 2, ["q_proj", "up_proj"]) for name in "ab"]
+    sk.upscale_checkpoints(base, adapters, tmp_path / "out", **RANKS)
+    policy = RoutingPolicy("causal", accumulate=True, calibrated=True)
+    sk.calibrate_checkpoint(tmp_path / "out", routing=policy)
+    model = load(tmp_path / "out")
+    assert sk.get_routing(model) == policy == read_smile_config(tmp_path / "out").routing
+    assert {tuple(layer.router_prior.shape) for layer in routed_layers(model).values()} == {(2,)}
+    with sk.watch_routing(model) as counts:
+        want = output(model)
+    assert {int(count.sum()) for count in counts.values()} == {want.shape[:2].numel()}
+    set_routing(model, RoutingPolicy(num_experts_per_tok=2))
+    assert not torch.equal(output(model), want)
+
+
+def test_what_a_quantised_base_does_not_support(plain, tmp_path):
+    one = adapter(tmp_path / "a", plain, 2, ["q_proj"])
+    sk.upscale_checkpoints(quantised(plain, tmp_path / "awq", AWQ), [one], tmp_path / "out", **RANKS)
+    for loaded in (sk.load_pretrained, load):
+        with pytest.raises(
+            sk.SmileError, match="its base is stored as 'awq'; expected one that transformers loads here"
+        ):
+            loaded(tmp_path / "out")
+    with pytest.raises(
+        sk.SmileError, match="is stored as 'awq', which no given model can hold; expected None as `model`"
+    ):
+        sk.load_pretrained(tmp_path / "out", build("LlamaForCausalLM"))
+    sk.upscale_checkpoints(torchao_base(plain, tmp_path / "base"), [one], tmp_path / "int4", **RANKS)
+    model = load(tmp_path / "int4")
+    with pytest.raises(sk.SmileError, match="its base is stored quantised, and is not saved again"):
+        model.save_pretrained(tmp_path / "again")
+    with pytest.raises(sk.SmileError, match="model: contains no SmileLinear"):
+        sk.save_pretrained(model, tmp_path / "again")

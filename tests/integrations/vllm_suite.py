@@ -1185,6 +1185,12 @@ def test_experts_without_their_base_are_refused():
         vllm_config(base_model_name_or_path="/base")
 
 
+def test_a_base_of_torchao_is_refused():
+    config = SmileConfig(2, 1, 3, 2, {"q": SmileModuleConfig(3, 2)}, base={"quant_method": "torchao"})
+    with pytest.raises(ValueError, match="base: is stored as 'torchao', which the plugin does not load"):
+        SmileQuantizationConfig.from_config(config.to_dict())
+
+
 def test_experts_of_a_head_are_refused():
     with pytest.raises(ValueError, match=r"modules: lm_head is a Embedding in vLLM; expected a linear layer"):
         vllm_config().get_quant_method(nn.Embedding(3, 2), "lm_head")

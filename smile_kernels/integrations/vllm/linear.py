@@ -101,6 +101,10 @@ class SmileQuantizationConfig(QuantizationConfig):
                 f"base_model_name_or_path: is {smile.base_model_name_or_path!r}; vLLM reads one folder, so expected a "
                 "whole checkpoint (load_pretrained, then save_pretrained, makes one)"
             )
+        if smile.base is not None and smile.base.get("quant_method") == "torchao":
+            raise SmileError(
+                "base: is stored as 'torchao', which the plugin does not load; expected another method, or transformers"
+            )
         return cls(smile)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
