@@ -88,7 +88,7 @@ def _unread(hint: Any) -> Any:
         return pydantic.InstanceOf[Mapping]
     if origin in (typing.Union, types.UnionType):
         return typing.Union[arguments]  # noqa: UP007
-    return origin[arguments[0]] if origin in (Sequence, Iterable) else hint
+    return types.GenericAlias(origin, arguments[:1]) if origin in (Sequence, Iterable) else hint
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

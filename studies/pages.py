@@ -61,6 +61,17 @@ def summary(easy: dict, hard: dict, language: dict) -> str:
     return markdown_table(columns, [row for row in rows if row.count("–") < len(row) - 1]) + "\n"
 
 
+def walk(results: dict) -> str:
+    """The time of each step from a clone to a served answer, as `time` gave it."""
+    machine = results["machine"]
+    rows = [
+        [step["step"], f"{step['wall_s'] / 60:.1f}", "–" if step["cpu_s"] is None else f"{step['cpu_s'] / 60:.1f}"]
+        for step in results["steps"]
+    ]
+    table = markdown_table(["step", "minutes", "of CPU time"], rows)
+    return f"{machine['processor']}, no other work, commit {machine['commit']}, {machine['measured']}.\n\n{table}\n"
+
+
 def sections() -> dict[Path, dict[str, str]]:
     """{page: {section: its text}}."""
 
@@ -72,6 +83,7 @@ def sections() -> dict[Path, dict[str, str]]:
         docs / "demo.md": {"easy": encoder.markdown(easy), "hard": encoder.markdown(hard)},
         docs / "log.md": {"easy": encoder.markdown(easy, details=True), "hard": encoder.markdown(hard, details=True)},
         docs / "language_model.md": {"results": language_model.markdown(language)},
+        docs / "language_models.md": {"walk": walk(read("walk"))},
         docs / "study.md": {"summary": summary(easy, hard, language)},
         ROOT / "README.md": {"language model": language_model.headline(language)},
     }

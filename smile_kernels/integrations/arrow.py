@@ -5,7 +5,7 @@ changes of the top_k best are summed with softmax weights. This is a SMILE layer
 for each expert.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,6 @@ def _layer(name: str, module: Any, adapters: list[str]) -> SmileLinear:
         weight, linear.bias, factors, rank_of_router=1, num_experts_per_tok=int(arrow.top_k)
     )
     if not transposed:
-        layer.weight = linear.weight  # tied weights stay tied
+        layer.weight = cast(nn.Parameter, linear.weight)  # tied weights stay tied
     layer.bias, layer.expert_names = linear.bias, tuple(adapters)
     return layer

@@ -95,6 +95,10 @@ class Tokens:
         self.starts: Tensor | None = None
         self.ends: Tensor | None = None
         if arguments.get("cu_seq_lens_q") is not None:
+            if self.length is None:
+                raise SmileError(
+                    f"cu_seq_lens_q: is given to {root_name} without input_ids or inputs_embeds; expected one of them"
+                )
             self._pack(_boundaries_from_lengths(arguments["cu_seq_lens_q"], self.length))
         elif mask is None and self.cache is None and arguments.get("position_ids") is not None:
             self._pack(_boundaries_from_positions(arguments["position_ids"]))
@@ -115,7 +119,7 @@ class Tokens:
         half_life, pattern = self.policy.half_life, self.policy.restart_at
         if half_life is None and pattern is None:
             return
-        device = self.ids.device if self.ids is not None else None if self.real is None else self.real.device
+        device = next((t.device for t in (self.ids, self.real) if t is not None), None)
         factors: Any = torch.full(
             (1, self.length or 1), 1.0 if half_life is None else 2.0 ** (-1 / half_life), device=device
         )

@@ -1,6 +1,5 @@
 """`python -m studies.language_model [--quick] ...`, as `make demo-llm` runs it."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +7,10 @@ import typer
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Three tasks, fewer rows.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three tasks.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Also variants of the routing, and full fine-tunes.")] = False,
     seeds: Annotated[int, typer.Option(help="How many times each task is fine-tuned.")] = 1,
-    rows: Annotated[int, typer.Option(help="Test rows per task; half as many for secondary methods.")] = 50,
+    rows: Annotated[int, typer.Option(help="Test rows per task; at most 25 for the variants of the routing.")] = 20,
     cache: Annotated[Path | None, typer.Option(help="Folder for packages, fine-tunes and answers.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the fused model; default: in the cache.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
@@ -20,12 +20,9 @@ def main(
     from .run import Size, study
     from .tasks import QUICK, TASKS
 
-    size = Size(seeds, rows)
+    size = Size(seeds, rows, few_rows=min(25, rows), conversations=60, full=True) if whole else Size(seeds, rows)
     try:
-        if quick:
-            study(replace(size, rows=20, full=False), QUICK, cache, out, json_path, plot)
-        else:
-            study(size, TASKS, cache, out, json_path, plot)
+        study(size, QUICK if quick else TASKS, cache, out, json_path, plot)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -228,7 +228,7 @@ VARIANTS: dict[str, Callable[[Case], Contender]] = {
 }
 PICTURED = ("causal + layers", "causal + layers, calibrated")
 METHODS = [
-    Method("base", lambda case: Contender.of(case.model), essential=False, routed=False, turns=False, timed=True),
+    Method("base", lambda case: Contender.of(case.model), routed=False, turns=False, timed=True),
     Method("individual", individual, routed=False, full=True, timed=True),
     Method("simple averaging", averaging, routed=False, turns=False),
     Method("task arithmetic", task_arithmetic, routed=False, turns=False),

@@ -54,10 +54,10 @@ class Size:
     """
 
     seeds: int = 1
-    rows: int = 50
-    few_rows: int = 25
-    conversations: int = 60
-    full: bool = True
+    rows: int = 20
+    few_rows: int = 0
+    conversations: int = 30
+    full: bool = False
 
 
 class Study:

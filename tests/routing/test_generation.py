@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
+from smile_kernels.errors import SmileError
 from smile_kernels.routing import RoutingPolicy, set_routing
 from tests.routing.definition import (
     CAUSAL,
@@ -161,6 +162,8 @@ def test_caches_of_packed_sequences_and_paged_ones_are_refused():
             logits(model, input_ids=tokens(1, 1), past_key_values=kv)
         with pytest.raises(NotImplementedError, match=r"^cache: is a object"):
             logits(model, input_ids=tokens(1, 5), cache=object(), use_cache=False)
+        with pytest.raises(SmileError, match=r"^cu_seq_lens_q: is given to .* without input_ids"):
+            logits(model, **packed)
 
 
 @by_name({name: POLICIES[name] for name in ("sequence+layers, lock 1", "causal+layers")})

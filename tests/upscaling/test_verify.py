@@ -182,8 +182,7 @@ def test_adapters(architecture, stored, tmp_path):
         assert [v.verdict for v in found] == [verdict] * 2
 
 
-@pytest.mark.parametrize(("given", "kept"), [("bfloat16", None), ("float32", "bfloat16")])
-@pytest.mark.parametrize("kind", ["adapters", "whole"])
+@pytest.mark.parametrize(("kind", "given", "kept"), [("adapters", "bfloat16", None), ("whole", "float32", "bfloat16")])
 def test_what_is_stored_in_low_precision(kind, given, kept, tmp_path):
     """Rounding is not a difference, also for changes as small as that of the weights; truncation is."""
     import peft

@@ -154,10 +154,10 @@ def _add_parts(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_pe
         expert_bias = _rows(expert_bias)
     with torch.cuda.device_of(x):
         tied = routes and router is None
-        if tied:
-            weights, ids = empty_routing(x, len(ends), num_experts_per_tok)
-        elif routes:
+        if routes and router is not None:
             weights, ids = _route(device, x, router, num_experts_per_tok)
+        elif routes:
+            weights, ids = empty_routing(x, len(ends), num_experts_per_tok)
         rows = vh.flatten(0, 1) if tied else vh.flatten(0, 1)[:, : s.shape[-1]]
         options = {"rank_of_router": rank_of_router if tied else None, "gates": expert_bias is not None, "save": save}
         tail, h = scale(device, shrink(device, x, rows), s, weights, ids, x.dtype, **options)

@@ -289,7 +289,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
         dx = grouped.expand(device, dh, vh[:, :r], groups)
     elif needs_x:
         dx = expand(device, dy, None, None, Tail(dh, None, present, config["BLOCK_T"]), vh[:, :r].mT, None, "delta")
-    if needs_x and weight is not None:
+    if dx is not None and weight is not None:
         dx.addmm_(dy, weight)
     if needs_vh and groups:
         dvh = torch.empty_like(vh) if vh.shape[1] == r else torch.zeros_like(vh)
@@ -308,7 +308,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     elif needs_u:
         du = (dy.T @ scaled.view(tokens, n * r)).view(o, n, r).transpose(0, 1).contiguous()
     if needs_expert_bias and groups:
-        dexpert_bias = torch.empty_like(expert_bias)
+        dexpert_bias = gates.new_empty(n, o)
         outer(device, gates[..., None], dy, groups, dexpert_bias[:, None])
     elif needs_expert_bias:
         dexpert_bias = gates.T @ dy

@@ -150,7 +150,7 @@ def test_tests_that_hang_end_with_their_outcomes(tmp_path, monkeypatch):
         "def test_hangs():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(1000)\n"
     )
     plan = gpu.replace(gpu.on_cpu(), tests=[str(tmp_path / "test_planted.py")])
-    call = gpu.Call(plan, 20, tmp_path, True, gpu_rows.perform_job)
+    call = gpu.Call(plan, 14, tmp_path, True, gpu_rows.perform_job)
     monkeypatch.setitem(gpu.ENDS, "tests", 1.0)
     with call.stage("tests"):
         call._tests()

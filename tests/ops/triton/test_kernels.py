@@ -44,8 +44,16 @@ def check(p: Problem, *, backward: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["one_product", "route_first", "grouped"])
-@pytest.mark.parametrize("layout", ["two", "three", "three, one dense"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("two", torch.float32),
+        ("three", torch.bfloat16),
+        ("three, one dense", torch.float32),
+        ("three, one dense", torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_parts_match_reference(path, layout, dtype, device, take):
     take("route_first" if path == "grouped" else path, path if path == "grouped" else "fused")
     sizes, ranks = PARTS[layout]
@@ -119,7 +127,7 @@ def test_forward_of_odd_shapes(tokens, d, o, n, r, g, m, linear, apply, options,
     check(Problem.random(tokens, d, o, n, r, g, m, dtype=torch.bfloat16, device=device, **options), backward=False)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_many_experts_are_not_rounded_as_the_base_product_is(seed, device, take):
     take("route_first", "fused")
     check(Problem.random(1, 33, 8, 64, 33, 33, 47, router=True, seed=seed, device=device), backward=False)
