@@ -40,8 +40,12 @@ warn_if_newer("torch")
 _MODULES = {"triton": ".triton.backend", "cuda": ".extension", "cpu": ".extension", "torch": ".composed"}
 
 
+# Looking up what is imported already takes a microsecond.
+_import = functools.cache(importlib.import_module)
+
+
 def _implementation(backend: str):
-    return importlib.import_module(_MODULES[backend], __package__)
+    return _import(_MODULES[backend], __package__)
 
 
 def why_not(

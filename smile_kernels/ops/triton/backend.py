@@ -18,10 +18,9 @@ from ..reference import router_rows
 from . import backward, configs, decode, grouped
 from .common import INTERPRETED
 from .evidence import evidence as _evidence
-from .expand import expand
-from .route import empty_routing, scale
+from .prefill import prefill
+from .route import empty_routing
 from .route import route as _route
-from .shrink import shrink
 
 warn_if_newer("triton")
 
@@ -92,21 +91,22 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
         weights, ids = route(x, router_rows(vh, router, g), m)
         y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, overlaps=True)
         return y, weights, ids, h
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # faster than always to set it
+        with torch.cuda.device_of(x):
+            return linear(x, weight, bias, vh, s, u, expert_bias, router, m, g, save)
     x = _rows(x)
     weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
-    with torch.cuda.device_of(x):
-        if path in ("decode", "decode_one_launch"):
-            one_launch = path == "decode_one_launch"
-            y, weights, ids = decode.decode(device, x, weight, bias, vh, s, u, expert_bias, m, g, one_launch=one_launch)
-            return y, weights, ids, s.new_empty(0)
-        weights, ids = empty_routing(x, m)
-        gates = expert_bias is not None
-        partial = shrink(device, x, vh)
-        tail, h = scale(device, partial, s, weights, ids, x.dtype, rank_of_router=g, gates=gates, save=save)
-        apply_path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
-        if apply_path == "grouped":  # every product is already computed
-            apply_path = "delta"
-        return expand(device, x, weight, bias, tail, u, expert_bias, apply_path), weights, ids, h
+    if path != "one_product":
+        one_launch = path == "decode_one_launch"
+        y, weights, ids = decode.decode(device, x, weight, bias, vh, s, u, expert_bias, m, g, one_launch)
+        return y, weights, ids, s.new_empty(0)
+    weights, ids = empty_routing(x, m)
+    apply_path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
+    if apply_path == "grouped":  # every product is already computed
+        apply_path = "delta"
+    layer = x, weight, bias, vh, s, u, expert_bias, weights, ids, apply_path
+    y, h = prefill(device, *layer, rank_of_router=g, save=save)
+    return y, weights, ids, h
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlaps=False):
@@ -127,9 +127,8 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
             if not overlaps:  # a given routing may have ids without an expert
                 weights, ids, _ = grouped.none_as_first(weights, ids, n)
             return grouped.apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
-        partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None, overlaps=overlaps)
-        tail, h = scale(device, partial, s, weights, ids, x.dtype, gates=expert_bias is not None, save=save)
-        return expand(device, x, weight, bias, tail, u, expert_bias, path), h
+        layer = x, weight, bias, vh, s, u, expert_bias, weights, ids, path
+        return prefill(device, *layer, save=save, overlaps=overlaps)
 
 
 def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
@@ -158,10 +157,9 @@ def _add_parts(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_pe
             weights, ids = _route(device, x, router, num_experts_per_tok)
         elif routes:
             weights, ids = empty_routing(x, len(ends), num_experts_per_tok)
-        rows = vh.flatten(0, 1) if tied else vh.flatten(0, 1)[:, : s.shape[-1]]
-        options = {"rank_of_router": rank_of_router if tied else None, "gates": expert_bias is not None, "save": save}
-        tail, h = scale(device, shrink(device, x, rows), s, weights, ids, x.dtype, **options)
-        expand(device, x, None, None, tail, u, expert_bias, "delta", y, ends)
+        experts = vh, s, u, expert_bias, weights, ids, "delta"
+        options = {"rank_of_router": rank_of_router if tied else None, "onto": y, "ends": ends, "save": save}
+        _, h = prefill(device, x, None, None, *experts, **options)
     return *((weights, ids) if routes else (s.new_empty(0), s.new_empty(0, dtype=torch.int32))), h
 
 
@@ -178,15 +176,14 @@ def _add_each_part(y, x, vh, s, u, expert_bias, router, weights, ids, num_expert
     s, weights, ids = _contiguous(s, weights, ids)
     if expert_bias is not None:
         expert_bias = _rows(expert_bias)
-    gates, linear_path = expert_bias is not None, "route_first"
+    linear_path = "route_first"
     if routes and router is None:
         linear_path = configs.linear_path(device, x.dtype, tokens, d, o, n, vh.shape[1], g, r, m, save)
     with torch.cuda.device_of(x):
         if linear_path != "route_first":
             weights, ids = empty_routing(x, m)
-            partial = shrink(device, x, vh)
-            tail, h = scale(device, partial, s, weights, ids, x.dtype, rank_of_router=g, gates=gates, save=save)
-            expand(device, x, None, None, tail, u, expert_bias, "delta", y)
+            experts = vh, s, u, expert_bias, weights, ids, "delta"
+            _, h = prefill(device, x, None, None, *experts, rank_of_router=g, onto=y, save=save)
             return weights, ids, h
         if routes:
             weights, ids = route(x, router_rows(vh, router, g), m)
@@ -194,9 +191,8 @@ def _add_each_part(y, x, vh, s, u, expert_bias, router, weights, ids, num_expert
             given = (weights, ids) if routes else grouped.none_as_first(weights, ids, n)[:2]
             _, h = grouped.apply(device, x, None, None, vh, s, u, expert_bias, *given, save, y)
         else:
-            partial = shrink(device, x, vh[:, :r], ids if tokens <= 64 else None, overlaps=routes)
-            tail, h = scale(device, partial, s, weights, ids, x.dtype, gates=gates, save=save)
-            expand(device, x, None, None, tail, u, expert_bias, "delta", y)
+            experts = vh, s, u, expert_bias, weights, ids, "delta"
+            _, h = prefill(device, x, None, None, *experts, onto=y, save=save, overlaps=routes)
     return *((weights, ids) if routes else none), h
 
 

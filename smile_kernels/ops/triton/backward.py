@@ -16,7 +16,7 @@ from .common import cast, cdiv, dot, start_next_kernel, sum_splits, wait_for_pre
 from .expand import expand
 from .grouped import Groups
 from .launch import launch
-from .route import Tail, add_squares, by_expert, finite_norm, of_slot
+from .route import add_squares, by_expert, finite_norm, of_slot
 from .shrink import shrink
 
 
@@ -288,7 +288,7 @@ def apply_backward(device, dy, x, weight, vh, s, u, expert_bias, weights, ids, h
     if needs_x and groups:
         dx = grouped.expand(device, dh, vh[:, :r], groups)
     elif needs_x:
-        dx = expand(device, dy, None, None, Tail(dh, None, present, config["BLOCK_T"]), vh[:, :r].mT, None, "delta")
+        dx = expand(device, dy, dh, present, config["BLOCK_T"], vh[:, :r].mT)
     if dx is not None and weight is not None:
         dx.addmm_(dy, weight)
     if needs_vh and groups:

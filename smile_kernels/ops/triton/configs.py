@@ -14,9 +14,8 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -31,8 +30,7 @@ LINEAR_PATHS: tuple[LinearPath, ...] = get_args(LinearPath)
 APPLY_PATHS: tuple[ApplyPath, ...] = get_args(ApplyPath)
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """The device properties that determine a configuration."""
 
     name: str
@@ -190,8 +188,7 @@ def _operands(device: Device, dtype: torch.dtype) -> str:
 class Tile(dict[str, int]):
     """Block sizes, num_warps and num_stages by name; there is one object for each tile, which is its hash."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 @functools.cache
@@ -222,13 +219,16 @@ def tile(kernel: str, device: Device, dtype: torch.dtype, rows: int, columns: in
     Unless a table has an entry: the largest tile that fits and occupies 90% of the multiprocessors, after its sum is
     split where the kernel does that, else the smallest.
     """
-    fitting = candidates(kernel, device, dtype, rows, columns)
-    measured = _measured(device, dtype, kernel, (rows, columns, depth), fitting)
-    return measured or _filling(kernel, fitting, device, rows, columns, copies)
+    if _is_set(device):
+        fitting = candidates(kernel, device, dtype, rows, columns)
+        if measured := _measured(device, dtype, kernel, (rows, columns, depth), fitting):
+            return measured
+    return _filling(kernel, device, _operands(device, dtype), rows, columns, copies)
 
 
 @functools.lru_cache(maxsize=4096)
-def _filling(kernel: str, fitting: tuple[Tile, ...], device: Device, rows: int, columns: int, copies: int) -> Tile:
+def _filling(kernel: str, device: Device, operands: str, rows: int, columns: int, copies: int) -> Tile:
+    fitting = _fitting(kernel, device.family, operands, rows, columns)
     if kernel in _SPLITTING:
         copies *= _MOST_SPLITS
     first, second, _ = BLOCKS[kernel]
@@ -324,11 +324,12 @@ def apply_path(device: Device, dtype: torch.dtype, tokens: int, d: int, o: int, 
     read by the tensor memory accelerator; "delta": the tail, then cuBLAS on top; "grouped": tokens grouped by expert,
     then cuBLAS on top.
     """
-    paths = _allowed(device, dtype, apply_paths(device, dtype))
-    if measured := _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths):
-        return measured
     path = _estimated_apply_path(device, dtype, tokens, d, o, n, r, m)
-    return path if path in paths else paths[0]
+    if _is_set(device):
+        paths = _allowed(device, dtype, apply_paths(device, dtype))
+        measured = _measured(device, dtype, "apply", (tokens, d, o, n, r, m), paths)
+        return measured or (path if path in paths else paths[0])
+    return path
 
 
 @functools.lru_cache(maxsize=4096)
@@ -377,9 +378,11 @@ def linear_path(
     applied as `apply_path` says; "route_first": routed by the router's rows alone, then applied. Only the last two can
     `save`, and serve every number of tokens and float32, which has no tiles for the others.
     """
-    paths = _allowed(device, dtype, linear_paths(device, dtype, tokens, n, k, save))
-    if measured := _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths):
-        return measured
+    paths: Sequence[LinearPath] = linear_paths(device, dtype, tokens, n, k, save)
+    if _is_set(device):
+        paths = _allowed(device, dtype, paths)
+        if measured := _measured(device, dtype, "linear", (tokens, d, o, n, k, g, r, m), paths):
+            return measured
     if "decode" in paths:
         return "decode"
     if "one_product" not in paths:
@@ -394,8 +397,6 @@ def linear_path(
 def _allowed(device: Device, dtype: torch.dtype, paths: Sequence) -> Sequence:
     """The paths that are not excluded on this GPU; all of them if none is left (the backend is excluded then)."""
     left_out = excluded.paths(device.name)
-    if not left_out:
-        return paths
     return [path for path in paths if excluded.name_of("triton", path, dtype, False) not in left_out] or paths
 
 
@@ -430,11 +431,15 @@ def _key(kind: str, numbers: str, dimensions: tuple[int, ...]) -> str:
     return " ".join([kind, numbers, *(str(next_power_of_2(n)) for n in dimensions)])
 
 
+def _is_set(device: Device) -> bool:
+    """Whether anything but the heuristics decides on this device: a table, an exclusion, or tuning."""
+    table = tables()
+    return table.asked is not None or device.name in table or bool(excluded.paths(device.name))
+
+
 def _measured(device: Device, dtype: torch.dtype, kind: str, dimensions: tuple[int, ...], choices: Sequence) -> Any:
     """The table's choice for these dimensions, each rounded up to a power of two; None if it has none of `choices`."""
     table = tables()
-    if table.asked is None and device.name not in table:
-        return None
     key = _key(kind, "half" if dtype.itemsize == 2 else precision(dtype, device), dimensions)
     if table.asked is not None:
         table.asked[key] = list(choices)

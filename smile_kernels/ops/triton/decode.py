@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import configs
 from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, wait_for_previous_kernel
-from .launch import Launch, run
+from .launch import Launch, Plan
 from .route import add_squares, by_expert, empty_routing, finite_norm, select
 
 
@@ -237,29 +237,25 @@ def decode(
     T is at most the largest BLOCK_T of the kernel's tiles. `one_launch`: in one launch rather than two.
     """
     (tokens, d), (n, o, r), k, m = x.shape, u.shape, vh.shape[1], num_experts_per_tok
-    config = configs.tile("decode", device, x.dtype, tokens, o, d)
-    precision = configs.precision(x.dtype, device), configs.precision(x.dtype, device, routes=True)
-    splits, launches = _plan(
-        device, config, *precision, tokens, d, o, n, k, rank_of_router, r, m, x.stride(0), bias is not None,
-        expert_bias is not None, one_launch,
+    plan = _plan(
+        device, x.dtype, configs.tile("decode", device, x.dtype, tokens, o, d), configs.precision(x.dtype, device),
+        configs.precision(x.dtype, device, routes=True), tokens, d, o, n, k, rank_of_router, r, m, x.stride(0),
+        bias is not None, expert_bias is not None, one_launch,
     )  # fmt: skip
-    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
+    y = x.new_empty(tokens, o)
     weights, ids = empty_routing(x, m)
-    partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
-    scaled = torch.empty(tokens, n, r, dtype=x.dtype, device=x.device)
-    gates = None if expert_bias is None else torch.empty(tokens, n, dtype=x.dtype, device=x.device)
-    counters = arrivals(x.device)
-    run(
-        launches, x, weight, bias, vh, s, u, expert_bias, partial, counters, scaled, gates, y, weights, ids
-    )  # fmt: skip
+    plan.run(x, weight, bias, vh, s, u, expert_bias, arrivals(x.device), y, weights, ids)
     return y, weights, ids
+
+
+_NAMES = ["x", "weight", "bias", "vh", "s", "u", "expert_bias", "arrivals", "y", "weights", "ids"]
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    device, config, precision, route_precision, tokens, d, o, n, k, g, r, m, x_stride_t, bias, expert_bias, one_launch
-) -> tuple[int, tuple[Launch, ...]]:
-    """The number of splits of the first product, and the launches."""
+    device, dtype, config, precision, route_precision, tokens, d, o, n, k, g, r, m, x_stride_t, bias, expert_bias,
+    one_launch,
+) -> Plan:  # fmt: skip
     row_blocks, tiles = cdiv(n * k, config["BLOCK_O"]), cdiv(o, config["BLOCK_O"])
     splits, chunks = configs.split_depth(d, config["BLOCK_D"], row_blocks, device)
     block_n, slices = next_power_of_2(n), row_blocks * splits
@@ -274,7 +270,11 @@ def _plan(
         halves = [(programs, True, True)]
         constants |= {"PDL": False, "launch_cooperative_grid": True}
     numbers = tokens, d, o, chunks, splits, n, k, g, r, m, x_stride_t
-    return splits, tuple(
+    launches = [
         Launch(_decode, (programs,), numbers, SHRINK=shrink, EXPAND=expand, **constants)
         for programs, shrink, expand in halves
-    )
+    ]
+    workspace = {"partial": ((splits, tokens, n, k), torch.float32), "scaled": ((tokens, n, r), dtype)}
+    if expert_bias:
+        workspace["gates"] = (tokens, n), dtype
+    return Plan(launches, _NAMES, workspace)

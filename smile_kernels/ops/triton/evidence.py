@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .common import cdiv, start_next_kernel, sum_splits, wait_for_previous_kernel
-from .launch import Launch, run
+from .launch import Launch, Plan
 from .route import select
 from .shrink import shrink
 
@@ -175,19 +175,18 @@ def evidence(
     strides = (0, 0) if factors is None else factors.stride()
     given = tuple(t is not None for t in (prior, real, factors, before, below))
     splits, _, _, g = partial.shape
-    launches = _plan(device, tokens, length, splits, n, g, m, strides, scope, accumulates, given)
-    run(launches, partial, prior, real, factors, before, below, weights, ids, logs, sums)
+    plan = _plan(device, tokens, length, splits, n, g, m, strides, scope, accumulates, given)
+    plan.run(partial, prior, real, factors, before, below, weights, ids, logs, sums)
     return weights, ids, logs, sums
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(device, tokens, length, splits, n, g, m, strides, scope, accumulates, given) -> tuple[Launch, ...]:
+def _plan(device, tokens, length, splits, n, g, m, strides, scope, accumulates, given) -> Plan:
     config = configs.evidence_blocks(length, n, m, g)
     programs = cdiv(tokens, config["BLOCK_T"]) if scope == TOKEN else tokens // length
     names = "HAS_PRIOR", "HAS_REAL", "HAS_FACTORS", "HAS_BEFORE", "HAS_BELOW"
-    return (
-        Launch(
-            _evidence, (programs,), (tokens, length, splits, n, g, m, *strides),
-            SCOPE=scope, ACCUMULATES=accumulates, **dict(zip(names, given)), **config, **device.launch(),
-        ),
+    launch = Launch(
+        _evidence, (programs,), (tokens, length, splits, n, g, m, *strides),
+        SCOPE=scope, ACCUMULATES=accumulates, **dict(zip(names, given)), **config, **device.launch(),
     )  # fmt: skip
+    return Plan([launch], launch.pointers)

@@ -6,12 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .common import cast, cdiv, dot, next_power_of_2, wait_for_previous_kernel
-from .launch import Launch, run
-from .route import Tail
+from .launch import Launch, Plan
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -147,7 +145,7 @@ def _expand(
     tl.store(y_ptrs, cast(acc, y.dtype.element_ty), mask=t_inside & o_inside)
 
 
-def _describable(t: Tensor) -> bool:
+def describable(t: Tensor) -> bool:
     """Whether the tensor memory accelerator can read the rows of t."""
     if t.stride(0) < t.shape[1]:
         return False
@@ -155,59 +153,48 @@ def _describable(t: Tensor) -> bool:
 
 
 def expand(
-    device: configs.Device,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tail: Tail,
-    u: Tensor,
-    expert_bias: Tensor | None,
-    path: configs.ApplyPath,
-    onto: Tensor | None = None,
-    ends: tuple[int, ...] = (),
+    device: configs.Device, x: Tensor, scaled: Tensor, present: Tensor, tokens_per_block: int, u: Tensor
 ) -> Tensor:
-    """y [T, O] = x W^T + b + sum over i of (scaled_i u_i^T + gates_i expert_bias_i).
+    """y [T, O] = sum over i of scaled_i u_i^T: scaled [T, N, r], u [N, O, r] of any strides; x [T, D] is not read.
 
-    x [T, D], weight [O, D] or None for no base product, bias [O], u [N, O, r] of any strides, expert_bias [N, O] of any
-    rows. `onto` [T, O] of any rows is added to in place, instead of x W^T + b. `path` is how the base product is made:
-    "fused" in the same accumulator; "tma" likewise, with x and weight read by the tensor memory accelerator unless
-    their alignment forbids it; "delta" by cuBLAS on top of the rest. `ends`: where each part of a layer of up to four
-    ends in O; the tail then has the experts of one part after another.
+    present [T / tokens_per_block, N] int8: whether any token of a block has the expert.
     """
     (tokens, d), (n, o, r) = x.shape, u.shape
-    config = configs.tile("expand", device, x.dtype, tokens, o, n * r if path == "delta" else d)
-    tma = path == "tma" and weight is not None and _describable(x) and _describable(weight)
-    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device) if onto is None else onto
-    bias_stride = 0 if expert_bias is None else expert_bias.stride(0)
-    precision, strides = configs.precision(x.dtype, device), (x.stride(0), *u.stride(), bias_stride, y.stride(0))
-    launches = _plan(
-        device, config, precision, configs.rank_block(r, x.dtype), tokens, d, o, n, r, tail.tokens_per_block, strides,
-        path != "delta", onto is not None, ends, tma, bias is not None, expert_bias is not None,
-    )  # fmt: skip
-    base = x, weight
-    if tma:
-        base = (
-            TensorDescriptor.from_tensor(x, [config["BLOCK_T"], config["BLOCK_D"]]),
-            TensorDescriptor.from_tensor(weight, [config["BLOCK_O"], config["BLOCK_D"]]),
-        )
-    run(launches, *base, bias, tail.scaled, tail.gates, tail.present, u, expert_bias, y)
-    return y.addmm_(x, weight.T) if path == "delta" and weight is not None else y
+    y = torch.empty(tokens, o, dtype=x.dtype, device=x.device)
+    choices, strides = expand_choices(device, x.dtype, tokens, o, n * r, r), (x.stride(0), *u.stride(), 0, o)
+    _plan(x.dtype, device, *choices, tokens, d, o, n, r, tokens_per_block, strides).run(x, scaled, present, u, y)
+    return y
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    device, config, precision, block_r, tokens, d, o, n, r, seen, strides, base, add, ends, tma, bias, expert_bias
-) -> tuple[Launch, ...]:
+def _plan(_dtype, *arguments) -> Plan:
+    return Plan([expand_launch(*arguments, base=False, add=False)], ["x", "scaled", "present", "u", "y"])
+
+
+def expand_choices(device, dtype, tokens, columns, depth, r) -> tuple[configs.Tile, int, str]:
+    """The tile for that many columns and a sum of that depth, the ranks of one product, how float32 is multiplied."""
+    config = configs.tile("expand", device, dtype, tokens, columns, depth)
+    return config, configs.rank_block(r, dtype), configs.precision(dtype, device)
+
+
+def expand_launch(
+    device, config, block_r, precision, tokens, d, o, n, r, seen, strides,
+    *, base: bool, add: bool, ends=(), tma: bool = False, bias: bool = False, expert_bias: bool = False,
+) -> Launch:  # fmt: skip
+    """The launch on x, weight, bias, scaled, gates, present, u, expert_bias and y, for n experts of each part.
+
+    `base`: x W^T is added in the same accumulator. `add`: y is added to. `ends`: where each part of up to four ends in
+    O. `tma`: x and weight are read by the tensor memory accelerator. `seen`: tokens of a block of `present`.
+    """
     parts = max(1, len(ends))
     n *= parts
-    block_n = next_power_of_2(n)
-    return (
-        Launch(
-            _expand, (cdiv(tokens, config["BLOCK_T"]) * cdiv(o, config["BLOCK_O"]),),
-            (tokens, d, o, n, r, seen, *strides, *(*ends[:-1], o, o, o)[:3], parts),
-            BASE=base, ADD=add, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
-            BLOCK_N=block_n, BLOCK_S=min(config["BLOCK_T"] // seen, max(1, 4096 // block_n)),
-            BLOCK_E=max(16, min(config["BLOCK_D"], 64, block_n)), BLOCK_R=min(config["BLOCK_D"], block_r),
-            **config, **device.launch(),
-        ),
+    block_n, block_t, block_o, block_d = next_power_of_2(n), *(config[name] for name in configs.BLOCKS["expand"])
+    return Launch(
+        _expand, (cdiv(tokens, block_t) * cdiv(o, block_o),),
+        (tokens, d, o, n, r, seen, *strides, *(*ends[:-1], o, o, o)[:3], parts),
+        blocks={"x": [block_t, block_d], "weight": [block_o, block_d]} if tma else None,
+        BASE=base, ADD=add, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
+        BLOCK_N=block_n, BLOCK_S=min(block_t // seen, max(1, 4096 // block_n)),
+        BLOCK_E=max(16, min(block_d, 64, block_n)), BLOCK_R=min(block_d, block_r),
+        **config, **device.launch(),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Choose experts and weigh them: norms, top-m and softmax of the low-rank products; and scale those for `expand`."""
 
 import functools
-from typing import NamedTuple
+import math
 
 import torch
 import triton
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import configs
 from .common import cast, cdiv, start_next_kernel, sum_splits, wait_for_previous_kernel
-from .launch import Launch, run
-from .shrink import shrink
+from .launch import Launch, Plan
+from .shrink import shrink_choices, shrink_launch
 
 
 @triton.jit
@@ -161,40 +161,24 @@ def _route(
                     tl.store(h + (t * M + j) * R + k, value, mask=mask)
 
 
-class Tail(NamedTuple):
-    """What `expand` adds to the base product, for T tokens and N experts."""
+def route_launch(
+    device, tokens, splits, n, k, g, r, m, parts, *, routes: bool, scales: bool, gates: bool, save: bool
+) -> Launch:
+    """The launch on partial, weights, ids, s, scaled, gates, present and h, for n experts of each part.
 
-    scaled: Tensor  # [T, N, r]: w_i s_i h_i, zero where a token did not choose the expert
-    gates: Tensor | None  # [T, N]: w_i likewise, for the experts' biases
-    present: Tensor  # [T / tokens_per_block, N] int8: whether any token of a block chose the expert
-    tokens_per_block: int
-
-
-def _launch(device, partial, weights, ids, s, g, tail, h, *, routes: bool) -> None:
-    splits, tokens, n, k = partial.shape
-    parts, m = ids.shape[1:] if ids.dim() == 3 else (1, ids.shape[1])
-    n, r = n // parts, 0 if s is None else s.shape[-1]
-    scaled, gates, present, _ = tail or (None, None, None, None)
-    outputs = tail is not None, gates is not None, h is not None
-    launches = _plan(device, tokens, splits, n, k, g, r, m, parts, routes, *outputs)
-    run(launches, partial, weights, ids, s, scaled, gates, present, h)
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(device, tokens, splits, n, k, g, r, m, parts, routes, scales, gates, save) -> tuple[Launch, ...]:
+    `routes`: it chooses experts, otherwise weights and ids are read. `scales`: it writes what `expand` adds.
+    """
     config = configs.route_blocks(n, m, max(g, r))
-    return (
-        Launch(
-            _route, (cdiv(tokens, config["BLOCK_T"]), parts), (tokens, splits, n, k, g, r, m, parts),
-            ROUTE=routes, SCALE=scales, GATES=gates, SAVE=save, **config, **device.launch(),
-        ),
+    return Launch(
+        _route, (cdiv(tokens, config["BLOCK_T"]), parts), (tokens, splits, n, k, g, r, m, parts),
+        ROUTE=routes, SCALE=scales, GATES=gates, SAVE=save, **config, **device.launch(),
     )  # fmt: skip
 
 
 def empty_routing(x: Tensor, *of_token: int) -> tuple[Tensor, Tensor]:
     """Room for weights [T, m] float32 and ids [T, m] int32, or [T, P, m]."""
-    shape, device = (x.shape[0], *of_token), x.device
-    return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
+    weights = torch.empty(x.shape[0], *of_token, dtype=torch.float32, device=x.device)
+    return weights, torch.empty_like(weights, dtype=torch.int32)
 
 
 def route(device: configs.Device, x: Tensor, router: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -202,40 +186,18 @@ def route(device: configs.Device, x: Tensor, router: Tensor, num_experts_per_tok
 
     x [T, D], router [N, g, D] -> weights [T, m] float32, ids [T, m] int32; router [P, N, g, D] of P parts: [T, P, m].
     """
-    weights, ids = empty_routing(x, *router.shape[:-3], num_experts_per_tok)
-    _launch(
-        device, shrink(device, x, router.flatten(0, -3)), weights, ids, None, router.shape[-2], None, None, routes=True
-    )
+    (tokens, d), (*parts, n, g, _), m = x.shape, router.shape, num_experts_per_tok
+    weights, ids = empty_routing(x, *parts, m)
+    choices = shrink_choices(device, x.dtype, tokens, math.prod(parts) * n * g, d)
+    strides = x.stride(0), *router.stride()[-3:]
+    _plan(x.dtype, device, *choices, tokens, d, n, g, m, math.prod(parts), strides).run(x, router, weights, ids)
     return weights, ids
 
 
-def scale(
-    device: configs.Device,
-    partial: Tensor,
-    s: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    dtype: torch.dtype,
-    *,
-    rank_of_router: int | None = None,
-    gates: bool,
-    save: bool,
-) -> tuple[Tail, Tensor]:
-    """The scaled products w_i s_i h_i of all tokens, and h [T, m, r] of the chosen experts if `save`.
-
-    partial [splits, T, N, k] is what `shrink` gives; s [N, r], weights and ids [T, m]; or for P parts
-    [splits, T, P N, k], [P, N, r] and [T, P, m], and h [T, P, m, r]. With rank_of_router, weights and
-    ids are outputs: the choice made from the first rank_of_router products of each expert.
-    """
-    (_, tokens, n, _), r, m = partial.shape, s.shape[-1], ids.shape[-1]
-    g = rank_of_router or 0
-    block = configs.route_blocks(s.shape[-2], m, max(g, r))["BLOCK_T"]
-    tail = Tail(
-        scaled=torch.empty(tokens, n, r, dtype=dtype, device=s.device),
-        gates=torch.empty(tokens, n, dtype=dtype, device=s.device) if gates else None,
-        present=torch.empty(cdiv(tokens, block), n, dtype=torch.int8, device=s.device),
-        tokens_per_block=block,
-    )
-    h = torch.empty((*ids.shape, r) if save else 0, dtype=torch.float32, device=s.device)
-    _launch(device, partial, weights, ids, s, g, tail, h if save else None, routes=rank_of_router is not None)
-    return tail, h
+@functools.lru_cache(maxsize=1024)
+def _plan(_dtype, device, config, precision, tokens, d, n, g, m, parts, strides) -> Plan:
+    splits, first = shrink_launch(device, config, precision, tokens, d, parts * n, g, None, strides, overlaps=False)
+    options = {"routes": True, "scales": False, "gates": False, "save": False}
+    second = route_launch(device, tokens, splits, n, g, g, 0, m, parts, **options)
+    partial = (splits, tokens, parts * n, g), torch.float32
+    return Plan([first, second], ["x", "rows", "weights", "ids"], {"partial": partial})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import configs
 from .common import cdiv, dot, next_power_of_2, start_next_kernel, wait_for_previous_kernel
-from .launch import Launch, run
+from .launch import Launch, Plan
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -74,36 +74,41 @@ def _shrink(
     tl.store(out, acc, mask=(t < written_t)[:, None] & (row < N * K)[None, :])
 
 
-def shrink(
-    device: configs.Device, x: Tensor, rows: Tensor, ids: Tensor | None = None, *, overlaps: bool = False
-) -> Tensor:
+def shrink(device: configs.Device, x: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
     """Partial sums over D of x rows^T: x [T, D], rows [N, K, D] of any strides -> [splits, T, N, K] float32.
 
     With ids [T, m] int32, only products of experts that some token of the same block chose are written. The number of
-    splits depends on the shapes alone, so the sums are the same on every run. `overlaps`: ids come from the kernel
-    ahead, one of ours.
+    splits depends on the shapes alone, so the sums are the same on every run.
     """
-    (tokens, d), (n, k, _) = x.shape, rows.shape
-    config = configs.tile("shrink", device, x.dtype, tokens, n * k, d)
-    precision = configs.precision(x.dtype, device, routes=True)
-    m = None if ids is None else ids.shape[1]
-    strides = x.stride(0), *rows.stride()
-    splits, launches = _plan(device, config, precision, tokens, d, n, k, m, strides, overlaps)
+    (tokens, d), (n, k, _), m = x.shape, rows.shape, None if ids is None else ids.shape[1]
+    config, precision = shrink_choices(device, x.dtype, tokens, n * k, d)
+    splits, plan = _plan(x.dtype, device, config, precision, tokens, d, n, k, m, (x.stride(0), *rows.stride()))
     partial = torch.empty(splits, tokens, n, k, dtype=torch.float32, device=x.device)
-    run(launches, x, rows, ids, partial)
+    plan.run(x, rows, ids, partial)
     return partial
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(device, config, precision, tokens, d, n, k, m, strides, overlaps) -> tuple[int, tuple[Launch, ...]]:
-    """The number of splits, and the launch; m is None where every product is formed."""
+def _plan(_dtype, *arguments) -> tuple[int, Plan]:
+    splits, launch = shrink_launch(*arguments, overlaps=False)
+    return splits, Plan([launch], ["x", "rows", "ids", "partial"])
+
+
+def shrink_choices(device, dtype, tokens, rows, d) -> tuple[configs.Tile, str]:
+    """The tile for that many rows, and how float32 is multiplied."""
+    return configs.tile("shrink", device, dtype, tokens, rows, d), configs.precision(dtype, device, routes=True)
+
+
+def shrink_launch(device, config, precision, tokens, d, n, k, m, strides, *, overlaps: bool) -> tuple[int, Launch]:
+    """The number of splits, and the launch on x, rows, ids and partial; m is None where every product is formed.
+
+    `overlaps`: ids come from the kernel ahead, one of ours.
+    """
     programs = cdiv(tokens, config["BLOCK_T"]) * cdiv(n * k, config["BLOCK_R"])
     splits, chunks = configs.split_depth(d, config["BLOCK_D"], programs, device)
     selected, m = m is not None, m or 1
-    return splits, (
-        Launch(
-            _shrink, (programs, splits), (tokens, d, chunks, n, k, m, *strides),
-            SELECTED=selected, PRECISION=precision, BLOCK_M=next_power_of_2(m),
-            **config, **device.launch(overlaps=overlaps and selected),
-        ),
+    return splits, Launch(
+        _shrink, (programs, splits), (tokens, d, chunks, n, k, m, *strides), without=() if selected else ["ids"],
+        SELECTED=selected, PRECISION=precision, BLOCK_M=next_power_of_2(m),
+        **config, **device.launch(overlaps=overlaps and selected),
     )  # fmt: skip

@@ -16,16 +16,25 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """Tensors from torch.empty contain NaN, or an integer that is neither a valid count nor an expert."""
-    empty = torch.empty
+    """New memory contains NaN, or an integer that is neither a valid count nor an expert.
 
-    def poisoned(*args, **kwargs):
-        t = empty(*args, **kwargs)
+    Every byte of a NaN is 255, so that parts of other dtypes that are cut from it contain NaN or -1.
+    """
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(t):
         if t.dtype == torch.bool:
             return t.fill_(True)
-        return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).min)
+        if t.is_floating_point():
+            t.view(torch.uint8).fill_(255) if t.numel() else None
+            return t
+        return t.fill_(torch.iinfo(t.dtype).min)
+
+    def poisoned(*args, **kwargs):
+        return poison(empty(*args, **kwargs))
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
     monkeypatch.setattr(
         torch, "empty_like", lambda t, **kwargs: poisoned(t.shape, **{"dtype": t.dtype, "device": t.device} | kwargs)
     )
