@@ -192,7 +192,7 @@ def expand_launch(
     return Launch(
         _expand, (cdiv(tokens, block_t) * cdiv(o, block_o),),
         (tokens, d, o, n, r, seen, *strides, *(*ends[:-1], o, o, o)[:3], parts),
-        blocks={"x": [block_t, block_d], "weight": [block_o, block_d]} if tma else None,
+        (), {"x": [block_t, block_d], "weight": [block_o, block_d]} if tma else None,
         BASE=base, ADD=add, TMA=tma, HAS_BIAS=bias, HAS_EXPERT_BIAS=expert_bias, PRECISION=precision, GROUP=8,
         BLOCK_N=block_n, BLOCK_S=min(block_t // seen, max(1, 4096 // block_n)),
         BLOCK_E=max(16, min(block_d, 64, block_n)), BLOCK_R=min(block_d, block_r),

@@ -52,7 +52,8 @@ class Launch:
         grid: tuple[int, ...],
         numbers: tuple[int, ...],
         without: Sequence[str] = (),
-        blocks: Mapping[str, list[int]] | None = None,
+        blocks: Mapping[Any, list[int]] | None = None,
+        /,
         **constants: Any,
     ):
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
@@ -87,7 +88,7 @@ class Plan:
     def __init__(
         self,
         launches: Sequence[Launch],
-        names: Sequence[str],
+        names: Sequence[str | None],
         workspace: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
     ):
         workspace = workspace or {}
@@ -101,12 +102,12 @@ class Plan:
             self.bytes += cdiv(math.prod(shape) * dtype.itemsize, 256) * 256
         # A pointer without a tensor is None, which is last.
         index = {name: i for i, name in enumerate((*names, *workspace))}
-        picked = ([index.get(name or "", len(index)) for name in launch.pointers] for launch in launches)
+        picked = ([index.get(name, len(index)) for name in launch.pointers] for launch in launches)
         self.picks = [operator.itemgetter(*indices) for indices in picked]
         # Device, and the alignment that Triton specializes on -> how to start what it compiled.
         self.compiled: dict[Any, list[tuple]] = {}
 
-    def run(self, *tensors: Tensor | None) -> None:
+    def run(self, *tensors: Any) -> None:
         """Launch on these tensors; the first is not None if there is a workspace."""
         memory = tensors[0].new_empty(self.bytes // tensors[0].itemsize) if self.bytes else None
         hook = triton.knobs.runtime.launch_enter_hook
@@ -133,7 +134,7 @@ class Plan:
             # No metadata and no hooks: nothing uses them.
             run(x, y, z, stream, *function, None, None, None, *pick(pointers), *arguments)
 
-    def _by_triton(self, tensors: Sequence[Tensor | None], memory: Tensor | None) -> list[Any]:
+    def _by_triton(self, tensors: Sequence[Any], memory: Any) -> list[Any]:
         given = list(tensors)
         for first, shape, dtype in self.parts:
             part = memory.view(torch.uint8)[first : first + math.prod(shape) * dtype.itemsize]

@@ -108,7 +108,7 @@ def shrink_launch(device, config, precision, tokens, d, n, k, m, strides, *, ove
     splits, chunks = configs.split_depth(d, config["BLOCK_D"], programs, device)
     selected, m = m is not None, m or 1
     return splits, Launch(
-        _shrink, (programs, splits), (tokens, d, chunks, n, k, m, *strides), without=() if selected else ["ids"],
+        _shrink, (programs, splits), (tokens, d, chunks, n, k, m, *strides), () if selected else ["ids"],
         SELECTED=selected, PRECISION=precision, BLOCK_M=next_power_of_2(m),
         **config, **device.launch(overlaps=overlaps and selected),
     )  # fmt: skip
