@@ -39,7 +39,7 @@ def task_arithmetic(vectors: dict[str, Tensor], scale: float) -> dict[str, Tenso
 
 
 def ties(vectors: dict[str, Tensor], density: float, scale: float) -> dict[str, Tensor]:
-    """TIES-merging: trim, elect signs, average what agrees. Source: arXiv 2306.01708.
+    """TIES-merging: trim, elect signs, average the entries that agree. Source: arXiv 2306.01708.
 
     Each tau_i keeps the `density` of its entries that are largest in magnitude, counted over all its parameters
     together. An entry's sign is that of the sum over i; the change is scale times the mean of entries of that sign.
@@ -67,7 +67,7 @@ def tsv(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     For a matrix [O, D] of N tasks, the k = min(O, D) // N leading singular triples of each tau_i stand side by side in
     U [O, N k], s [N k], V [D, N k]; the change is P(U) diag(s) P(V)^T, P(A) being the orthogonal matrix nearest to A.
-    What is not a matrix is averaged.
+    Parameters that are not matrices are averaged.
     """
     change = {}
     for name, tau in vectors.items():
@@ -89,7 +89,7 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
 def isotropic(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Iso-C: the sum of a matrix's task vectors with all singular values made equal. Source: arXiv 2502.04959.
 
-    With U diag(s) V^T = sum_i tau_i the change is mean(s) U V^T. What is not a matrix is averaged.
+    With U diag(s) V^T = sum_i tau_i the change is mean(s) U V^T. Parameters that are not matrices are averaged.
     """
     change = {}
     for name, tau in vectors.items():
@@ -162,7 +162,7 @@ def regmean(vectors: Mapping[str, Tensor], of_models: Sequence[Mapping[str, Tens
     """RegMean: the weights with outputs nearest to those of the fine-tuned models. Source: arXiv 2212.09849.
 
     For the weight of a linear layer, (sum_i G_i)^-1 sum_i G_i tau_i^T, transposed, where G_i is `grams` of model i with
-    what is off the diagonal times `keep`. What has no G is averaged.
+    its off-diagonal entries multiplied by `keep`. Parameters without a G are averaged.
     """
     change = {}
     for name, tau in vectors.items():
@@ -179,14 +179,14 @@ def regmean(vectors: Mapping[str, Tensor], of_models: Sequence[Mapping[str, Tens
 def weighted(vectors: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
     """sum_i w_i tau_i; weights [N, 1] are those of tasks, [N, parameters] those of each parameter in its order.
 
-    AdaMerging's merged model (arXiv 2310.02575), its weights found by `adapt`.
+    AdaMerging's merged model (arXiv 2310.02575), with weights optimised by `adapt`.
     """
     columns = weights.expand(-1, len(vectors)).unbind(1)
     return {name: torch.tensordot(w, tau, dims=1) for w, (name, tau) in zip(columns, vectors.items())}
 
 
 def adapt(parameters: Iterable[Tensor], losses: Callable[[], Iterable[Tensor]], rate: float) -> Iterator[int]:
-    """Adam on the sum of `losses()`; after every step its number."""
+    """Minimise the sum of `losses()` with Adam; yields the number of steps after each step."""
     optimiser, steps = torch.optim.Adam(parameters, lr=rate), 0
     while True:
         with torch.enable_grad():
@@ -205,7 +205,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """w [B, N]: the mean over a text's tokens of fc2(relu(fc1(x))), x [B, L, D]; at first w is `start` throughout."""
+    """w [B, N]: the mean over a text's tokens of fc2(relu(fc1(x))), x [B, L, D]; initially about `start`."""
 
     def __init__(self, width: int, tasks: int, start: float):
         super().__init__()
@@ -225,17 +225,17 @@ class Gate(nn.Module):
 class EnsembledLinear(nn.Module):
     """y = (W + sum_i w_i tau_i) x + b + sum_i w_i beta_i, with the weights w [B, N] of each text that `gate` gives.
 
-    The first linear layer of an MLP asks the gate, the second uses the same weights.
+    The first linear layer of an MLP (`first`) evaluates the gate; the second uses the same weights.
     """
 
-    def __init__(self, linear: nn.Linear, tau: Tensor, beta: Tensor, gate: Gate, asks: bool):
+    def __init__(self, linear: nn.Linear, tau: Tensor, beta: Tensor, gate: Gate, first: bool):
         super().__init__()
-        self.linear, self.gate, self.asks = linear, gate, asks
+        self.linear, self.gate, self.first = linear, gate, first
         self.tau = nn.Parameter(tau.transpose(0, 1).flatten(1).contiguous(), requires_grad=False)  # [O, N D]
         self.beta = nn.Parameter(beta, requires_grad=False)  # [N, O]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.asks:
+        if self.first:
             w = self.gate(x)
         else:
             w, self.gate.weights = self.gate.weights, None
@@ -254,7 +254,7 @@ def weight_ensembling(
         mlps: names of the two linear layers of each MLP.
         start: scale of task arithmetic, and of the weights before they are adapted.
 
-    Source: arXiv 2402.00433. The gates' parameters alone require gradients; they are to be adapted.
+    Source: arXiv 2402.00433. Only the gates' parameters require gradients; `adapt` optimises them.
     """
     inside = {f"{name}.{p}" for mlp in mlps for name in mlp for p in ("weight", "bias")}
     change = task_arithmetic({name: tau for name, tau in vectors.items() if name not in inside}, start)

@@ -1,4 +1,4 @@
-"""What a model answers: greedy generation in batches, exact match, and the experts that its tokens are sent to."""
+"""Greedy generation in batches, exact match, and the experts that tokens are routed to."""
 
 from __future__ import annotations
 

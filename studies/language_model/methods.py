@@ -1,4 +1,4 @@
-"""Every row of the table: what is made of one seed's fine-tunes, and how its tokens find their experts."""
+"""The compared methods: how each builds a model from one seed's fine-tunes, and how it routes tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SINGULAR_SCALES = (0.5, 1.0, 1.5)  # of TSV-Merge and Iso-C
 
 @dataclass
 class Case:
-    """One seed's ingredients: folders of the base and of each task's adapter or full fine-tune, validation examples."""
+    """One seed: folders of the base and of each task's adapter or full fine-tune, validation examples."""
 
     base: Path
     finetuned: Sequence[Path]
@@ -80,7 +80,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 @dataclass
 class Contender:
-    """What answers: `for_task(i)` gives the model that answers task i; settings and size are on record."""
+    """A built method: `for_task(i)` gives the model that answers task i; `details` are its settings and size."""
 
     model: PreTrainedModel
     for_task: Callable[[int], AbstractContextManager[PreTrainedModel]]
@@ -99,7 +99,7 @@ class Method:
 
     Attributes:
         name: the row's.
-        build: makes what answers.
+        build: builds the model.
         essential: whether it is tested on every row and seed.
         routed: whether it has SMILE layers, so that answers depend on smile_kernels.
         turns: whether it also answers the second turn of conversations.
@@ -176,7 +176,7 @@ def singular(
 
 
 def oracle(case: Case) -> Contender:
-    """Every token at its own task's expert."""
+    """Every token is routed to its own task's expert."""
     contender = Contender.of(case.smile(ROUTER_RANK))
     contender.for_task = lambda i: own_expert(contender.model, i)
     return contender
