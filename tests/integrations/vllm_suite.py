@@ -5,6 +5,7 @@ there is one engine for each architecture and number of ranks, and each of them 
 """
 
 import asyncio
+import copy
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -50,7 +52,7 @@ from smile_kernels import (
 from smile_kernels.checkpoint import add_calibration
 from smile_kernels.config import SmileConfig, SmileModuleConfig
 from smile_kernels.integrations.quantization import split_base
-from smile_kernels.integrations.vllm import kv_sums, passes, requests, routing, votes
+from smile_kernels.integrations.vllm import kv_sums, passes, reports, requests, routing, votes
 from smile_kernels.integrations.vllm.linear import SmileLinearMethod, SmileQuantizationConfig
 from smile_kernels.integrations.vllm.routing import RememberedRouting
 from smile_kernels.integrations.vllm.votes import PromptRouting
@@ -783,13 +785,13 @@ def test_the_example_compiles_the_model(policy, served, tmp_path):
     assert done.stdout.splitlines()[-1].split() == [f"t{token}" for token in want]
 
 
-def over_http(folder: Path, requests: list[dict], log: Path) -> list[dict]:
-    """The OpenAI server's response to each request for completions, including errors."""
+def over_http(folder: Path, requests: list[dict], log: Path, *options: str) -> list[Any]:
+    """The OpenAI server's response to each request for completions, including errors, and the text of its metrics."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager", *options]
 
     def ask(**more) -> dict:
         body = {"model": str(folder), "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **more}
@@ -806,7 +808,8 @@ def over_http(folder: Path, requests: list[dict], log: Path) -> list[dict]:
             while True:
                 assert server.poll() is None, log.read_text()[-4000:]
                 try:
-                    return [ask(**request) for request in requests]
+                    answers = [ask(**request) for request in requests]
+                    return [*answers, urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()]
                 except urllib.error.URLError:
                     assert time.monotonic() < deadline, log.read_text()[-4000:]
                     time.sleep(1)
@@ -822,18 +825,30 @@ def texts(answer: dict) -> list[list[int]]:
 
 def test_openai_server(served, tmp_path):
     case = served("MistralForCausalLM")
-    (answer,) = over_http(case.folder, [{"prompt": PROMPTS}], tmp_path / "log")
+    answer, metrics = over_http(case.folder, [{"prompt": PROMPTS}], tmp_path / "log")
     assert texts(answer) == case.tokens
+    assert answer["kv_transfer_params"] is None
+    assert "smile_expert_tokens" not in metrics
 
 
 def test_openai_server_whose_prompts_vote(served, tmp_path):
+    """The server reports the experts of each request, and counts their tokens."""
     model = with_routing(served("LlamaForCausalLM").folder, tmp_path / "model", RoutingPolicy("prompt", lock_after=1))
     short = [prompt for prompt in VOTING if len(prompt) < 50]
     winners, want = map(list, zip(*(voted(model, prompt) for prompt in short)))
     assert len(set(winners)) > 1
     asked = [{"prompt": short}, *({"prompt": short[0], "vllm_xargs": {"expert": name}} for name in ("m2", "maths"))]
-    answers = over_http(tmp_path / "model", asked, tmp_path / "log")
+    options = "--additional-config", json.dumps({reports.FLAG: True})
+    *answers, metrics = over_http(tmp_path / "model", asked, tmp_path / "log", *options)
     assert texts(answers[0]) == want
+    chosen = [f"m{winner + 1}" for winner in winners]
+    told = [answer["kv_transfer_params"] for answer in answers[:2]]
+    assert told == [{"smile_experts": {chosen[0]: 1}}, {"smile_experts": {"m2": 1}}]
+    tokens = dict.fromkeys(chosen, 0) | {"m2": len(short[0]) + TOKENS}
+    for name, prompt in zip(chosen, short):
+        tokens[name] += len(prompt) + TOKENS
+    counted = re.findall(r'smile_expert_tokens_total{expert="(\w+)"} ([\d.]+)', metrics)
+    assert {name: float(count) for name, count in counted} == tokens
     with routing_override(model, "m2"):
         assert texts(answers[1]) == [greedy(model, short[0])]
     error = answers[2]["error"]
@@ -872,6 +887,8 @@ def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
     ports = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     with pytest.raises(NotImplementedError, match=r"kv_transfer_config: does not go with .*scope='causal'"):
         in_vllm(tmp_path, kv_transfer_config=ports)
+    with pytest.raises(ValueError, match="smile_report_experts: is True, and layers choose an expert for each token"):
+        in_vllm(served("LlamaForCausalLM").folder, additional_config={reports.FLAG: True})
 
 
 def remembered(policy: RoutingPolicy, tokens: int, routers: int) -> RememberedRouting:
@@ -1004,6 +1021,31 @@ def test_requests_wait_for_the_vote_on_their_prompt():
     assert not pending.prompts | pending.waiting
 
 
+def test_outputs_carry_the_experts_of_their_requests(monkeypatch):
+    """Those of requests that selected some, the largest weight first, with what a connector has put there."""
+    monkeypatch.setattr(Scheduler, "update_from_output", lambda self, passed, outputs: outputs)
+    reports.report_experts()
+    asked = {"a": [(0, 0.25), (2, 0.75)], "b": [(0, 0.0)], "c": None, "d": votes.VOTE}
+    params = {name: SimpleNamespace(extra_args=one and {"expert": one}) for name, one in asked.items()}
+    outputs = [SimpleNamespace(request_id=name, kv_transfer_params=None) for name in (*asked, "gone")]
+    outputs[1].kv_transfer_params = {"port": 1}
+    for names, told in ((("x", "y", "z"), {"z": 0.75, "x": 0.25}), (None, {"2": 0.75, "0": 0.25})):
+        config = SimpleNamespace(quant_config=vllm_config(expert_names=names), additional_config={})
+        scheduler = SimpleNamespace(
+            vllm_config=config,
+            requests={name: SimpleNamespace(sampling_params=one) for name, one in params.items()},
+        )
+        passed = SimpleNamespace(num_scheduled_tokens=dict.fromkeys((*asked, "gone"), 1))
+        each = copy.deepcopy(outputs)
+        Scheduler.update_from_output(scheduler, passed, {0: SimpleNamespace(outputs=each)})
+        assert each == outputs
+        config.additional_config = {reports.FLAG: True}
+        Scheduler.update_from_output(scheduler, passed, {0: SimpleNamespace(outputs=each)})
+        assert list(each[0].kv_transfer_params["smile_experts"].items()) == list(told.items())
+        assert each[1].kv_transfer_params == {"port": 1, "smile_experts": {}}
+        assert [output.kv_transfer_params for output in each[2:]] == [None] * 3
+
+
 def test_votes_take_the_place_of_logits():
     routing = PromptRouting(RoutingPolicy("prompt", num_experts_per_tok=3, top_p=0.8), 4, 3)
     routing.evidence = torch.tensor([[0.0] * 4, [0.1, 0.6, 0.1, 0.2], [0.5] * 4, [0.001, 0.002, 0.9, 0.097]]).log()
@@ -1120,6 +1162,8 @@ def test_engines_whose_prompts_cannot_vote_are_refused():
     ("owner", "name", "patch"),
     [
         (Scheduler, "update_from_output", votes.vote_first),
+        (Scheduler, "update_from_output", reports.report_experts),
+        (OutputProcessor, "process_outputs", reports.count_tokens),
         (Request, "update_block_hashes", votes.vote_first),
         (GPUModelRunner, "_sample", votes.follow_votes),
         (GPUModelRunner, "_prepare_inputs", passes.follow_passes),

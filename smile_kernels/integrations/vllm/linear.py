@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -33,6 +33,7 @@ from ...functional import select_experts, smile_delta, smile_linear
 from ...ops import library
 from ...storage import read_safetensors
 from .passes import choose_the_runner
+from .reports import FLAG, count_tokens, report_experts, reports
 from .requests import KEY, RequestedExperts, admit_requests, extra_args, give, may_choose, why_not
 from .routing import RememberedRouting
 from .votes import HasVoted, PromptRouting
@@ -47,6 +48,7 @@ def _prepare_vllm() -> None:
     """Patches vLLM where it has no interface; other models are not affected."""
     admit_requests()
     choose_the_runner()
+    report_experts()
 
 
 class SmileQuantizationConfig(QuantizationConfig):
@@ -151,6 +153,8 @@ class SmileQuantizationConfig(QuantizationConfig):
         Raises:
             ValueError: an unknown expert, or an engine whose requests cannot choose.
         """
+        if reports(config):
+            count_tokens()
         if request.sampling_params is None:
             return
         asked = self.requests.asked(request)
@@ -272,6 +276,11 @@ class SmileLinearMethod(UnquantizedLinearMethod):
             self.requests = None  # its experts are stored with the votes
         elif self.requests is not None:
             self.requests = self.requests.attach(layer, self.names[0])
+            if self.requests is None and reports(get_current_vllm_config()):
+                raise SmileError(
+                    f"{FLAG}: is True, and layers choose an expert for each token, which only the device knows; "
+                    "expected routing with scope 'prompt', or requests that choose their experts"
+                )
         present = list(self.present.values())
         if self.routing is not None:
             self.first = self.routing.add([self.names[i] for i in self.present])
