@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from .config import SmileConfig
 from .errors import SmileError, check_integer
-from .nn import is_conv1d
-from .publishing import write_text
+from .nn import all_or_nothing, is_conv1d
+from .publishing import check_outputs, new_file, write_text
 from .schema import check_arguments
 from .upscaling.decompose import in_threads
 from .upscaling.disk import Job
@@ -168,6 +168,7 @@ class Analysis:
         """Plot energy against rank and the zones' shares by kind of layer, as .png, .svg or .pdf."""
         from matplotlib.figure import Figure
 
+        check_outputs(plot=Path(file))
         groups: dict[str, list[LayerAnalysis]] = {}
         for layer in self.layers:
             groups.setdefault(kind_of(layer.name), []).append(layer)
@@ -190,7 +191,8 @@ class Analysis:
         right.set(xlabel="share of the change", title="Change by zone")
         right.tick_params(axis="y", labelsize=7)
         right.legend(fontsize=7, ncols=len(ZONES), loc="upper center", bbox_to_anchor=(0.5, -0.12))
-        figure.savefig(file)
+        with new_file(Path(file)) as f:
+            figure.savefig(f, format=Path(file).suffix.removeprefix("."))
 
 
 def means_of(layers: Sequence[LayerAnalysis]) -> dict[str, float]:
@@ -440,5 +442,6 @@ def keep_zone(
         part = zone(weight.T, tuned.T, name).T if layer.fan_in_fan_out else zone(weight, tuned, name)
         kept[one] = (weight.to(part.dtype) + part).to(tuned)
         progress(done, len(layers))
-    for one, new in kept.items():
-        theirs[one].weight.copy_(new)
+    with all_or_nothing(finetuned, [theirs[one].weight for one in kept]):
+        for one, new in kept.items():
+            theirs[one].weight.copy_(new)

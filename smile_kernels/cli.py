@@ -425,7 +425,7 @@ def inspect(
         from .checkpoint import describe
         from .publishing import check_outputs, write_text
 
-        check_outputs(plot=plot, json=json_path)
+        check_outputs([folder], plot=plot, json=json_path)
         description = describe(folder)
         _show(description, _console(), table)
         if json_path:
@@ -460,7 +460,7 @@ def analyze(
         from .analysis import analyze as run
         from .publishing import check_outputs
 
-        check_outputs(plot=plot, json=json_path)
+        check_outputs([base, *expert], plot=plot, json=json_path)
         options: dict[str, Any] = {"include": include, "exclude": exclude, "workers": workers}
         with _progress() as advance:
             analysis = run(base, expert, rank_of_expert=rank_of_expert, scale=scale, progress=advance, **options)

@@ -23,7 +23,7 @@ import shutil
 import stat
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,9 @@ __all__ = [
     "is_utf8",
     "new_file",
     "output_folder",
+    "read_user_file",
     "restore",
+    "user_file",
     "work_folder",
     "write_text",
 ]
@@ -48,31 +50,49 @@ MANIFEST = "smile_manifest.json"
 SETTINGS = "settings.json"
 _WRITES = "writes"
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file`
+LONGEST_NAME = 255 - len("..0123456789ab")  # bytes of a file name that has such a temporary one
 _HASHED_BYTES = 1 << 20  # larger files are compared by size: weights are not edited by hand
 
 
-def check_outputs(*, plot: Path | None = None, **files: Path | None) -> None:
-    """Check output files by name before any work: their folders exist, and a plot has a known type.
+def check_outputs(inputs: Iterable[str | Path] = (), *, plot: Path | None = None, **files: Path | None) -> None:
+    """Check output files by name before any work: they can be written, and a plot has a known type.
+
+    Args:
+        inputs: folders that are read, in which no output file may be.
+        plot, files: the output files by name.
 
     Raises:
         SmileError: a file cannot be written; the message names it.
     """
+    folders = [Path(os.path.realpath(folder)) for folder in inputs]
     for name, file in {"plot": plot, **files}.items():
-        if file is not None and not file.absolute().parent.is_dir():
+        if file is None:
+            continue
+        if not file.absolute().parent.is_dir():
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
-        if file is not None and file.is_dir():
+        if file.is_dir():
             raise SmileError(f"{name}: is {str(file)!r}, a folder; expected a file")
+        try:
+            target = _target(file)
+        except SmileError as error:
+            raise SmileError(f"{name}: {error}") from None
+        if not os.access(target.parent, os.W_OK):
+            raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that can be written")
+        if inside := next((folder for folder in folders if folder in Path(os.path.realpath(target)).parents), None):
+            raise SmileError(f"{name}: is {str(file)!r}, inside the input {inside}; expected a file outside of it")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
         raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
 
 
 @contextmanager
 def new_file(file: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that gets its name when it is complete and flushed to disk.
+    """Open a binary file that gets its name when it is complete and flushed to disk. Links are followed.
 
     Raises:
+        SmileError: a device, a pipe or a folder has this name.
         OSError: the disk is full, or a device error; no partial file is left.
     """
+    file = _target(file)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
     try:
         with open(temporary, "xb") as f:
@@ -93,10 +113,46 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def _target(file: Path) -> Path:
+    """The file that a new one replaces: `file`, or where a link leads."""
+    target = Path(os.path.realpath(file)) if file.is_symlink() else file
+    if os.path.lexists(target) and not target.is_file():
+        raise SmileError(f"{file}: is not a regular file; expected a new file, or one to replace")
+    return target
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically."""
     with new_file(file) as f:
         f.write(text.encode())
+
+
+def user_file(variable: str, default: str, name: str) -> Path:
+    """A file of this package for each user, in the folder that an environment variable names, by default ~/`default`.
+
+    Raises:
+        SmileError: the variable is not set, and the user has no home folder.
+    """
+    try:
+        folder = os.environ.get(variable) or Path.home() / default
+    except RuntimeError:
+        raise SmileError(f"{variable}: is not set, and the user has no home folder; expected a folder") from None
+    return Path(folder) / "smile_kernels" / name
+
+
+def read_user_file(variable: str, default: str, name: str) -> str | None:
+    """The text of a file of `user_file`; None if there is none, or, with a warning, if the user may not read it."""
+    try:
+        file = user_file(variable, default, name)
+    except SmileError:
+        return None
+    try:
+        return file.read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        warnings.warn(f"{file}: is not used, since it cannot be read ({error.strerror})", stacklevel=3)
+        return None
 
 
 @dataclass(frozen=True)
@@ -214,10 +270,11 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
 
     Args:
         folder: path of the output.
-        inputs: the folders that are read, by argument name. The output may not be, contain or be inside any of them.
+        inputs: the folders that are read, by argument name. The output may not be, contain or be inside any of them,
+            nor may they be among its intermediate files.
 
     Raises:
-        ValueError: an empty path, a mount point, or a folder that overlaps an input.
+        ValueError: an empty path, a mount point, a name that is too long, or a folder that overlaps an input.
         FileExistsError: the path is a file.
     """
     text = os.fsencode(folder)
@@ -233,12 +290,23 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         raise FileExistsError(f"{above}: is not a folder; expected one, to write {path.name} in")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; expected a new or empty folder")
+    for kind, part, longest in (("name", path.name, 255 - len("..old-0123456789ab-1")), ("path", path, 4096 - 512)):
+        if len(os.fsencode(part)) > longest:
+            raise SmileError(f"out: has a {kind} of {len(os.fsencode(part))} bytes, {part}; expected at most {longest}")
     for name, source in (inputs or {}).items():
         source = Path(os.path.realpath(source))
+        for folder in (source, *source.parents):
+            if folder.parent == path.parent and _is_of(folder.name, path.name):
+                raise SmileError(f"out: {folder} is of {path}, and {name} is there; expected an input apart from it")
         if path == source or path in source.parents or source in path.parents:
             how = "is" if path == source else "contains" if path in source.parents else "is inside"
             raise SmileError(f"out: {path} {how} {name}, {source}; expected a folder apart from every input")
     return path
+
+
+def _is_of(name: str, output: str) -> bool:
+    """Whether a folder of this name is of the intermediate files of an output."""
+    return name == f"{output}.partial" or name.startswith(f".{output}.old-")
 
 
 def is_utf8(path: str | Path) -> bool:
@@ -267,7 +335,9 @@ def output_folder(
             unfinished work with other settings. Nothing is changed then.
     """
     settings = json.loads(json.dumps(settings))
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    for parent in reversed(folder.parents):
+        if not parent.exists():
+            parent.mkdir(exist_ok=True)
     with _locked(folder):
         yield _prepare(folder, settings, writes, force)
 

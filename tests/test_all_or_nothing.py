@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_a_failure_anywhere_leaves_the_model_as_it_was(tmp_path, name):
             points += 1
     print(f"{name}: {points} failures among {total} calls")
     assert points >= min(20, total // 2)
+
+
+def test_a_model_reduced_to_a_zone_stays_as_it_was_if_a_copy_fails(monkeypatch):
+    model, finetuned = llama(), llama()
+    before, copies, copy_ = state(finetuned), itertools.count(), torch.Tensor.copy_
+
+    def copied(self: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if next(copies) == 5:
+            raise Interrupted
+        return copy_(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", copied)
+        with pytest.raises(Interrupted):
+            sk.analysis.keep_zone(model, finetuned, "I")
+    assert same(state(finetuned), before)
 
 
 @pytest.mark.parametrize("block", range(2))

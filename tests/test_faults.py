@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import smile_kernels as sk
 from smile_kernels.cli import app
+from smile_kernels.upscaling.layers import _limited_modules
 from tests.fuzzing import limited
 from tests.test_malformed import listing, write_inputs
 
@@ -163,6 +165,12 @@ def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [change(folder) for change in changes]
 
 
+def pooling(folder: Path, content: str = "{}") -> None:
+    """A folder of the base that is copied."""
+    (folder / "base" / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "base" / "1_Pooling" / "config.json").write_text(content)
+
+
 CONFIG, ADAPTER, ADAPTER_CONFIG = "base/config.json", "adapter/adapter_config.json", "adapter_config.json"
 # The change to the folders, the call, and its error message.
 FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
@@ -170,6 +178,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "a link to the parent": (link("base/2_up", ".."), fuse, "2_up: is not a regular file"),
     "templates that are a link": (link("base/additional_chat_templates", "."), fuse, "templates: is not a regular"),
     "a link to a missing file": (link("base/tokenizer.json", "gone"), fuse, "tokenizer.json: is a link to a missing"),
+    "a file of a name too long to copy": (text(f"base/{'n' * 242}", "x"), fuse, "n: has a name of more than 241 bytes"),
     "a link to missing weights": (link("expert/model.safetensors", "gone"), fuse, "contains no weights|a missing file"),
     "a pipe for a config": (pipe(CONFIG), fuse, "base/config.json: is not a regular file"),
     "a pipe for an index": (pipe("base/model.safetensors.index.json"), fuse, "index.json: is not a regular file"),
@@ -358,6 +367,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         command("inspect", "{folder}/fused", "--json", "{folder}/no/one.json"),
         "json: is '.*one.json'; expected a file in a folder that exists",
     ),
+    "a result instead of an input": (
+        str,
+        command("inspect", "{folder}/fused", "--json", "{folder}/fused/config.json"),
+        "json: is '.*config.json', inside the input .*fused; expected a file outside of it",
+    ),
     "a result instead of a folder": (
         str,
         command("analyze", "--base", "{folder}/base", "--expert", "{folder}/expert", "--json", "{folder}"),
@@ -382,6 +396,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
             folder / os.fsdecode(b"\xff"), [folder / "expert"], folder / "out", **OPTIONS
         ),
         "base: is '.*'; expected a path in UTF-8",
+    ),
+    "an expert among the intermediate files": (
+        lambda folder: shutil.copytree(folder / "expert", folder / "out.partial" / "output"),
+        upscale_with("--expert", "{folder}/out.partial/output", "--force"),
+        r"out: \S+out\.partial is of \S+out, and experts\[0\] is there; expected an input apart",
     ),
     "an output in a base": (str, upscale_with("--out", "{folder}/base/out"), "is inside base"),
     "an output in a file": (
@@ -449,6 +468,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     ),
     "a file cut short": lambda folder: os.truncate(sorted((folder / "base").glob("model-*"))[-1], 100),
     "a file more": lambda folder: (folder / "expert" / "notes").write_text("mine"),
+    "a file in a folder that is copied": lambda folder: pooling(folder, "changed"),
     "a folder removed": lambda folder: shutil.rmtree(folder / "expert"),
 }
 
@@ -459,9 +479,18 @@ def test_inputs_that_change_during_the_work_are_named(change, folder):
         if stage == "layers" and done == 1:
             CHANGES[change](folder)
 
+    pooling(folder)
     with pytest.raises((sk.SmileError, OSError), match=r"base|expert"):
         fuse(folder, progress=changed)
     assert not (folder / "out").exists()
+
+
+def test_a_copied_file_that_changed_is_copied_again(folder):
+    pooling(folder)
+    fuse(folder)
+    pooling(folder, "[1]")
+    fuse(folder, force=True)
+    assert (folder / "out" / "1_Pooling" / "config.json").read_text() == "[1]"
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -619,6 +648,14 @@ def test_names_of_experts_are_printable_whatever_their_folders_are_called(folder
     (folder / "expert").rename(folder / "one\nexpert")
     sk.upscale_checkpoints(folder / "base", [folder / "one\nexpert"], folder / "out", **OPTIONS)
     assert sk.load_pretrained(folder / "out").lm_head.expert_names == ("one_expert",)
+
+
+def test_models_that_other_threads_build_do_not_count():
+    """A config of too many layers is refused by the number of modules that its model has."""
+    with _limited_modules(10), ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(20)))).result()
+        with pytest.raises(sk.SmileError, match="more than 10 modules"):
+            torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(20)))
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2"}], ids=str)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from smile_kernels import SmileLinear, save_pretrained
-from smile_kernels.publishing import MANIFEST, check_folder, output_folder, restore, work_folder, write_text
+from smile_kernels.publishing import (
+    MANIFEST,
+    check_folder,
+    check_outputs,
+    output_folder,
+    restore,
+    work_folder,
+    write_text,
+)
 from smile_kernels.storage import write_shard
 from tests.upscaling.checkpoints import stored
 
@@ -255,6 +264,8 @@ def test_damaged_settings_are_refused_and_force_starts_anew(tmp_path):
         (".", "contains base"),
         ("base/fused", "is inside base"),
         ("link", "is base"),
+        ("a" * 240, "has a name of 240 bytes"),
+        ("a/" * 1900 + "b", "has a path of "),
     ],
 )
 def test_inputs_are_never_the_output(tmp_path, monkeypatch, out, message):
@@ -263,6 +274,58 @@ def test_inputs_are_never_the_output(tmp_path, monkeypatch, out, message):
     (tmp_path / "link").symlink_to("base")
     with pytest.raises(ValueError, match=message):
         check_folder(out, inputs={"base": tmp_path / "base"})
+
+
+@pytest.mark.parametrize("place", ["out.partial", "out.partial/output", ".out.old-0123456789ab", "link"])
+def test_inputs_are_never_among_the_intermediate_files(tmp_path, place):
+    (tmp_path / "link").symlink_to("out.partial/layers")
+    with pytest.raises(ValueError, match=r"out: \S+ is of \S+/out, and base is there; expected an input apart from it"):
+        check_folder(tmp_path / "out", inputs={"base": tmp_path / place})
+
+
+def test_a_folder_below_many_that_do_not_exist(tmp_path):
+    out = tmp_path / ("a/" * 1500 + "out")
+    assert write_output(out, SETTINGS)
+    shutil.rmtree(out)
+    os.removedirs(out.parent)  # which pytest cannot
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to a pipe", "a link to itself"])
+def test_a_file_does_not_replace_what_is_no_file(tmp_path, kind):
+    file, pipe = tmp_path / "file.json", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if kind == "a pipe":
+        file = pipe
+    elif kind == "a folder":
+        file.mkdir()
+    else:
+        file.symlink_to("pipe" if kind == "a link to a pipe" else "file.json")
+    before = sorted((one.name, one.lstat().st_mode) for one in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="is not a regular file; expected a new file, or one to replace"):
+        write_text(file, "text")
+    if kind != "a folder":
+        with pytest.raises(ValueError, match=r"^json: \S+: is not a regular file"):
+            check_outputs(json=file)
+    assert sorted((one.name, one.lstat().st_mode) for one in tmp_path.iterdir()) == before
+
+
+def test_a_file_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to("disk/file.json")
+    write_text(tmp_path / "link.json", "text")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "disk" / "file.json").read_text() == "text"
+
+
+@pytest.mark.parametrize("file", ["base/config.json", "base/new.json", "link/config.json", "link.json"])
+def test_a_result_is_never_among_the_inputs(tmp_path, file):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("mine")
+    (tmp_path / "link").symlink_to("base")
+    (tmp_path / "link.json").symlink_to("base/config.json")
+    with pytest.raises(ValueError, match=r"json: is '\S+', inside the input \S+/base; expected a file outside of it"):
+        check_outputs([tmp_path / "base"], json=tmp_path / file)
+    check_outputs([tmp_path / "base"], json=tmp_path / "base.json")
 
 
 def test_a_link_is_followed_to_its_folder(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from smile_kernels import cli, selftest
+from smile_kernels import SmileError, cli, selftest
 from smile_kernels.ops import composed, excluded, library
 from smile_kernels.worker import Outcome, Worker
 
@@ -185,6 +185,19 @@ def test_the_record_holds_for_one_machine_and_is_kept_whole(cache):
     excluded.paths.cache_clear()
     with pytest.raises(ValueError, match=r"excluded.json: is not a record of excluded paths"):
         excluded.paths("one")
+
+
+def test_a_user_without_a_home_or_a_record_that_it_may_read(cache, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert excluded.paths("one") == {}
+    with pytest.raises(SmileError, match="XDG_CACHE_HOME: is not set, and the user has no home folder"):
+        excluded.record("one", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", "x" * 300)
+    excluded.paths.cache_clear()
+    with pytest.warns(UserWarning, match=r"excluded\.json: is not used, since it cannot be read"):
+        assert excluded.paths("one") == {}
 
 
 def test_the_composition_runs_whatever_was_said_of_it(cache):

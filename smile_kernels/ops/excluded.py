@@ -6,7 +6,6 @@ package, of PyTorch and of Triton.
 
 import functools
 import json
-import os
 import platform
 import re
 import time
@@ -17,13 +16,15 @@ from pathlib import Path
 import torch
 
 from ..errors import SmileError
-from ..publishing import write_text
+from ..publishing import read_user_file, user_file, write_text
 from ..versions import installed
+
+_FILE = "XDG_CACHE_HOME", ".cache", "excluded.json"
 
 
 def file() -> Path:
     """$XDG_CACHE_HOME/smile_kernels/excluded.json, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smile_kernels" / "excluded.json"
+    return user_file(*_FILE)
 
 
 def device_name(device_type: str) -> str:
@@ -52,7 +53,7 @@ def name_of(backend: str, part: str, dtype: torch.dtype, training: bool) -> str:
 @functools.cache
 def paths(device: str) -> Mapping[str, str]:
     """Excluded path -> reason, for a device name. Read once, with a warning about excluded paths."""
-    found = _read().get(machine(device), {}) if file().exists() else {}
+    found = _read().get(machine(device), {})
     if found:
         listed = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         warnings.warn(
@@ -74,7 +75,7 @@ def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: b
 
 def record(device: str, reasons: Mapping[str, str]) -> None:
     """Set the excluded paths of a device name; {} excludes none."""
-    content = _read() if file().exists() else {}
+    content = _read()
     content.pop(machine(device), None)
     when = time.strftime("%Y-%m-%d", time.gmtime())
     if reasons:
@@ -85,8 +86,11 @@ def record(device: str, reasons: Mapping[str, str]) -> None:
 
 
 def _read() -> dict[str, dict[str, str]]:
+    text = read_user_file(*_FILE)
+    if text is None:
+        return {}
     try:
-        content = json.loads(file().read_text())
+        content = json.loads(text)
         if all(isinstance(reasons, dict) for reasons in content.values()):
             return content
         problem = "its values are not objects"

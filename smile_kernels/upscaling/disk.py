@@ -30,7 +30,7 @@ from ..checkpoint import REPORT, add_calibration, model_card
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
-from ..publishing import MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
+from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
 from ..routing import RoutingPolicy
 from ..schema import check_arguments, parse
 from ..storage import (
@@ -631,6 +631,10 @@ def _files_beside(folder: Path, *starts: str) -> dict[Path, Path]:
             raise FileNotFoundError(f"{file}: is a link to a missing file; expected the file, which is copied")
         if not file.is_file():
             raise SmileError(f"{file}: is not a regular file; expected one, since it is copied")
+        if len(os.fsencode(file.name)) > LONGEST_NAME:
+            raise SmileError(
+                f"{file}: has a name of more than {LONGEST_NAME} bytes, and is copied; expected a shorter one"
+            )
         if not os.access(file, os.R_OK):
             raise PermissionError(
                 errno.EACCES, "cannot be read; expected a file that can, since it is copied", str(file)
@@ -671,8 +675,10 @@ def check_device(device: str) -> None:
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of each file."""
-    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    """Name, size and modification time of each file, also of those in folders that are copied."""
+    inside = [file for one in folder.iterdir() if _FOLDERS.match(one.name) for file in one.rglob("*")]
+    files = sorted(file for file in (*folder.iterdir(), *inside) if file.is_file())
+    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 

@@ -12,7 +12,6 @@ Paths that failed `smile-kernels doctor --verify` on the current GPU are not amo
 import functools
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from ...errors import SmileError
+from ...publishing import read_user_file, user_file
 from .. import excluded
 from .common import cdiv, next_power_of_2
 
@@ -400,9 +400,12 @@ def _allowed(device: Device, dtype: torch.dtype, paths: Sequence) -> Sequence:
     return [path for path in paths if excluded.name_of("triton", path, dtype, False) not in left_out] or paths
 
 
+_TABLE = "XDG_CONFIG_HOME", ".config", "triton.json"
+
+
 def user_table() -> Path:
     """The user's own table: $XDG_CONFIG_HOME/smile_kernels/triton.json, by default under ~/.config."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "smile_kernels" / "triton.json"
+    return user_file(*_TABLE)
 
 
 class Tables(dict[str, dict[str, Any]]):
@@ -417,13 +420,17 @@ class Tables(dict[str, dict[str, Any]]):
 @functools.cache
 def tables() -> Tables:
     """The user's table, read once in a process; tuning adds to it."""
-    path = user_table()
-    if not path.exists():
-        return Tables()
+    return stored_tables()
+
+
+def stored_tables() -> Tables:
+    """The user's table as it is stored now."""
+    text = read_user_file(*_TABLE)
     try:
-        return Tables(json.loads(path.read_text()))
-    except ValueError as error:
-        raise SmileError(f"{path}: is not valid JSON ({error}); delete it, or write it again by tuning") from None
+        return Tables({} if text is None else json.loads(text))
+    except (ValueError, TypeError) as error:
+        file = user_table()
+        raise SmileError(f"{file}: is not valid JSON ({error}); delete it, or write it again by tuning") from None
 
 
 @functools.lru_cache(maxsize=4096)
