@@ -38,6 +38,7 @@ from .errors import SmileError, check_integer
 from .nn import all_or_nothing, is_conv1d
 from .publishing import check_outputs, new_file, write_text
 from .schema import check_arguments
+from .svd import without_autocast
 from .upscaling.decompose import in_threads
 from .upscaling.disk import Job
 from .upscaling.layers import Layer, linear_layers, select_layers
@@ -218,6 +219,7 @@ def half_rank(sigma: Tensor) -> int:
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def zone(weight: Tensor, finetuned: Tensor, name: str) -> Tensor:
     """The component of a layer's change in one zone.
 
@@ -277,6 +279,7 @@ def _parts(weight: Tensor, change: Tensor) -> dict[str, Tensor]:
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def analyze_layer(
     name: str, weight: Tensor, changes: Sequence[Tensor], *, rank_of_expert: int = 16, scale: float = 0.3
 ) -> LayerAnalysis:
@@ -407,6 +410,7 @@ def _analyzed(job: Job, layer: Layer, rank_of_expert: int, scale: float) -> Laye
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def keep_zone(
     model: nn.Module,
     finetuned: nn.Module,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_pretrained
+from .checkpoint import errors_of_tokenizer, load_pretrained, load_tokenizer
 from .errors import SmileError, check_integer
 from .nn import routed_layers
 from .routing import routing_override, watch_routing
@@ -79,11 +79,9 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
+    if not (folder / "tokenizer_config.json").exists():
         raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files in the folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise SmileError(f"{folder}: its tokenizer has no chat template; expected one, as chat models have")
     return tokenizer
@@ -115,7 +113,8 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
                 self.of_prompt = torch.stack(list(counts.values())).sum(0)
             super().put(value)
 
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"):
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     length = prompt["input_ids"].shape[1]
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with watch_routing(model) as counts:

@@ -6,7 +6,8 @@ complete, or contains only the experts and the path of its base.
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def add_calibration(
     config = read_smile_config(folder)
     model = load_pretrained(folder, **from_pretrained)
     report = calibrate(model, seed=seed)
-    set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=_user_turn_ids(folder)))
+    set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=turn_ids_of_checkpoint(folder)))
     layers = routed_layers(model)
     if missing := [name for name in config.modules if name not in layers]:
         raise SmileError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
@@ -197,13 +198,33 @@ def add_calibration(
     return report
 
 
-def _user_turn_ids(folder: Path) -> tuple[int, ...] | None:
+def turn_ids_of_checkpoint(folder: Path) -> tuple[int, ...] | None:
     """Token ids that begin a user turn; None if the checkpoint has no tokenizer with a chat template."""
     if not (folder / "tokenizer_config.json").exists():
         return None
+    tokenizer = load_tokenizer(folder)
+    with errors_of_tokenizer(folder, "chat template fails"):
+        return user_turn_ids(tokenizer)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint; raises ValueError, naming the folder, if transformers cannot load it."""
     from transformers import AutoTokenizer
 
-    return user_turn_ids(AutoTokenizer.from_pretrained(folder))
+    with errors_of_tokenizer(folder, "files cannot be loaded by transformers"):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def errors_of_tokenizer(folder: Path, what: str) -> Iterator[None]:
+    """Raise SmileError for anything that a tokenizer, or the program in its chat template, raises."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise SmileError(
+            f"{folder}: the tokenizer's {what} ({type(error).__name__}: {reason}); expected a whole tokenizer"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,10 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _target(file: Path) -> Path:
-    """The file that a new one replaces: `file`, or where a link leads."""
+    """The file that a new one replaces: `file`, or where a link leads; not for a stream such as /dev/stdout."""
     target = Path(os.path.realpath(file)) if file.is_symlink() else file
-    if os.path.lexists(target) and not target.is_file():
+    stream = target is not file and Path(os.path.realpath(file.parent)).parts[1:2] in (("dev",), ("proc",))
+    if stream or (os.path.lexists(target) and not target.is_file()):
         raise SmileError(f"{file}: is not a regular file; expected a new file, or one to replace")
     return target
 

@@ -1,13 +1,17 @@
 """Truncated SVD of a weight difference, with a certificate of its error; and from weights to SMILE factors."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .errors import SmileError, check_integer
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Guarantees of a decomposition: error <= (1 + EXCESS) * optimal + FLOOR * ||a||_F, and at most this sine between
 # the computed and the true subspace of the router's rows. float32 arithmetic does not reach a FLOOR much below 1e-5.
@@ -53,6 +57,17 @@ class TruncatedSVD:
     s: Tensor
     vh: Tensor
     certificate: Certificate
+
+
+def without_autocast(function: _F) -> _F:
+    """A function of weights for which autocast is off: it would round their products."""
+
+    @functools.wraps(function)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(_F, exact)
 
 
 @torch.no_grad()

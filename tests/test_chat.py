@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,16 @@ import torch
 from transformers import PreTrainedTokenizerFast, ViTForImageClassification
 from typer.testing import CliRunner
 
-from smile_kernels import RoutingPolicy, load_pretrained, save_pretrained, set_routing, upscale, watch_routing
+from smile_kernels import (
+    RoutingPolicy,
+    SmileError,
+    load_pretrained,
+    save_pretrained,
+    set_routing,
+    upscale,
+    upscale_checkpoints,
+    watch_routing,
+)
 from smile_kernels.cli import app
 from smile_kernels.nn import smile_layers
 from tests.integrations import tiny_models
@@ -143,7 +153,10 @@ def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
     assert b"/reset starts a new conversation" in seen
 
 
-@pytest.mark.parametrize("case", ["no tokenizer", "no template", "no folder", "plain", "vision", "device", "length"])
+CASES = ("no tokenizer", "no template", "bad template", "bad tokenizer", "no folder", "a file")
+
+
+@pytest.mark.parametrize("case", [*CASES, "plain", "vision", "device", "length"])
 def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     folder, options, message = tmp_path / "folder", [], ""
     if case == "no tokenizer":
@@ -155,8 +168,18 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
         bare.chat_template = None
         bare.save_pretrained(folder)
         message = "its tokenizer has no chat template; expected"
+    elif case in ("bad template", "bad tokenizer"):
+        shutil.copytree(fused, folder)
+        if case == "bad template":
+            (folder / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+            message = "folder: the tokenizer's chat template fails (TemplateError: no users); expected"
+        else:
+            (folder / "tokenizer.json").write_text("{}")
+            message = "folder: the tokenizer's files cannot be loaded by transformers ("
     elif case == "no folder":
         message = "folder"
+    elif case == "a file":
+        folder, message = fused / "config.json", "config.json: has no tokenizer_config.json; expected"
     elif case == "plain":
         tiny_models.chat_model(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -177,6 +200,17 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     assert message in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.output
+
+
+def test_a_chat_template_that_fails_is_refused_before_any_layer_is_computed(fused, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(fused.parent, folder)
+    (folder / "base" / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    with pytest.raises(SmileError, match=r"base: the tokenizer's chat template fails \(TemplateError: no users\)"):
+        upscale_checkpoints(
+            folder / "base", [folder / "math"], folder / "out", rank_of_expert=2, rank_of_router=1, calibrate=True
+        )
+    assert not [*folder.glob("*out*")]
 
 
 def test_experts_without_names_have_numbers(fused, tmp_path, tokenizer):

@@ -309,6 +309,15 @@ def test_a_file_does_not_replace_what_is_no_file(tmp_path, kind):
     assert sorted((one.name, one.lstat().st_mode) for one in tmp_path.iterdir()) == before
 
 
+def test_a_stream_of_a_process_is_not_replaced(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        for name in (f"/dev/fd/{log.fileno()}", f"/proc/self/fd/{log.fileno()}"):
+            with pytest.raises(ValueError, match="is not a regular file"):
+                write_text(Path(name), "text")
+        log.write("mine")
+    assert (tmp_path / "log").read_text() == "mine"
+
+
 def test_a_file_is_written_where_a_link_leads(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link.json").symlink_to("disk/file.json")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import SmileError
 from ..schema import check_arguments, parse
 from ..storage import read_json, read_pickled, read_safetensors
+from ..svd import without_autocast
 from .conversion import ModelNames
 
 __all__ = ["LowRankDelta", "ModuleDelta", "adapter_deltas", "is_adapter"]
@@ -81,6 +82,7 @@ class LowRankDelta:
     scale: float
     magnitude: Tensor | None = None
 
+    @without_autocast
     def dense(self, weight: Tensor) -> Tensor:
         """The change of `weight` [O, D] in float32 (float64 where a factor or the weight is)."""
         change = self.scale * (wide(self.b) @ wide(self.a))
@@ -119,6 +121,7 @@ def is_adapter(directory: str | Path) -> bool:
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def adapter_deltas(
     directory: str | Path, base: Mapping[str, Tensor] | nn.Module, names: ModelNames | None = None
 ) -> dict[str, ModuleDelta]:

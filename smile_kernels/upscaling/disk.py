@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoint import REPORT, add_calibration, model_card
+from ..checkpoint import REPORT, add_calibration, model_card, turn_ids_of_checkpoint
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
@@ -42,6 +42,7 @@ from ..storage import (
     write_index,
     write_shard,
 )
+from ..svd import without_autocast
 from .decompose import check_router, decompose, in_threads
 from .layers import (
     Layer,
@@ -406,6 +407,7 @@ class Job:
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def upscale_checkpoints(
     base: str | Path,
     experts: Sequence[str | Path],
@@ -493,6 +495,8 @@ def upscale_checkpoints(
     for name, given in (("experts_only", experts_only), ("calibrate", calibrate)):
         if given and job.packed:
             raise SmileError(f"{name}: is True, and the base is stored quantised; expected False")
+    if calibrate and routing is None:  # whose default depends on a tokenizer, which may be damaged
+        turn_ids_of_checkpoint(job.base if job.added is None else job.experts[job.donor])
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
@@ -504,7 +508,7 @@ def upscale_checkpoints(
                 (output.work / "layers").mkdir(exist_ok=True)
         barrier()
         if not output.work.exists():
-            warnings.warn(f"{target}: is already complete with these settings; nothing was done", stacklevel=2)
+            warnings.warn(f"{target}: is already complete with these settings; nothing was done", stacklevel=5)
             return UpscaleReport.load(target / REPORT)
         report = _write(job, output, (rank, world, barrier), experts_only, max_shard_size, workers, progress)
         if rank == 0:

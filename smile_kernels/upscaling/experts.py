@@ -15,6 +15,7 @@ from ..integrations.peft import ModuleDelta, is_adapter
 from ..nn import SmileLinear, all_or_nothing, is_conv1d, smile_layers
 from ..routing.control import followed_policies, forget_caches, refuse_override
 from ..schema import check_arguments
+from ..svd import without_autocast
 from .decompose import decompose, in_threads, norm_rows
 from .layers import CONV1D_MODELS, Layer, embedding_weights, linear_layers
 from .remainder import lost_changes, lost_settings
@@ -38,6 +39,7 @@ Factors = Mapping[str, Tensor | None]  # of one expert: vh [1, k, D], s [1, r], 
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def add_expert(model: nn.Module, expert: Expert, *, name: str | None = None) -> UpscaleReport:
     """Add an expert, the last one, to every SMILE layer of a loaded model.
 
@@ -78,6 +80,7 @@ def add_expert(model: nn.Module, expert: Expert, *, name: str | None = None) -> 
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def replace_expert(model: nn.Module, old: int | str, expert: Expert, *, name: str | None = None) -> UpscaleReport:
     """Another expert in the place of expert `old` of a loaded model; the rest is as in `add_expert`.
 

@@ -17,6 +17,7 @@ from ..nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from ..schema import check_arguments
+from ..svd import without_autocast
 from .decompose import check_router, decompose, in_threads
 from .layers import (
     Layer,
@@ -47,6 +48,7 @@ __all__ = ["upscale"]
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def upscale(
     model: nn.Module,
     finetuned: Sequence[nn.Module | Mapping[str, ModuleDelta]],

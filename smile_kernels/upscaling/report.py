@@ -151,14 +151,14 @@ class UpscaleReport:
                 remedies.append("modules that the base lacks: add them to the base")
             warnings.warn(
                 f"changes by fine-tuning are left out of the result: {worst}{more}. {'; '.join(remedies).capitalize()}",
-                stacklevel=5,
+                stacklevel=6,
             )
         # Fine-tuned models often name tokens, for padding and for the end of a text; no other output depends on these.
         if other := [str(one) for one in self.settings if not one.name.endswith("_token_id")]:
             warnings.warn(
                 f"the result has the base's config, from which those of the experts differ: {'; '.join(other[:3])}"
                 f"{f' and {len(other) - 3} more' if len(other) > 3 else ''}. If one value fits all, set it in the base",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def __str__(self) -> str:

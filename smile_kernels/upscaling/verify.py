@@ -28,6 +28,7 @@ from ..routing import RoutingPolicy
 from ..routing.state import LayerPolicy
 from ..schema import check_arguments, check_inputs
 from ..storage import read_tensors
+from ..svd import without_autocast
 from .inputs import example_inputs
 from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport
@@ -72,6 +73,7 @@ class ExpertVerdict:
 
 @check_arguments
 @torch.no_grad()
+@without_autocast
 def verify(
     model: _Model,
     base: _Model | None = None,

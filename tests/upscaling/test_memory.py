@@ -382,6 +382,20 @@ def test_gradients_train_and_eval_modes_and_other_parameters_survive():
     assert base.scale.grad is None
 
 
+def test_autocast_does_not_round_what_is_computed_of_weights():
+    base = nn.Sequential(nn.Linear(24, 24))
+    tuned, factors = finetuned(base, 1), LowRankDelta(torch.randn(24, 4), torch.randn(4, 24), 0.5)
+
+    def made() -> list[Tensor]:
+        model, _ = upscale(base, [tuned], **RANKS)
+        part = sk.analysis.zone(base[0].weight, tuned[0].weight, "I+mixed")
+        return [*model.state_dict().values(), part, factors.dense(torch.zeros(24, 24))]
+
+    expected = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(expected, made(), strict=True))
+
+
 def test_same_bits_for_any_number_of_threads():
     base = Mlp([300, 280, 40], [True, True], torch.float32)
     experts = [finetuned(base, seed) for seed in range(2)]
