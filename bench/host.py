@@ -3,8 +3,9 @@
     python -m bench.host                                # a line of JSON
 
 Triton's own just-in-time compiler runs with a driver that records. CPU time of this process, which excludes other
-processes, in microseconds; F.linear, the layer, and the layer with every launch by Triton itself are interleaved. The
-time of Triton's launcher in C and of the CUDA driver is not included.
+processes, in microseconds; F.linear, the layer, the backend's part of it, and that with every launch by Triton itself
+are interleaved. A recording function in Python, which takes about as long, replaces Triton's launcher in C; the time of
+the CUDA driver is not included. "prefill delta" and F.linear include a small product on the CPU.
 """
 
 import functools
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import triton
 from triton.backends.compiler import GPUTarget
 
+from smile_kernels.functional import smile_linear
 from smile_kernels.ops.triton import backend, configs, launch
 from smile_kernels.testing import Problem, taking
 
@@ -74,19 +76,8 @@ def record() -> Driver:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     configs.device_of = lambda _: DEVICE
+    backend.why_not = lambda *_: None
     return driver
-
-
-def layer(tokens: int, linear: str, apply: str) -> tuple[Callable, Callable]:
-    """The backend's call for a small layer on one path, and F.linear's."""
-    p = Problem.random(tokens, 64, 64, 8, 16, 16, 1, dtype=torch.bfloat16)
-    call = functools.partial(backend.linear, *p.arguments(), 1, 16, False)
-
-    def on_path() -> Any:
-        with taking(linear, apply):
-            return call()
-
-    return on_path, functools.partial(F.linear, p.x, p.weight, p.bias)
 
 
 def microseconds(call: Callable, calls: int) -> float:
@@ -96,24 +87,33 @@ def microseconds(call: Callable, calls: int) -> float:
     return (time.process_time() - start) / calls * 1e6
 
 
-def measure(calls: int = 500, rounds: int = 7) -> dict[str, dict[str, float]]:
-    """Path -> microseconds of a call: "F.linear", "kept" launches, and "ordinary" ones."""
+def measure(calls: int = 500, rounds: int = 11) -> dict[str, dict[str, list[float]]]:
+    """Path -> name of a call -> median, least and largest microseconds of the rounds.
+
+    "F.linear"; "layer": `smile_linear`; "kept": the backend's function; "ordinary": the same with launches by Triton.
+    """
     found = {}
     known = launch._known
     for name, tokens, linear, apply in (
         ("decode", 1, "decode", "fused"),
-        ("prefill", 65, "one_product", "delta"),
+        ("prefill fused", 65, "one_product", "fused"),
+        ("prefill delta", 65, "one_product", "delta"),
         ("route first", 65, "route_first", "fused"),
     ):
-        ours, dense = layer(tokens, linear, apply)
-        times: dict[str, list[float]] = {"F.linear": [], "kept": [], "ordinary": []}
-        for _ in range(rounds + 1):
-            times["F.linear"].append(microseconds(dense, calls))
-            times["kept"].append(microseconds(ours, calls))
-            launch._known = lambda: False
-            times["ordinary"].append(microseconds(ours, calls))
-            launch._known = known
-        found[name] = {kind: round(statistics.median(us[1:]), 2) for kind, us in times.items()}
+        p = Problem.random(tokens, 64, 64, 8, 16, 16, 1, dtype=torch.bfloat16)
+        options = {"num_experts_per_tok": 1, "rank_of_router": 16, "backend": "triton"}
+        kept = functools.partial(backend.linear, *p.arguments(), 1, 16, False)
+        times: dict[str, list[float]] = {"F.linear": [], "layer": [], "kept": [], "ordinary": []}
+        with taking(linear, apply):
+            for _ in range(rounds + 1):
+                times["F.linear"].append(microseconds(functools.partial(F.linear, p.x, p.weight, p.bias), calls))
+                times["layer"].append(microseconds(functools.partial(smile_linear, *p.arguments(), **options), calls))
+                times["kept"].append(microseconds(kept, calls))
+                launch._known = lambda: False
+                times["ordinary"].append(microseconds(kept, calls))
+                launch._known = known
+        rest = {kind: us[1:] for kind, us in times.items()}
+        found[name] = {kind: [round(of(us), 2) for of in (statistics.median, min, max)] for kind, us in rest.items()}
     return found
 
 

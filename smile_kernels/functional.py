@@ -291,7 +291,8 @@ def keep_top_p(weights: Tensor, ids: Tensor, top_p: float) -> tuple[Tensor, Tens
 
 
 def _autocasts(x: Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -438,6 +439,7 @@ def _check(
     for name, tensor in (("vh", vh), ("s", s), ("u", u)):
         _check_tensor(name, tensor)
     of_parts: tuple[int, ...] = (parts,) if parts else ()
+    device, dtype = x.device, like.dtype  # each is read once: a call for few tokens takes microseconds
     _check_device("weight", like, x)
     _check_device("s", s, x)
     if s.dim() != len(of_parts) + 2 or (parts and s.shape[0] != parts) or not s.numel():
@@ -457,16 +459,17 @@ def _check(
         if given is None:
             continue
         _check_tensor(name, given)
-        _check_device(name, given, x)
+        if given.device != device:
+            _check_device(name, given, x)
         if given.shape != shape and not (name == "vh" and _longer(given.shape, shape)):
             raise _shape_error(name, given, shape)
-        if given.dtype != like.dtype:
+        if given.dtype != dtype:
             whose = "x" if like is x else "weight"
-            raise SmileError(f"{name}: is {given.dtype}; expected {whose}'s dtype, {like.dtype}")
+            raise SmileError(f"{name}: is {given.dtype}; expected {whose}'s dtype, {dtype}")
     if x.dim() < 1 or x.shape[-1] != d:
         raise _shape_error("x", x, ("...", d))
-    if x.dtype != like.dtype or x.dtype not in _DTYPES:
-        raise SmileError(f"x: is {x.dtype} and weight {like.dtype}; expected one floating-point dtype of {_DTYPES}")
+    if x.dtype != dtype or dtype not in _DTYPES:
+        raise SmileError(f"x: is {x.dtype} and weight {dtype}; expected one floating-point dtype of {_DTYPES}")
     if s.dtype != reference.accumulate_dtype(x):
         raise SmileError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
 

@@ -1,6 +1,7 @@
 """Random SMILE problems and the comparison with the float64 reference, for tests and benchmarks."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -167,6 +168,11 @@ def assert_close(name: str, got: Tensor, want: Tensor, plain_error: float, slack
     )
 
 
+@functools.cache
+def _always(path: str) -> Callable[..., str]:
+    return lambda *_: path
+
+
 @contextlib.contextmanager
 def taking(linear: str, apply: str) -> Iterator[None]:
     """Within this context, layers on the Triton backend use these paths instead of tables and heuristics."""
@@ -174,7 +180,7 @@ def taking(linear: str, apply: str) -> Iterator[None]:
 
     before = configs.linear_path, configs.apply_path
     chosen: Any = configs
-    chosen.linear_path, chosen.apply_path = lambda *_: linear, lambda *_: apply
+    chosen.linear_path, chosen.apply_path = _always(linear), _always(apply)
     try:
         yield
     finally:

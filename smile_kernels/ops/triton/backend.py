@@ -3,8 +3,9 @@
 T tokens, D in_features, O out_features, N experts, m experts per token, r rank of an expert, g rank of the router.
 """
 
+import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from ...versions import warn_if_newer
 from .. import registration
 from ..reference import router_rows
-from . import backward, configs, decode, grouped
+from . import backward, configs, decode, grouped, prefill
 from .common import INTERPRETED
 from .evidence import evidence as _evidence
-from .prefill import prefill
+from .launch import Plan
 from .route import empty_routing
 from .route import route as _route
 
@@ -82,31 +83,61 @@ def evidence(x, router, prior, real, factors, before, below, m, rank_of_router, 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, save):
     """Route and apply in one pass -> y [T, O], weights [T, m], ids [T, m], h [T, m, r]."""
-    (tokens, d), (n, o, r), k, m, g = x.shape, u.shape, vh.shape[1], num_experts_per_tok, rank_of_router
-    device = configs.device_of(x.device)
-    path: configs.LinearPath = "route_first"
-    if router is None and tokens:
-        path = configs.linear_path(device, x.dtype, tokens, d, o, n, k, g, r, m, save)
-    if path == "route_first":
+    m, g, x, device = num_experts_per_tok, rank_of_router, _rows(x), configs.device_of(x.device)
+    way = _way(
+        configs.settings(device, x.dtype), device, x.dtype, x.shape, x.stride(), vh.shape, u.shape, bias is not None,
+        expert_bias is not None, router is not None, m, g, save,
+    )  # fmt: skip
+    if way.path == "route_first":
         weights, ids = route(x, router_rows(vh, router, g), m)
         y, h = apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, overlaps=True)
         return y, weights, ids, h
     if x.is_cuda and x.get_device() != torch.cuda.current_device():  # faster than always to set it
         with torch.cuda.device_of(x):
             return linear(x, weight, bias, vh, s, u, expert_bias, router, m, g, save)
-    x = _rows(x)
-    weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
+    layer = x, *_contiguous(weight, bias, vh, s, u, expert_bias)
+    weights = s.new_empty(x.shape[0], m)
+    ids = torch.empty_like(weights, dtype=torch.int32)
+    if way.plan is None:
+        y, h = prefill.prefill(device, *layer, weights, ids, way.apply_path, rank_of_router=g, save=save)
+        return y, weights, ids, h
+    y = x.new_empty(x.shape[0], u.shape[1])
+    h = s.new_empty((*ids.shape, s.shape[1]) if save else 0)
+    if way.path == "one_product":
+        way.plan.run(*layer, weights, ids, h if save else None, y)
+        return y.addmm_(x, layer[1].T) if way.apply_path == "delta" else y, weights, ids, h
+    way.plan.run(*layer, decode.arrivals(x.device), y, weights, ids)
+    return y, weights, ids, h
+
+
+class _Way(NamedTuple):
+    """How a layer that chooses its experts is run."""
+
+    path: configs.LinearPath
+    apply_path: configs.ApplyPath = "fused"
+    plan: Plan | None = None
+
+
+@functools.lru_cache(maxsize=1024)
+def _way(_settings, device, dtype, of_x, strides_of_x, of_vh, of_u, bias, expert_bias, router, m, g, save) -> _Way:
+    (tokens, d), (_, k, _), (n, o, r) = of_x, of_vh, of_u
+    path: configs.LinearPath = "route_first"
+    if tokens and not router:
+        path = configs.linear_path(device, dtype, tokens, d, o, n, k, g, r, m, save)
+    if path == "route_first":
+        return _Way(path)
     if path != "one_product":
         one_launch = path == "decode_one_launch"
-        y, weights, ids = decode.decode(device, x, weight, bias, vh, s, u, expert_bias, m, g, one_launch)
-        return y, weights, ids, s.new_empty(0)
-    weights, ids = empty_routing(x, m)
-    apply_path = configs.apply_path(device, x.dtype, tokens, d, o, n, r, m)
+        layer = tokens, d, o, n, k, g, r, m, strides_of_x[0], bias, expert_bias
+        return _Way(path, plan=decode.plan(device, dtype, *layer, one_launch))
+    apply_path = configs.apply_path(device, dtype, tokens, d, o, n, r, m)
+    if apply_path == "tma":  # depends on the alignment too
+        return _Way(path, apply_path)
     if apply_path == "grouped":  # every product is already computed
         apply_path = "delta"
-    layer = x, weight, bias, vh, s, u, expert_bias, weights, ids, apply_path
-    y, h = prefill(device, *layer, rank_of_router=g, save=save)
-    return y, weights, ids, h
+    strides = (strides_of_x[0], k * d, d, 1), (o * r, r, 1, o if expert_bias else 0, o)
+    layer = tokens, d, o, n, n, k, r, (tokens, m), g, *strides, bias, expert_bias, save
+    return _Way(path, apply_path, prefill.plan(device, dtype, apply_path, False, *layer))
 
 
 def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlaps=False):
@@ -128,7 +159,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, *, overlap
                 weights, ids, _ = grouped.none_as_first(weights, ids, n)
             return grouped.apply(device, x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
         layer = x, weight, bias, vh, s, u, expert_bias, weights, ids, path
-        return prefill(device, *layer, save=save, overlaps=overlaps)
+        return prefill.prefill(device, *layer, save=save, overlaps=overlaps)
 
 
 def delta_(y, x, vh, s, u, expert_bias, router, weights, ids, m, g, save, parts=(), rank_of_parts=()):
@@ -159,7 +190,7 @@ def _add_parts(y, x, vh, s, u, expert_bias, router, weights, ids, num_experts_pe
             weights, ids = empty_routing(x, len(ends), num_experts_per_tok)
         experts = vh, s, u, expert_bias, weights, ids, "delta"
         options = {"rank_of_router": rank_of_router if tied else None, "onto": y, "ends": ends, "save": save}
-        _, h = prefill(device, x, None, None, *experts, **options)
+        _, h = prefill.prefill(device, x, None, None, *experts, **options)
     return *((weights, ids) if routes else (s.new_empty(0), s.new_empty(0, dtype=torch.int32))), h
 
 
@@ -183,7 +214,7 @@ def _add_each_part(y, x, vh, s, u, expert_bias, router, weights, ids, num_expert
         if linear_path != "route_first":
             weights, ids = empty_routing(x, m)
             experts = vh, s, u, expert_bias, weights, ids, "delta"
-            _, h = prefill(device, x, None, None, *experts, rank_of_router=g, onto=y, save=save)
+            _, h = prefill.prefill(device, x, None, None, *experts, rank_of_router=g, onto=y, save=save)
             return weights, ids, h
         if routes:
             weights, ids = route(x, router_rows(vh, router, g), m)
@@ -192,7 +223,7 @@ def _add_each_part(y, x, vh, s, u, expert_bias, router, weights, ids, num_expert
             _, h = grouped.apply(device, x, None, None, vh, s, u, expert_bias, *given, save, y)
         else:
             experts = vh, s, u, expert_bias, weights, ids, "delta"
-            _, h = prefill(device, x, None, None, *experts, onto=y, save=save, overlaps=routes)
+            _, h = prefill.prefill(device, x, None, None, *experts, onto=y, save=save, overlaps=routes)
     return *((weights, ids) if routes else none), h
 
 

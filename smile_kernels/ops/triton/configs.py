@@ -12,7 +12,7 @@ Paths that failed `smile-kernels doctor --verify` on the current GPU are not amo
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -416,6 +416,17 @@ class Tables(dict[str, dict[str, Any]]):
 
     asked: dict[str, list] | None = None
 
+    def __init__(self, *choices: dict):
+        super().__init__(*choices)
+        self.changed()
+
+    def changed(self) -> None:
+        """To be called after a change, before the next launch."""
+        self.version = next(_VERSIONS)
+
+
+_VERSIONS = itertools.count()
+
 
 @functools.cache
 def tables() -> Tables:
@@ -436,6 +447,14 @@ def stored_tables() -> Tables:
 @functools.lru_cache(maxsize=4096)
 def _key(kind: str, numbers: str, dimensions: tuple[int, ...]) -> str:
     return " ".join([kind, numbers, *(str(next_power_of_2(n)) for n in dimensions)])
+
+
+def settings(device: Device, dtype: torch.dtype) -> Hashable:
+    """What the choices for a device and a dtype depend on besides the problem: equal only where none has changed."""
+    table = tables()
+    version = table.version if table.asked is None else object()
+    # Tests and benchmarks replace the two functions.
+    return version, *excluded.paths(device.name), precision(dtype, device), linear_path, apply_path
 
 
 def _is_set(device: Device) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import configs
 from .common import cast, cdiv, dot, next_power_of_2, start_next_kernel, wait_for_previous_kernel
 from .launch import Launch, Plan
-from .route import add_squares, by_expert, empty_routing, finite_norm, select
+from .route import add_squares, by_expert, finite_norm, select
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -219,43 +219,32 @@ def arrivals(device: torch.device) -> Tensor:
     return _counters(device).take(_capturing(device))
 
 
-def decode(
+NAMES = ["x", "weight", "bias", "vh", "s", "u", "expert_bias", "arrivals", "y", "weights", "ids"]
+
+
+def plan(
     device: configs.Device,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    vh: Tensor,
-    s: Tensor,
-    u: Tensor,
-    expert_bias: Tensor | None,
-    num_experts_per_tok: int,
-    rank_of_router: int,
+    dtype: torch.dtype,
+    tokens: int,
+    d: int,
+    o: int,
+    n: int,
+    k: int,
+    g: int,
+    r: int,
+    m: int,
+    x_stride_t: int,
+    bias: bool,
+    expert_bias: bool,
     one_launch: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [T, O], weights [T, m] and ids [T, m] of a layer routed by the first rows of vh, for x [T, D] of few tokens.
+) -> Plan:
+    """The launches, in one or two, on the tensors called `NAMES` of a layer routed by the first g of vh's k rows.
 
-    T is at most the largest BLOCK_T of the kernel's tiles. `one_launch`: in one launch rather than two.
+    They write y [T, O], weights and ids [T, m]; `arrivals` are two counters at zero. T is at most the largest BLOCK_T
+    of the kernel's tiles.
     """
-    (tokens, d), (n, o, r), k, m = x.shape, u.shape, vh.shape[1], num_experts_per_tok
-    plan = _plan(
-        device, x.dtype, configs.tile("decode", device, x.dtype, tokens, o, d), configs.precision(x.dtype, device),
-        configs.precision(x.dtype, device, routes=True), tokens, d, o, n, k, rank_of_router, r, m, x.stride(0),
-        bias is not None, expert_bias is not None, one_launch,
-    )  # fmt: skip
-    y = x.new_empty(tokens, o)
-    weights, ids = empty_routing(x, m)
-    plan.run(x, weight, bias, vh, s, u, expert_bias, arrivals(x.device), y, weights, ids)
-    return y, weights, ids
-
-
-_NAMES = ["x", "weight", "bias", "vh", "s", "u", "expert_bias", "arrivals", "y", "weights", "ids"]
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    device, dtype, config, precision, route_precision, tokens, d, o, n, k, g, r, m, x_stride_t, bias, expert_bias,
-    one_launch,
-) -> Plan:  # fmt: skip
+    config = configs.tile("decode", device, dtype, tokens, o, d)
+    precision, route_precision = (configs.precision(dtype, device, routes=routes) for routes in (False, True))
     row_blocks, tiles = cdiv(n * k, config["BLOCK_O"]), cdiv(o, config["BLOCK_O"])
     splits, chunks = configs.split_depth(d, config["BLOCK_D"], row_blocks, device)
     block_n, slices = next_power_of_2(n), row_blocks * splits
@@ -277,4 +266,4 @@ def _plan(
     workspace = {"partial": ((splits, tokens, n, k), torch.float32), "scaled": ((tokens, n, r), dtype)}
     if expert_bias:
         workspace["gates"] = (tokens, n), dtype
-    return Plan(launches, _NAMES, workspace)
+    return Plan(launches, NAMES, workspace)

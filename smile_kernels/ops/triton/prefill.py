@@ -12,7 +12,7 @@ from .launch import Plan
 from .route import route_launch
 from .shrink import shrink_choices, shrink_launch
 
-_NAMES = ["x", "weight", "bias", "rows", "s", "u", "expert_bias", "weights", "ids", "h", "y"]
+NAMES = ["x", "weight", "bias", "rows", "s", "u", "expert_bias", "weights", "ids", "h", "y"]
 
 
 def prefill(
@@ -52,37 +52,44 @@ def prefill(
     bias_stride = 0 if expert_bias is None else expert_bias.stride(0)
     y = x.new_empty(tokens, o) if onto is None else onto
     h = s.new_empty((*ids.shape, r) if save else 0)
-    plan = _plan(
-        device, x.dtype, *shrink_choices(device, x.dtype, tokens, experts * k, d),
-        *expand_choices(device, x.dtype, tokens, o, n * r if path == "delta" else d, r),
-        tokens, d, o, experts, n, k, r, ids.shape, rank_of_router,
-        (x.stride(0), *vh.stride()[-3:]), (*u.stride(), bias_stride, y.stride(0)),
-        bias is not None, expert_bias is not None, save, overlaps, path != "delta", onto is not None, ends,
-        path == "tma" and weight is not None and describable(x) and describable(weight),
+    tma = path == "tma" and weight is not None and describable(x) and describable(weight)
+    prepared = _plan(
+        configs.settings(device, x.dtype), device, x.dtype, path, tma, tokens, d, o, experts, n, k, r, ids.shape,
+        rank_of_router, (x.stride(0), *vh.stride()[-3:]), (*u.stride(), bias_stride, y.stride(0)), bias is not None,
+        expert_bias is not None, save, overlaps=overlaps, add=onto is not None, ends=ends,
     )  # fmt: skip
-    plan.run(x, weight, bias, vh, s, u, expert_bias, weights, ids, h if save else None, y)
+    prepared.run(x, weight, bias, vh, s, u, expert_bias, weights, ids, h if save else None, y)
     return y.addmm_(x, weight.T) if path == "delta" and weight is not None else y, h
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    device, dtype, shrink_tile, route_precision, expand_tile, block_r, precision, tokens, d, o, experts, n, k, r, slots,
-    rank_of_router, of_first, of_last, bias, expert_bias, save, overlaps, base, add, ends, tma,
+def _plan(_settings, *arguments, **options) -> Plan:
+    return plan(*arguments, **options)
+
+
+def plan(
+    device, dtype, path, tma, tokens, d, o, experts, n, k, r, slots, rank_of_router, of_first, of_last, bias,
+    expert_bias, save, *, overlaps=False, add=False, ends=(),
 ) -> Plan:  # fmt: skip
+    """The launches of `prefill`, on the tensors called `NAMES`.
+
+    `experts`: of all parts, k rows of vh each; n: of one part. `slots`: the shape of ids. `of_first`: strides of x and
+    vh. `of_last`: strides of u, expert_bias and y.
+    """
+    shrink_choice = shrink_choices(device, dtype, tokens, experts * k, d)
+    expand_choice = expand_choices(device, dtype, tokens, o, n * r if path == "delta" else d, r)
     routes, m, parts = rank_of_router is not None, slots[-1], len(ends) or 1
     # Of many tokens some choose every expert.
     selected = m if not routes and not ends and tokens <= 64 else None
-    splits, shrink = shrink_launch(
-        device, shrink_tile, route_precision, tokens, d, experts, k, selected, of_first, overlaps=overlaps
-    )
+    splits, shrink = shrink_launch(device, *shrink_choice, tokens, d, experts, k, selected, of_first, overlaps=overlaps)
     route = route_launch(
         device, tokens, splits, experts // parts, k, rank_of_router or 0, r, m, parts,
         routes=routes, scales=True, gates=expert_bias, save=save,
     )  # fmt: skip
     seen, strides = route.constants["BLOCK_T"], (of_first[0], *of_last)
     expand = expand_launch(
-        device, expand_tile, block_r, precision, tokens, d, o, n, r, seen, strides,
-        base=base, add=add, ends=ends, tma=tma, bias=bias, expert_bias=expert_bias,
+        device, *expand_choice, tokens, d, o, n, r, seen, strides,
+        base=path != "delta", add=add, ends=ends, tma=tma, bias=bias, expert_bias=expert_bias,
     )  # fmt: skip
     workspace = {
         "partial": ((splits, tokens, experts, k), torch.float32),
@@ -91,4 +98,4 @@ def _plan(
     }
     if expert_bias:
         workspace["gates"] = (tokens, experts), dtype
-    return Plan([shrink, route, expand], _NAMES, workspace)
+    return Plan([shrink, route, expand], NAMES, workspace)

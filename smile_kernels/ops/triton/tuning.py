@@ -75,6 +75,7 @@ def tune(
             _, choices = _search(lambda arguments=arguments: linear(*arguments), table, {}, report)
         best |= choices
     table |= best
+    configs.tables().changed()
     return best
 
 
@@ -104,6 +105,7 @@ def _search(run: Callable, table: dict, fixed: dict, report: Callable) -> tuple[
 def _asked(run: Callable) -> dict[str, list]:
     """The choices that `run` makes: key -> what it could have chosen."""
     tables = configs.tables()
+    tables.changed()
     tables.asked = {}
     try:
         run()
@@ -114,6 +116,7 @@ def _asked(run: Callable) -> dict[str, list]:
 
 def _seconds(run: Callable, calls: int = 20, rounds: int = 11) -> float:
     """The median time of one `run` in a CUDA graph; infinite where the device lacks the resources."""
+    configs.tables().changed()
     try:
         for _ in range(3):
             run()

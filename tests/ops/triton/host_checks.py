@@ -4,14 +4,19 @@ Run by test_host.py in a separate process, since Triton cannot compile where it 
 """
 
 import json
+import os
+import tempfile
 import traceback
+import warnings
+from unittest.mock import patch
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
 from bench import host
-from smile_kernels.ops.triton import backend, decode, launch
+from smile_kernels.ops import excluded
+from smile_kernels.ops.triton import backend, configs, decode, launch
 from smile_kernels.testing import Problem, taking
 
 DRIVER = host.record()
@@ -81,6 +86,32 @@ def tensors_of_other_alignment_are_compiled_for():
     assert len(DRIVER.loaded) == 2, DRIVER.loaded
 
 
+def settings_hold_from_the_next_call():
+    """A table, and a path that failed verification: neither is hidden by what an earlier call prepared."""
+    p, table, name = problem(), configs.tables(), host.DEVICE.name
+
+    def kernels() -> list[str]:
+        DRIVER.launched.clear()
+        backend.linear(*p.arguments(), 2, 16, False)
+        return [one.kernel for one in DRIVER.launched]
+
+    decode_, prefill = ["_decode", "_decode"], ["_shrink", "_route", "_expand"]
+    assert kernels() == decode_
+    table[name] = {configs._key("linear", "half", (5, 64, 64, 8, 16, 16, 16, 2)): "one_product"}
+    table.changed()
+    assert kernels() == prefill
+    del table[name]
+    table.changed()
+    assert kernels() == decode_
+    failed = [excluded.name_of("triton", path, p.x.dtype, False) for path in ("decode", "decode_one_launch")]
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        excluded.record(name, dict.fromkeys(failed, "a reason"))
+        with warnings.catch_warnings(record=True):
+            assert kernels() == prefill
+        excluded.record(name, {})
+        assert kernels() == decode_
+
+
 def a_profiler_hears_of_every_launch():
     p, heard = problem(), []
     calls(p, "decode", "fused")
@@ -127,12 +158,12 @@ def the_first_launch_of_a_chain_does_not_overlap():
     assert [one.overlaps for one in calls(p, "one_product", "fused")] == [False, True, True]
 
 
-def kept_launches_take_the_host_less_than_half_the_time():
+def kept_launches_take_the_host_less_than_a_third_of_the_time():
     for _ in range(5):  # single rounds are slow on a busy machine
         slow = {
             path: times
             for path, times in host.measure(calls=200, rounds=3).items()
-            if times["kept"] - times["F.linear"] >= 0.5 * (times["ordinary"] - times["F.linear"])
+            if 3 * (times["kept"][0] - times["F.linear"][0]) >= times["ordinary"][0] - times["F.linear"][0]
         }
         if not slow:
             return
@@ -143,10 +174,11 @@ CHECKS = [
     a_kernel_is_compiled_once_for_all_calls,
     kept_launches_are_those_of_triton,
     tensors_of_other_alignment_are_compiled_for,
+    settings_hold_from_the_next_call,
     a_profiler_hears_of_every_launch,
     a_triton_that_launches_otherwise_is_left_to_it,
     the_first_launch_of_a_chain_does_not_overlap,
-    kept_launches_take_the_host_less_than_half_the_time,
+    kept_launches_take_the_host_less_than_a_third_of_the_time,
 ]
 
 
