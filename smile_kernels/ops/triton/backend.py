@@ -127,16 +127,16 @@ def _way(_settings, device, dtype, of_x, strides_of_x, of_vh, of_u, bias, expert
     if path == "route_first":
         return _Way(path)
     if path != "one_product":
+        sizes = tokens, d, o, n, k, g, r, m, strides_of_x[0]
         one_launch = path == "decode_one_launch"
-        layer = tokens, d, o, n, k, g, r, m, strides_of_x[0], bias, expert_bias
-        return _Way(path, plan=decode.plan(device, dtype, *layer, one_launch))
+        return _Way(path, plan=decode.plan(device, dtype, *sizes, bias, expert_bias, one_launch))
     apply_path = configs.apply_path(device, dtype, tokens, d, o, n, r, m)
     if apply_path == "tma":  # depends on the alignment too
         return _Way(path, apply_path)
     if apply_path == "grouped":  # every product is already computed
         apply_path = "delta"
-    strides = (strides_of_x[0], k * d, d, 1), (o * r, r, 1, o if expert_bias else 0, o)
-    layer = tokens, d, o, n, n, k, r, (tokens, m), g, *strides, bias, expert_bias, save
+    of_first, of_last = (strides_of_x[0], k * d, d, 1), (o * r, r, 1, o if expert_bias else 0, o)
+    layer = tokens, d, o, n, n, k, r, (tokens, m), g, of_first, of_last, bias, expert_bias, save
     return _Way(path, apply_path, prefill.plan(device, dtype, apply_path, False, *layer))
 
 
