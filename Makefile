@@ -42,7 +42,7 @@ test-oldest: .venv-uv/ready
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_peers.py
-	.venv-vllm/bin/python -m pytest tests/integrations/vllm_suite.py
+	.venv-vllm/bin/python tests/compatibility.py vllm tests/integrations/vllm_suite.py
 
 # The site, in site/; `make test-all` builds it too. `$(BIN)/mkdocs serve` shows it while pages change.
 docs: .venv/ready

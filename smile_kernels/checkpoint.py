@@ -264,7 +264,6 @@ def describe(folder: str | Path) -> dict[str, Any]:
         s = stored[f"{name}.s"].load().double()
         experts = sum(stored[key].nbytes for factor in FACTORS if (key := f"{name}.{factor}") in stored)
         sizes["experts"] += experts
-        sizes["base"] += sum(stored[key].nbytes for p in ("weight", "bias") if (key := f"{name}.{p}") in stored)
         layers.append(
             {
                 "name": name,
@@ -278,6 +277,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
                 "s": s.mean(dim=0).tolist(),
             }
         )
+    for key, tensor in stored.items():  # a quantised weight is stored as several tensors
+        layer, _, part = key.rpartition(".")
+        sizes["base"] += tensor.nbytes if layer in config.modules and part not in FACTORS else 0
     sizes["other"] = sum(tensor.nbytes for tensor in stored.values()) - sizes["base"] - sizes["experts"]
     return {"folder": str(folder), "config": config.to_dict(), "bytes": sizes, "layers": layers}
 

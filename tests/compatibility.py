@@ -2,8 +2,9 @@
 
     python tests/compatibility.py NAME [PYTEST ARGUMENTS]
 
-NAME is a record of that page: the newest or oldest versions, or another set; or `architectures`, for the table of the
-tests' results for each architecture of transformers in docs/architectures.md.
+NAME is a record of that page: the newest or oldest versions, or another set; `vllm`, for the row of the installed
+version in the table of vLLM's; or `architectures`, for the table of the tests' results for each architecture of
+transformers in docs/architectures.md.
 """
 
 import datetime
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter  # public in pytest only from 8.1 on
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS, ARCHITECTURES = ROOT / "docs" / "compatibility.md", ROOT / "docs" / "architectures.md"
@@ -130,6 +132,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...] | None:
     return row["model_type"], row["class"], str(row["layers"]), *ends, "; ".join(row["unfit"]) or "none"
 
 
+def vllm_versions(how: str, outcomes: Outcomes) -> str:
+    """The table of vLLM's versions, in which the installed one replaces its row."""
+    block = VERSIONS.read_text().partition("<!-- tested:vllm -->")[2].partition("<!-- /tested:vllm -->")[0]
+    rows = dict(re.findall(r"^\| (\d[^|]*?) \| (.*) \|$", block, re.MULTILINE))
+    failed = f" Failed: {', '.join(f'`{name}`' for name in outcomes.failed)}." if outcomes.failed else ""
+    version = Version(metadata.version(metadata.packages_distributions()["vllm"][0])).public
+    rows[version] = how.replace("|", "/") + failed
+    lines = [f"| {version} | {text} |" for version, text in sorted(rows.items(), key=lambda row: Version(row[0]))]
+    return "\n".join(["| vLLM | tests |", "| --- | --- |", *lines])
+
+
 def write(name: str, text: str) -> None:
     """Writes `text` between the markers of record `name` in its page.
 
@@ -151,7 +164,8 @@ def main() -> int:
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     status = pytest.main([*arguments], plugins=[outcomes])
     how = ran(commit, arguments, outcomes, time.monotonic() - started)
-    write(name, architectures(how, outcomes) if name == "architectures" else f"{how}\n\n{record(outcomes)}")
+    tables = {"architectures": architectures, "vllm": vllm_versions}
+    write(name, tables[name](how, outcomes) if name in tables else f"{how}\n\n{record(outcomes)}")
     return int(status)
 
 

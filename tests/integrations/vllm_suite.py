@@ -204,6 +204,7 @@ def assert_preempted(engine, options: dict) -> None:
 SMALL = {**CHUNKS, "num_gpu_blocks_override": 9, "disable_log_stats": False}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
@@ -224,6 +225,7 @@ def test_the_same_tokens(architecture, options, served):
     assert in_vllm(case.folder, **options) == [case.tokens]
 
 
+@pytest.mark.engine
 def test_conv1d_layers_saved_from_memory(served, tmp_path):
     """transformers stores them as in memory, unlike the base's checkpoint; some of them are square."""
     case = served("GPT2LMHeadModel")
@@ -249,6 +251,7 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
     return model
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("architecture", "policy", "options"),
     [
@@ -319,6 +322,7 @@ def reloaded(folder: Path, changed: Path, broken: list[Path], options: dict) -> 
     return answers, errors
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("architecture", "policy", "options"),
     [
@@ -385,6 +389,7 @@ def by_request(folder: Path, asked: list, prompts: list, options: dict) -> tuple
     return answers, cached, str(error.value)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("architecture", "policy", "options"),
     [
@@ -436,6 +441,7 @@ def asking(folder: Path, asked: list, prompts: list, options: dict) -> list[list
     return answers
 
 
+@pytest.mark.engine
 def test_adapters_on_an_int8_base(tmp_path):
     """Each expert by request and the router's choice, compared with an emulation in transformers."""
     plain = tmp_path / "plain"
@@ -483,6 +489,7 @@ def voted(model: nn.Module, prompt: list[int]) -> tuple[int, list[int]]:
     return int(list(counts.values())[-1].argmax()), answer[0, len(prompt) :].tolist()
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("architecture", "policy", "options"),
     [
@@ -523,6 +530,7 @@ def test_prompts_that_vote(architecture, policy, options, served, tmp_path):
     assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error
 
 
+@pytest.mark.engine
 def test_prompts_vote_in_half_precision(served, tmp_path):
     """Votes and evidence are float32 there too: each answer is that of the expert that float32 chooses."""
     model = with_routing(served("LlamaForCausalLM").folder, tmp_path, RoutingPolicy("prompt", lock_after=1))
@@ -578,6 +586,7 @@ def asynchronously(folder: str, prompts: list[list[int]]) -> tuple[list[list[int
         engine.shutdown()
 
 
+@pytest.mark.engine
 def test_prompts_vote_under_asyncllm(served, tmp_path):
     model = with_routing(served("LlamaForCausalLM").folder, tmp_path, RoutingPolicy("prompt", lock_after=1))
     winners, want = map(list, zip(*(voted(model, prompt) for prompt in VOTING)))
@@ -615,6 +624,7 @@ def admitted(folder: str, options: dict) -> tuple:
     return found, errors
 
 
+@pytest.mark.engine
 def test_the_front_end_checks_what_requests_ask_for(served):
     """With a configuration of vLLM that was sent to another process."""
     folder = str(served("LlamaForCausalLM").folder)
@@ -743,6 +753,7 @@ def test_a_compiled_layer_reads_what_the_runner_says_of_each_pass(monkeypatch):
     assert len(graphs) == 1
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "policy",
     [RoutingPolicy(), RoutingPolicy("causal", accumulate=True), RoutingPolicy("prompt", lock_after=1)],
@@ -766,6 +777,7 @@ def test_the_same_tokens_with_and_without_a_lora_adapter(policy, served, tmp_pat
     assert adapted == [voted(model, prompt)[1] for prompt in PROMPTS] != want
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "policy", [RoutingPolicy(), RoutingPolicy("causal", accumulate=True, lock_after=1)], ids=["token", "causal"]
 )
@@ -823,6 +835,7 @@ def texts(answer: dict) -> list[list[int]]:
     return [[int(word.removeprefix("t")) for word in choice["text"].split()] for choice in answer["choices"]]
 
 
+@pytest.mark.engine
 def test_openai_server(served, tmp_path):
     case = served("MistralForCausalLM")
     answer, metrics = over_http(case.folder, [{"prompt": PROMPTS}], tmp_path / "log")
@@ -831,6 +844,7 @@ def test_openai_server(served, tmp_path):
     assert "smile_expert_tokens" not in metrics
 
 
+@pytest.mark.engine
 def test_openai_server_whose_prompts_vote(served, tmp_path):
     """The server reports the experts of each request, and counts their tokens."""
     model = with_routing(served("LlamaForCausalLM").folder, tmp_path / "model", RoutingPolicy("prompt", lock_after=1))
@@ -856,6 +870,7 @@ def test_openai_server_whose_prompts_vote(served, tmp_path):
     assert "expert: is 'maths'; expected one of 'm1', 'm2', 'm3', or an index from 0 to 2" in error["message"]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "lost", [["q_proj.u", "k_proj.vh", "v_proj.s", "v_proj.expert_bias"], ["o_proj.weight"]], ids=lambda lost: lost[0]
 )
@@ -882,6 +897,7 @@ def test_routing_by_whole_sequences_is_refused():
         vllm_config(routing=RoutingPolicy("sequence"))
 
 
+@pytest.mark.engine
 def test_engines_that_cannot_carry_routing_are_refused(served, tmp_path):
     with_routing(served("LlamaForCausalLM").folder, tmp_path, RoutingPolicy("causal"))
     ports = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}

@@ -102,7 +102,9 @@ def test_adapters_give_the_factors_that_they_give_beside_plain_weights(router, c
     written = read_smile_config(tmp_path / "out")
     assert written.base == config
     assert written.modules == read_smile_config(tmp_path / "want").modules
-    assert sk.checkpoint.describe(tmp_path / "out")["bytes"]["experts"]
+    layers = tuple(f"{name}." for name in written.modules)
+    of_base = sum(tensor.nbytes for name, tensor in read_tensors(base).items() if name.startswith(layers))
+    assert sk.checkpoint.describe(tmp_path / "out")["bytes"]["base"] == of_base
 
 
 @pytest.mark.parametrize(
