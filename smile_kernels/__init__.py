@@ -21,6 +21,7 @@ from .routing import (
     user_turn_ids,
     watch_routing,
 )
+from .sweeping import sweep
 from .upscaling import add_expert, remove_expert, replace_expert, upscale, upscale_checkpoints, verify
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "routing_override",
     "save_pretrained",
     "set_routing",
+    "sweep",
     "upscale",
     "upscale_checkpoints",
     "user_turn_ids",

@@ -472,6 +472,121 @@ def analyze(
 
 
 @app.command()
+def sweep(
+    folder: Annotated[Path, typer.Argument(help="SMILE checkpoint, fused at the largest ranks.")],
+    score: Annotated[str, typer.Option(help="Scoring function: MODULE:FUNCTION or FILE.py:FUNCTION.")],
+    rank_of_expert: Annotated[
+        list[int] | None, typer.Option(help="r; repeatable.  [default: the checkpoint's, its half and its quarter]")
+    ] = None,
+    rank_of_router: Annotated[
+        list[int] | None, typer.Option(help="g; repeatable.  [default: the checkpoint's, its half and its quarter]")
+    ] = None,
+    num_experts_per_tok: Annotated[
+        list[int] | None, typer.Option(help="m, experts per token; repeatable.  [default: the checkpoint's]")
+    ] = None,
+    routing: Annotated[
+        list[str] | None,
+        typer.Option(help="Scope, or the fields of a routing policy as JSON; repeatable.  [default: token]"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw heat maps to this file: .png, .svg or .pdf.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file, after each setting.")
+    ] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:0, ...")] = None,
+) -> None:
+    """Score a SMILE checkpoint at every combination of ranks, experts per token and routing policies.
+
+    The function gets the model and returns a number, or a dict of numbers by task. The ranks are truncated from the
+    checkpoint's, so nothing is fused again.
+
+    \b
+    Examples:
+      smile-kernels sweep fused --score evaluate.py:accuracy --json sweep.json --plot sweep.png
+      smile-kernels sweep fused --score my_package.evaluation:accuracy --rank-of-expert 16 --rank-of-expert 32 \\
+          --routing token --routing '{"scope": "sequence", "accumulate": true}'
+    """
+    with _errors():
+        from .checkpoint import load_pretrained
+        from .publishing import check_outputs
+        from .sweeping import sweep as run
+
+        check_outputs(plot=plot, json=json_path)
+        policies = {text: _scope_or_fields(text) for text in routing} if routing else None
+        function = _scoring_function(score)
+        options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+        model = load_pretrained(folder, **options)
+        with _progress() as advance:
+            result = run(
+                model,
+                function,
+                rank_of_expert=rank_of_expert,
+                rank_of_router=rank_of_router,
+                num_experts_per_tok=num_experts_per_tok,
+                routing=policies,
+                file=json_path,
+                progress=advance,
+            )
+        print(result)
+        if plot:
+            result.plot(plot)
+
+
+def _scope_or_fields(text: str) -> Any:
+    """The policy of --routing."""
+    from .routing import RoutingPolicy
+
+    if not text.lstrip().startswith("{"):
+        return RoutingPolicy(text)
+    try:
+        return RoutingPolicy.from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise SmileError(
+            f"routing: is {text!r}, which is not JSON ({error}); expected a scope or a JSON object"
+        ) from None
+
+
+def _scoring_function(text: str) -> Callable[[Any], Any]:
+    """The function of --score; what it raises is shown with its traceback."""
+    import importlib
+    import importlib.util
+    import traceback
+
+    place, _, name = text.rpartition(":")
+    if not place or not name.isidentifier():
+        raise SmileError(f"score: is {text!r}; expected MODULE:FUNCTION or FILE.py:FUNCTION")
+    file = Path(place) if place.endswith(".py") else None
+    if file and not file.is_file():
+        raise FileNotFoundError(f"score: {place}: no such file; expected a Python file")
+    try:
+        if file:  # by its path, since it may have the name of an installed module
+            spec: Any = importlib.util.spec_from_file_location(file.stem, file)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(file.stem, module)
+            sys.path.append(str(file.absolute().parent))
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(place)
+    except Exception as error:
+        traceback.print_exc()
+        raise SmileError(
+            f"score: {place} cannot be imported ({type(error).__name__}: {error}); expected Python code"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SmileError(f"score: {place} has no function {name!r}; expected one that takes the model")
+
+    def scored(model: Any) -> Any:
+        try:
+            return function(model)
+        except Exception as error:
+            traceback.print_exc()
+            raise SmileError(f"score: {text} raised {type(error).__name__}: {error}; expected a score") from None
+
+    return scored
+
+
+@app.command()
 def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="IN_FEATURESxOUT_FEATURES or a named layer; repeatable.")

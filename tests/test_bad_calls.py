@@ -298,6 +298,10 @@ def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "zone": (analysis.zone, {"weight": base.weight, "finetuned": tuned[0].weight, "name": "I+II"}),
         "analyze_layer": (analysis.analyze_layer, {"name": "a", "weight": base.weight, "changes": [tuned[0].weight]}),
         "keep_zone": (analysis.keep_zone, {"model": model, "finetuned": models[0], "name": "I", "include": ["*"]}),
+        "sweep": (
+            sk.sweep,
+            {"model": fused, "score": lambda _: 0.0, "rank_of_expert": [1], "file": None},
+        ),
         "upscale_checkpoints": (sk.upscale_checkpoints, disk | {"out": "out", "force": True} | ranks | names),
         "add_expert": (sk.add_expert, {"model": fused, "expert": models[0], "name": None}),
         "replace_expert": (sk.replace_expert, {"model": fused, "old": 0, "expert": "expert", "name": None}),

@@ -223,6 +223,9 @@ def mistral(tmp_path, monkeypatch):
     for name, model in {"mistral": base, "math": fine_tuned(base, 1), "code": fine_tuned(base, 2)}.items():
         model.save_pretrained(name)
     tokenizer.save_pretrained("mistral")
+    Path("my_package").mkdir()
+    for file in ("evaluate.py", "my_package/evaluation.py"):
+        Path(file).write_text("def accuracy(model):\n    return 1.0\n")
     options, from_yaml = examples("upscale")
     run(*shlex.split(options)[1:])
     return from_yaml
@@ -238,7 +241,7 @@ def test_the_examples_of_upscale_give_the_same(mistral, tmp_path):
     assert "model.layers.0.mlp.up_proj.vh" in first
 
 
-@pytest.mark.parametrize("command", ["analyze", "calibrate", "verify", "chat", "inspect"])
+@pytest.mark.parametrize("command", ["analyze", "calibrate", "verify", "chat", "inspect", "sweep"])
 def test_the_examples_for_a_checkpoint_run(command, mistral):
     shown = examples(command)
     assert shown

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "smile_kernels"
 ROOMS = (
     ("__init__", "__main__"),
     ("cli",),
-    ("analysis", "benchmark", "chat", "selftest"),
+    ("analysis", "benchmark", "chat", "selftest", "sweeping"),
     ("upscaling",),
     ("checkpoint",),
     ("integrations",),
