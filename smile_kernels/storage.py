@@ -72,6 +72,8 @@ class StoredTensor:
     def load_with_peak(self) -> tuple[Tensor, float]:
         """`load`, and the largest magnitude in it; 0 for integers."""
         tensor = self.read()
+        if tensor.is_meta:
+            raise SmileError(f"{self.file}: tensor {self.name!r} is on the meta device; expected its data")
         if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
             return tensor, 0.0
         comparable = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -126,7 +128,11 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     """The index of a folder's shards, or its weight files, chosen in the order of from_pretrained."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     named = config.get("transformers_weights")
-    named = [named] if isinstance(named, str) and (folder / named).is_file() else []
+    if named is not None and not _is_weight_file(named):
+        raise SmileError(
+            f"{folder / 'config.json'}: transformers_weights is {named!r}; expected a weight file of the same folder"
+        )
+    named = [named] if named is not None and (folder / named).is_file() else []
     for stem in (*named, "model.safetensors", "pytorch_model.bin", "experts.safetensors"):
         if (folder / stem).exists():
             return None, [folder / stem]
@@ -146,9 +152,14 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SmileError(f"{index}: has no weight_map; expected tensor names and their files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
+        if not _is_weight_file(file):
             raise SmileError(f"{index}: weight_map[{name!r}] is {file!r}; expected a weight file of the same folder")
     return weight_map
+
+
+def _is_weight_file(name: Any) -> bool:
+    """Whether this is the name of a weight file without a folder."""
+    return isinstance(name, str) and Path(name).name == name and Path(name).suffix in (".safetensors", ".bin")
 
 
 def _check_shards(files: list[Path]) -> None:
@@ -214,14 +225,16 @@ def read_pickled(file: Path) -> list[StoredTensor]:
             f"{file}: is a pickle of other objects than weights and is not opened, since it may run code ({reason}); "
             "expected tensors by name, or safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # any exception of an unpickler for bytes of another kind
         raise SmileError(f"{file}: is not a whole PyTorch file ({error}); fetch or write it again") from None
     if not isinstance(state, dict):
         raise SmileError(f"{file}: contains a {type(state).__name__}; expected tensors by name")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise SmileError(f"{file}: contains a {type(tensor).__name__} as {name!r}; expected tensors by name")
-        if tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
+        if tensor.is_meta:
+            raise SmileError(f"{file}: tensor {name!r} is on the meta device; expected its data")
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
             raise SmileError(
                 f"{file}: tensor {name!r} is {tensor.layout} {tensor.dtype}; expected a dense tensor of one of "
                 f"{', '.join(map(str, _DTYPE_NAMES))}"

@@ -161,6 +161,19 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
             lambda v=value: sk.save_pretrained(fused, "no-such-folder", max_shard_size=v),
             "max_shard_size",
         )
+    for label, odd in (("scripted", torch.jit.script(base)), ("lazy", nn.LazyLinear(O))):
+        for name, call in (("model", (nn.Sequential(odd), models)), ("finetuned", (model, [nn.Sequential(odd)]))):
+            add(f"upscale({name}={label})", lambda c=call: sk.upscale(*c, progress=False, **ranks), name)
+    for value in ([[0]], {0}, object(), {0: 10**400}, {0: 1e39}, torch.ones(N, device="meta"), {0: torch.nan}):
+        add(f"routing_override({_brief(value)})", lambda v=value: sk.routing_override(fused, v), "expert")
+    for value in (None, 5, object()):
+        add(f"user_turn_ids({value!r})", lambda v=value: sk.user_turn_ids(v), "tokenizer")
+        add(f"recommended({value!r})", lambda v=value: sk.RoutingPolicy.recommended(v), "model")
+    large = copy.deepcopy(model).half()
+    large[0].weight.data.fill_(6e4)
+    norm = {"rank_of_expert": R, "router": "norm", "progress": False}
+    add("upscale(router='norm', large)", lambda: sk.upscale(copy.deepcopy(model).half(), [large], **norm), "router")
+    add("save_pretrained(meta)", lambda: sk.save_pretrained(copy.deepcopy(fused).to("meta"), "no"), "meta")
     adapters = ({"x": 1}, {1: 2}, {"0": models[0]})
     for value in adapters:
         add(

@@ -225,6 +225,22 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         "base has no config.json, and experts",
     ),
     "a config with NaN": (settings("base", rms_norm_eps=float("nan")), fuse, "config.json: rms_norm_eps is NaN"),
+    "weights of another folder": (
+        settings("base", transformers_weights="../expert/model.safetensors"),
+        fuse,
+        r"transformers_weights is '\.\./expert/model\.safetensors'; expected a weight file of the same folder",
+    ),
+    "weights without data": (pickled({"a": torch.ones(2, device="meta")}), fuse, "tensor 'a' is on the meta device"),
+    "a nested tensor": (
+        pickled({"a": torch.nested.nested_tensor([torch.ones(2)])}),
+        fuse,
+        "tensor 'a' is torch.strided .*; expected a dense tensor",
+    ),
+    "weights that are text": (
+        both(pickled({}), text("expert/pytorch_model.bin", "root:x:0:0:root:/root:/bin/bash\n")),
+        fuse,
+        "pytorch_model.bin: is ",
+    ),
     "an index of numbers": (index(lambda m: m.update(x=5)), fuse, r"weight_map\['x'\] is 5; expected a weight file"),
     "an index out of its folder": (
         index(lambda m: m.update({name: "../expert/model.safetensors" for name in m})),

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from math import isfinite
 from typing import Any
 
 import torch
@@ -101,7 +100,11 @@ def expert_weights(
     if isinstance(expert, Tensor):
         if expert.shape != (n,):
             raise SmileError(f"{where}: has shape {list(expert.shape)}; expected weights [{n}], one for each expert")
+        if expert.is_meta:
+            raise SmileError(f"{where}: is on the meta device; expected weights with data")
         expert = dict(enumerate(expert.tolist()))
+    elif not isinstance(expert, (str, int, Mapping)):
+        raise SmileError(f"{where}: is {expert!r}; {expected}")
     given = expert if isinstance(expert, Mapping) else {expert: 1.0}
     weights: dict[int, float] = {}
     for key, weight in given.items():
@@ -112,7 +115,8 @@ def expert_weights(
             index = key
         else:
             raise SmileError(f"{where}: is {key!r}{unnamed}; {expected}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
+        most = torch.finfo(torch.float32).max
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not -most <= weight <= most:
             raise SmileError(f"{where}: the weight of {key!r} is {weight!r}; expected a finite number")
         if index in weights:
             raise SmileError(f"{where}: {key!r} is given by its name and its index; expected one of the two")

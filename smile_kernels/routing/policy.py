@@ -148,7 +148,12 @@ class RoutingPolicy:
         Args:
             model: a model with SMILE layers.
             restart_at: the token ids that begin a user's turn (`user_turn_ids`); None for prompts of one turn.
+
+        Raises:
+            ValueError: `model` is not a module.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise SmileError(f"model: is {model!r}; expected a model with SMILE layers")
         calibrated = [n for n, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
         can_generate = getattr(model, "can_generate", None)
         if not calibrated or can_generate is None or not can_generate():

@@ -19,7 +19,12 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     They precede a user's text both at the start of a conversation and after an answer, from the last special token on:
     `<|im_start|>user` and a line break in ChatML. None if the tokenizer has no chat template, or if turns begin in
     different ways.
+
+    Raises:
+        ValueError: not a tokenizer of transformers.
     """
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise SmileError(f"tokenizer: is a {type(tokenizer).__name__}; expected a tokenizer of transformers")
     if not getattr(tokenizer, "chat_template", None):
         return None
     first, answer, second = "first-text", "answer-text", "second-text"

@@ -37,7 +37,10 @@ def check_router(router: str, rank_of_router: int | None) -> int:
 
 def norm_rows(vh: Tensor, s: Tensor) -> Tensor:
     """The rows of router "norm", s_i * V_i^T: vh [N, >= r, D], s [N, r] -> [N, r, D] in vh's dtype."""
-    return (s[..., None] * vh[:, : s.shape[1]].to(s.dtype)).to(vh.dtype)
+    rows = (s[..., None] * vh[:, : s.shape[1]].to(s.dtype)).to(vh.dtype)
+    if not rows.isfinite().all():
+        raise SmileError(f"router: is 'norm', with rows beyond {vh.dtype}; expected what that holds, or router 'smile'")
+    return rows
 
 
 class _Weights(Sequence[Any]):
@@ -93,13 +96,13 @@ def decompose(
             rank_of_expert=rank_of_expert,
             rank_of_router=rank_of_router,
         )
+        if router == "norm":
+            vh, s = factors["vh"], factors["s"]
+            assert vh is not None
+            assert s is not None
+            factors["router"] = norm_rows(vh, s)
     except ValueError as error:
         raise SmileError(f"{layer.name}: {error}") from error
-    if router == "norm":
-        vh, s = factors["vh"], factors["s"]
-        assert vh is not None
-        assert s is not None
-        factors["router"] = norm_rows(vh, s)
     return factors, LayerReport.of(layer.name, factors, certificates, time.perf_counter() - start)
 
 

@@ -40,7 +40,7 @@ from .remainder import (
     unfit_layers,
 )
 from .report import LayerReport, UpscaleReport
-from .sources import AdapterSource, ExpertSource, ModuleSource, check_finite, check_request
+from .sources import AdapterSource, ExpertSource, ModuleSource, check_finite, check_modules, check_request
 from .vocabulary import AddedTokens, find_added_tokens, grow_source, resize, which_expert
 
 __all__ = ["upscale"]
@@ -112,6 +112,7 @@ def upscale(
         raise SmileError(
             "model: is a linear layer; expected a model with linear layers (SmileLinear.from_linears fuses one)"
         )
+    check_modules("model", model)
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
     base = {name: tensor for name, tensor in base.items() if isinstance(tensor, Tensor)}
     chosen = select_layers(every, include, exclude)

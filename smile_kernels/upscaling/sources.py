@@ -140,6 +140,7 @@ class ModuleSource(WholeSource):
     """A fine-tuned model in memory, without the wrappers of torch.compile and DistributedDataParallel."""
 
     def __init__(self, where: str, module: nn.Module, base: Mapping[str, Tensor]):
+        check_modules(where, module)
         state = module.state_dict(keep_vars=True)
         spelled = {plain: name for name, plain in without_wrappers("model", base).items()}
         names = {name: spelled.get(plain, plain) for name, plain in without_wrappers(where, state).items()}
@@ -356,6 +357,16 @@ def check_request(argument: str, experts: Sequence[object], num_experts_per_tok:
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, len(experts), "the number of experts")
     if remaining not in ("base", "average"):
         raise SmileError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+
+
+def check_modules(where: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the module, if one is compiled by torch.jit, or lazy and without shapes yet."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SmileError(f"{where}: {name or 'it'} is a {type(module).__name__}; expected a module of Python code")
+        for parameter, p in module._parameters.items():
+            if isinstance(p, nn.UninitializedParameter):
+                raise SmileError(f"{where}: {name}.{parameter} has no shape yet; expected a model that has run once")
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
