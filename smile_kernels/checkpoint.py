@@ -31,6 +31,7 @@ from .storage import (
     read_json,
     read_tensors,
     write_tensors,
+    written_by_others,
 )
 
 __all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrained"]
@@ -83,7 +84,8 @@ def save_pretrained(
 def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        with written_by_others(folder):
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_config(folder, read_config(folder), config)
     else:
         names = _untied(model) if whole else _factor_names(config)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -318,6 +320,22 @@ def write_shard(file: Path, tensors: list[StoredTensor], metadata: Mapping[str, 
             if data.shape != t.shape or data.dtype != t.dtype:
                 raise SmileError(f"{t.file}: tensor {t.name!r} changed while it was read")
             f.write(data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def written_by_others(folder: Path) -> Iterator[None]:
+    """What other libraries raise where they cannot write to `folder`, as OSError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
 
 
 def write_index(folder: Path, shards: Mapping[str, list[StoredTensor]], *, stem: str) -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -535,19 +537,31 @@ def test_damaged_layers_of_an_interrupted_run_are_computed_again(folder):
         assert not (folder / "out.partial").exists()
 
 
-def test_a_file_larger_than_the_system_allows_is_named(folder):
-    import resource
-
+@contextmanager
+def limited_file_size(size: int) -> Iterator[None]:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"File too large: '\S*out\.partial/output/model\.safetensors'"):
-            fuse(folder)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_larger_than_the_system_allows_is_named(folder):
+    named = r"File too large: '\S*out\.partial/output/model\.safetensors'"
+    with limited_file_size(6000), pytest.raises(OSError, match=named):
+        fuse(folder)
     assert not (folder / "out").exists()
     fuse(folder)
+
+
+@pytest.mark.parametrize("size", [100, 6000], ids=["settings", "weights"])
+def test_a_model_that_the_disk_has_no_space_for_is_named(folder, size):
+    model = sk.load_pretrained(folder / "fused")
+    with limited_file_size(size), pytest.raises(OSError, match=r"File too large: '\S*out\.partial/output"):
+        sk.save_pretrained(model, folder / "out")
+    assert not [*folder.glob("*out*")]
 
 
 @pytest.mark.parametrize("place", ["notes", "layers/notes", "layers/0/0.json.txt", "output/notes", "output/.notes"])

@@ -330,7 +330,7 @@ def _fill_in_head(tensors: dict[str, StoredTensor], model: nn.Module) -> None:
     for kind in ("input", "output"):
         try:
             module = getattr(model, f"get_{kind}_embeddings")()
-        except NotImplementedError:  # a model without any
+        except (AttributeError, NotImplementedError):  # a model without any
             return
         names[kind] = next((name for name, one in model.named_modules() if one is module and module is not None), None)
     if None not in names.values() and f"{names['input']}.weight" in tensors:
