@@ -287,8 +287,8 @@ def analyze_layer(
 
     Args:
         name: name of the layer.
-        weight: W [O, D].
-        changes: D_i [O, D], one per expert.
+        weight: W [O, D], in any floating-point dtype.
+        changes: D_i [O, D], one per expert, likewise.
         rank_of_expert: r of `Interference.expanded`.
         scale: factor of task arithmetic.
 
@@ -298,6 +298,8 @@ def analyze_layer(
     check_integer("rank_of_expert", rank_of_expert, 1)
     for i, matrix in enumerate((weight, *changes)):
         _check_matrix(f"changes[{i - 1}]" if i else "weight", matrix, weight)
+    wide = torch.float64 if any(one.dtype == torch.float64 for one in (weight, *changes)) else torch.float32
+    weight, changes = weight.to(wide), [change.to(wide) for change in changes]
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k, size = half_rank(sigma), torch.linalg.vector_norm(weight).item()
     gram = torch.tensor([[(a.double() * b.double()).sum() for b in changes] for a in changes], dtype=torch.float64)

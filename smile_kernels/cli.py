@@ -510,7 +510,7 @@ def sweep(
         from .publishing import check_outputs
         from .sweeping import sweep as run
 
-        check_outputs(plot=plot, json=json_path)
+        check_outputs([folder], plot=plot, json=json_path)
         policies = {text: _scope_or_fields(text) for text in routing} if routing else None
         function = _scoring_function(score)
         options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}

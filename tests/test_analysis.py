@@ -101,6 +101,12 @@ def test_energy_and_interference_are_those_of_plain_merges(rank):
     assert found.cosines[0][1] == pytest.approx(cosine.item())
 
 
+def test_a_layer_of_several_dtypes():
+    weight, change = torch.randn(6, 9, dtype=torch.bfloat16), torch.randn(6, 9, dtype=torch.float64)
+    found = analyze_layer("a", weight, [change, change.half()])
+    assert found == analyze_layer("a", weight.double(), [change, change.half().double()])
+
+
 def test_a_layer_that_nothing_changes_has_no_shares():
     found = analyze_layer("a", torch.randn(4, 6), [torch.zeros(4, 6)] * 2)
     assert found.interference == analysis.Interference(0.0, 0.0, 0.0)
