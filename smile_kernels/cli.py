@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import itertools
 import json
 import logging
@@ -116,6 +117,8 @@ def _main(
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of experts and paths may be of another encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # read by huggingface_hub, and so by transformers, when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers imports torchao if it is installed, which logs missing libraries.

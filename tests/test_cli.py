@@ -1,5 +1,6 @@
 """`smile-kernels upscale`, `inspect`, `doctor` and `tune`: options, output and errors."""
 
+import io
 import json
 import os
 import re
@@ -97,6 +98,16 @@ def test_standard_output_that_cannot_be_written(tmp_path, folders, monkeypatch, 
         assert end.value.code == 1
         said = "error: standard output: cannot be written (No space left on device); expected a file or pipe with space"
         assert capfd.readouterr().err.splitlines()[-1] == said
+
+
+def test_names_that_the_encoding_of_standard_output_lacks(tmp_path, folders, monkeypatch):
+    run("upscale", *command(folders, tmp_path / "漢")[1:])
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    with pytest.raises(SystemExit) as end:
+        app(["inspect", str(tmp_path / "漢")])
+    assert end.value.code == 0
+    assert rb"\u6f22: 2 SMILE layers" in printed.getvalue()
 
 
 def test_standard_error_that_cannot_be_written(tmp_path, folders, monkeypatch):
