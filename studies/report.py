@@ -117,8 +117,9 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def markdown(results: Mapping, seeds: int, tables: Sequence[TableRows]) -> str:
     """Tables as Markdown, below a line that names the seeds and the machine."""
     where = results["machine"]
+    threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
     parts = [
-        f"{seeds} seed{'s' * (seeds > 1)}; {where['processor']}, {where['threads']} threads, "
+        f"{seeds} seed{'s' * (seeds > 1)}; {where['processor']}, {threads}, "
         f"PyTorch {where['torch']}, transformers {where['transformers']}, backend {where['backend']}."
     ]
     parts += [f"**{title}**\n\n{markdown_table(columns, rows)}" for title, columns, rows in tables]
