@@ -568,7 +568,7 @@ def _scoring_function(text: str) -> Callable[[Any], Any]:
             sys.path.append(str(file.absolute().parent))
             spec.loader.exec_module(module)
         else:
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())  # last, since its files may have the names of installed modules
             module = importlib.import_module(place)
     except Exception as error:
         traceback.print_exc()

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from itertools import product
 
 import pytest
@@ -199,6 +200,7 @@ def test_a_router_with_rows_of_its_own_is_refused(models):
 def checkpoint(tmp_path, monkeypatch):
     """A folder with a SMILE checkpoint and scoring functions, which is the current one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     base = tiny_models.build("LlamaForCausalLM")
     tuned = [tiny_models.fine_tuned(base, seed) for seed in (1, 2)]
     model, _ = sk.upscale(base, tuned, rank_of_expert=4, rank_of_router=2, progress=False)
