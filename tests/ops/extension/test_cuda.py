@@ -223,6 +223,7 @@ def test_what_the_kernels_do_not_take_is_refused(ops):
         ops.linear(*p.arguments(), 2, 2, False)
 
 
+@pytest.mark.exhaustive  # it compiles for 40 seconds; the emulation of the other tests poisons memory too
 def test_clean_under_sanitizers():
     """AddressSanitizer and UBSan find nothing in kernels, launchers and bindings, forward and backward."""
     assert run_sanitized(emulated_library(*SANITIZERS), "emulated").split()[-1] == "clean"
