@@ -340,6 +340,8 @@ def test_fuzzed_calls(examples, tmp_path, monkeypatch):
         for argument in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2), "arguments"):
             value = arguments[argument]
             odd = ODD + (wrong_tensors(value) if isinstance(value, Tensor) else [])
+            if argument == "score":  # what a scoring function raises is not ours
+                odd = [value for value in odd if not callable(value)]
             changed[argument] = odd[data.draw(st.integers(0, len(odd) - 1), argument)]
         result = outcome(lambda: function(**changed))
         outcomes[result] += 1
