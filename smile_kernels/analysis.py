@@ -245,11 +245,16 @@ def _change(weight: Tensor, finetuned: Tensor) -> tuple[Tensor, Tensor]:
     """W and W_i - W in float32 or float64."""
     _check_matrix("weight", weight, weight)
     _check_matrix("finetuned", finetuned, weight)
-    wide = torch.promote_types(torch.promote_types(weight.dtype, finetuned.dtype), torch.float32)
+    wide = _wide(weight, finetuned)
     weight, change = weight.to(wide), finetuned.to(wide) - weight.to(wide)
     if not change.isfinite().all():
         raise SmileError(f"finetuned: its change is beyond {wide}; expected what that holds")
     return weight, change
+
+
+def _wide(*matrices: Tensor) -> torch.dtype:
+    """The dtype of the computation."""
+    return torch.float64 if any(matrix.dtype == torch.float64 for matrix in matrices) else torch.float32
 
 
 def _check_matrix(name: str, matrix: Tensor, weight: Tensor) -> None:
@@ -261,7 +266,7 @@ def _check_matrix(name: str, matrix: Tensor, weight: Tensor) -> None:
         raise SmileError(f"{name}: is on {matrix.device}, and weight on {weight.device}; expected one device with data")
     if not matrix.is_floating_point():
         raise SmileError(f"{name}: is {matrix.dtype}; expected floating-point numbers")
-    if not matrix.to(torch.promote_types(matrix.dtype, torch.float32)).isfinite().all():
+    if not matrix.to(_wide(matrix)).isfinite().all():
         raise SmileError(f"{name}: contains NaN or inf; expected finite numbers")
 
 
@@ -298,7 +303,7 @@ def analyze_layer(
     check_integer("rank_of_expert", rank_of_expert, 1)
     for i, matrix in enumerate((weight, *changes)):
         _check_matrix(f"changes[{i - 1}]" if i else "weight", matrix, weight)
-    wide = torch.float64 if any(one.dtype == torch.float64 for one in (weight, *changes)) else torch.float32
+    wide = _wide(weight, *changes)
     weight, changes = weight.to(wide), [change.to(wide) for change in changes]
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     k, size = half_rank(sigma), torch.linalg.vector_norm(weight).item()
@@ -396,7 +401,7 @@ def analyze(
 
 def _analyzed(job: Job, layer: Layer, rank_of_expert: int, scale: float) -> LayerAnalysis:
     def oriented(weight: Tensor) -> Tensor:
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.to(_wide(weight))
         return weight.T if layer.fan_in_fan_out else weight
 
     weight, changes = oriented(job.tensors[layer.weight]), []

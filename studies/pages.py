@@ -69,7 +69,10 @@ def walk(results: dict) -> str:
         for step in results["steps"]
     ]
     table = markdown_table(["step", "minutes", "of CPU time"], rows)
-    return f"{machine['processor']}, no other work, commit {machine['commit']}, {machine['measured']}.\n\n{table}\n"
+    return (
+        f"{machine['processor']}, commit {machine['commit']}, {machine['measured']}; other work on the machine: "
+        f"{machine['other work']}.\n\n{table}\n"
+    )
 
 
 def sections() -> dict[Path, dict[str, str]]:

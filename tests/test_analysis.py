@@ -105,6 +105,9 @@ def test_a_layer_of_several_dtypes():
     weight, change = torch.randn(6, 9, dtype=torch.bfloat16), torch.randn(6, 9, dtype=torch.float64)
     found = analyze_layer("a", weight, [change, change.half()])
     assert found == analyze_layer("a", weight.double(), [change, change.half().double()])
+    eight = weight.to(torch.float8_e4m3fn)  # which PyTorch promotes to no other dtype
+    assert analyze_layer("a", eight, [change]) == analyze_layer("a", eight.double(), [change])
+    assert torch.equal(zone(eight, change, "I"), zone(eight.double(), change, "I"))
 
 
 def test_a_layer_that_nothing_changes_has_no_shares():
