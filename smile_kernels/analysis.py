@@ -301,6 +301,8 @@ def analyze_layer(
         ValueError: matrices that are not floating point, or differ in shape or device; NaN or inf; or a rank below 1.
     """
     check_integer("rank_of_expert", rank_of_expert, 1)
+    if not len(changes):
+        raise SmileError("changes: is empty; expected one matrix or more")
     for i, matrix in enumerate((weight, *changes)):
         _check_matrix(f"changes[{i - 1}]" if i else "weight", matrix, weight)
     wide = _wide(weight, *changes)

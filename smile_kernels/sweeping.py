@@ -68,7 +68,7 @@ class Sweep:
 
     def save(self, path: str | Path) -> None:
         """Write all results as JSON, atomically; a score that is not finite is null."""
-        rows = [asdict(one) | {"score": one.score} for one in self.settings]
+        rows: list[dict[str, Any]] = [asdict(one) | {"score": one.score} for one in self.settings]
         for row in rows:
             row["scores"] = {task: _finite(value) for task, value in row["scores"].items()}
             row["score"] = _finite(row["score"])
@@ -110,6 +110,7 @@ class Sweep:
         size = (1.5 + len(per_token) * (0.7 + 0.8 * len(routers)), len(policies) * (0.9 + 0.5 * len(experts)))
         figure = Figure(figsize=size, layout="constrained")
         axes: Any = figure.subplots(len(policies), len(per_token), squeeze=False)
+        image: Any = None
         for axis, (policy, m) in zip(axes.flat, product(policies, per_token)):
             grid = [[cells[policy, m, r, g] for g in routers] for r in experts]
             image = axis.imshow([[one.score for one in row] for row in grid], vmin=low, vmax=high, aspect="auto")
@@ -193,6 +194,7 @@ def sweep(
 
     found: dict[tuple[str, int, int, int], Setting] = {}
     order = list(product(dict.fromkeys(name for name, _ in policies), m, g, r))
+    done = Sweep([])
     progress("settings", 0, len(order))
     with _restored(model, layers) as whole:
         for rank_g, rank_r in product(g, r):
@@ -291,7 +293,7 @@ def _relative_size(model: nn.Module, layers: Mapping[str, SmileLinear]) -> float
 
 def _scores(returned: object, tasks: Mapping[str, float] | None) -> dict[str, float]:
     """What the scoring function returned, as numbers by task."""
-    scores = returned if isinstance(returned, Mapping) else {"score": returned}
+    scores: Mapping[Any, Any] = returned if isinstance(returned, Mapping) else {"score": returned}
     found = {}
     for task, value in scores.items():
         if isinstance(value, Tensor) and value.numel() == 1:

@@ -110,6 +110,11 @@ def test_a_layer_of_several_dtypes():
     assert torch.equal(zone(eight, change, "I"), zone(eight.double(), change, "I"))
 
 
+def test_a_layer_without_changes_is_refused():
+    with pytest.raises(sk.SmileError, match=r"^changes: is empty; expected one matrix or more"):
+        analyze_layer("a", torch.randn(4, 6), [])
+
+
 def test_a_layer_that_nothing_changes_has_no_shares():
     found = analyze_layer("a", torch.randn(4, 6), [torch.zeros(4, 6)] * 2)
     assert found.interference == analysis.Interference(0.0, 0.0, 0.0)
