@@ -95,7 +95,8 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     if x.is_cuda and x.get_device() != torch.cuda.current_device():  # faster than always to set it
         with torch.cuda.device_of(x):
             return linear(x, weight, bias, vh, s, u, expert_bias, router, m, g, save)
-    layer = x, *_contiguous(weight, bias, vh, s, u, expert_bias)
+    weight, bias, vh, s, u, expert_bias = _contiguous(weight, bias, vh, s, u, expert_bias)
+    layer = x, weight, bias, vh, s, u, expert_bias
     weights = s.new_empty(x.shape[0], m)
     ids = torch.empty_like(weights, dtype=torch.int32)
     if way.plan is None:
@@ -105,7 +106,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     h = s.new_empty((*ids.shape, s.shape[1]) if save else 0)
     if way.path == "one_product":
         way.plan.run(*layer, weights, ids, h if save else None, y)
-        return y.addmm_(x, layer[1].T) if way.apply_path == "delta" else y, weights, ids, h
+        return y.addmm_(x, weight.T) if way.apply_path == "delta" else y, weights, ids, h
     way.plan.run(*layer, decode.arrivals(x.device), y, weights, ids)
     return y, weights, ids, h
 
