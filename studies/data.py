@@ -106,6 +106,11 @@ GEONAMES = Package(
 )
 
 
+def cache_folder(cache: Path | None) -> Path:
+    """The folder for packages and fine-tuned models: `cache`, or in the user's cache folder."""
+    return cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` when the block ends without an error."""

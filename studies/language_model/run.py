@@ -22,7 +22,7 @@ import smile_kernels as sk
 from smile_kernels.publishing import write_text
 
 from .. import report as shared
-from ..data import new_folder
+from ..data import cache_folder, new_folder
 from ..report import Step
 from . import report
 from .evaluate import Question, correct, generate, own_expert_by_block, time_per_token
@@ -327,7 +327,7 @@ def study(
         if getattr(size, name) < least:
             raise ValueError(f"{name}: is {getattr(size, name)}; expected {least} or more")
     start = time.perf_counter()
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
+    cache = cache_folder(cache)
     folder = out or cache / "language_model" / "fused"
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: is {out}, which holds something; expected a new or empty folder")

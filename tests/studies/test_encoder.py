@@ -379,8 +379,8 @@ def test_the_sweeps_of_a_study(case, bert, monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "EXPERT_RANKS", (2, 8))
     monkeypatch.setattr(sweeps, "ROUTER_RANKS", (1, 4))
     monkeypatch.setattr(sweeps.Plan, "of", lambda *arguments: plan)
-    monkeypatch.setattr(sweeps, "load_bert", lambda *arguments: (bert, None))
-    monkeypatch.setattr(run, "train", lambda *arguments: case.trained)
+    halves = encoder.Lower(bert, 1), encoder.Upper(bert, 1)
+    monkeypatch.setattr(run, "train", lambda *arguments: (bert, None, *halves, case.trained))
     for task in case.trained:
         task.rows["train"] = []
         task.finetuned.append(task.finetuned[0])
