@@ -1,5 +1,5 @@
-// The CPU operators: chooses, once, the widest vectors that this processor has. The algorithms are in cpu_kernels.h and
-// cpu_backward.h.
+// The CPU operators: chooses, once, the widest vectors that this processor has. The algorithms are in cpu_kernels.h,
+// cpu_backward.h and cpu_products.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>

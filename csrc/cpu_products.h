@@ -1,0 +1,472 @@
+// Numbers, vectors and products of the CPU kernels, included by cpu_kernels.h in its namespace: x is multiplied with rows
+// as they are stored, or with rows packed into panels.
+
+#define SMILE_INLINE inline __attribute__((always_inline))
+
+// ---- numbers and vectors ----
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+template <class T> struct RealOf { using type = float; };
+template <> struct RealOf<double> { using type = double; };
+
+template <class R, int Bytes> struct VectorOf { typedef R type __attribute__((vector_size(Bytes))); };
+template <class R> using Vector = typename VectorOf<R, SMILE_VECTOR_BYTES>::type;
+template <class R> using BitsOf = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
+template <class R> constexpr int kLanes = SMILE_VECTOR_BYTES / sizeof(R);
+
+typedef uint16_t Bits16 __attribute__((vector_size(SMILE_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(SMILE_VECTOR_BYTES)));
+
+template <class To, class From> SMILE_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V, class T> SMILE_INLINE V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+SMILE_INLINE Vector<float> load(const float* p) { return load_as<Vector<float>>(p); }
+SMILE_INLINE Vector<double> load(const double* p) { return load_as<Vector<double>>(p); }
+SMILE_INLINE Vector<float> load(const bfloat16* p) {
+  return bit_cast<Vector<float>>(__builtin_convertvector(load_as<Bits16>(p), Bits32) << 16);
+}
+SMILE_INLINE Vector<float> load(const float16* p) {
+#if SMILE_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_cvtph_ps((__m256i)load_as<Bits16>(p));
+#elif SMILE_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)load_as<Bits16>(p));
+#else
+  Bits32 bits = __builtin_convertvector(load_as<Bits16>(p), Bits32);
+  Bits32 magnitude = bits & 0x7fff;
+  Bits32 normal = (magnitude << 13) + (112u << 23);                                        // rebias the exponent
+  Bits32 special = normal + (112u << 23);                                                  // inf and nan: all ones
+  Bits32 denormal = bit_cast<Bits32>(bit_cast<Vector<float>>(magnitude + (126u << 23)) - 0.5f);  // 0.5 + m 2^-24 - 0.5
+  Bits32 value = magnitude >= 0x7c00 ? special : (magnitude < 0x400 ? denormal : normal);
+  return bit_cast<Vector<float>>(value | ((bits & 0x8000) << 16));
+#endif
+}
+
+SMILE_INLINE float to_real(float v) { return v; }
+SMILE_INLINE double to_real(double v) { return v; }
+SMILE_INLINE float to_real(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+SMILE_INLINE float to_real(float16 v) {
+  uint32_t magnitude = v.bits & 0x7fff, value = (magnitude << 13) + (112u << 23);
+  if (magnitude >= 0x7c00) value += 112u << 23;
+  if (magnitude < 0x400) value = bit_cast<uint32_t>(bit_cast<float>(magnitude + (126u << 23)) - 0.5f);
+  return bit_cast<float>(value | (uint32_t(v.bits & 0x8000) << 16));
+}
+
+template <class T> SMILE_INLINE T from_real(typename RealOf<T>::type v);
+template <> SMILE_INLINE float from_real<float>(float v) { return v; }
+template <> SMILE_INLINE double from_real<double>(double v) { return v; }
+template <> SMILE_INLINE bfloat16 from_real<bfloat16>(float v) {
+  uint32_t bits = bit_cast<uint32_t>(v);
+  if (v != v) return {uint16_t((bits >> 16) | 0x40)};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
+}
+template <> SMILE_INLINE float16 from_real<float16>(float v) {
+  uint32_t bits = bit_cast<uint32_t>(v), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x47800000) return {uint16_t(sign | 0x7c00)};  // 65536 and more
+  uint32_t half;
+  if (magnitude < 0x38800000)                                     // below 2^-14: round in the float adder, at 2^-24
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - (126u << 23);
+  else
+    half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  return {uint16_t(sign | half)};
+}
+
+// How numbers x of type X are multiplied with rows of type T: `lanes` at a time, summed in R.
+template <class X> struct Operand {
+  using R = typename RealOf<X>::type;
+  using type = Vector<R>;
+  static constexpr int lanes = kLanes<R>;
+  template <class T> static SMILE_INLINE type load(const T* p) { return SMILE_NAMESPACE::load(p); }
+  static SMILE_INLINE Vector<R> multiply_add(type a, type b, Vector<R> sum) { return sum + a * b; }
+};
+
+// The type in which x is multiplied: its own if there is an instruction for it, else float or double.
+template <class T> struct MultiplyAs { using type = typename RealOf<T>::type; };
+
+#if SMILE_BFLOAT16_DOT
+template <> struct MultiplyAs<bfloat16> { using type = bfloat16; };
+template <> struct Operand<bfloat16> {
+  using type = __m512i;
+  static constexpr int lanes = 32;
+  static SMILE_INLINE type load(const bfloat16* p) { return load_as<type>(p); }
+  static SMILE_INLINE Vector<float> multiply_add(type a, type b, Vector<float> sum) {
+    return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// The first `count` numbers at p, then zeros: at most `Count`. A loop or memcpy would take longer than the products.
+template <int Count, class T> struct First {
+  T numbers[Count];
+  SMILE_INLINE First(const T* p, int count) {
+    constexpr int size = Count * sizeof(T);
+    const int bytes = count * int(sizeof(T));
+#if SMILE_VECTOR_BYTES == 64
+    const __mmask64 mask = bytes == 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
+    if constexpr (size == 64) {
+      const __m512i v = _mm512_maskz_loadu_epi8(mask, p);
+      std::memcpy(numbers, &v, size);
+    } else {
+      const __m256i v = _mm256_maskz_loadu_epi8(__mmask32(mask), p);
+      std::memcpy(numbers, &v, size);
+    }
+#else
+    std::memset(numbers, 0, size);
+    copy_twice<size>(reinterpret_cast<const char*>(p), bytes);
+#endif
+  }
+
+#if SMILE_VECTOR_BYTES != 64
+ private:
+  // Copies `bytes` in one piece of Most bytes, or two of a half or a quarter of it and so on, which overlap.
+  template <int Most> SMILE_INLINE void copy_twice(const char* p, int bytes) {
+    if (bytes == 0) return;
+    if (bytes < Most) {
+      if constexpr (Most > int(sizeof(T))) copy_twice<Most / 2>(p, bytes);
+      return;
+    }
+    char last[Most];
+    std::memcpy(last, p + bytes - Most, Most);
+    std::memcpy(numbers, p, Most);
+    std::memcpy(reinterpret_cast<char*>(numbers) + bytes - Most, last, Most);
+  }
+#endif
+};
+
+template <class X, class T> SMILE_INLINE typename Operand<X>::type load_first(const T* p, int count) {
+  return Operand<X>::load(First<Operand<X>::lanes, T>(p, count).numbers);
+}
+
+#if defined(__clang__)
+#define SMILE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SMILE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename VectorOf<BitsOf<R>, SMILE_VECTOR_BYTES>::type{__VA_ARGS__})
+#endif
+
+// From a and b the sums of neighbours at distance kPer16 / 2, a's and b's in turn, within each 16 bytes: a transposition
+// and an addition in one. `Size` 1 takes single numbers in turn, 2 pairs of them.
+template <int Size, class R, int... I>
+SMILE_INLINE Vector<R> merge(Vector<R> a, Vector<R> b, std::integer_sequence<int, I...>) {
+  constexpr int per16 = 16 / sizeof(R), lanes = kLanes<R>;
+  constexpr auto from = [](int i, int upper) {  // lane i of the result: which lane of a (or, past `lanes`, of b)
+    const int base = i / per16 * per16, at = i % per16;
+    return base + upper * per16 / 2 + at / (2 * Size) * Size + at % Size + (at / Size % 2) * lanes;
+  };
+  return SMILE_SHUFFLE(a, b, from(I, 0)...) + SMILE_SHUFFLE(a, b, from(I, 1)...);
+}
+
+// Transposes blocks of Size x Size within squares of 2 Size x 2 Size, then smaller ones: from kLanes / 2, all of `rows`.
+template <int Size, class R, int... I>
+SMILE_INLINE void transpose(Vector<R>* rows, std::integer_sequence<int, I...> lanes) {
+  constexpr int count = kLanes<R>;
+  const auto exchange = [](Vector<R>& a, Vector<R>& b) __attribute__((always_inline)) {
+    const Vector<R> above = a;
+    a = SMILE_SHUFFLE(above, b, (I & Size ? count + I - Size : I)...);
+    b = SMILE_SHUFFLE(above, b, (I & Size ? count + I : I + Size)...);
+  };
+  ((I & Size ? void() : exchange(rows[I], rows[(I + Size) % count])), ...);
+  if constexpr (Size > 1) transpose<Size / 2, R>(rows, lanes);
+}
+
+// Adds the upper half of v to its lower half until 16 bytes are left.
+template <class R, int Bytes = SMILE_VECTOR_BYTES>
+SMILE_INLINE typename VectorOf<R, 16>::type fold(typename VectorOf<R, Bytes>::type v) {
+  if constexpr (Bytes == 16) {
+    return v;
+  } else {
+    typename VectorOf<R, Bytes / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<char*>(&v) + sizeof(low), sizeof(high));
+    return fold<R, Bytes / 2>(low + high);
+  }
+}
+
+// The sums over the lanes of four vectors.
+template <class R> SMILE_INLINE void sum_lanes(const Vector<R>* v, R* sums) {
+  const std::make_integer_sequence<int, kLanes<R>> lanes;
+  const Vector<R> v01 = merge<1, R>(v[0], v[1], lanes), v23 = merge<1, R>(v[2], v[3], lanes);
+  if constexpr (sizeof(R) == 4) {
+    const auto all = fold<R>(merge<2, R>(v01, v23, lanes));
+    std::memcpy(sums, &all, sizeof(all));
+  } else {
+    const auto low = fold<R>(v01), high = fold<R>(v23);
+    std::memcpy(sums, &low, sizeof(low));
+    std::memcpy(sums + 2, &high, sizeof(high));
+  }
+}
+
+// Scratch space aligned to vectors, so that no vector of it crosses a cache line.
+template <class R> struct Buffer {
+  std::unique_ptr<Vector<R>[]> memory;
+  explicit Buffer(int64_t count) : memory(new Vector<R>[(count + kLanes<R> - 1) / kLanes<R>]) {}
+  R* get() const { return reinterpret_cast<R*>(memory.get()); }
+};
+
+// ---- threads ----
+
+// Fewer multiply-adds than this take less time than waking a second thread (about 2 us).
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+template <class Body> void parallel(ParallelFor parallel_for, int64_t count, int64_t work_per_item, const Body& body) {
+  int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item));
+  if (count <= grain) return body(int64_t(0), count);
+  parallel_for(count, grain, [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Body*>(context))(begin, end);
+  }, const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// ---- products ----
+
+constexpr int kRows = 4;                                  // rows of a factor in registers
+constexpr int kTokens = SMILE_VECTORS == 16 ? 3 : 6;      // tokens in registers
+constexpr int64_t kDepth = 1024;                          // columns in one pass: kTokens rows of them stay in the L1 cache
+
+// out[t][j] (+)= sum_d x[t][d] rows[j][d] for M tokens and `rows_left` (at most kRows) rows.
+template <int M, class X, class T, class R>
+SMILE_INLINE void dot_tile(const X* const* x, R* const* out, const T* rows, int64_t row_stride, int rows_left,
+                           int64_t depth, bool accumulate) {
+  using Operand = Operand<X>;
+  const T* row[kRows];
+  for (int j = 0; j < kRows; ++j) row[j] = rows + (j < rows_left ? j : 0) * row_stride;
+  Vector<R> sum[M][kRows] = {};
+  int64_t d = 0;
+  for (; d + Operand::lanes <= depth; d += Operand::lanes) {
+    typename Operand::type b[kRows];
+    for (int j = 0; j < kRows; ++j) b[j] = Operand::load(row[j] + d);
+    for (int t = 0; t < M; ++t) {
+      const auto a = Operand::load(x[t] + d);
+      for (int j = 0; j < kRows; ++j) sum[t][j] = Operand::multiply_add(a, b[j], sum[t][j]);
+    }
+  }
+  if (const int left = int(depth - d)) {
+    typename Operand::type b[kRows];
+    for (int j = 0; j < kRows; ++j) b[j] = load_first<X>(row[j] + d, left);
+    for (int t = 0; t < M; ++t) {
+      const auto a = load_first<X>(x[t] + d, left);
+      for (int j = 0; j < kRows; ++j) sum[t][j] = Operand::multiply_add(a, b[j], sum[t][j]);
+    }
+  }
+  for (int t = 0; t < M; ++t) {
+    R total[kRows];
+    sum_lanes<R>(sum[t], total);
+    if (accumulate)
+      for (int j = 0; j < rows_left; ++j) out[t][j] += total[j];
+    else
+      for (int j = 0; j < rows_left; ++j) out[t][j] = total[j];
+  }
+}
+
+template <int M, class X, class T, class R>
+void dot_tiles(int m, const X* const* x, R* const* out, const T* rows, int64_t row_stride, int64_t row_count,
+               int64_t depth, bool accumulate) {
+  if constexpr (M > 1)
+    if (m < M) return dot_tiles<M - 1>(m, x, out, rows, row_stride, row_count, depth, accumulate);
+  R* outs[M];
+  for (int64_t j = 0; j < row_count; j += kRows) {
+    for (int t = 0; t < M; ++t) outs[t] = out[t] + j;
+    dot_tile<M>(x, outs, rows + j * row_stride, row_stride, int(std::min<int64_t>(kRows, row_count - j)), depth, accumulate);
+  }
+}
+
+// out[t][j] (+)= sum_d x[t][d] rows[j][d] for `count` pointers x and out.
+template <class X, class T, class R>
+void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_t row_stride, int64_t row_count,
+          int64_t depth, bool accumulate) {
+  for (int64_t d = 0; d < depth; d += kDepth)
+    for (int64_t t = 0; t < count; t += kTokens) {
+      const int m = int(std::min<int64_t>(kTokens, count - t));
+      const X* xs[kTokens];
+      for (int i = 0; i < m; ++i) xs[i] = x[t + i] + d;
+      dot_tiles<kTokens>(m, xs, out + t, rows + d, row_stride, row_count, std::min(kDepth, depth - d), accumulate || d > 0);
+    }
+}
+
+// ---- products with packed rows ----
+//
+// A panel holds rows of a factor interleaved, so that a number of x, or a pair of them, is multiplied with a vector of rows
+// and no sum over lanes is needed. Packing is faster from a few x on.
+
+constexpr int kPanel = 4;                // vectors of rows in one panel
+constexpr int64_t kPackFrom = 3;         // number of x from which packing a row is faster
+
+// The elements of a panel: numbers of R, or pairs of bfloat16 if there is an instruction for their dot products.
+template <class X> struct Packed {
+  using R = X;
+  static constexpr int numbers = 1;
+  template <class T> static SMILE_INLINE Vector<R> load(const T* row) { return SMILE_NAMESPACE::load(row); }
+  static SMILE_INLINE Vector<R> multiply_add(const X* x, Vector<R> panel, Vector<R> sum) { return sum + *x * panel; }
+};
+
+#if SMILE_BFLOAT16_DOT
+template <> struct Packed<bfloat16> {
+  using R = float;
+  static constexpr int numbers = 2;
+  static SMILE_INLINE Vector<R> load(const bfloat16* row) { return load_as<Vector<R>>(row); }
+  static SMILE_INLINE Vector<R> multiply_add(const bfloat16* x, Vector<R> panel, Vector<R> sum) {
+    return (Vector<R>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(x)), (__m512bh)panel);
+  }
+};
+#endif
+
+// Columns in a panel: it stays in the caches for many x. Sums of few numbers at a time have smaller rounding errors.
+template <class X> constexpr int64_t kPanelDepth = std::is_same<X, bfloat16>::value ? 256 : 32;
+template <class X> constexpr int64_t kPanelWidth = kPanel * kLanes<typename Packed<X>::R>;
+
+// bfloat16 is multiplied 16 x 16 x 32 numbers at once; a panel of it has whole tiles, the last one padded with zeros.
+template <class X> constexpr bool kTiles = SMILE_BFLOAT16_TILES && std::is_same<X, bfloat16>::value;
+
+template <class X> constexpr int64_t packed_depth(int64_t depth) {
+  constexpr int64_t numbers = Packed<X>::numbers, each = kTiles<X> ? 16 : 1;
+  return (depth + numbers * each - 1) / (numbers * each) * each;
+}
+
+// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel. The vectors past them are set to 0, since the memory
+// may contain denormal numbers, whose products take a hundred times as long.
+template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel) {
+  using R = typename Packed<X>::R;
+  constexpr int lanes = kLanes<R>, numbers = Packed<X>::numbers;
+  const int64_t used = (width + lanes - 1) / lanes * lanes;
+  for (int64_t k = 0; k < packed_depth<X>(depth) && used < kPanel * lanes; ++k)
+    std::fill_n(panel + k * kPanel * lanes + used, kPanel * lanes - used, R(0));
+  for (int64_t c = 0; c < width; c += lanes)
+    for (int64_t k = 0; k < depth; k += lanes * numbers) {
+      const int left = int(std::min<int64_t>(lanes * numbers, depth - k));
+      Vector<R> square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const T* row = rows[std::min(c + i, width - 1)] + k;
+        if (left == lanes * numbers) {
+          square[i] = Packed<X>::load(row);
+        } else {
+          square[i] = Packed<X>::load(First<lanes * numbers, T>(row, left).numbers);
+        }
+      }
+      transpose<lanes / 2, R>(square, std::make_integer_sequence<int, lanes>());
+      for (int i = 0; i < packed_depth<X>(left); ++i)
+        std::memcpy(panel + (k / numbers + i) * kPanel * lanes + c, &square[i], sizeof(square[i]));
+    }
+}
+
+// out_t[0:panel] (+)= sum_k x_t[k] panel[k] for M x.
+template <int M, class X, class R>
+SMILE_INLINE void panel_tile(const X* const* x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+  constexpr int numbers = Packed<X>::numbers;
+  Vector<R> sum[M][kPanel] = {};
+  int64_t k = 0;
+  for (; k + numbers <= depth; k += numbers, panel += kPanel * kLanes<R>)
+    for (int t = 0; t < M; ++t)
+      for (int v = 0; v < kPanel; ++v)
+        sum[t][v] = Packed<X>::multiply_add(x[t] + k, load(panel + v * kLanes<R>), sum[t][v]);
+  if (k < depth)
+    for (int t = 0; t < M; ++t) {
+      const X last[numbers] = {x[t][k]};
+      for (int v = 0; v < kPanel; ++v) sum[t][v] = Packed<X>::multiply_add(last, load(panel + v * kLanes<R>), sum[t][v]);
+    }
+  for (int t = 0; t < M; ++t)
+    for (int v = 0; v < kPanel; ++v) {
+      if (accumulate) sum[t][v] += load(out[t] + v * kLanes<R>);
+      std::memcpy(out[t] + v * kLanes<R>, &sum[t][v], sizeof(sum[t][v]));
+    }
+}
+
+template <int M, class X, class R>
+void panel_tiles(int m, const X* const* x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+  if constexpr (M > 1)
+    if (m < M) return panel_tiles<M - 1>(m, x, panel, depth, out, accumulate);
+  panel_tile<M>(x, panel, depth, out, accumulate);
+}
+
+#if SMILE_BFLOAT16_TILES
+constexpr int kTile = 16, kTileDepth = 32;  // a tile of x is kTile x kTileDepth, a tile of sums kTile x kTile
+
+struct TilesInUse {
+  TilesInUse() {
+    alignas(64) unsigned char config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = kTile;
+    _tile_loadconfig(config);
+  }
+  ~TilesInUse() { _tile_release(); }
+};
+
+// sums [kTile][panel] = x panel, x with a row every x_stride numbers, its depth padded to whole tiles.
+inline void multiply_tiles(const bfloat16* x, int64_t x_stride, const float* panel, int64_t depth, float* sums) {
+  constexpr int64_t kRow = kPanelWidth<bfloat16> * sizeof(float);
+  asm volatile("" ::: "memory");  // the tile instructions do not declare the memory that they read and write
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += kTileDepth, x += kTileDepth, panel += kTile * kPanelWidth<bfloat16>) {
+    _tile_loadd(4, x, x_stride * sizeof(bfloat16));
+    _tile_loadd(5, panel, kRow);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, panel + kTile, kRow);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, panel + 2 * kTile, kRow);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, panel + 3 * kTile, kRow);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kTile, kRow);
+  _tile_stored(2, sums + 2 * kTile, kRow);
+  _tile_stored(3, sums + 3 * kTile, kRow);
+  asm volatile("" ::: "memory");
+}
+
+// out[e] (+)= x[e] panel for `count` x.
+template <class At, class Out>
+void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate) {
+  constexpr int64_t kWidth = kPanelWidth<bfloat16>;
+  alignas(64) bfloat16 block[kTile * kPanelDepth<bfloat16>];
+  alignas(64) float sums[kTile * kWidth];
+  const int64_t stride = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+  const TilesInUse in_use;
+  for (int64_t e = 0; e < count; e += kTile) {
+    const int64_t m = std::min<int64_t>(kTile, count - e);
+    const bfloat16* first = x_at(e);
+    const int64_t apart = m > 1 ? x_at(e + 1) - first : 0;
+    bool in_place = m == kTile && stride == depth;  // sixteen x at equal distances need no copy
+    for (int64_t t = 2; in_place && t < m; ++t) in_place = x_at(e + t) == first + t * apart;
+    if (in_place) {
+      multiply_tiles(first, apart, panel, depth, sums);
+    } else {
+      if (m < kTile || stride != depth) std::fill_n(block, kTile * stride, bfloat16{0});
+      for (int64_t t = 0; t < m; ++t) std::copy_n(x_at(e + t), depth, block + t * stride);
+      multiply_tiles(block, stride, panel, depth, sums);
+    }
+    for (int64_t t = 0; t < m; ++t)
+      for (int64_t c = 0; c < kWidth; c += kLanes<float>) {
+        Vector<float> total = load(sums + t * kWidth + c);
+        if (accumulate) total += load(out_at(e + t) + c);
+        std::memcpy(out_at(e + t) + c, &total, sizeof(total));
+      }
+  }
+}
+#endif
+
+// The same for `count` x at most kTokens at once.
+template <class X, class R, class At, class Out>
+SMILE_INLINE void panel_product(int64_t count, const At& x_at, const R* panel, int64_t depth, const Out& out_at, bool accumulate) {
+#if SMILE_BFLOAT16_TILES
+  if constexpr (kTiles<X>) return tile_product(count, x_at, panel, depth, out_at, accumulate);
+#endif
+  for (int64_t e = 0; e < count; e += kTokens) {
+    const int m = int(std::min<int64_t>(kTokens, count - e));
+    const X* xs[kTokens];
+    R* outs[kTokens];
+    for (int t = 0; t < m; ++t) xs[t] = x_at(e + t), outs[t] = out_at(e + t);
+    panel_tiles<kTokens>(m, xs, panel, depth, outs, accumulate);
+  }
+}
