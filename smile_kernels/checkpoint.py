@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,17 @@ from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_la
 from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, routed_layers, smile_layers, why_not_linear
 from .publishing import MANIFEST, check_folder, is_utf8, output_folder, restore, write_text
 from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
-from .schema import check_arguments, parse
+from .schema import check_arguments
 from .storage import (
     StoredTensor,
     add_tensors,
     parse_size,
-    read_json,
     read_tensors,
     write_tensors,
     written_by_others,
 )
 
-__all__ = ["calibrate_checkpoint", "describe", "load_pretrained", "save_pretrained"]
+__all__ = ["calibrate_checkpoint", "load_pretrained", "save_pretrained"]
 
 REPORT = "smile_report.json"  # the result for each layer of an upscaled checkpoint
 
@@ -227,63 +226,6 @@ def errors_of_tokenizer(folder: Path, what: str) -> Iterator[None]:
         raise SmileError(
             f"{folder}: the tokenizer's {what} ({type(error).__name__}: {reason}); expected a whole tokenizer"
         ) from error
-
-
-@dataclass(frozen=True)
-class _LayerEnergies:
-    name: str
-    energy: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Energies:
-    """The part of a report that `describe` returns."""
-
-    layers: list[_LayerEnergies] = field(default_factory=list)
-
-
-@check_arguments
-def describe(folder: str | Path) -> dict[str, Any]:
-    """Contents of a SMILE checkpoint, as `smile-kernels inspect` shows them; can be stored as JSON.
-
-    Returns:
-        A dict with `folder`; `config`, as in `SmileConfig`; `bytes` of the upscaled layers' base, of their experts and
-        of other tensors; and `layers`: name, in_features, out_features, ranks and bytes of the experts; norm, ||s_i||
-        of each expert; energy, the share each captures (empty without smile_report.json); s, the mean over experts.
-
-    Raises:
-        ValueError, FileNotFoundError: not a SMILE checkpoint, or a tensor is missing.
-    """
-    stored, config = read_tensors(folder), read_smile_config(folder)
-    report = Path(folder) / REPORT
-    records = parse(_Energies, read_json(report), str(report)).layers if report.exists() else []
-    energies = {record.name: record.energy for record in records}
-    layers, sizes = [], {"base": 0, "experts": 0, "other": 0}
-    for name, entry in config.modules.items():
-        for factor in ("vh", "s", "u"):
-            if f"{name}.{factor}" not in stored:
-                raise SmileError(f"{folder}: tensor {name}.{factor} is missing; config.json says it is there")
-        s = stored[f"{name}.s"].load().double()
-        experts = sum(stored[key].nbytes for factor in FACTORS if (key := f"{name}.{factor}") in stored)
-        sizes["experts"] += experts
-        layers.append(
-            {
-                "name": name,
-                "in_features": stored[f"{name}.vh"].shape[2],
-                "out_features": stored[f"{name}.u"].shape[1],
-                "rank_of_expert": entry.rank_of_expert,
-                "rank_of_router": entry.rank_of_router,
-                "bytes": experts,
-                "norm": s.norm(dim=1).tolist(),
-                "energy": energies.get(name, []),
-                "s": s.mean(dim=0).tolist(),
-            }
-        )
-    for key, tensor in stored.items():  # a quantised weight is stored as several tensors
-        layer, _, part = key.rpartition(".")
-        sizes["base"] += tensor.nbytes if layer in config.modules and part not in FACTORS else 0
-    sizes["other"] = sum(tensor.nbytes for tensor in stored.values()) - sizes["base"] - sizes["experts"]
-    return {"folder": str(folder), "config": config.to_dict(), "bytes": sizes, "layers": layers}
 
 
 def model_card(config: SmileConfig, base: str | None = None, experts: Iterable[str] = ()) -> str:

@@ -4,10 +4,15 @@ The fine-tuned models are decomposed once, by `upscale` at the largest ranks. Si
 of smaller ranks has the leading ones of each layer: vh[:, :max(r, g)], s[:, :r] and u[:, :, :r].
 """
 
+import importlib
+import importlib.util
 import json
 import math
+import os
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -309,3 +314,40 @@ def _scores(returned: object, tasks: Mapping[str, float] | None) -> dict[str, fl
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def scoring_function(text: str) -> Callable[[Any], Any]:
+    """The function of --score; what it raises is shown with its traceback."""
+    place, _, name = text.rpartition(":")
+    if not place or not name.isidentifier():
+        raise SmileError(f"score: is {text!r}; expected MODULE:FUNCTION or FILE.py:FUNCTION")
+    file = Path(place) if place.endswith(".py") else None
+    if file and not file.is_file():
+        raise FileNotFoundError(f"score: {place}: no such file; expected a Python file")
+    try:
+        if file:  # by its path, since it may have the name of an installed module
+            spec: Any = importlib.util.spec_from_file_location(file.stem, file)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(file.stem, module)
+            sys.path.append(str(file.absolute().parent))
+            spec.loader.exec_module(module)
+        else:
+            sys.path.append(os.getcwd())  # last, since its files may have the names of installed modules
+            module = importlib.import_module(place)
+    except Exception as error:
+        traceback.print_exc()
+        raise SmileError(
+            f"score: {place} cannot be imported ({type(error).__name__}: {error}); expected Python code"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SmileError(f"score: {place} has no function {name!r}; expected one that takes the model")
+
+    def scored(model: Any) -> Any:
+        try:
+            return function(model)
+        except Exception as error:
+            traceback.print_exc()
+            raise SmileError(f"score: {text} raised {type(error).__name__}: {error}; expected a score") from None
+
+    return scored

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import smile_kernels as sk
 from smile_kernels import analysis, functional
-from smile_kernels.checkpoint import describe
+from smile_kernels.inspection import describe
 from smile_kernels.integrations.quantization import split_base
 from smile_kernels.testing import Problem
 from tests.fuzzing import fuzzed, outcome

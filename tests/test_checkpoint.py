@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from smile_kernels import SmileLinear, upscale
-from smile_kernels.checkpoint import describe, load_pretrained, save_pretrained
+from smile_kernels.checkpoint import load_pretrained, save_pretrained
+from smile_kernels.inspection import describe
 from smile_kernels.storage import read_tensors, write_shard
 from tests.upscaling.checkpoints import stored
 

@@ -322,5 +322,5 @@ def test_ctrl_c_ends_a_command_with_status_130(monkeypatch):
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smile_kernels.checkpoint.describe", interrupted)
+    monkeypatch.setattr("smile_kernels.inspection.describe", interrupted)
     assert CliRunner().invoke(app, ["inspect", "fused"]).exit_code == 130

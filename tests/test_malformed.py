@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smile_kernels import RoutingPolicy, SmileError, load_pretrained, save_pretrained, upscale, upscale_checkpoints
-from smile_kernels.checkpoint import describe
-from smile_kernels.cli import _from_yaml
 from smile_kernels.config import SmileConfig
+from smile_kernels.inspection import describe
+from smile_kernels.recipe import settings_of_yaml
 from smile_kernels.schema import parse
 from smile_kernels.upscaling import UpscaleReport
 from tests.fuzzing import fuzzed, limited, outcome
@@ -244,7 +244,7 @@ def test_malformed_settings(tmp_path, examples, kind):
 
     def recipe(values: Any) -> None:
         file.write_text(yaml.safe_dump(values))
-        _from_yaml(file)
+        settings_of_yaml(file)
 
     models = [{"model": "math", "name": "m"}, {"model": "code"}]
     parameters = {"rank_of_expert": 4, "rank_of_router": 2, "include": ["*"], "exclude": "x", "routing": {}}

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "smile_kernels"
 ROOMS = (
     ("__init__", "__main__"),
     ("cli",),
-    ("analysis", "benchmark", "chat", "selftest", "sweeping"),
+    ("doctor",),
+    ("analysis", "benchmark", "chat", "inspection", "recipe", "selftest", "sweeping"),
     ("upscaling",),
     ("checkpoint",),
     ("integrations",),
@@ -25,7 +26,7 @@ ROOMS = (
     ("functional",),
     ("svd", "storage", "testing", "worker"),
     ("ops",),
-    ("publishing", "schema", "versions"),
+    ("console", "publishing", "schema", "versions"),
     ("errors",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import smile_kernels as sk
 from smile_kernels.config import read_smile_config
+from smile_kernels.inspection import describe
 from smile_kernels.storage import read_tensors
 from tests.integrations import tiny_models
 
@@ -104,7 +105,7 @@ def test_adapters_give_the_factors_that_they_give_beside_plain_weights(router, c
     assert written.modules == read_smile_config(tmp_path / "want").modules
     layers = tuple(f"{name}." for name in written.modules)
     of_base = sum(tensor.nbytes for name, tensor in read_tensors(base).items() if name.startswith(layers))
-    assert sk.checkpoint.describe(tmp_path / "out")["bytes"]["base"] == of_base
+    assert describe(tmp_path / "out")["bytes"]["base"] == of_base
 
 
 @pytest.mark.parametrize(
