@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import BertConfig, BertModel
 
 from smile_kernels.publishing import new_file
@@ -138,7 +139,7 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, penalty: float)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is fine-tuned: only the linear layers of `Upper` and the task's head are trained."""
+    """How a task is fine-tuned: only the linear layers of `Upper` (or adapters of them) and the head are trained."""
 
     depth: int = 3  # layers below stay frozen
     max_tokens: int = 48
@@ -147,6 +148,20 @@ class Recipe:
     batch: int = 64
     most_rows: int = 6000  # of a task's training texts
     probe_penalty: float = 3e-5
+    adapter_rank: int = 0  # of LoRA adapters; 0 trains the layers' weights and biases
+
+
+class LowRank(nn.Module):
+    """W + B A: LoRA's change of a weight [out, in]; B starts at zero."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+        super().__init__()
+        out, width = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
+        self.b = nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
 
 
 def _training_batches(train: Split, size: int, generator: torch.Generator) -> list[Tensor]:
@@ -160,14 +175,23 @@ def _training_batches(train: Split, size: int, generator: torch.Generator) -> li
 def fine_tune(
     base: Upper, probe: nn.Linear, train: Split, recipe: Recipe, seed: int, report: Callable[[int, int], None]
 ) -> tuple[Upper, nn.Linear]:
-    """Copies of `base` and `probe` trained on one task by AdamW at a linearly falling rate; `seed` orders batches."""
+    """Copies of `base` and `probe` trained on one task by AdamW at a linearly falling rate.
+
+    `seed` determines the order of the batches and where adapters start; adapters are added to the weights at the end.
+    """
     upper, head = copy.deepcopy(base), copy.deepcopy(probe)
-    trained = [p for module in upper.modules() if isinstance(module, nn.Linear) for p in module.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    layers = [module for module in upper.modules() if isinstance(module, nn.Linear)]
+    trained = [p for layer in layers for p in layer.parameters()]
+    if recipe.adapter_rank:
+        adapters = [LowRank(layer.weight, recipe.adapter_rank, generator) for layer in layers]
+        for layer, adapter in zip(layers, adapters):
+            parametrize.register_parametrization(layer, "weight", adapter)
+        trained = [p for adapter in adapters for p in adapter.parameters()]
     trained += head.parameters()
     for p in trained:
         p.requires_grad_(True)
     optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate)
-    generator = torch.Generator().manual_seed(seed)
     batches = [rows for _ in range(recipe.epochs) for rows in _training_batches(train, recipe.batch, generator)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / len(batches))
     for done, rows in enumerate(batches):
@@ -178,6 +202,8 @@ def fine_tune(
         loss.backward()
         optimiser.step()
         schedule.step()
+    for layer in layers if recipe.adapter_rank else ():
+        parametrize.remove_parametrizations(layer, "weight")
     return upper.requires_grad_(False), head.requires_grad_(False)
 
 

@@ -15,7 +15,7 @@ from smile_kernels.nn import smile_layers
 from studies import data, merge, pages
 from studies import report as shared
 from studies.encoder import model as encoder
-from studies.encoder import report, routing, run, sweeps
+from studies.encoder import report, routing, run, subtasks, sweeps, sweeps_report
 
 
 def words(count: int, labels: str = "ab") -> data.Rows:
@@ -151,6 +151,20 @@ class TestEncoder:
         assert encoder.accuracy(upper, head, train) > 85
         again, _ = encoder.fine_tune(base, nn.Linear(24, 2), train, recipe, 1, lambda *at: None)
         assert not torch.equal(next(again.parameters()), next(upper.parameters()))
+
+    def test_adapters_change_weights_by_their_rank_only(self, case):
+        train, base = case.trained[0].validation, case.base
+        recipe = encoder.Recipe(batch=8, learning_rate=2e-2, epochs=40, adapter_rank=2)
+        upper, head = encoder.fine_tune(base, nn.Linear(24, 2), train, recipe, 0, lambda *at: None)
+        assert encoder.accuracy(upper, head, train) > 85
+        assert sorted(upper.state_dict()) == sorted(base.state_dict())
+        for name, p in base.named_parameters():
+            change = upper.get_parameter(name) - p
+            assert not upper.get_parameter(name).requires_grad
+            if p.dim() == 2:
+                assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) == 2
+            else:
+                assert not change.any()
 
 
 class TestTrials:
@@ -373,43 +387,124 @@ class TestEvaluation:
             run.study(**arguments)
 
 
-def test_the_sweeps_of_a_study(case, bert, monkeypatch, tmp_path):
-    plan = run.Plan(encoder.Recipe(depth=1), [], {}, routing.Sizes(), {})
+class TestSubtasks:
+    def test_rounds_have_every_pair_once(self):
+        found = list(subtasks.rounds(list("abcdef")))
+        assert len(found) == 5
+        assert all(sorted(name for pair in pairs for name in pair) == list("abcdef") for pairs in found)
+        assert len({frozenset(pair) for pairs in found for pair in pairs}) == 15
+
+    def test_a_pair_has_as_many_texts_of_each_class(self):
+        rows = [(f"text {i}", "aabc"[i % 4]) for i in range(400)]
+        task = data.Task("letters", "which letter? ", data.VADER, lambda archive: rows)
+        pair = subtasks.pair_of(task, ("a", "c"))
+        assert (pair.name, pair.prompt) == ("letters: a or c", "which letter: a or c? ")
+        assert Counter(label for _, label in pair.read(None)) == {"a": 100, "c": 100}
+        assert pair.read_test is None
+
+    def test_disjoint_pairs_of_all_sources_come_first(self, monkeypatch, tmp_path):
+        def task(name: str, letters: str) -> data.Task:
+            return data.Task(name, f"which {name}? ", data.VADER, lambda archive: words(80, letters))
+
+        monkeypatch.setattr(data.Package, "fetch", lambda *arguments: tmp_path)
+        monkeypatch.setattr(subtasks, "TASKS", [task("one", "abcd"), task("two", "vwxyz!")])
+        monkeypatch.setattr(subtasks, "SOURCES", ("one", "two"))
+        names = [one.name.split(":")[0] for one in subtasks.subtasks(tmp_path, 8)]
+        assert names == ["one", "two", "one", "two", "two", "one", "two", "one"]
+        assert len({one.prompt for one in subtasks.subtasks(tmp_path, 100)}) == 6 + 15
+
+
+@pytest.fixture
+def swept(case, bert, monkeypatch, tmp_path):
+    """`sweeps.study` with small grids on the random encoder, its arguments, and its results."""
     monkeypatch.setattr(run, "SHOWN", (4, 8))
-    monkeypatch.setattr(sweeps, "EXPERT_RANKS", (2, 8))
-    monkeypatch.setattr(sweeps, "ROUTER_RANKS", (1, 4))
-    monkeypatch.setattr(sweeps.Plan, "of", lambda *arguments: plan)
+    for name, values in {"EXPERT_RANKS": (2, 8), "ROUTER_RANKS": (1, 4), "EQUAL_RANKS": (2, 4)}.items():
+        monkeypatch.setattr(sweeps, name, values)
+    monkeypatch.setattr(sweeps, "SUBTASK_NUMBERS", (2, 3))
+    monkeypatch.setattr(sweeps, "SUBTASK_RECIPE", encoder.Recipe(depth=1, adapter_rank=8))
     halves = encoder.Lower(bert, 1), encoder.Upper(bert, 1)
-    monkeypatch.setattr(run, "train", lambda *arguments: (bert, None, *halves, case.trained))
+    plans, made = [], []
+    monkeypatch.setattr(run, "train", lambda plan, *rest: plans.append(plan) or (bert, None, *halves, case.trained))
+    monkeypatch.setattr(sweeps, "subtasks", lambda folder, count: made.append(count) or data.TASKS[:count])
+    of_tasks = dict(zip((task.name for task in data.TASKS), case.trained))
+    monkeypatch.setattr(sweeps, "train_task", lambda task, *rest: of_tasks[task.name])
     for task in case.trained:
         task.rows["train"] = []
         task.finetuned.append(task.finetuned[0])
     files = {"json_path": tmp_path / "a.json", "plot": tmp_path / "a.svg"}
-    found = sweeps.study(seeds=2, cache=tmp_path, **files)
+    found = sweeps.study(seeds=2, tasks=8, cache=tmp_path, **files)
     assert json.loads(files["json_path"].read_text()) == json.loads(json.dumps(found))
-    assert len(found["runs"]) == 2
-    first = found["runs"][0]
+    assert files["plot"].read_text().count("<svg") == 1
+    assert [(plan.recipe, len(plan.tasks)) for plan in plans] == [(sweeps.RECIPE, 8), (sweeps.ADAPTER, 8)]
+    assert made == [3]
+    return found
+
+
+def test_the_sweeps_of_a_study(swept, case):
+    assert len(swept["runs"]) == 2
+    first = swept["runs"][0]
     names = ("routing", "rank_of_router", "rank_of_expert")
     ranks = [tuple(row[name] for name in names) for row in first["ranks"]]
     assert ranks == [(name, g, r) for name in sweeps.POLICIES for g in (1, 4) for r in (2, 8)]
     assert [(row["routing"], row["num_experts_per_tok"]) for row in first["per_token"]] == [
         (name, m) for name in sweeps.POLICIES for m in (1, 2, 3)
     ]
-    assert [(row["experts"], row["routing"], len(row["scores"])) for row in first["experts"]] == [
-        (n, name, n) for n in (2, 3) for name in sweeps.POLICIES
+    assert len(sweeps.EVERY) == 5
+    rows = ["individual", "simple averaging", *sweeps.EVERY, "oracle"]
+    for part in ("experts", "subtasks"):
+        assert [(row["experts"], row["routing"], len(row["scores"])) for row in first[part]] == [
+            (n, name, n) for n in (2, 3) for name in rows
+        ]
+    found = {(row["experts"], row["routing"]): row for row in first["experts"]}
+    alone = [
+        encoder.accuracy(upper, case.head(i), t.test) for i, (t, upper) in enumerate(zip(case.trained, case.uppers))
     ]
-    whole, upper = (sum(p.numel() for p in part.parameters()) for part in (bert, case.base))
-    for row in first["ranks"]:
-        options = {name: row[name] for name in ("rank_of_expert", "rank_of_router")}
-        model, _ = upscale(case.base, case.uppers, **options, progress=False)
-        set_routing(model, sweeps.POLICIES[row["routing"]])
-        assert row["parameters"] == pytest.approx(1 + (sum(p.numel() for p in model.parameters()) - upper) / whole)
-        for i, task in enumerate(case.trained):
-            assert row["scores"][task.task.name] == encoder.accuracy(model, case.head(i), task.test)
-    shown = [len(rows) for _, _, rows in sweeps.tables(found)]
-    assert shown == [8, 6, 4]
-    assert len(sweeps.heat_map(found).settings) == 8
-    assert "rank of the router" in files["plot"].read_text() or files["plot"].stat().st_size > 5000
+    assert list(found[3, "individual"]["scores"].values()) == alone
+    fused, _ = upscale(case.base, case.uppers[:2], rank_of_expert=8, rank_of_router=4, progress=False)
+    names = [task.task.name for task in case.trained]
+    for i in range(2):
+        own = encoder.accuracy(run.with_own_expert(fused, i), case.head(i), case.trained[i].test)
+        assert found[2, "oracle"]["scores"][names[i]] == own
+    set_routing(fused, sweeps.EVERY["causal + layers"])
+    got = encoder.accuracy(fused, case.head(0), case.trained[0].test)
+    assert found[2, "causal + layers"]["scores"][names[0]] == got
+    assert [(row["kind"], row["r"], row["routing"]) for row in first["kinds"]] == [
+        (kind, r, name)
+        for kind in ("full fine-tune", "LoRA, rank 16")
+        for r, names in ((None, ["individual"]), *((r, [*sweeps.POLICIES, "oracle"]) for r in (2, 4)))
+        for name in names
+    ]
+
+
+def test_parameters_of_sweeps_are_relative_to_the_whole_encoder(swept, case, bert):
+    lower, base = encoder.Lower(bert, 1), encoder.Upper(bert, 1)
+    fused, _ = upscale(base, case.uppers[:2], rank_of_expert=8, rank_of_router=4, progress=False)
+    size = [sum(p.numel() for p in part.parameters()) for part in (lower, base, fused)]
+    found = {row["routing"]: row["parameters"] for row in swept["runs"][0]["experts"] if row["experts"] == 2}
+    assert found["oracle"] == found["published"] == pytest.approx((size[0] + size[2]) / (size[0] + size[1]))
+    assert found["individual"] == pytest.approx((size[0] + 2 * size[1]) / (size[0] + size[1]))
+    assert found["simple averaging"] == 1
+
+
+def test_tables_of_sweeps_are_shares_of_the_individual_models(swept):
+    tables = {title: (columns, rows) for title, columns, rows in sweeps_report.tables(swept)}
+    assert all(len(row) == len(columns) for columns, rows in tables.values() for row in rows)
+    columns, rows = tables["Experts of different tasks: % of the individual models"]
+    assert columns == ["experts", "2", "3"]
+    scores = [
+        sum(row["scores"].values()) / 3
+        for row in swept["runs"][0]["experts"]
+        if row["experts"] == 3 and "scores" in row
+    ]
+    assert rows[0] == ["individual, accuracy", rows[0][1], f"{scores[0]:.1f}"]
+    assert [float(row[2]) for row in rows[2:]] == [float(f"{100 * score / scores[0]:.1f}") for score in scores[1:]]
+    columns, rows = tables["Ranks: % of the individual models (parameters)"]
+    assert columns == ["routing", "r", "g 1", "g 4"]
+    one = swept["runs"][0]["ranks"][3]
+    assert one["rank_of_router"] == 4
+    share = 100 * sum(one["scores"].values()) / 3 / scores[0]
+    assert rows[1] == ["published", "8", rows[1][2], f"{share:.1f} ({one['parameters']:.2f}×)"]
+    assert "**Experts of sub-tasks: % of the individual models**" in sweeps_report.markdown(swept)
 
 
 def results() -> dict:
