@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from .config import SmileConfig
 from .errors import SmileError, check_integer
 from .nn import all_or_nothing, is_conv1d
-from .publishing import check_outputs, new_file, write_text
+from .publishing import check_outputs, write_plot, write_text
 from .schema import check_arguments
 from .svd import without_autocast
 from .upscaling.decompose import in_threads
@@ -192,8 +192,7 @@ class Analysis:
         right.set(xlabel="share of the change", title="Change by zone")
         right.tick_params(axis="y", labelsize=7)
         right.legend(fontsize=7, ncols=len(ZONES), loc="upper center", bbox_to_anchor=(0.5, -0.12))
-        with new_file(Path(file)) as f:
-            figure.savefig(f, format=Path(file).suffix.removeprefix("."))
+        write_plot(file, figure)
 
 
 def means_of(layers: Sequence[LayerAnalysis]) -> dict[str, float]:

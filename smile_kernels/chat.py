@@ -12,6 +12,7 @@ from .checkpoint import errors_of_tokenizer, load_pretrained, load_tokenizer
 from .errors import SmileError, check_integer
 from .nn import routed_layers
 from .routing import routing_override, watch_routing
+from .routing.tokens import limited_template
 
 __all__ = ["chat"]
 
@@ -113,7 +114,7 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
                 self.of_prompt = torch.stack(list(counts.values())).sum(0)
             super().put(value)
 
-    with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"):
+    with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"), limited_template():
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     length = prompt["input_ids"].shape[1]
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

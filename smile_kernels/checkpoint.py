@@ -104,7 +104,8 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
         folder: the checkpoint.
         model: a module with the base model's architecture. Its linear layers are replaced in place and its parameters
             are overwritten, keeping their dtype; for a checkpoint with only the experts it must contain the base's
-            parameters. By default the transformers architecture named in config.json.
+            parameters. It is unchanged after an error, but an interruption while values are copied leaves some of them
+            overwritten, as in PyTorch's load_state_dict. By default the transformers architecture named in config.json.
         **from_pretrained: arguments of transformers' from_pretrained if `model` is not given: dtype, device_map, ...
 
     Returns:
@@ -169,7 +170,7 @@ def calibrate_checkpoint(
                     target = output.output / file.relative_to(source)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(file, target)
-            report = add_calibration(output.output, routing, seed, **from_pretrained)
+            report = add_calibration(output.output, routing, seed, source, **from_pretrained)
         except BaseException:
             output.discard()
             raise
@@ -178,16 +179,20 @@ def calibrate_checkpoint(
 
 
 def add_calibration(
-    folder: Path, routing: RoutingPolicy | None, seed: int, **from_pretrained: Any
+    folder: Path, routing: RoutingPolicy | None, seed: int, source: Path | None = None, **from_pretrained: Any
 ) -> CalibrationReport:
-    """Add `router_prior` and the policy to a checkpoint folder that is still being written."""
-    config = read_smile_config(folder)
-    model = load_pretrained(folder, **from_pretrained)
+    """Add `router_prior` and the policy to a checkpoint folder that is still being written.
+
+    The model is that of `source`, which errors name, if the folder is a copy of it.
+    """
+    source = source or folder
+    config = read_smile_config(source)
+    model = load_pretrained(source, **from_pretrained)
     report = calibrate(model, seed=seed)
-    set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=turn_ids_of_checkpoint(folder)))
+    set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=turn_ids_of_checkpoint(source)))
     layers = routed_layers(model)
     if missing := [name for name in config.modules if name not in layers]:
-        raise SmileError(f"{folder}: {missing[0]} has another name in {type(model).__name__}; expected the same")
+        raise SmileError(f"{source}: {missing[0]} has another name in {type(model).__name__}; expected the same")
     priors = [
         StoredTensor.of(f"{name}.router_prior", prior)
         for name in config.modules

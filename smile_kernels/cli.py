@@ -364,7 +364,7 @@ def sweep(
         from .sweeping import scoring_function
         from .sweeping import sweep as run
 
-        check_outputs([folder], plot=plot, json=json_path)
+        check_outputs([folder, score.rpartition(":")[0]], plot=plot, json=json_path)
         policies = {text: scope_or_fields(text) for text in routing} if routing else None
         function = scoring_function(score)
         options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from .checkpoint import REPORT
 from .config import FACTORS, read_smile_config
 from .errors import SmileError
-from .publishing import new_file
+from .publishing import write_plot
 from .schema import check_arguments, parse
 from .storage import read_json, read_tensors
 from .upscaling.report import kind_of
@@ -146,5 +146,4 @@ def plot_layers(description: dict[str, Any], file: Path) -> None:
     if known:
         right.plot(*zip(*known), ".", markersize=4)
     right.set(xlabel="layer", ylabel="captured energy", title="Captured energy, by layer and expert")
-    with new_file(file) as f:
-        figure.savefig(f, format=file.suffix.removeprefix("."))
+    write_plot(file, figure)

@@ -7,8 +7,8 @@ A folder `out` is written in these steps. After an interruption, a later run con
     out.partial/output  gets its manifest, then is renamed to `out`
     .out.old-*          with `force`, the output gets this name, then both are exchanged and the replaced one is deleted
 
-The manifest, smile_manifest.json, lists a hash of the settings and the files written by smile-kernels, with their sizes
-or hashes. `force` replaces a folder only if it contains exactly these files.
+The manifest, smile_manifest.json, lists a hash of the settings and the files written by smile-kernels, with a hash of
+each. `force` replaces a folder only if it contains exactly these files.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import errno
 import fnmatch
 import glob
 import hashlib
+import importlib.util
+import io
 import json
 import os
 import re
@@ -43,28 +45,31 @@ __all__ = [
     "restore",
     "user_file",
     "work_folder",
+    "write_plot",
     "write_text",
 ]
 
 MANIFEST = "smile_manifest.json"
 SETTINGS = "settings.json"
 _WRITES = "writes"
+_ANY_FILE = ("layers/*", "output/*")  # of a work folder
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file`
 LONGEST_NAME = 255 - len("..0123456789ab")  # bytes of a file name that has such a temporary one
-_HASHED_BYTES = 1 << 20  # larger files are compared by size: weights are not edited by hand
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 14  # of a larger file are hashed, so that weights of hours are checked in no time
 
 
 def check_outputs(inputs: Iterable[str | Path] = (), *, plot: Path | None = None, **files: Path | None) -> None:
-    """Check output files by name before any work: they can be written, and a plot has a known type.
+    """Check output files by name before any work: they can be written, and a plot can be drawn.
 
     Args:
-        inputs: folders that are read, in which no output file may be.
-        plot, files: the output files by name.
+        inputs: files and folders that are read: no output file may be one of them, or inside one.
+        plot, files: the output files by name, all different.
 
     Raises:
         SmileError: a file cannot be written; the message names it.
     """
-    folders = [Path(os.path.realpath(folder)) for folder in inputs]
+    read = [Path(os.path.realpath(place)) for place in inputs]
+    names: dict[Path, str] = {}
     for name, file in {"plot": plot, **files}.items():
         if file is None:
             continue
@@ -76,12 +81,28 @@ def check_outputs(inputs: Iterable[str | Path] = (), *, plot: Path | None = None
             target = _target(file)
         except SmileError as error:
             raise SmileError(f"{name}: {error}") from None
+        if len(os.fsencode(target.name)) > LONGEST_NAME:
+            raise SmileError(f"{name}: is {str(file)!r}; expected a name of at most {LONGEST_NAME} bytes")
         if not os.access(target.parent, os.W_OK):
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that can be written")
-        if inside := next((folder for folder in folders if folder in Path(os.path.realpath(target)).parents), None):
-            raise SmileError(f"{name}: is {str(file)!r}, inside the input {inside}; expected a file outside of it")
+        target = Path(os.path.realpath(target))
+        if source := next((place for place in read if place in (target, *target.parents)), None):
+            where = "an input" if source == target else f"inside the input {source}"
+            raise SmileError(f"{name}: is {str(file)!r}, {where}; expected a file outside of it")
+        if (other := names.setdefault(target, name)) != name:
+            raise SmileError(f"{name}: is {str(file)!r}, as {other} is; expected another file")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
         raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise SmileError(f"plot: is {str(plot)!r}, and matplotlib is not installed; expected it, to draw the plot")
+
+
+def write_plot(file: str | Path, figure: Any, **options: Any) -> None:
+    """Write a figure of matplotlib atomically, in the format of the file's suffix; `options` are those of savefig."""
+    drawn = io.BytesIO()  # its writer for PDF raises further exceptions after that of a full disk
+    figure.savefig(drawn, format=Path(file).suffix.removeprefix("."), **options)
+    with new_file(Path(file)) as f:
+        f.write(drawn.getbuffer())
 
 
 @contextmanager
@@ -163,14 +184,14 @@ class OutputFolder:
     Attributes:
         folder: path of the output, with symbolic links resolved.
         settings: everything that the result depends on.
-        writes: patterns of the files that the job writes in the work folder; () for any.
+        writes: patterns of the files that the job writes in the work folder.
         replaces: whether a folder written by smile-kernels is at this path and may be replaced.
         complete: whether `folder` is already the complete result of these settings.
     """
 
     folder: Path
     settings: Mapping[str, Any]
-    writes: Sequence[str] = ()
+    writes: Sequence[str] = _ANY_FILE
     replaces: bool = False
     complete: bool = False
 
@@ -218,12 +239,7 @@ class OutputFolder:
             FileExistsError: it contains files that the job did not write. Nothing is deleted then.
         """
         _check_work(self.work, self.writes)
-        for name in ("output", "layers"):
-            if (self.work / name).exists():
-                shutil.rmtree(self.work / name)
-        for file in self.work.glob(f"*{SETTINGS}*"):
-            file.unlink()
-        self.work.rmdir()
+        _remove(self.work, last=SETTINGS)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -321,7 +337,7 @@ def is_utf8(path: str | Path) -> bool:
 
 @contextmanager
 def output_folder(
-    folder: Path, settings: Mapping[str, Any], *, force: bool, writes: Sequence[str] = ()
+    folder: Path, settings: Mapping[str, Any], *, force: bool, writes: Sequence[str] = _ANY_FILE
 ) -> Iterator[OutputFolder]:
     """Lock `folder` (from `check_folder`) and prepare its work folder, new or left by a run with equal settings.
 
@@ -329,7 +345,7 @@ def output_folder(
         folder: path of the output.
         settings: everything that the result depends on, as JSON; {} for a result that is recomputed at each call.
         force: replace a folder written by smile-kernels, and unfinished work with other settings.
-        writes: patterns of the files that the job writes in the work folder, which may be deleted later; () for any.
+        writes: patterns of the files that the job writes in the work folder, which may be deleted later.
 
     Raises:
         FileExistsError: the folder contains files that may not be replaced, another process is writing it, or there is
@@ -345,9 +361,9 @@ def output_folder(
 
 def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], force: bool) -> OutputFolder:
     begun = _begun_settings(work_folder(folder), force)
-    before = (begun or {}).pop(_WRITES, ())
+    before = (begun or {}).pop(_WRITES, None)
     if not isinstance(before, list) or not all(isinstance(pattern, str) for pattern in before):
-        before = ()
+        before = _ANY_FILE
     output = OutputFolder(folder, settings, before)
     _check_work(output.work, before)
     olds = _restored(folder)
@@ -388,7 +404,7 @@ def _check_work(work: Path, writes: Sequence[str]) -> None:
     """Raise FileExistsError if a work folder contains a link, or a file that matches none of the patterns `writes`."""
     for path in _paths(work) if work.exists() else ():
         name = _TEMPORARY.sub(r"\1\2", str(path.relative_to(work)))
-        known = not writes or name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
+        known = name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
         if path.is_symlink() or not (known or path.is_dir()):
             raise FileExistsError(
                 f"{path}: was not created by smile-kernels; expected no such file where its intermediate files are"
@@ -425,7 +441,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
         raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace it")
     if foreign := _foreign_files(folder):
         raise FileExistsError(
-            f"{folder}: contains {foreign[0]}, which smile-kernels did not write; --force replaces only what it wrote"
+            f"{folder}: contains {foreign[0]}, which smile-kernels did not write; only what it wrote is replaced"
         )
 
 
@@ -495,12 +511,20 @@ def _missing_files(folder: Path) -> list[str]:
     return [name for name in _read_manifest(folder).get("files", {}) if not (folder / name).exists()]
 
 
-def _fingerprint(file: Path) -> str | int | None:
-    """The hash of a small file, the size of a large one, None for anything else."""
+def _fingerprint(file: Path) -> str | None:
+    """A hash of a file's size and content, of a large one's blocks at equal distances; None for anything else."""
     if file.is_symlink() or not file.is_file():
         return None
     size = file.stat().st_size
-    return size if size > _HASHED_BYTES else hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as f:
+        if size <= _BLOCKS * _BLOCK_BYTES:
+            digest.update(f.read())
+        else:
+            for block in range(_BLOCKS):
+                f.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(f.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _remove_old(folder: Path) -> None:
@@ -513,12 +537,17 @@ def _remove_old(folder: Path) -> None:
             stacklevel=2,
         )
         return
+    _remove(folder, last=MANIFEST)
+
+
+def _remove(folder: Path, last: str) -> None:
+    """Delete a folder, of its files the one with the name `last` as the last one."""
     for path in reversed(_paths(folder)):  # contents before folders
         if path.is_dir():
             path.rmdir()
-        elif path != folder / MANIFEST:
+        elif path != folder / last:
             path.unlink()
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / last).unlink(missing_ok=True)
     folder.rmdir()
 
 
@@ -539,9 +568,11 @@ def _locked(folder: Path) -> Iterator[None]:
             raise FileExistsError(f"{file}: was not created by smile-kernels; expected no file, for a lock")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(descriptor)
-            raise FileExistsError(f"{folder}: another process is writing it ({file} is locked)") from None
+            if isinstance(error, BlockingIOError):
+                raise FileExistsError(f"{folder}: another process is writing it ({file} is locked)") from None
+            raise OSError(error.errno, f"cannot be the lock of {folder} ({error.strerror})", str(file)) from None
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
                 break
@@ -558,5 +589,7 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
     finally:
         os.close(descriptor)

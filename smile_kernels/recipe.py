@@ -1,6 +1,5 @@
 """The settings of `upscale`, and of other commands, from their options and YAML files."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,15 +149,11 @@ def policy_fields(
 def scope_or_fields(text: str) -> Any:
     """The policy of --routing."""
     from .routing import RoutingPolicy
+    from .storage import parse_json
 
     if not text.lstrip().startswith("{"):
         return RoutingPolicy(text)
-    try:
-        return RoutingPolicy.from_dict(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise SmileError(
-            f"routing: is {text!r}, which is not JSON ({error}); expected a scope or a JSON object"
-        ) from None
+    return RoutingPolicy.from_dict(parse_json(text, "routing"))
 
 
 def number(name: str, text: str) -> int | float:

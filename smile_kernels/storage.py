@@ -363,16 +363,20 @@ def parse_size(size: int | str) -> int:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises ValueError, naming the file, if there is none."""
-    text = read_text(file)
+    return parse_json(read_text(file), str(file))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """The object in a JSON text; raises ValueError, whose message begins with `where`, if there is none."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SmileError(f"{file}: is not JSON ({error})") from None
+        raise SmileError(f"{where}: is not JSON ({error})") from None
     except (ValueError, RecursionError) as error:  # ValueError: Python reads no number of thousands of digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
-        raise SmileError(f"{file}: cannot be read as JSON ({reason})") from None
+        raise SmileError(f"{where}: cannot be read as JSON ({reason})") from None
     if not isinstance(value, dict):
-        raise SmileError(f"{file}: contains a {type(value).__name__}; expected an object")
+        raise SmileError(f"{where}: contains a {type(value).__name__}; expected an object")
     return value
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .config import FACTORS
 from .errors import SmileError, check_integer
 from .nn import SmileLinear, smile_layers
-from .publishing import check_outputs, new_file, write_text
+from .publishing import check_outputs, write_plot, write_text
 from .routing import RoutingPolicy, calibrate, check_calibration, check_routing, get_routing, set_routing
 from .routing.control import refuse_override
 from .schema import check_arguments
@@ -130,8 +130,7 @@ class Sweep:
             axis.set(xlabel="rank of the router, g", ylabel="rank of an expert, r")
             axis.set_title(f"{policy}, m {m}", fontsize=9)
         figure.colorbar(image, ax=axes, label="score")
-        with new_file(file) as opened:
-            figure.savefig(opened, dpi=150, format=file.suffix.removeprefix("."))
+        write_plot(file, figure, dpi=150)
 
 
 @check_arguments

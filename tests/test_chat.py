@@ -153,7 +153,8 @@ def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
     assert b"/reset starts a new conversation" in seen
 
 
-CASES = ("no tokenizer", "no template", "bad template", "bad tokenizer", "no folder", "a file")
+CASES = ("no tokenizer", "no template", "bad template", "endless template", "bad tokenizer", "no folder", "a file")
+ENDLESS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 
 
 @pytest.mark.parametrize("case", [*CASES, "plain", "vision", "device", "length"])
@@ -168,11 +169,14 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
         bare.chat_template = None
         bare.save_pretrained(folder)
         message = "its tokenizer has no chat template; expected"
-    elif case in ("bad template", "bad tokenizer"):
+    elif case in ("bad template", "endless template", "bad tokenizer"):
         shutil.copytree(fused, folder)
         if case == "bad template":
             (folder / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
             message = "folder: the tokenizer's chat template fails (TemplateError: no users); expected"
+        elif case == "endless template":
+            (folder / "chat_template.jinja").write_text(ENDLESS)
+            message = "folder: the tokenizer's chat template fails (SmileError: chat_template: runs more than 2,000,000"
         else:
             (folder / "tokenizer.json").write_text("{}")
             message = "folder: the tokenizer's files cannot be loaded by transformers ("

@@ -5,10 +5,13 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from smile_kernels import SmileLinear, save_pretrained
 from smile_kernels.publishing import (
@@ -18,18 +21,22 @@ from smile_kernels.publishing import (
     output_folder,
     restore,
     work_folder,
+    write_plot,
     write_text,
 )
 from smile_kernels.storage import write_shard
-from tests.upscaling.checkpoints import stored
+from tests.test_malformed import write_inputs
+from tests.upscaling.checkpoints import Net, finetuned, run, save, stored
+from tests.upscaling.checkpoints import contents as bits
 
 SETTINGS = {"rank": 8, "files": [["a", 1]]}
 FILE_OPERATIONS = {"ctypes.dlsym", "open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
 KILLED = 9
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
-def write_output(folder: Path, settings: dict, *, force: bool = False) -> bool:
-    """A job of two resumable parts and an output of three files; returns whether there was work to do."""
+def write_output(folder: Path, settings: dict, *, force: bool = False, more: Mapping[str, bytes] = NO_FILES) -> bool:
+    """A job of two resumable parts and an output of three files and `more`; returns whether there was work to do."""
     with output_folder(check_folder(folder), settings, force=force, writes=["layers/*.json", "output/*"]) as output:
         if output.complete:
             return False
@@ -42,6 +49,8 @@ def write_output(folder: Path, settings: dict, *, force: bool = False) -> bool:
         (output.output / "pooling").mkdir(exist_ok=True)
         write_text(output.output / "pooling" / "config.json", "pooling")
         write_text(output.output / "weights", "".join(f.read_text() for f in sorted(layers.iterdir())))
+        for name, content in more.items():
+            (output.work / name).write_bytes(content)
         output.publish()
         return True
 
@@ -50,18 +59,24 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def killed_at(operation: int, job) -> bool:
-    """Runs `job` in a process that ends, as by kill -9, before its file operation of this number."""
+def killed_at(operation: int, job, within: Path | None = None) -> bool:
+    """Runs `job` in a process that ends, as by kill -9, before its file operation of this number.
+
+    With `within`, operations in this folder count, but not files opened for reading.
+    """
     child = os.fork()
     if child == 0:
         count = 0
 
         def hook(event: str, args: tuple) -> None:
             nonlocal count
-            if event in FILE_OPERATIONS:
-                count += 1
-                if count > operation:
-                    os._exit(KILLED)
+            if event not in FILE_OPERATIONS or (within and not str(args[0]).startswith(str(within))):
+                return
+            if within and event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            count += 1
+            if count > operation:
+                os._exit(KILLED)
 
         sys.addaudithook(hook)
         try:
@@ -120,6 +135,68 @@ def test_a_kill_at_every_file_operation(tmp_path, how, then, record_property, mo
     record_property("kill_points", operation)
     print(f"{operation} kill points")
     assert operation > 20
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """A base, two fine-tuned models, and a fused language model."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_inputs(folder / "llama")
+    base = Net()
+    for name, model in {"base": base, "math": finetuned(base), "code": finetuned(base)}.items():
+        save(folder / name, model)
+    return folder
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("command", ["upscale", "upscale --force", "upscale --experts-only", "calibrate"])
+def test_a_command_killed_at_every_file_operation_and_started_again(tmp_path, checkpoints, command, record_property):
+    """The output is absent, or whole; the command started again ends with the bits of a run without interruption."""
+
+    def start(out: Path, router: int = 2) -> None:
+        if command == "calibrate":
+            run("calibrate", str(out))
+            return
+        experts = [word for name in ("math", "code") for word in ("--expert", str(checkpoints / name))]
+        options = [
+            "--rank-of-expert",
+            "4",
+            "--rank-of-router",
+            str(router),
+            "--out-shard-size",
+            "2KB",
+            "--workers",
+            "1",
+        ]
+        run(*command.split(), "--base", str(checkpoints / "base"), *experts, *options, "--out", str(out))
+
+    def prepare(out: Path) -> dict[str, bytes] | None:
+        out.parent.mkdir()
+        if command == "calibrate":
+            shutil.copytree(checkpoints / "llama" / "fused", out)
+        elif command == "upscale --force":
+            start(out, router=3)
+        return bits(out) if out.exists() else None
+
+    prepare(tmp_path / "whole" / "out")
+    start(tmp_path / "whole" / "out")
+    expected, inputs = bits(tmp_path / "whole" / "out"), bits(checkpoints)
+    operation, killed = 0, True
+    while killed:
+        out = tmp_path / str(operation) / "out"
+        before = prepare(out)
+        killed = killed_at(operation, lambda out=out: start(out), within=out.parent)
+        assert not out.exists() or bits(out) in (before, expected)
+        start(out)
+        assert bits(out) == expected
+        assert [f.name for f in out.parent.iterdir()] == ["out"], f"left after operation {operation}"
+        shutil.rmtree(out.parent)
+        operation += 1
+    assert bits(checkpoints) == inputs
+    record_property("kill_points", operation)
+    print(f"{command}: {operation} kill points")
+    assert operation > 30
 
 
 @pytest.mark.exhaustive
@@ -199,14 +276,21 @@ def test_a_folder_that_came_to_be_during_the_work_is_kept(tmp_path):
     assert (output.output / "weights").read_text() == "1"
 
 
-@pytest.mark.parametrize("change", ["new file", "edited file", "new folder", "link"])
+LARGE = 3 << 20
+
+
+@pytest.mark.parametrize("change", ["new file", "edited file", "large file", "new folder", "link"])
 def test_force_replaces_only_what_it_wrote(tmp_path, change):
     out = tmp_path / "out"
-    write_output(out, SETTINGS)
+    write_output(out, SETTINGS, more={"output/large": bytes(LARGE)})
     if change == "new file":
         (out / "pooling" / "notes.txt").write_text("the user's")
     elif change == "edited file":
         (out / "config.json").write_text("edited")
+    elif change == "large file":  # of the same size, as weights after further training
+        (out / "large").write_bytes(bytes(LARGE // 2) + b"\x01" * (LARGE // 2))
+        with pytest.raises(FileExistsError, match="is not empty"):  # it is not taken for the complete output
+            write_output(out, SETTINGS)
     elif change == "new folder":
         (out / "mine").mkdir()
     else:
@@ -335,6 +419,43 @@ def test_a_result_is_never_among_the_inputs(tmp_path, file):
     with pytest.raises(ValueError, match=r"json: is '\S+', inside the input \S+/base; expected a file outside of it"):
         check_outputs([tmp_path / "base"], json=tmp_path / file)
     check_outputs([tmp_path / "base"], json=tmp_path / "base.json")
+
+
+def test_results_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "score.py").write_text("mine")
+    (tmp_path / "link.json").symlink_to("score.py")
+    for file in (tmp_path / "score.py", tmp_path / "link.json"):
+        with pytest.raises(ValueError, match=r"json: is '\S+', an input; expected a file outside of it"):
+            check_outputs([tmp_path / "score.py"], json=file)
+    with pytest.raises(ValueError, match=r"json: is 'a+'; expected a name of at most 241 bytes"):
+        check_outputs(json=Path("a" * 242))
+    plot = tmp_path / "a.png"
+    with pytest.raises(ValueError, match=r"json: is '\S+a\.png', as plot is; expected another file"):
+        check_outputs(plot=plot, json=tmp_path / ".." / tmp_path.name / "a.png")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"plot: is '\S+a\.png', and matplotlib is not installed"):
+        check_outputs(plot=plot)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_plot_that_the_disk_has_no_space_for_is_named(tmp_path, suffix, full_disk):
+    figure = Figure()
+    figure.subplots()
+    with pytest.raises(OSError, match=r"disk is full .*plot"):
+        write_plot(tmp_path / f"plot.{suffix}", figure)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=rf"cannot be the lock of \S+out \({os.strerror(code)}\): '\S+out.lock'"):
+        write_output(tmp_path / "out", SETTINGS)
+    assert os.listdir("/proc/self/fd") == descriptors
 
 
 def test_a_link_is_followed_to_its_folder(tmp_path):

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import SmileError
-from ..publishing import check_outputs, new_file, write_text
+from ..publishing import check_outputs, write_plot, write_text
 from .measure import Record, limits, machine, measure, summary
 from .peers import BASELINE, PEERS
 from .problems import Case, Setting, layer_shape
@@ -62,8 +62,6 @@ def bench(
     if not 0 < seconds < float("inf"):
         raise SmileError(f"seconds: is {seconds}; expected a number above 0")
     check_outputs(plot=plot_file, json=json_file)
-    if plot_file is not None:
-        import matplotlib  # noqa: F401  before anything is measured
     cases = [Case(layer, setting, t, DTYPES[dtype]) for layer in layers for t in tokens]
     result: Record = {"machine": machine(device), "limits": [], "records": []}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -201,6 +199,5 @@ def plot(result: Record, file: Path) -> None:
             axis.plot(*zip(*sorted(points)), label=name, marker="o", color="black" if name == BASELINE else None)
         axis.set(xscale="log", yscale="log", title=layer, xlabel="tokens", ylabel="time / F.linear")
         axis.legend(fontsize="small")
-    with new_file(file) as f:
-        figure.savefig(f, format=file.suffix.removeprefix("."))
+    write_plot(file, figure)
     pyplot.close(figure)

@@ -1,6 +1,9 @@
 """Maps the rows of a layer's input to tokens and sequences: padding, packing, KV caches and restarts."""
 
 import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from ..errors import SmileError
 from .policy import RoutingPolicy
 
-__all__ = ["Tokens", "is_cache", "user_turn_ids"]
+__all__ = ["Tokens", "is_cache", "limited_template", "user_turn_ids"]
 
 
 def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
@@ -21,7 +24,7 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     different ways.
 
     Raises:
-        ValueError: not a tokenizer of transformers.
+        ValueError: not a tokenizer of transformers, or a chat template that does not end.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         raise SmileError(f"tokenizer: is a {type(tokenizer).__name__}; expected a tokenizer of transformers")
@@ -30,7 +33,8 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     first, answer, second = "first-text", "answer-text", "second-text"
     turns = [("user", first), ("assistant", answer), ("user", second)]
     conversation = [{"role": role, "content": text} for role, text in turns]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    with limited_template():
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
     before_first = text.partition(first)[0]
     before_second = text.partition(answer)[2].partition(second)[0]
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before_first), reversed(before_second)))
@@ -38,6 +42,27 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     ids = tokenizer.encode(head, add_special_tokens=False)
     special = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
     return tuple(ids[special[-1] :] if special else ids) or None
+
+
+@contextmanager
+def limited_template(most: int = 2_000_000) -> Iterator[None]:
+    """Raise ValueError where a chat template runs more than `most` lines of its program, whose loops may be nested."""
+    lines, before = 0, sys.gettrace()
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != "<template>":  # Jinja's name of a program from a string
+            return None
+        lines += 1
+        if lines > most:
+            raise SmileError(f"chat_template: runs more than {most:,} lines; expected a program that ends")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class Tokens:

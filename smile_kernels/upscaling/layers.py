@@ -3,6 +3,7 @@
 import fnmatch
 import re
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -183,7 +184,7 @@ def select_layers(
 ) -> dict[str, Layer]:
     """The layers that match a pattern of `include` (default: all) and none of `exclude`, in order.
 
-    Patterns are shell patterns: `*.q_proj`, `model.layers.[0-3].*`.
+    Patterns are shell patterns: `*.q_proj`, `model.layers.[0-3].*`. One that matches no layer gives a warning.
 
     Raises:
         ValueError: no layer is left.
@@ -199,6 +200,10 @@ def select_layers(
             f"include, exclude: {include} without {exclude} leaves none of the {len(layers)} linear layers; "
             "expected patterns such as '*.q_proj'"
         )
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not fnmatch.filter(layers, pattern):
+                warnings.warn(f"{argument}: {pattern!r} matches none of the {len(layers)} linear layers", stacklevel=2)
     return chosen
 
 
