@@ -33,11 +33,11 @@ EVERY = {
     if policy.num_experts_per_tok is None and not policy.calibrated
 }
 # Less than the study trains and tests on, so that the sweeps take a core about half an hour.
-RECIPE, TEXTS = Recipe(max_tokens=32, most_rows=1000), {"validation": 10, "test": 150}
+RECIPE, TEXTS = Recipe(max_tokens=32, batch=16, most_rows=1000), {"validation": 10, "test": 150}
 ADAPTER = replace(RECIPE, adapter_rank=16, learning_rate=2e-3)
 EQUAL_RANKS = (4, 8, 16)  # of experts from full fine-tunes and from adapters
 # Adapters of sub-tasks: how they are trained, the texts of each, the numbers of experts, and (g, r).
-SUBTASK_RECIPE = Recipe(epochs=3, batch=16, most_rows=128, adapter_rank=8, learning_rate=2e-3)
+SUBTASK_RECIPE = Recipe(epochs=3, batch=8, most_rows=128, adapter_rank=8, learning_rate=2e-3)
 SUBTASK_TEXTS = {"validation": 10, "test": 40}
 SUBTASK_NUMBERS, SUBTASK_RANKS = (8, 16, 32, 64), (8, 8)
 Grid = tuple[Sequence[int], Sequence[int], Sequence[int]]  # values of r, g and m
