@@ -119,7 +119,12 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
     length = prompt["input_ids"].shape[1]
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with watch_routing(model) as counts:
-        tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
+        try:
+            tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
+        except RuntimeError as error:
+            if str(error).startswith("routing: "):  # the policy does not fit the model, as one with experts in its head
+                raise SmileError(str(error)) from None
+            raise
     served = torch.stack(list(counts.values())).sum(0)
     assert streamer.of_prompt is not None
     if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, computed in the prompt's pass

@@ -309,8 +309,9 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise SmileError(f"{name}: is {reprlib.repr(tensor)}; expected a tensor")
+    if not isinstance(tensor, Tensor) or tensor.is_nested:
+        kind = "a nested tensor" if isinstance(tensor, Tensor) else reprlib.repr(tensor)
+        raise SmileError(f"{name}: is {kind}; expected a dense tensor")
 
 
 def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:

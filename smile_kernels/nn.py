@@ -144,8 +144,9 @@ class SmileLinear(RoutedExperts, nn.Linear):
         def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
             try:
                 return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
+            except (RuntimeError, TypeError) as error:
+                too_large = any(word in str(error) for word in ("memory", "overflow", "Overflow"))
+                if isinstance(error, torch.OutOfMemoryError) or not too_large:
                     raise
                 raise SmileError(
                     f"in_features, out_features, num_local_experts, rank_of_expert: are {d}, {o}, {n}, {r}; expected "

@@ -71,6 +71,11 @@ def linear_cases() -> list[tuple[str, Callable[[], object], str]]:
                 name == "x" and isinstance(value, Tensor) and value.shape[-1:] == (D,) and value.dtype == torch.float32
             ):
                 add(functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers, name, value)
+    nested = torch.nested.nested_tensor([torch.ones(2)])
+    for name in tensors:
+        add(functional.smile_linear, tensors | numbers, name, nested)
+    for name in ("x", "vh"):
+        add(functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers, name, nested)
     ids = routing[1]
     for value in (
         ids.float(),
@@ -109,7 +114,7 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
                 f"from_linears({name}={value!r})", lambda o=options: sk.SmileLinear.from_linears(base, tuned, **o), name
             )
             add(f"upscale({name}={value!r})", lambda o=options: sk.upscale(model, models, progress=False, **o), name)
-    for value in (0, -1, "8", None, 1.5):
+    for value in (0, -1, "8", None, 1.5, 2**62, 10**30):
         for name in ("in_features", "out_features", "num_local_experts"):
             sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, name: value}
             add(f"SmileLinear({name}={value!r})", lambda s=sizes: sk.SmileLinear(**s), name)
@@ -201,7 +206,9 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
 
 
 def _brief(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)} {value.device}" if isinstance(value, Tensor) else repr(value)[:40]
+    if isinstance(value, Tensor) and not value.is_nested:
+        return f"{value.dtype} {list(value.shape)} {value.device}"
+    return repr(value)[:40]
 
 
 def test_every_bad_call_names_its_argument():

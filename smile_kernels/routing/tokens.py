@@ -190,10 +190,12 @@ class Tokens:
         first = leading[0] if leading else 1
         if first != batch or (self.length is not None and self.length != length and not single):
             tokens = "tokens" if self.length is None else f"{self.length} tokens"
+            advice = "Route other inputs with scope 'token', or call set_routing on the part that has its own"
+            if first == batch and length < (self.length or 0):
+                advice = "A head that gets the last tokens alone needs logits_to_keep=0, or exclude=['lm_head']"
             raise RuntimeError(
                 f"routing: a SMILE layer of {self.root_name} has input {list(x.shape)}, where a forward pass over "
-                f"{batch} sequences of {tokens} is running; expected [{batch}, {self.length or 'S'}, D]. "
-                "Route other inputs with scope 'token', or call set_routing on the part of the model that has its own"
+                f"{batch} sequences of {tokens} is running; expected [{batch}, {self.length or 'S'}, D]. {advice}"
             )
         return batch, length
 

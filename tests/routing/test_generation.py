@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers as tf
 
+from smile_kernels import upscale
 from smile_kernels.errors import SmileError
+from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, set_routing
 from tests.routing.definition import (
     CAUSAL,
@@ -21,6 +23,7 @@ from tests.routing.definition import (
     mistral,
     tokens,
 )
+from tests.test_all_or_nothing import llama as bare_llama
 
 
 @by_name(CAUSAL | {"layers": POLICIES["layers"]})
@@ -39,6 +42,19 @@ def test_prefill_and_decode_equal_one_causal_pass(policy, cache):
             places.add(tuple((t.data_ptr(), t.shape) for t in kv.routing_memory.sums.values()))
     torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=1e-4, atol=1e-5)
     assert len(places) == (cache == "static" and policy.scope == "causal")
+
+
+@pytest.mark.parametrize("policy", [RoutingPolicy("causal"), RoutingPolicy(accumulate=True), RoutingPolicy("prompt")])
+def test_experts_in_the_head_need_all_tokens(policy):
+    """`generate` gives the head the last token of the prompt alone, unless it is asked for all."""
+    model = upscale(bare_llama(), [bare_llama()], rank_of_expert=3, rank_of_router=2, progress=False)[0].eval()
+    assert "lm_head" in smile_layers(model)
+    set_routing(model, policy)
+    ids = tokens(2, 5) % 32
+    with pytest.raises(RuntimeError, match=r"input \[2, 1, 16\].* needs logits_to_keep=0, or exclude=\['lm_head'\]"):
+        model.generate(ids, max_new_tokens=2)
+    answer = model.generate(ids, max_new_tokens=1, do_sample=False, logits_to_keep=0)
+    assert torch.equal(answer[:, -1], logits(model, input_ids=ids)[:, -1].argmax(-1))
 
 
 @by_name(CAUSAL)
