@@ -153,12 +153,13 @@ def _route(
             tl.store(at, cast(z, scaled.dtype.element_ty), mask=inside[:, :, None] & (k < R))
         if SAVE:
             for j in range(M):
-                row = t * (N * K) + of_slot(e, slot, j) * K
+                expert = of_slot(e, slot, j)
+                has_expert = real if ROUTE else real & (expert >= 0) & (expert < N)
+                row = t * (N * K) + expert * K
                 for first in range(0, R, BLOCK_K):
                     k = first + tl.arange(0, BLOCK_K)[None, :]
-                    mask = real & (k < R)
-                    value = sum_splits(partial, row + k, mask, SPLITS, split_stride)
-                    tl.store(h + (t * M + j) * R + k, value, mask=mask)
+                    value = sum_splits(partial, row + k, has_expert & (k < R), SPLITS, split_stride)
+                    tl.store(h + (t * M + j) * R + k, value, mask=real & (k < R))
 
 
 def route_launch(

@@ -189,6 +189,17 @@ def test_given_routing_with_duplicates_without_experts_and_gradient_of_the_weigh
     assert_close("du", du, *expected["u"])
 
 
+def test_a_slot_without_an_expert_reads_no_product(device, take):
+    take(apply="fused")
+    p = Problem.random(6, 20, 24, 5, 4, 3, device=device)
+    weights, ids = torch.rand(6, 2, device=device), torch.randint(5, (6, 2), dtype=torch.int32, device=device)
+    ids[0, 0], ids[1], ids[4, 1] = -1, -1, 5
+    _, h = backend.apply(*p.arguments()[:7], weights, ids, True)
+    none = (ids < 0) | (ids == 5)
+    assert (h[none] == 0).all()
+    assert (h[~none] != 0).all()
+
+
 def test_given_routing_that_many_tokens_share(device, take):
     take(apply="fused")
     p = Problem.random(6, 20, 24, 5, 4, 3, device=device)
