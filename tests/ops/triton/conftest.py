@@ -3,7 +3,7 @@ import torch
 
 from smile_kernels.ops.triton import backend, configs
 
-DEVICE = "cpu" if backend.INTERPRETED.value else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not backend.INTERPRETED.value else "cpu"
 
 
 @pytest.fixture
