@@ -130,7 +130,7 @@ def build(kind: str, target: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flags = f"-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020a000000000000 -I{torch / 'include'}"  # the ABI of 2.10
     if kind == "cuda":
-        sources = ["forward.cu", "backward.cu", "bindings.cpp"]
+        sources = ["project.cu", "route.cu", "decode.cu", "forward.cu", "backward.cu", "bindings.cpp"]
         flags += f" -DUSE_CUDA -DSMILE_CUDA{gencode(architectures(nvcc))}"
         compiler = f"{nvcc} {flags} -Xcompiler -fPIC,-fvisibility=hidden"
         # Where PyTorch has no libtorch_cuda.so an empty one replaces it while linking.

@@ -66,31 +66,44 @@ template <class T> __global__ void __launch_bounds__(kThreads) dweights_kernel(B
   if (lane == 0) p.dweights[e] = sum;
 }
 
-template <class T> static void apply_backward(const Backward& p, float* a, const Groups& groups, void* stream) {
+// z_e = w_e (s_i * h_e) in the type of x; one warp per entry.
+template <class T> __global__ void __launch_bounds__(kThreads) scale_kernel(Backward p, T* z) {
   const Sizes& n = p.n;
+  const int64_t e = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32, r = n.rank_of_expert;
+  if (e >= n.tokens * n.num_experts_per_tok || !is_expert(p.ids[e], n.num_experts)) return;
+  for (int64_t k = threadIdx.x % 32; k < padded(r); k += 32)
+    z[e * padded(r) + k] = from_float<T>(k < r ? p.weights[e] * p.s[p.ids[e] * r + k] * p.h[e * r + k] : 0.0f);
+}
+
+template <class T> static void apply_backward(DType dtype, const Backward& p, const BackwardScratch& scratch, void* stream) {
+  const Sizes& n = p.n;
+  const Groups& groups = scratch.groups;
   const int64_t m = n.num_experts_per_tok, r = n.rank_of_expert, vh_stride = n.vh_rows * n.in_features;
   const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
-  // With a_e = u_i^T dy_t: w (s * a) is the gradient of h, and w (s * h) is the factor of dy in du.
-  const Coefficients dh{a, p.weights, p.s, r}, z{p.h, p.weights, p.s, r};
+  // With a_e = u_i^T dy_t: dh = w (s * a) is the gradient of h, and z = w (s * h) is the factor of dy in du.
+  const float* a = scratch.values;
+  void *dh = scratch.coefficients, *z = scratch.more_coefficients;
 
+  group(n, p.ids, groups, stream);
   if (p.dx != nullptr || p.dvh != nullptr || p.ds != nullptr || p.dweights != nullptr) {
     Projection projection{};
     projection.x = dy;
     projection.x_stride = projection.depth = n.out_features;
     projection.x_aligned = aligned<T>(dy, n.out_features);
-    projection.factor = p.u;
-    projection.columns = projection.out_columns = r;
-    projection.expert_stride = n.out_features * r;
+    projection.first = p.u;
+    projection.columns = r;
+    projection.first_stride = n.out_features * r;
     projection.factor_aligned = aligned<T>(p.u, r);
-    projection.out = a;
-    projection.tiles = groups.tiles;
-    projection.entries = groups.entries;
-    projection.num_experts_per_tok = m;
-    project<T, true>(projection, tile_count(n), stream);
+    projection.out = scratch.values;
+    projection.scaled = dh;
+    projection.weights = p.weights;
+    projection.s = p.s;
+    project_groups(dtype, true, projection, n, groups, stream);
   }
   if (p.dx != nullptr) {
     Expansion expansion{};
-    expansion.coefficients = dh;
+    expansion.values = dh;
+    expansion.rank = r;
     expansion.factor = p.vh;
     expansion.columns = n.in_features;
     expansion.expert_stride = vh_stride;
@@ -109,9 +122,10 @@ template <class T> static void apply_backward(const Backward& p, float* a, const
   Accumulation gradient{};
   gradient.entries = groups.entries;
   gradient.offsets = groups.offsets;
+  gradient.rank = r;
   gradient.num_experts_per_tok = m;
   if (p.dvh != nullptr) {
-    gradient.coefficients = dh;
+    gradient.values = dh;
     gradient.x = x;
     gradient.x_stride = p.x_stride;
     gradient.width = n.in_features;
@@ -124,7 +138,8 @@ template <class T> static void apply_backward(const Backward& p, float* a, const
     accumulate<T>(gradient, n.num_experts, stream);
   }
   if (p.du != nullptr) {
-    gradient.coefficients = z;
+    SMILE_LAUNCH(scale_kernel<T>, blocks(n.tokens * m, kWarps), kThreads, stream, p, static_cast<T*>(z));
+    gradient.values = z;
     gradient.x = dy;
     gradient.x_stride = gradient.width = n.out_features;
     gradient.x_aligned = aligned<T>(dy, n.out_features);
@@ -139,49 +154,51 @@ template <class T> static void apply_backward(const Backward& p, float* a, const
   if (p.dexpert_bias != nullptr)
     sum_entries(n, BiasTerm<T>{dy, n.out_features, m}, p.weights, groups, n.out_features, static_cast<T*>(p.dexpert_bias), stream);
   if (p.dweights != nullptr)
-    SMILE_LAUNCH(dweights_kernel<T>, blocks(n.tokens * m, kWarps), kThreads, stream, p, static_cast<const float*>(a));
+    SMILE_LAUNCH(dweights_kernel<T>, blocks(n.tokens * m, kWarps), kThreads, stream, p, a);
 }
 
-void cuda_apply_backward(DType dtype, const Backward& p, float* a, const Groups& groups, void* stream) {
-  with_type(dtype, [&](auto type) { apply_backward<decltype(type)>(p, a, groups, stream); });
+void cuda_apply_backward(DType dtype, const Backward& p, const BackwardScratch& scratch, void* stream) {
+  with_type(dtype, [&](auto type) { apply_backward<decltype(type)>(dtype, p, scratch, stream); });
 }
 
 // ---- the router ----
 
-// In place, q_e [g] -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is zero; one warp per entry.
-static __global__ void __launch_bounds__(kThreads) dq_kernel(RouteBackward p, float* q) {
+// dq_e = w_e (dw_e - sum_j w_j dw_j) q_e / |q_e| [g], zero where |q_e| is zero; one warp per entry.
+template <class T>
+__global__ void __launch_bounds__(kThreads) dq_kernel(RouteBackward p, const float* q, T* dq) {
   const int lane = threadIdx.x % 32;
   const int64_t e = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32, m = p.n.num_experts_per_tok, g = p.n.rank_of_router;
   if (e >= p.n.tokens * m) return;
   float mean = 0;
   for (int64_t other = e / m * m + lane; other < (e / m + 1) * m; other += 32) mean += p.weights[other] * p.dweights[other];
   const float size = norm(q + e * g, g), dscore = p.weights[e] * (p.dweights[e] - warp_sum(mean));
-  __syncwarp();
-  for (int64_t k = lane; k < g; k += 32) q[e * g + k] = size > 0 ? dscore * (q[e * g + k] / size) : 0.0f;
+  for (int64_t k = lane; k < padded(g); k += 32)
+    dq[e * padded(g) + k] = from_float<T>(k < g && size > 0 ? dscore * (q[e * g + k] / size) : 0.0f);
 }
 
-template <class T> static void route_backward(const RouteBackward& p, float* dq, const Groups& groups, void* stream) {
+template <class T> static void route_backward(DType dtype, const RouteBackward& p, const BackwardScratch& scratch, void* stream) {
   const Sizes& n = p.n;
+  const Groups& groups = scratch.groups;
   const int64_t m = n.num_experts_per_tok, g = n.rank_of_router, d = n.in_features;
   const bool router_aligned = aligned<T>(p.router, d);
+  group(n, p.ids, groups, stream);
   Projection projection{};
   projection.x = p.x;
   projection.x_stride = p.x_stride;
   projection.depth = d;
   projection.x_aligned = aligned<T>(p.x, p.x_stride);
-  projection.factor = p.router;
-  projection.columns = projection.out_columns = g;
-  projection.expert_stride = g * d;
+  projection.first = p.router;
+  projection.columns = g;
+  projection.first_stride = g * d;
   projection.factor_aligned = router_aligned;
-  projection.out = dq;
-  projection.tiles = groups.tiles;
-  projection.entries = groups.entries;
-  projection.num_experts_per_tok = m;
-  project<T, false>(projection, tile_count(n), stream);
-  SMILE_LAUNCH(dq_kernel, blocks(n.tokens * m, kWarps), kThreads, stream, p, dq);
+  projection.out = scratch.values;
+  project_groups(dtype, false, projection, n, groups, stream);
+  T* dq = static_cast<T*>(scratch.coefficients);
+  SMILE_LAUNCH(dq_kernel<T>, blocks(n.tokens * m, kWarps), kThreads, stream, p, scratch.values, dq);
   if (p.dx != nullptr) {
     Expansion expansion{};
-    expansion.coefficients = {dq, nullptr, nullptr, g};
+    expansion.values = dq;
+    expansion.rank = g;
     expansion.factor = p.router;
     expansion.columns = d;
     expansion.expert_stride = g * d;
@@ -197,7 +214,8 @@ template <class T> static void route_backward(const RouteBackward& p, float* dq,
   }
   if (p.drouter != nullptr) {
     Accumulation gradient{};
-    gradient.coefficients = {dq, nullptr, nullptr, g};
+    gradient.values = dq;
+    gradient.rank = g;
     gradient.x = p.x;
     gradient.x_stride = p.x_stride;
     gradient.width = d;
@@ -214,8 +232,8 @@ template <class T> static void route_backward(const RouteBackward& p, float* dq,
   }
 }
 
-void cuda_route_backward(DType dtype, const RouteBackward& p, float* dq, const Groups& groups, void* stream) {
-  with_type(dtype, [&](auto type) { route_backward<decltype(type)>(p, dq, groups, stream); });
+void cuda_route_backward(DType dtype, const RouteBackward& p, const BackwardScratch& scratch, void* stream) {
+  with_type(dtype, [&](auto type) { route_backward<decltype(type)>(dtype, p, scratch, stream); });
 }
 
 }  // namespace smile

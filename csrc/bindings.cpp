@@ -24,6 +24,10 @@
 #define SMILE_DEVICE CPU
 #endif
 
+#if defined(SMILE_EMULATION)
+extern "C" void emulated_finish();
+#endif
+
 namespace {
 
 // The tests give the namespace another name by a macro, which the macros of PyTorch 2.10 do not expand.
@@ -122,7 +126,7 @@ struct Launch {
 #if defined(SMILE_EMULATION)
   void* stream = nullptr;
   explicit Launch(const Tensor&) {}
-  void check() const {}
+  void check() const { emulated_finish(); }
 #else
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
@@ -133,22 +137,30 @@ struct Launch {
 #endif
 };
 
-// Scratch for the entries sorted by expert.
-struct Grouping {
-  Tensor memory;
-  smile::Groups groups;
+// Arrays in one allocation: `place` reserves one and writes its address to `to` when the memory is allocated.
+class Memory {
+ public:
+  template <class P> void place(P** to, int64_t bytes) {
+    places.push_back({reinterpret_cast<void**>(to), size});
+    size += (bytes + 255) / 256 * 256;
+  }
+  void place(smile::Groups& groups, const smile::Sizes& n) {
+    place(&groups.entries, n.tokens * n.num_experts_per_tok * sizeof(int32_t));
+    place(&groups.offsets, (n.num_experts + 1) * sizeof(int32_t));
+    place(&groups.tiles, 3 * smile::tile_count(n) * sizeof(int32_t));
+  }
+  void allocate(const Tensor& like) {
+    memory = empty(like, ScalarType::Byte, {size});
+    for (const auto& [to, at] : places) *to = static_cast<char*>(memory->mutable_data_ptr()) + at;
+  }
 
-  Grouping(const Tensor& x, const smile::Sizes& n, const int32_t* ids, void* stream)
-      : memory(empty(x, ScalarType::Int, {size(n)})) {
-    groups.entries = static_cast<int32_t*>(memory.mutable_data_ptr());
-    groups.offsets = groups.entries + n.tokens * n.num_experts_per_tok;
-    groups.tiles = groups.offsets + n.num_experts + 1;
-    smile::cuda_group(n, ids, groups, stream);
-  }
-  static int64_t size(const smile::Sizes& n) {
-    return n.tokens * n.num_experts_per_tok + n.num_experts + 1 + 3 * smile::tile_count(n);
-  }
+ private:
+  std::vector<std::pair<void**, int64_t>> places;
+  int64_t size = 0;
+  std::optional<Tensor> memory;
 };
+
+int64_t bytes_of(const Tensor& x) { return x.scalar_type() == ScalarType::Float ? 4 : 2; }
 
 void check_device_limits(const Tensor& x, const smile::Sizes& n) {
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "x: is float64; the CUDA kernels take float32, bfloat16, float16");
@@ -161,35 +173,43 @@ void run(const Tensor& x, const smile::Forward& p) {
   STD_TORCH_CHECK(p.parts.count == 1, "parts: has ", p.parts.count, "; the CUDA kernels take one part at a time");
   if (p.n.tokens == 0) return;
   const Launch launch(x);
-  const bool small = p.y != nullptr && smile::is_small(p.n);
-  std::optional<Tensor> q;
-  if (p.router != nullptr) {
-    q = empty(x, ScalarType::Float, {smile::route_chunk(p.n), p.n.num_experts, p.n.rank_of_router});
-    if (!small) smile::cuda_route(dtype_of(x), p, static_cast<float*>(q->mutable_data_ptr()), launch.stream);
+  Memory memory;
+  smile::Scratch scratch{};
+  if (p.router != nullptr) memory.place(&scratch.q, smile::q_size(p) * sizeof(float));
+  if (p.y != nullptr) {
+    memory.place(&scratch.z, p.n.tokens * p.n.num_experts_per_tok * smile::padded(p.n.rank_of_expert) * bytes_of(x));
+    memory.place(scratch.groups, p.n);
   }
-  if (small) {
-    smile::cuda_small(dtype_of(x), p, q ? static_cast<float*>(q->mutable_data_ptr()) : nullptr, launch.stream);
-  } else if (p.y != nullptr) {
-    const Grouping grouping(x, p.n, p.ids, launch.stream);
-    smile::cuda_apply(dtype_of(x), p, grouping.groups, launch.stream);
-  }
+  memory.allocate(x);
+  smile::cuda_forward(dtype_of(x), p, scratch, launch.stream);
+  launch.check();
+}
+
+// Scratch of a backward call, whose coefficients have `rank` numbers.
+template <class F> void with_backward_scratch(const Tensor& x, const smile::Sizes& n, int64_t rank, const F& launch_on) {
+  const Launch launch(x);
+  Memory memory;
+  smile::BackwardScratch scratch;
+  const int64_t entries = n.tokens * n.num_experts_per_tok, coefficients = entries * smile::padded(rank) * bytes_of(x);
+  memory.place(&scratch.values, entries * rank * sizeof(float));
+  memory.place(&scratch.coefficients, coefficients);
+  memory.place(&scratch.more_coefficients, coefficients);
+  memory.place(scratch.groups, n);
+  memory.allocate(x);
+  launch_on(scratch, launch.stream);
   launch.check();
 }
 
 void run_backward(const Tensor& x, const smile::Backward& p) {
-  const Launch launch(x);
-  const Grouping grouping(x, p.n, p.ids, launch.stream);
-  const Tensor a = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_expert});
-  smile::cuda_apply_backward(dtype_of(x), p, static_cast<float*>(a.mutable_data_ptr()), grouping.groups, launch.stream);
-  launch.check();
+  with_backward_scratch(x, p.n, p.n.rank_of_expert, [&](const smile::BackwardScratch& scratch, void* stream) {
+    smile::cuda_apply_backward(dtype_of(x), p, scratch, stream);
+  });
 }
 
 void run_backward(const Tensor& x, const smile::RouteBackward& p) {
-  const Launch launch(x);
-  const Grouping grouping(x, p.n, p.ids, launch.stream);
-  const Tensor dq = empty(x, ScalarType::Float, {p.n.tokens, p.n.num_experts_per_tok, p.n.rank_of_router});
-  smile::cuda_route_backward(dtype_of(x), p, static_cast<float*>(dq.mutable_data_ptr()), grouping.groups, launch.stream);
-  launch.check();
+  with_backward_scratch(x, p.n, p.n.rank_of_router, [&](const smile::BackwardScratch& scratch, void* stream) {
+    smile::cuda_route_backward(dtype_of(x), p, scratch, stream);
+  });
 }
 #else
 constexpr bool kAlwaysNeedsH = false;
@@ -479,8 +499,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence(
 #if defined(SMILE_CUDA)
   check_device_limits(x, call.p.n);
   const Launch launch(call.x);
-  const Tensor q = empty(x, ScalarType::Float, {smile::route_chunk(call.p.n), n, rank_of_router});
-  smile::cuda_evidence(dtype_of(x), call.p, p, static_cast<float*>(q.mutable_data_ptr()), launch.stream);
+  const Tensor q = empty(x, ScalarType::Float, {smile::q_size(call.p)});
+  smile::cuda_evidence(dtype_of(x), call.p, p, {static_cast<float*>(q.mutable_data_ptr()), nullptr, {}}, launch.stream);
   launch.check();
 #else
   run(call.x, call.p);

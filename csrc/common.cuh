@@ -1,5 +1,4 @@
-// Building blocks of the CUDA kernels: number types, asynchronous copies, warp sums, top-m, and a 32 x 32 tile of a
-// product held by one warp, on tensor cores where the architecture has them for the type.
+// Building blocks of the CUDA kernels: number types, asynchronous copies, warp sums and top-m.
 #pragma once
 
 #if defined(SMILE_EMULATION)
@@ -7,12 +6,14 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <mma.h>
 #define SMILE_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// The kernel may start before the previous one has ended, and calls wait_for_previous.
+#define SMILE_LAUNCH_EARLY(kernel, grid, block, stream, ...) launch_early(kernel, grid, block, stream, __VA_ARGS__)
 #define SMILE_SHARED(type, name, extents) __shared__ __align__(128) type name extents
 #endif
 
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -160,114 +161,61 @@ __device__ __forceinline__ void choose(float (&score)[kEach], int64_t count, int
   for (int j = lane; j < m; j += 32) weights[j] /= sum;
 }
 
-// The same with the scores |q_i| of one token.
-__device__ __forceinline__ void choose(const float* q, const Sizes& n, float* weights, int32_t* ids) {
+// The same with the scores |q_i| of one token, q_i at i * stride.
+__device__ __forceinline__ void choose(const float* q, int64_t stride, const Sizes& n, float* weights, int32_t* ids) {
   float score[kEach];
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const int i = threadIdx.x % 32 + 32 * k;
-    score[k] = i < n.num_experts ? norm(q + i * n.rank_of_router, n.rank_of_router) : 0;
+    score[k] = i < n.num_experts ? norm(q + i * stride, n.rank_of_router) : 0;
   }
   choose(score, n.num_experts, int(n.num_experts_per_tok), weights, ids);
 }
 
-// ---- a product of 32 x 32, by one warp ----
+// ---- launching ----
 
-#if __CUDA_ARCH__ >= 800
-template <class T> constexpr bool kTensorCores = !std::is_same<T, float>::value;
-#elif __CUDA_ARCH__ >= 700
-template <class T> constexpr bool kTensorCores = std::is_same<T, float16>::value;
-#else
-template <class T> constexpr bool kTensorCores = false;
+inline unsigned blocks(int64_t count, int64_t each) { return unsigned((count + each - 1) / each); }
+
+// By every thread, before it reads what the previous kernel wrote.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(SMILE_EMULATION)
+  emulation::wait(emulation::State::at_previous_kernel);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
 
-// c (+)= a b. a is [32, depth] with a row every lda elements, or [depth, 32] where kTransposedA. b is [32, depth], a row
-// for each column of c, or [depth, 32] where kTransposedB. Both are in shared memory; depth is a multiple of 16.
-template <class T, bool kOnTensorCores = kTensorCores<T>> class WarpTile {
- public:
-  __device__ __forceinline__ WarpTile() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) c[i][j] = 0;
+// The next kernel, if launched early, may start when all blocks have called this.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900 && !defined(SMILE_EMULATION)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+#if !defined(SMILE_EMULATION)
+// Only code compiled for sm_90 or later waits: PTX for older ones also runs on newer devices.
+template <class... P, class... A> void launch_early(void (*kernel)(P...), dim3 grid, unsigned block, void* stream, A... arguments) {
+  static std::atomic<int> waits[64];  // of each device: 0 if not known, 1 no, 2 yes
+  int device = 0, known = 0;
+  const bool has_place = cudaGetDevice(&device) == cudaSuccess && device < 64;
+  if (has_place) known = waits[device];
+  if (known == 0) {
+    cudaFuncAttributes attributes{};
+    known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 ? 2 : 1;
+    if (has_place) waits[device] = known;
   }
-
-  template <bool kTransposedA, bool kTransposedB>
-  __device__ __forceinline__ void multiply_add(const T* a, int lda, const T* b, int ldb, int depth) {
-    const int row = threadIdx.x % 32 / 4 * 4, column = threadIdx.x % 4 * 8;
-    float sum[4][8] = {};  // short sums first: one long chain of additions would round more than cuBLAS does
-    for (int k = 0; k < depth; ++k) {
-      float left[4], right[8];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left[i] = to_float(kTransposedA ? a[k * lda + row + i] : a[(row + i) * lda + k]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) right[j] = to_float(kTransposedB ? b[k * ldb + column + j] : b[(column + j) * ldb + k]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i][j] += left[i] * right[j];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) c[i][j] += sum[i][j];
-  }
-
-  __device__ __forceinline__ void store(float* out, int stride) const {
-    const int row = threadIdx.x % 32 / 4 * 4, column = threadIdx.x % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out[(row + i) * stride + column + j] = c[i][j];
-  }
-
- private:
-  float c[4][8];  // each lane holds 4 x 8 of the 32 x 32
-};
-
-template <class T> class WarpTile<T, true> {
-  using Accumulator = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
-
- public:
-  __device__ __forceinline__ WarpTile() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) nvcuda::wmma::fill_fragment(c[i][j], 0.0f);
-  }
-
-  template <bool kTransposedA, bool kTransposedB>
-  __device__ __forceinline__ void multiply_add(const T* a, int lda, const T* b, int ldb, int depth) {
-    using namespace nvcuda::wmma;
-    using LayoutA = std::conditional_t<kTransposedA, col_major, row_major>;
-    using LayoutB = std::conditional_t<kTransposedB, row_major, col_major>;
-#pragma unroll
-    for (int k = 0; k < depth; k += 16) {
-      fragment<matrix_a, 16, 16, 16, T, LayoutA> left[2];
-      fragment<matrix_b, 16, 16, 16, T, LayoutB> right[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        load_matrix_sync(left[i], a + (kTransposedA ? k * lda + 16 * i : 16 * i * lda + k), lda);
-        load_matrix_sync(right[i], b + (kTransposedB ? k * ldb + 16 * i : 16 * i * ldb + k), ldb);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) mma_sync(c[i][j], left[i], right[j], c[i][j]);
-    }
-  }
-
-  __device__ __forceinline__ void store(float* out, int stride) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        nvcuda::wmma::store_matrix_sync(out + 16 * i * stride + 16 * j, c[i][j], stride, nvcuda::wmma::mem_row_major);
-  }
-
- private:
-  Accumulator c[2][2];
-};
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = known == 2 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+}
+#endif
 
 // Calls f with a value of the type that dtype names.
 template <class F> void with_type(DType dtype, const F& f) {

@@ -11,6 +11,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define SMILE_ON_BOTH __host__ __device__
+#else
+#define SMILE_ON_BOTH
+#endif
+
 namespace smile {
 
 enum class DType { float32, bfloat16, float16, float64 };
@@ -136,9 +142,9 @@ inline bool cpu_is_small(const Sizes& n) { return n.tokens <= 8; }
 
 constexpr int kMostExperts = 256;
 
-// The entries sorted by expert, made on the device by cuda_group.
+// The entries sorted by expert.
 struct Groups {
-  int32_t* entries;  // [T * m], in order within an expert
+  int32_t* entries;  // [T * m], in order within an expert, then -1 for each entry with no expert
   int32_t* offsets;  // [N + 1], expert i's are entries[offsets[i] : offsets[i + 1]]
   int32_t* tiles;    // [tile_count(n), 3], expert, begin and end of up to kTileEntries entries; expert -1: none
 };
@@ -147,32 +153,37 @@ inline int64_t tile_count(const Sizes& n) {
   const int64_t entries = n.tokens * n.num_experts_per_tok, most = entries / kTileEntries + n.num_experts;
   return entries < most ? entries : most;
 }
-void cuda_group(const Sizes& n, const int32_t* ids, const Groups& groups, void* stream);
 
-// Writes p.weights and p.ids. q [route_chunk(n), N, g] is scratch space.
-inline int64_t route_chunk(const Sizes& n) {
-  const int64_t fits = (int64_t(1) << 24) / (n.num_experts * n.rank_of_router) + 1;
-  return n.tokens < fits ? n.tokens : fits;
-}
-void cuda_route(DType dtype, const Forward& p, float* q, void* stream);
+// Ranks with those that make rows of coefficients multiples of 16 bytes.
+SMILE_ON_BOTH inline int64_t padded(int64_t rank) { return (rank + 7) / 8 * 8; }
 
-// Step e of a routing policy, for the router rows and x of p. q as for cuda_route.
-void cuda_evidence(DType dtype, const Forward& p, const Evidence& e, float* q, void* stream);
+// Scratch space of a forward call; its contents do not matter.
+struct Scratch {
+  float* q;  // [q_size(p)], products with the router's rows, and with those of all experts where that is faster
+  void* z;   // [T * m, padded(r)] in the type of x, w (s * h); null, as are the groups, without y
+  Groups groups;
+};
+int64_t q_size(const Forward& p);
 
-// Writes p.h and adds the experts to p.y, which holds x W^T + b.
-void cuda_apply(DType dtype, const Forward& p, const Groups& groups, void* stream);
+// Routes if p.router is set; then, if p.y is set, writes p.h and adds the experts to the x W^T + b in p.y, or, if p.weight
+// is set, computes that product too.
+void cuda_forward(DType dtype, const Forward& p, const Scratch& scratch, void* stream);
 
-// Few tokens: routes if p.router is set, writes p.h, and p.y including x W^T + b, which p.y already holds if p.weight is
-// null. q [T, N, g] is scratch space.
-inline bool is_small(const Sizes& n) {
-  return n.tokens <= 8 && n.num_experts * n.rank_of_router <= 4096 && n.tokens * n.num_experts_per_tok <= 64;
-}
-void cuda_small(DType dtype, const Forward& p, float* q, void* stream);
+// Step e of a routing policy, for the router rows and x of p.
+void cuda_evidence(DType dtype, const Forward& p, const Evidence& e, const Scratch& scratch, void* stream);
 
-// a [T, m, r] is scratch space.
-void cuda_apply_backward(DType dtype, const Backward& p, float* a, const Groups& groups, void* stream);
+// A call of few tokens reads W, and takes as long: two launches, and, for yet fewer tokens, the base product within them.
+constexpr int64_t kMostFewSlots = 32;
+inline bool is_few(const Sizes& n) { return n.tokens <= 64 && n.num_experts_per_tok <= kMostFewSlots; }
+inline bool is_small(const Sizes& n) { return n.tokens <= 16 && is_few(n); }
 
-// dq [T, m, g] is scratch space.
-void cuda_route_backward(DType dtype, const RouteBackward& p, float* dq, const Groups& groups, void* stream);
+// Scratch space of a backward call: values [T, m, rank] float, coefficients twice [T * m, padded(rank)] in the type of x.
+struct BackwardScratch {
+  float* values;
+  void *coefficients, *more_coefficients;
+  Groups groups;
+};
+void cuda_apply_backward(DType dtype, const Backward& p, const BackwardScratch& scratch, void* stream);
+void cuda_route_backward(DType dtype, const RouteBackward& p, const BackwardScratch& scratch, void* stream);
 
 }  // namespace smile

@@ -18,6 +18,7 @@ TORCH = Path(torch.__path__[0])
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
 EMULATION = ("-DSMILE_CUDA", "-DSMILE_EMULATION", "-Dsmile_kernels_ext=smile_kernels_emulated", f"-I{HERE}")
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{TORCH / 'include'}")
+CUDA_SOURCES = ("project.cu", "route.cu", "decode.cu", "forward.cu", "backward.cu")
 LINK = (f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
 
 
@@ -48,7 +49,10 @@ def cpu_library(*flags: str) -> Path:
 
 def emulated_library(*flags: str) -> Path:
     """The CUDA kernels and their bindings as CPU operators, torch.ops.smile_kernels_emulated.*."""
-    sources = ("-xc++", CSRC / "forward.cu", CSRC / "backward.cu", CSRC / "bindings.cpp")
+    sources = (
+        "-xc++",
+        *(CSRC / name for name in ("project.cu", "route.cu", "decode.cu", "forward.cu", "backward.cu", "bindings.cpp")),
+    )
     common = ("c++", "-std=c++20", "-fPIC", "-shared", "-Wno-unknown-pragmas")
     return cached("emulated.so", (*common, *flags, *EMULATION, *STABLE_ABI, *sources, *LINK, "-o"))
 

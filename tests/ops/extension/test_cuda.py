@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: run on the CPU through emulation.h, and compiled by nvcc for every architecture."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -13,7 +14,16 @@ import triton
 
 from smile_kernels.ops import registration
 from smile_kernels.testing import Problem, assert_close, expectations
-from tests.ops.extension.builds import CSRC, EMULATION, HERE, SANITIZERS, cached, emulated_library, run_sanitized
+from tests.ops.extension.builds import (
+    CSRC,
+    CUDA_SOURCES,
+    EMULATION,
+    HERE,
+    SANITIZERS,
+    cached,
+    emulated_library,
+    run_sanitized,
+)
 from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
 from tests.problems import PARTS, check_parts, problems_of_parts
 from tests.routing.test_evidence import STEPS, check_step
@@ -23,6 +33,11 @@ CASES = [
     *[(shape, torch.float32) for shape in SHAPES],
     *[(shape, torch.bfloat16) for shape in SHAPES[2:6:2]],
     *[(shape, torch.float16) for shape in SHAPES[3:5]],
+    ((70, 530, 40, 3, 40, 4, 1), torch.bfloat16),  # the depth in two splits, a tile of 128 columns
+    ((70, 530, 40, 2, 9, 12, 2), torch.float32),  # in two splits, a tile of 32 columns
+    ((130, 600, 70, 40, 33, 2, 1), torch.float16),  # the experts chosen before their product
+    ((33, 264, 40, 3, 9, 4, 2), torch.bfloat16),  # few tokens, more than one block has
+    ((17, 40, 24, 40, 33, 2, 1), torch.float16),  # few tokens, the experts chosen before their product
 ]
 
 
@@ -63,9 +78,11 @@ def test_parts_match_reference(ops, layout, tokens, dtype):
         ("aligned matrix", "0 0 0 0 0 0"),
         ("forgotten copy", "a copy that no thread waited for"),
         ("unaligned copy", "an asynchronous copy that is not aligned"),
-        ("unaligned matrix", "not aligned to 32 bytes"),
-        ("unaligned rows", "rows are not aligned to 16 bytes"),
-        ("lanes that disagree", "threads disagree about a matrix"),
+        ("unaligned matrix", "not aligned to 16 bytes"),
+        ("lanes that disagree", "threads disagree about an operation"),
+        ("tiles", "0 0 0 0 0 0"),
+        ("early start", "0 0 0 1 1 1"),
+        ("no wait", "starts early and does not wait for the previous one"),
         ("barrier", "a barrier after which some threads had already left"),
     ],
 )
@@ -85,6 +102,35 @@ def test_forward_and_backward_match_reference(ops, shape, dtype, router):
         check_backward(ops, p)
 
 
+ALL_AT_ONCE = ["project", "choose", "group", "expand"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "router", "kernels"),
+    [
+        ((65, 40, 24, 4, 8, 4, 1), False, ALL_AT_ONCE),
+        ((65, 40, 24, 4, 8, 4, 1), True, ALL_AT_ONCE),
+        ((65, 40, 24, 4, 8, 4, 2), False, ["project", "choose", "expand"]),
+        ((65, 40, 24, 40, 33, 2, 1), False, ["project", "choose", "group", "project", "expand"]),
+        ((1, 40, 24, 4, 8, 4, 1), False, ["few_rows", "few_y"]),
+        ((64, 40, 24, 4, 8, 4, 2), True, ["few_rows", "few_y"]),
+        ((64, 40, 24, 40, 33, 2, 1), False, ["few_rows", "few_h", "few_y"]),
+    ],
+    ids=str,
+)
+def test_launches_of_a_call(ops, shape, router, kernels):
+    """Without PyTorch's base product. Experts with many rows are chosen before their product."""
+    library = ctypes.CDLL(str(emulated_library("-O2")))
+    library.emulated_launches.restype = ctypes.c_char_p
+    p = Problem.random(*shape, router=router)
+    library.emulated_launches()
+    weights, ids = ops.linear(*p.arguments(), p.num_experts_per_tok, p.rank_of_router, False)[1:3]
+    assert re.findall(r"(\w+)_kernel", library.emulated_launches().decode()) == kernels
+    ops.apply(*p.arguments()[:7], weights, ids, False)
+    given = ["few_h", "few_y"] if shape[0] <= 64 else ["group", "project", "expand"]
+    assert re.findall(r"(\w+)_kernel", library.emulated_launches().decode()) == given
+
+
 @STEPS[0]
 @STEPS[1]
 def test_a_routing_step_follows_the_equations(ops, case, scope):
@@ -95,7 +141,7 @@ def test_a_routing_step_follows_the_equations(ops, case, scope):
         check_step(case, scope, dtype, step=step)
 
 
-@pytest.mark.parametrize("tokens", [5, 20], ids=["few", "many"])
+@pytest.mark.parametrize("tokens", [5, 70], ids=["few", "many"])
 def test_inputs_of_any_stride_and_alignment(ops, tokens):
     p = Problem.random(tokens, 64, 64, 4, 8, 8, 2)
     aligned = ops.linear(*p.arguments(), 2, 8, True)
@@ -121,7 +167,7 @@ def test_repeated_experts_each_contribute(ops):
 
 
 def test_ties_extremes_and_nonfinite_rows(ops):
-    for tokens in (8, 40):
+    for tokens in (8, 70):
         p = Problem.random(tokens, 16, 8, 40, 4, 4, 3)
         p.vh[1:] = p.vh[:1]
         weights, ids = ops.route(p.x, p.rows(), 3)
@@ -195,6 +241,20 @@ def test_what_does_not_fit_is_named_in_the_backward(ops):
             ops.route_backward(*(arguments | {name: arguments[name].to(wrong)}).values(), 3)
 
 
+def test_entries_of_many_blocks(ops):
+    """More than one block places, and more than one block counts at once."""
+    p = Problem.random(4200, 16, 8, 5, 2, 2, 2)
+    weights, ids = ops.route(p.x, p.rows(), 2)
+    ids[1000:2000, 1] = -1
+    y, h = ops.apply(*p.arguments()[:7], weights, ids, True)
+    dy = torch.randn_like(y)
+    want = expectations(p, ids, weights=weights, dy=dy)
+    assert_close("y", y, *want["y"])
+    got = ops.apply_backward(dy, p.x, p.weight, p.vh, p.s, p.u, p.expert_bias, weights, ids, h, 0b101000)
+    assert_close("dvh", got[3], *want["vh"])
+    assert_close("du", got[5], *want["u"])
+
+
 def test_largest_number_of_experts(ops):
     p = Problem.random(12, 16, 24, 256, 2, 1, 256)
     y, weights, ids, _ = ops.linear(*p.arguments(), 256, 1, False)
@@ -243,7 +303,7 @@ def compiled(source: str):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
+@pytest.mark.parametrize("source", CUDA_SOURCES)
 def test_every_kernel_compiles_for_every_architecture_without_spills(source):
     report = compiled(source).with_suffix(".log").read_text()
     names = set(re.findall(r"__global__ [^;{]*?(\w+_kernel)\(", (CSRC / source).read_text()))
@@ -258,23 +318,48 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(source):
     assert max(int(n) for n in re.findall(r"(\d+) bytes smem", report)) <= 48 * 1024
 
 
-@needs_nvcc
-@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
-def test_products_use_tensor_cores_and_16_byte_copies(source):
+def machine_code(source: str, kernels: str) -> dict[int, dict[str, str]]:
+    """For each architecture the instructions of the kernels for 16-bit numbers named by the expression `kernels`."""
     tools = Path(triton.__path__[0]) / "backends/nvidia/bin"
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
     report = compiled(source).with_suffix(".log").read_text()
-    half = set(
-        re.findall(r"entry function '(\w*(?:project|expand|accumulate)_kernelI(?:6__half|13__nv_bfloat16)\w*)'", report)
-    )
+    half = set(re.findall(rf"entry function '(\w*(?:{kernels})_kernelI(?:6__half|13__nv_bfloat16)\w*)'", report))
     assert half
     command = ["cuobjdump", "--dump-sass", "-fun", ",".join(sorted(half)), compiled(source)]
     dump = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    of_architecture = {}
     for a in ARCHITECTURES:
         code = dump[dump.index(f"code for sm_{a}") :].split("\nFatbin")[0]
-        kernels = dict(function.split("\n", 1) for function in code.split("Function : ")[1:])
-        assert set(kernels) == half
+        of_architecture[a] = dict(function.split("\n", 1) for function in code.split("Function : ")[1:])
+        assert set(of_architecture[a]) == half
+    return of_architecture
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["project.cu", "forward.cu", "backward.cu"])
+def test_products_use_tensor_cores_and_16_byte_copies(source):
+    for a, kernels in machine_code(source, "project|expand|accumulate").items():
         for name, instructions in kernels.items():
             # bfloat16 has tensor cores from sm_80 on.
-            assert ("HMMA" in instructions) == (a >= 80 or "__half" in name), f"{name} on sm_{a}"
+            on_tensor_cores = a >= 80 or "__half" in name
+            assert ("HMMA" in instructions) == on_tensor_cores, f"{name} on sm_{a}"
+            assert ("LDSM" in instructions) == on_tensor_cores, f"{name} on sm_{a}"
             assert re.search(r"LDGSTS[.\w]*128" if a >= 80 else r"LDG[.\w]*128", instructions), f"{name} on sm_{a}"
+
+
+@needs_nvcc
+def test_few_tokens_use_tensor_cores_and_overlap():
+    for a, kernels in machine_code("decode.cu", "few_rows|few_h|few_y").items():
+        for name, instructions in kernels.items():
+            assert ("HMMA" in instructions) == (a >= 80 or "__half" in name), f"{name} on sm_{a}"
+            assert re.search(r"LDG[.\w]*128", instructions), f"{name} on sm_{a}"
+            # From sm_90 on the first kernel lets the next one start, which waits after its product with W.
+            last = "few_y" in name
+            assert ("PREEXIT" in instructions) == (a >= 90 and not last), f"{name} on sm_{a}"
+            assert ("ACQBULK" in instructions) == (a >= 90 and last), f"{name} on sm_{a}"
+            if a >= 90 and last:
+                assert "HMMA" not in instructions[instructions.index("ACQBULK") :], f"{name} on sm_{a}"
+                assert "STG" not in instructions[: instructions.index("ACQBULK")], f"{name} on sm_{a}"
+            if a == 90 and "few_h" not in name:  # all loads of four steps precede the first product
+                ahead = re.findall(r"LDG[.\w]*128", instructions[: instructions.index("HMMA")])
+                assert len(ahead) >= (16 if last else 12), f"{name} on sm_{a}"
