@@ -15,14 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, stored_routing, write_config
+from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, write_config
 from .errors import SmileError, check_seed
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, routed_layers, smile_layers, why_not_linear
 from .publishing import MANIFEST, check_folder, is_utf8, output_folder, restore, write_text
-from .routing import CalibrationReport, RoutingPolicy, calibrate, check_routing, set_routing, user_turn_ids
+from .routing import (
+    CalibrationReport,
+    RoutingPolicy,
+    calibrate,
+    check_routing,
+    get_routing,
+    set_routing,
+    user_turn_ids,
+)
 from .schema import check_arguments
 from .storage import (
     StoredTensor,
@@ -64,7 +72,7 @@ def save_pretrained(
         OSError: the disk is full.
     """
     config = SmileConfig.from_layers(smile_layers(model))
-    config = replace(config, routing=stored_routing(model))
+    config = replace(config, routing=get_routing(model))
     if base is not None:
         if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
@@ -200,7 +208,7 @@ def add_calibration(
     ]
     add_tensors(folder, priors, file="router_prior.safetensors")
     modules = {name: replace(module, router_prior=True) for name, module in config.modules.items()}
-    write_config(folder, read_config(folder), replace(config, modules=modules, routing=stored_routing(model)))
+    write_config(folder, read_config(folder), replace(config, modules=modules, routing=get_routing(model)))
     return report
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import SmileError, check_integer
 from .nn import SmileLinear
 from .publishing import write_text
-from .routing import RoutingPolicy, get_routing
+from .routing import RoutingPolicy
 from .schema import KNOWN_KEYS_ONLY, parse
 from .storage import StoredTensor, read_json
 
@@ -98,7 +97,7 @@ class SmileConfig:
         rank_of_router: g as requested.
         modules: name of each converted layer -> its ranks and tensors.
         base_model_name_or_path: path of the base for a checkpoint with only the experts, else None.
-        routing: the policy that the loaded model uses; num_experts_per_tok is the one above.
+        routing: the policy that the loaded model uses. Its num_experts_per_tok, if it is set, becomes the one above.
         expert_names: N different names of the experts (see `routing_override`), or None.
         base: the base's own `quantization_config`, where its layers are stored quantised.
 
@@ -119,6 +118,9 @@ class SmileConfig:
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
     def __post_init__(self):
+        if self.routing.num_experts_per_tok is not None:  # stored with the layers, which need it without a policy
+            object.__setattr__(self, "num_experts_per_tok", self.routing.num_experts_per_tok)
+            object.__setattr__(self, "routing", replace(self.routing, num_experts_per_tok=None))
         check_integer("num_local_experts", self.num_local_experts, 1)
         check_integer("num_experts_per_tok", self.num_experts_per_tok, 1)
         if self.num_experts_per_tok > self.num_local_experts:
@@ -181,11 +183,6 @@ class SmileConfig:
             rank_of_router=max(module.rank_of_router for module in modules.values()),
             modules=modules,
         )
-
-
-def stored_routing(model: nn.Module) -> RoutingPolicy:
-    """The model's policy as stored in its config; the number of experts per token is stored with the layers."""
-    return replace(get_routing(model), num_experts_per_tok=None)
 
 
 def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> tuple[str, ...] | None:

@@ -33,11 +33,19 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig, stored_routing
+from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig
 from ..errors import SmileError
 from ..guard import guard_weights
-from ..nn import SmileLinear, is_conv1d, replace_linear, replace_module, smile_layers, why_not_linear
-from ..routing import set_routing
+from ..nn import (
+    SmileLinear,
+    is_conv1d,
+    replace_linear,
+    replace_module,
+    routed_layers,
+    smile_layers,
+    why_not_linear,
+)
+from ..routing import get_routing, set_routing
 from ..storage import read_pickled, read_safetensors
 from ..versions import expect, warn_if_newer
 from .quantization import SmileBesideLinear
@@ -114,7 +122,8 @@ class SmileQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module):
         # Called by save_pretrained: the policy may have changed since the model was loaded.
-        policy = stored_routing(model)
+        policy = replace(get_routing(model), num_experts_per_tok=None)  # which the layers have
+        self.quantization_config.num_experts_per_tok = next(iter(routed_layers(model).values())).num_experts_per_tok
         self.quantization_config.__dict__.pop("routing", None)
         if not policy.is_published:
             self.quantization_config.routing = policy.to_dict()
@@ -299,7 +308,7 @@ def describe_as_smile(model: Any) -> None:
     _keep_layers_apart(model)
     config = SmileConfig.from_layers(smile_layers(model))
     entries = config.modules
-    config = replace(config, routing=stored_routing(model), modules={})
+    config = replace(config, routing=get_routing(model), modules={})
     model.config.quantization_config = SmileQuantizationConfig(**config.to_dict())
     model.config.quantization_config.modules = _as_stored(model, entries)
     model.hf_quantizer = SmileQuantizer(model.config.quantization_config, pre_quantized=True)

@@ -1,5 +1,6 @@
 """Experts on quantised bases in vLLM compared with transformers: `make test-vllm`."""
 
+import copy
 import json
 import os
 import shutil
@@ -85,12 +86,24 @@ def apart(model: nn.Module, tokens: list[list[int]]) -> float:
     return max(gaps)
 
 
+@torch.no_grad()
+def off(half: nn.Module, model: nn.Module, tokens: list[list[int]]) -> float:
+    """The largest error of a logit by `half`, the model in bfloat16, in standard deviations."""
+    errors = []
+    for prompt, answer in zip(PROMPTS, tokens):
+        got, want = (
+            each(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float() for each in (half, model)
+        )
+        errors.append(float(((got - want).abs().amax(-1) / want.std(-1)).max()))
+    return max(errors)
+
+
 class Fp8Linear(nn.Linear):
     """A linear layer whose input is rounded to float8, with a scale per row."""
 
     def forward(self, x):
         size = x.abs().amax(-1, keepdim=True) / 448
-        return super().forward((x / size).to(torch.float8_e4m3fn).float() * size)
+        return super().forward((x / size).to(torch.float8_e4m3fn).to(x.dtype) * size)
 
 
 def rounded(plain: Path, to: Path, method: str) -> Path:
@@ -163,13 +176,12 @@ def test_adapters_on_a_base_of_few_bits(method, tmp_path):
     for name, module in model.named_modules():
         if method == "fp8" and type(module) is nn.Linear and name != "lm_head":
             module.__class__ = Fp8Linear
-    asked = [{}, "a", "b", None]
+    asked = [{}, "a", "b"]  # not the router's choice, which rounding changes between experts of nearly equal energy
     options = {"dtype": "bfloat16", "enforce_eager": True, **PER_REQUEST}
     answers = in_a_process(asking, tmp_path / "fused", asked, PROMPTS, options)
-    near, far = 0.3 if method == "fp8" else 0.1, []  # adjacent numbers of float8 differ by a sixteenth or more
+    half = copy.deepcopy(model).bfloat16()
     for i, expert in enumerate(asked):
-        with routing_override(model, expert):
+        with routing_override(model, expert), routing_override(half, expert):
             gaps = [apart(model, tokens) for tokens in answers]
-        assert gaps.pop(i) < near
-        far += gaps
-    assert min(far) > 0.5
+            assert gaps[i] < 4 * off(half, model, answers[i])  # two logits, by two implementations
+        assert gaps.pop(i) < min(gaps) / 4

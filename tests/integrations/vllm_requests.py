@@ -180,7 +180,7 @@ def test_each_request_its_expert(architecture, policy, options, tmp_path):
         ),
         (
             "MistralForCausalLM",
-            RoutingPolicy("prompt", calibrated=True, num_experts_per_tok=2),
+            RoutingPolicy("prompt", calibrated=True),
             {"enforce_eager": True, "model_impl": "transformers"},
         ),
     ],

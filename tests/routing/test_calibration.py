@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import smile_kernels as sk
 from smile_kernels import SmileLinear
 from smile_kernels.cli import app
+from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
 from tests.routing.definition import (
     POLICIES,
@@ -209,6 +210,25 @@ def test_a_folder_keeps_what_smile_kernels_did_not_write(tmp_path):
             rank_of_router=2,
             routing=RoutingPolicy(calibrated=True),
         )
+
+
+def test_checkpoints_keep_the_experts_per_token_of_a_policy(tmp_path):
+    paths, _ = folders(tmp_path)
+    options = {"experts": [paths["one"], paths["two"]], "rank_of_expert": 2, "rank_of_router": 2}
+    calibrated = RoutingPolicy(calibrated=True, num_experts_per_tok=2)
+    for name, policy in (("out", RoutingPolicy(num_experts_per_tok=2)), ("again", calibrated), ("later", None)):
+        folder = tmp_path / name
+        calibrates = policy is calibrated
+        sk.upscale_checkpoints(paths["base"], out=folder, **options, routing=policy, calibrate=calibrates)
+        if policy is None:
+            sk.calibrate_checkpoint(folder, routing=calibrated)
+        model = sk.load_pretrained(folder)
+        assert {layer.num_experts_per_tok for layer in smile_layers(model).values()} == {2}
+    for m in (1, 2):
+        set_routing(model, RoutingPolicy("sequence", num_experts_per_tok=m))
+        model.save_pretrained(tmp_path / str(m))
+        again = tf.LlamaForCausalLM.from_pretrained(tmp_path / str(m))
+        assert {layer.num_experts_per_tok for layer in smile_layers(again).values()} == {m}
 
 
 def test_upscale_calibrates():

@@ -58,7 +58,7 @@ class SmileQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.modules = config.modules
-        self.num_experts_per_tok = config.routing.num_experts_per_tok or config.num_experts_per_tok
+        self.num_experts_per_tok = config.num_experts_per_tok
         self.routing: RememberedRouting | None = None
         if not config.routing.is_alone:
             kind = PromptRouting if config.routing.scope == "prompt" else RememberedRouting
