@@ -9,6 +9,7 @@ from pathlib import Path
 from smile_kernels.publishing import write_text
 
 from .encoder import report as encoder
+from .encoder import sweeps_report
 from .language_model import report as language_model
 from .report import fill, markdown_table
 
@@ -83,7 +84,11 @@ def sections() -> dict[Path, dict[str, str]]:
 
     docs, easy, hard, language = ROOT / "docs", read("encoder"), read("encoder_hard"), read("language_model")
     return {
-        docs / "demo.md": {"easy": encoder.markdown(easy), "hard": encoder.markdown(hard)},
+        docs / "demo.md": {
+            "easy": encoder.markdown(easy),
+            "hard": encoder.markdown(hard),
+            "sweep": sweeps_report.markdown(read("encoder_sweep")),
+        },
         docs / "log.md": {"easy": encoder.markdown(easy, details=True), "hard": encoder.markdown(hard, details=True)},
         docs / "language_model.md": {"results": language_model.markdown(language)},
         docs / "language_models.md": {"walk": walk(read("walk"))},

@@ -117,7 +117,9 @@ def _lines(axis: Axes, rows: Sequence[dict], label: Callable[[dict], str], acros
     axis.axhline(100, color="#202124", linewidth=0.8, linestyle=":")
     axis.set_ylabel("accuracy, % of the individual models")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low - 0.4 * (high - low), high)  # the legend is below the lines
+    axis.legend(frameon=False, fontsize=8, loc="lower left", ncols=2)
 
 
 def draw(results: dict) -> Figure:
