@@ -266,8 +266,8 @@ def select_experts(scores: Tensor, num_experts_per_tok: int, top_p: float = 1.0)
     _check_tensor("scores", scores)
     if scores.dim() < 1:
         raise _shape_error("scores", scores, ("...", "N"))
-    if scores.dtype not in _DTYPES:
-        raise SmileError(f"scores: is {scores.dtype}; expected one of {_DTYPES}")
+    if scores.dtype not in _DTYPES or scores.layout != torch.strided:
+        raise SmileError(f"scores: is {scores.layout} {scores.dtype}; expected a dense tensor of one of {_DTYPES}")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, scores.shape[-1], "the number of experts")
     check_top_p(top_p)
     return keep_top_p(*reference.select(scores, num_experts_per_tok), top_p)

@@ -76,6 +76,8 @@ def linear_cases() -> list[tuple[str, Callable[[], object], str]]:
         add(functional.smile_linear, tensors | numbers, name, nested)
     for name in ("x", "vh"):
         add(functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers, name, nested)
+    for value in (nested, torch.eye(N).to_sparse(), torch.ones(T, N, dtype=torch.int64)):
+        add(functional.select_experts, {"num_experts_per_tok": M}, "scores", value)
     ids = routing[1]
     for value in (
         ids.float(),
