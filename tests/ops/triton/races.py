@@ -33,6 +33,7 @@ GPU = configs.Device("NVIDIA H200", "sm90", 132, pdl=False, tma=True)
 ORDERED = {"partial", "arrivals"}
 LEFT_OUT = {
     "test_offsets_beyond_32_bits": "each launch would copy 5 GB",
+    "test_compiled_without_graph_breaks": "torch.compile reads the random state of the GPU",
 }
 
 
