@@ -10,7 +10,8 @@
     FOLDER/fused                     the fused model is written there
 
 Scores are those of the paper's authors: accuracy on MMLU, mc2 of TruthfulQA, the last number of the answer on GSM8K,
-normalised accuracy on ARC Challenge; with the harness's default numbers of examples in the prompt.
+normalised accuracy on ARC Challenge; with the harness's default numbers of examples in the prompt. Tried with version
+0.4.13 of the harness, on tiny random models.
 """
 
 from __future__ import annotations

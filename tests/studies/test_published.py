@@ -2,7 +2,8 @@
 
 import copy
 import json
-from pathlib import Path
+import sys
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -232,20 +233,9 @@ def test_the_numbers_of_the_authors_are_below_their_row():
     ]
 
 
-def dataset(folder: Path, config: str, splits: dict[str, list[dict]]) -> None:
-    """A local copy of a data set with one configuration, as the Hub has it."""
-    lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
-    for split, rows in splits.items():
-        file = folder / config / f"{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-        lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
-
-
 @pytest.fixture
 def mistral_folder(tmp_path_factory):
-    """Mistral with two experts, one of which has more tokens, and few rows of each data set."""
+    """Mistral with two experts, one of which has more tokens."""
     folder = tmp_path_factory.mktemp("mistral")
     base = tiny_models.build("MistralForCausalLM")
     words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "Question:", "Answer:", "A.", "red", "blue", "is", "####"]
@@ -259,30 +249,29 @@ def mistral_folder(tmp_path_factory):
             expert.resize_token_embeddings(98)
         expert.save_pretrained(folder / "experts" / name)
         text.save_pretrained(folder / "experts" / name)
-    arc = {
-        "id": "1",
-        "question": "red is",
-        "choices": {"text": ["red blue", "7 is 8"], "label": ["A", "B"]},
-        "answerKey": "B",
-    }
-    splits = {split: [arc] * 4 for split in ("train", "validation", "test")}
-    dataset(folder / "data" / "allenai" / "ai2_arc", "ARC-Challenge", splits)
-    sum_ = {"question": "3 is blue", "answer": "3 #### 3"}
-    dataset(folder / "data" / "openai" / "gsm8k", "main", {"train": [sum_] * 6, "test": [sum_] * 3})
-    choices = {"question": "red is", "choices": ["1", "2", "red", "4"], "answer": 2, "subject": "abstract_algebra"}
-    dataset(folder / "data" / "cais" / "mmlu", "abstract_algebra", {"dev": [choices] * 5, "test": [choices] * 3})
-    targets = {"choices": ["red", "blue"], "labels": [1, 0]}
-    truth = {"question": "red is", "mc1_targets": targets, "mc2_targets": targets}
-    place = folder / "data" / "truthfulqa" / "truthful_qa"
-    dataset(place, "multiple_choice", {"validation": [truth] * 3})
     return folder
 
 
-def test_mistral_is_what_the_harness_gives(mistral_folder, monkeypatch, tmp_path):
-    pytest.importorskip("lm_eval")
-    names = {"mmlu": "mmlu_abstract_algebra"}
-    tasks = {names.get(task, task): metric for task, metric in mistral.TASKS.items()}
-    for name, value in {"TASKS": tasks, "EXPERT_RANKS": (2, 4), "ROUTER_RANK": 2}.items():
+@pytest.fixture
+def harness(monkeypatch):
+    """lm_eval's interface, as the study calls it: a task's score depends on the model's logits."""
+
+    def simple_evaluate(model, tasks, **options):
+        ids = model.tokenizer("red is blue", return_tensors="pt").input_ids
+        with torch.no_grad():
+            value = float(model.pretrained(input_ids=ids.to(model.pretrained.device)).logits.float().std())
+        return {"results": {task: {mistral.TASKS[task]: value / (1 + i)} for i, task in enumerate(tasks)}}
+
+    modules = {
+        "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=SimpleNamespace),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_mistral_is_what_the_harness_gives(mistral_folder, harness, monkeypatch, tmp_path):
+    for name, value in {"EXPERT_RANKS": (2, 4), "ROUTER_RANK": 2}.items():
         monkeypatch.setattr(mistral, name, value)
     ended = CliRunner().invoke(app, ["mistral", str(mistral_folder), "--json", str(tmp_path / "a.json")])
     assert ended.exit_code == 0, ended.output
@@ -290,8 +279,15 @@ def test_mistral_is_what_the_harness_gives(mistral_folder, monkeypatch, tmp_path
     smile = [f"SMILE (g 2, r {r}), {name}" for name in ("published", "recommended") for r in (2, 4)]
     assert [row["name"] for row in found["rows"]] == ["base", "dolphin", "metamath", mistral.BEST, *smile]
     rows = {row["name"]: row["scores"] for row in found["rows"]}
-    assert all(list(scores) == list(tasks) for scores in rows.values())
-    assert rows[mistral.BEST] == {task: max(rows["dolphin"][task], rows["metamath"][task]) for task in tasks}
+    assert all(list(scores) == list(mistral.TASKS) for scores in rows.values())
+    assert rows[mistral.BEST] == {task: max(rows["dolphin"][task], rows["metamath"][task]) for task in mistral.TASKS}
+    assert len({tuple(rows[name].values()) for name in ("base", "dolphin", "metamath", *smile[:2])}) == 5
+
+
+def test_mistral_names_the_harness_it_needs(mistral_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    ended = CliRunner().invoke(app, ["mistral", str(mistral_folder)])
+    assert "expected lm-evaluation-harness, pip install" in str(ended.exception)
 
 
 def test_mistral_needs_its_folders(tmp_path):
