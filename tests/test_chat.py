@@ -206,6 +206,17 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     assert "Traceback" not in result.output
 
 
+def test_experts_in_the_head_are_refused_in_one_line(fused, tmp_path):
+    """Under a policy that needs the head's evidence of every token."""
+    experts = ["--expert", str(fused.parent / "math"), "--expert", str(fused.parent / "code")]
+    options = ["--rank-of-expert", "4", "--rank-of-router", "2", "--routing", "causal", "--out", str(tmp_path / "out")]
+    run("upscale", "--base", str(fused.parent / "base"), *experts, *options)
+    result = CliRunner().invoke(app, ["chat", str(tmp_path / "out")], input="Hi\n")
+    assert result.exit_code == 1
+    assert "needs logits_to_keep=0, or exclude=['lm_head']" in result.stderr
+    assert "this is a bug" not in result.stderr
+
+
 def test_a_chat_template_that_fails_is_refused_before_any_layer_is_computed(fused, tmp_path):
     folder = tmp_path / "chat"
     shutil.copytree(fused.parent, folder)

@@ -372,7 +372,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "a device map of no device": (
         str,
         command("calibrate", "{folder}/fused", "--device-map", "foo"),
-        "transformers cannot load it as LlamaForCausalLM .*found foo",
+        r"error: \S+/fused: transformers cannot load it as LlamaForCausalLM .*found foo",
     ),
     "a seed of 70 bits": (str, command("calibrate", "{folder}/fused", "--seed", str(2**70)), "seed: is 1180591620717"),
     "a plot of an unknown kind": (
@@ -609,6 +609,12 @@ def test_an_adapter_that_lacks_what_its_config_names_is_warned_of(change, named,
     change(folder)
     with pytest.warns(UserWarning, match=f"adapter_config.json {named}"):
         fuse(folder)
+
+
+@pytest.mark.parametrize("patterns", [{"exclude": ["lm_haed"]}, {"include": ["*_proj", "lm_haed"]}], ids=["out", "in"])
+def test_a_pattern_that_matches_no_layer_is_warned_of(patterns, folder):
+    with pytest.warns(UserWarning, match="clude: 'lm_haed' matches none of the 15 linear layers"):
+        fuse(folder, **patterns)
 
 
 def test_experts_of_a_base_of_the_hub_are_loaded_with_it(folder, monkeypatch):
