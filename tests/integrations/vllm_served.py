@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +172,9 @@ def with_routing(folder: Path, to: Path, policy: RoutingPolicy) -> nn.Module:
         config["quantization_config"]["routing"] = policy.to_dict()
         (to / "config.json").write_text(json.dumps(config))
     model = transformers.AutoModelForCausalLM.from_pretrained(to)
-    assert get_routing(model) == policy
+    assert get_routing(model) == replace(policy, num_experts_per_tok=None)  # which the layers have
+    m = policy.num_experts_per_tok
+    assert m is None or {layer.num_experts_per_tok for layer in smile_layers(model).values()} == {m}
     return model
 
 
