@@ -16,8 +16,7 @@ from rich.table import Table
 from . import __version__, selftest
 from .benchmark.measure import machine
 from .console import progress
-from .ops import excluded
-from .ops.library import backends, choose_backend
+from .ops import excluded, library
 from .publishing import write_text
 from .versions import TESTED, installed, newer_than_tested, tested
 from .worker import Worker
@@ -98,11 +97,11 @@ def show_backends(device_type: str, console: Console) -> None:
         warnings.simplefilter("ignore")  # excluded paths are shown below
         left_out = excluded.paths(excluded.device_name(device_type))
         try:
-            chosen = choose_backend(None, device_type, torch.float32, 1, False)
+            chosen = library.choose_backend(None, device_type, torch.float32, 1, False)
         except (RuntimeError, ValueError) as error:
             chosen = None
             console.print(f"SMILE_KERNELS_BACKEND={os.environ.get('SMILE_KERNELS_BACKEND')}: {error}", markup=False)
-    for backend, reason in backends(device_type).items():
+    for backend, reason in library.backends(device_type).items():
         table.add_row(backend, reason or ("would run" if backend == chosen else "can run"))
     console.print(table)
     for name, reason in left_out.items():
