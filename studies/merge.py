@@ -143,10 +143,15 @@ def grams(module: nn.Module, texts: Iterable[Mapping[str, Tensor]]) -> dict[str,
 
     `texts` are arguments of the module's forward, without padding.
     """
-    seen: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
     def add(name: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda layer, args: seen.setdefault(name, []).append(args[0].flatten(0, -2))
+        def count(layer: nn.Module, args: tuple) -> None:
+            x = args[0].flatten(0, -2)
+            sums[name], counts[name] = sums.get(name, 0) + x.T @ x, counts.get(name, 0) + len(x)
+
+        return count
 
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers]
@@ -154,8 +159,7 @@ def grams(module: nn.Module, texts: Iterable[Mapping[str, Tensor]]) -> dict[str,
         module(**text)
     for handle in handles:
         handle.remove()
-    tokens = ((name, torch.cat(rows)) for name, rows in seen.items())
-    return {name: x.T @ x / len(x) for name, x in tokens}
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 def regmean(vectors: Mapping[str, Tensor], of_models: Sequence[Mapping[str, Tensor]], keep: float) -> dict[str, Tensor]:
@@ -182,7 +186,7 @@ def weighted(vectors: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor
     AdaMerging's merged model (arXiv 2310.02575), with weights optimised by `adapt`.
     """
     columns = weights.expand(-1, len(vectors)).unbind(1)
-    return {name: torch.tensordot(w, tau, dims=1) for w, (name, tau) in zip(columns, vectors.items())}
+    return {name: torch.tensordot(w.to(tau), tau, dims=1) for w, (name, tau) in zip(columns, vectors.items())}
 
 
 def adapt(parameters: Iterable[Tensor], losses: Callable[[], Iterable[Tensor]], rate: float) -> Iterator[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from smile_kernels import SmileLinear, watch_routing
 
-from .model import chat
+from .model import Example, chat
 
 BATCH = 150
 SLACK = 4  # tokens that an answer may have beyond the longest right one of its batch
@@ -154,7 +154,7 @@ def time_per_token(
 
 
 @torch.no_grad()
-def teacher_forced(model: PreTrainedModel, examples: Sequence[tuple[list[int], list[int]]]) -> float:
+def teacher_forced(model: PreTrainedModel, examples: Sequence[Example]) -> float:
     """Share of examples (prompt ids, answer ids) in percent whose every answer token is the model's first choice."""
     right = 0
     for start in range(0, len(examples), BATCH):

@@ -62,6 +62,9 @@ def chat(tokenizer: Tokenizer, turns: Sequence[str]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+Example = tuple[list[int], list[int]]  # ids of the prompt and of the answer, with the end of the turn
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a task is fine-tuned: AdamW, a short warm-up, then linear decay to 0; one epoch; loss on the answer only."""
@@ -74,8 +77,8 @@ class Recipe:
     batch: int = 8
 
 
-def examples(tokenizer: Tokenizer, task: Task, rows: Rows) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids with the end of the turn) of every row."""
+def examples(tokenizer: Tokenizer, task: Task, rows: Rows) -> list[Example]:
+    """Every row as an example."""
     return [
         (
             chat(tokenizer, [task.user_turn(question)]),
@@ -85,7 +88,7 @@ def examples(tokenizer: Tokenizer, task: Task, rows: Rows) -> list[tuple[list[in
     ]
 
 
-def answer_loss(model: PreTrainedModel, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+def answer_loss(model: PreTrainedModel, batch: Sequence[Example]) -> Tensor:
     """Mean cross-entropy of the answers' tokens; logits are computed only there."""
     rows = [torch.tensor(prompt + answer) for prompt, answer in batch]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from .. import report as shared
 from ..report import Right, TableRows, markdown_table, row_scores, stratified
+from .methods import WITH_DATA
 
 
 def outcome(right: Right, reference: Right | None) -> dict:
@@ -168,7 +169,7 @@ def draw(results: dict) -> Figure:
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     grey, black, blue, orange = "#9aa0a6", "#202124", "#2171b5", "#d9713c"
-    merged = ("simple averaging", "task arithmetic", "ties", "tsv-merge", "iso-c")
+    merged = ("simple averaging", "task arithmetic", "ties", "tsv-merge", "iso-c", *WITH_DATA)
     for y, (name, of) in enumerate(reversed(methods.items())):
         colour = black if name == "individual" else orange if name in merged else grey if name == "base" else blue
         scores = list(of["tasks"].values())

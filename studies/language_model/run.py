@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +25,14 @@ from .. import report as shared
 from ..data import cache_folder, new_folder
 from ..report import Step
 from . import report
+from .case import Case
 from .evaluate import Question, correct, generate, own_expert_by_block, time_per_token
-from .methods import METHODS, Case, Method
-from .model import SMOLLM2, Recipe, base_folder, chat, examples, finetuned_folder
+from .methods import METHODS, Method
+from .model import SMOLLM2, Example, Recipe, base_folder, chat, examples, finetuned_folder
 from .tasks import TASKS, Task
 
 VALIDATION = 12  # rows per task for choosing the scales of merged models
+TEXTS = 32  # per task for methods of merging that need training or test texts
 PICTURED = 2  # rows per task for the share of tokens at their own expert
 FULL = ("adjective", "town")  # tasks that are also fine-tuned in full
 FULL_RANK = 64  # of experts that are full fine-tunes
@@ -71,11 +73,10 @@ class Study:
         self.splits = [task.splits(cache / "packages", every) for task in tasks]
         self.base = base_folder(cache / "packages", cache / "language_model" / "base")
 
-    @cached_property
-    def validation(self) -> list[tuple[list[int], list[int]]]:
+    def examples(self, split: str, rows: int) -> list[list[Example]]:
+        """The first rows of a split, task by task."""
         tokenizer = AutoTokenizer.from_pretrained(self.base)
-        rows = zip(self.tasks, self.splits)
-        return [e for task, split in rows for e in examples(tokenizer, task, split["validation"][:VALIDATION])]
+        return [examples(tokenizer, task, splits[split][:rows]) for task, splits in zip(self.tasks, self.splits)]
 
     def is_full(self, task: Task, full: bool) -> bool:
         return full and task.name in self.full
@@ -90,8 +91,11 @@ class Study:
         """The fine-tunes of a seed, full ones for the tasks of FULL with `full`, and the other inputs of merging."""
         if (seed, full) not in self.cases:
             folders = [self.finetuned(i, seed, full) for i in range(len(self.tasks))]
+            validation = [example for of in self.examples("validation", VALIDATION) for example in of]
+            prompts = [[prompt for prompt, _ in of] for of in self.examples("test", TEXTS)]
+            texts = validation, self.examples("train", TEXTS), prompts
             rank = {"rank_of_expert": self.rank_of_full} if full else {}
-            self.cases = {(seed, full): Case(self.base, folders, self.validation, **rank)}
+            self.cases = {(seed, full): Case(self.base, folders, *texts, **rank)}
         return self.cases[seed, full]
 
     def answers(self, method: Method, case: Case) -> Path:
@@ -99,7 +103,9 @@ class Study:
         decides = json.dumps([[str(f) for f in case.finetuned], torch.__version__, transformers.__version__])
         digest = hashlib.sha256(decides.encode())
         here, library = Path(__file__).parent, Path(sk.__file__).parent
-        sources = [here / "methods.py", here / "evaluate.py", here.parent / "merge.py"]
+        sources = [here / f"{name}.py" for name in ("case", "evaluate", "merging", "methods")] + [
+            here.parent / "merge.py"
+        ]
         for source in [*sources, *(sorted(library.rglob("*.py")) if method.routed else [])]:
             digest.update(source.read_bytes())
         return self.cache / "language_model" / "answers" / digest.hexdigest()[:16] / f"{method.name}.json"

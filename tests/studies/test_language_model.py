@@ -17,8 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smile_kernels import get_routing
+from studies import merge
 from studies import report as shared
-from studies.language_model import evaluate, methods, model, report, run, tasks
+from studies.language_model import evaluate, merging, methods, model, report, run, tasks
+from studies.language_model.case import Case, Contender, load
 
 
 def rows_of(answer: Callable[[int], object], _: None) -> list[tuple[str, str]]:
@@ -77,16 +79,18 @@ def adapters(base_folder, tmp_path_factory) -> list:
         lora = LoraConfig(
             r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
         )
-        adapted = get_peft_model(methods.load(base_folder), lora, autocast_adapter_dtype=False)
+        adapted = get_peft_model(load(base_folder), lora, autocast_adapter_dtype=False)
         folders.append(tmp_path_factory.mktemp(task.name))
         adapted.save_pretrained(folders[-1])
     return folders
 
 
 @pytest.fixture(scope="module")
-def case(base_folder, adapters, tokenizer) -> methods.Case:
+def case(base_folder, adapters, tokenizer) -> Case:
     rows = [("1", "2"), ("30", "31"), ("7", "8")]
-    return methods.Case(base_folder, adapters, model.examples(tokenizer, TASKS[0], rows), rank_of_expert=4)
+    examples = [model.examples(tokenizer, task, rows) for task in TASKS]
+    prompts = [[prompt for prompt, _ in of] for of in examples]
+    return Case(base_folder, adapters, examples[0], examples, prompts, rank_of_expert=4)
 
 
 class TestTasks:
@@ -124,7 +128,7 @@ class TestModel:
         )
 
     def test_loss_is_that_of_the_answers_tokens_alone(self, base_folder, tokenizer):
-        plain = methods.load(base_folder).float()
+        plain = load(base_folder).float()
         batch = model.examples(tokenizer, TASKS[1], [("3", "6"), ("1234", "2468")])
         losses, count = 0.0, 0
         for prompt, answer in batch:
@@ -142,13 +146,13 @@ class TestModel:
         arguments = (base_folder, tmp_path, TASKS[0], rows, recipe, 0, lambda *at: steps.append(at))
         folder = model.finetuned_folder(*arguments, full=full)
         assert steps == [(i, 40) for i in range(40)]
-        tuned = methods.load(folder) if full else PeftModel.from_pretrained(methods.load(base_folder), folder)
+        tuned = load(folder) if full else PeftModel.from_pretrained(load(base_folder), folder)
         inner = tuned if full else tuned.base_model.model
         batch = model.examples(tokenizer, TASKS[0], rows[:1])
-        assert model.answer_loss(inner, batch) < 0.96 * model.answer_loss(methods.load(base_folder), batch)
+        assert model.answer_loss(inner, batch) < 0.96 * model.answer_loss(load(base_folder), batch)
         assert model.finetuned_folder(*arguments, full=full) == folder
         assert len(steps) == 40
-        before = methods.load(base_folder).state_dict()
+        before = load(base_folder).state_dict()
         after = {n.replace(".base_layer", ""): t for n, t in inner.state_dict().items() if "lora" not in n}
         changed = {name for name in before if not torch.equal(after[name], before[name])}
         assert changed == ({name for name in before if "_proj" in name} if full else set())
@@ -156,7 +160,7 @@ class TestModel:
 
 class TestEvaluate:
     def test_a_batch_answers_as_each_question_alone(self, base_folder, tokenizer):
-        plain = methods.load(base_folder).float()
+        plain = load(base_folder).float()
         questions = [evaluate.Question((text,), 0, "abc") for text in ("1", "What is it?", "22 and 333")]
         together = evaluate.generate(plain, tokenizer, questions)
         assert together == [evaluate.generate(plain, tokenizer, [q])[0] for q in questions]
@@ -189,6 +193,68 @@ class TestEvaluate:
         assert evaluate.teacher_forced(case.model, [(prompt, answer) for answer in answers]) == pytest.approx(200 / 3)
 
 
+def merged(case, weights) -> torch.nn.Module:
+    """The base with the tasks' changes added with `weights`."""
+    made = load(case.base)
+    for name, tau in case.vectors.items():
+        made.get_parameter(name).data += torch.tensordot(torch.as_tensor(weights).to(tau), tau, dims=1)
+    return made
+
+
+class TestMerging:
+    def test_fisher_is_the_mean_weighted_by_squared_gradients_of_training_answers(self, case):
+        name, information = "model.layers.1.mlp.down_proj.weight", []
+        for i, texts in enumerate(case.training):
+            own = merged(case, torch.eye(len(TASKS))[i]).float()
+            squares = []
+            for prompt, answer in texts:
+                logits = own(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                likelihood = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+                gradients = torch.autograd.grad(likelihood, [own.get_parameter(n) for n in case.vectors])
+                squares.append({n: g.square() for n, g in zip(case.vectors, gradients)})
+            mean = {n: torch.stack([of[n] for of in squares]).mean(0) for n in case.vectors}
+            norm = torch.cat([f.flatten() for f in mean.values()]).norm()
+            information.append((mean[name] + 1e-6) / (norm + 1e-6))
+        weights = torch.stack(information)
+        expected = (weights * case.vectors[name].float()).sum(0) / weights.sum(0)
+        found = merging.fisher(case).model.get_parameter(name) - case.model.get_parameter(name)
+        plain = case.vectors[name].float().mean(0)
+        assert (found - expected).norm() < 0.05 * (expected - plain).norm()
+
+    def test_regmean_answers_nearer_to_the_individual_models_than_averaging(self, case):
+        def error(model) -> float:
+            inputs = {}
+            name, found = "model.layers.0.mlp.gate_proj", 0.0
+            for i, texts in enumerate(case.training):
+                own = merged(case, torch.eye(len(TASKS))[i])
+                handle = own.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.update(x=args[0]))
+                for prompt, answer in texts:
+                    own(torch.tensor([prompt + answer]))
+                    ours, theirs = (of.get_submodule(name).float()(inputs["x"].float()) for of in (model, own.float()))
+                    found += (ours - theirs).square().mean().item()
+                    own.bfloat16()
+                handle.remove()
+            return found
+
+        regmean = merging.regmean(case)
+        assert regmean.details["kept"] in merging.KEPT
+        assert error(regmean.model) < error(merging.averaging(case).model)
+
+    @pytest.mark.parametrize("by_layer", [False, True])
+    def test_adamerging_lowers_the_entropy_of_the_first_token(self, case, monkeypatch, by_layer):
+        def entropy(model) -> float:
+            prompts = [torch.tensor([prompt]) for of in case.prompts for prompt in of]
+            return sum(merge.entropy(model(prompt).logits[:, -1].float()).item() for prompt in prompts)
+
+        monkeypatch.setattr(merging, "STEPS", (5,))
+        start = entropy(merged(case, [0.3] * len(TASKS)))
+        before = {name: p.clone() for name, p in case.model.named_parameters()}
+        adapted = merging.adamerging(by_layer)(case)
+        assert adapted.details["steps"] == 5
+        assert entropy(adapted.model) < start
+        assert all(torch.equal(p, before[name]) and p.grad is None for name, p in case.model.named_parameters())
+
+
 @pytest.fixture
 def small(base_folder, tmp_path, monkeypatch):
     """A study of the three tasks on the tiny model, with its own cache folder."""
@@ -209,7 +275,7 @@ class TestStudy:
 
     def test_answers_are_kept(self, small, case):
         study, built = run.Study(TASKS, small), []
-        method = methods.Method("base", lambda case: built.append(0) or methods.Contender.of(case.model))
+        method = methods.Method("base", lambda case: built.append(0) or Contender.of(case.model))
         few, more = study.questions(2), study.questions(3)
         first = run.answer_all(method, case, few, small / "answers.json", run.ignored)
         assert run.answer_all(method, case, few, small / "answers.json", run.ignored) == first
@@ -237,7 +303,7 @@ class TestStudy:
         folder = small / "language_model" / "fused"
         assert last[0] == "verify, each expert forced against its fine-tuned model: exact"
         assert last[1:] == [f"smile-kernels chat {folder}", f"vllm serve {folder} & vllm chat"]
-        served = methods.load(folder)
+        served = load(folder)
         recommended = next(m for m in methods.METHODS if m.name == "recommended")
         study = run.Study(TASKS, small)
         built = recommended.build(study.case(0)).model
