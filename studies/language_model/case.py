@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from smile_kernels import calibrate, upscale
 from smile_kernels.integrations.peft import adapter_deltas, is_adapter
 
-from .model import Example
+from .model import DTYPE, Example
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Case:
 
     @cached_property
     def vectors(self) -> dict[str, Tensor]:
-        """The adapters' changes scale * B A [tasks, O, D] of every layer, bfloat16, as PEFT computes them."""
+        """The adapters' changes scale * B A [tasks, O, D] of every layer, in bfloat16 for less memory."""
         changes: dict[str, list[Tensor]] = {}
         for folder in self.finetuned:
             adapted = PeftModel.from_pretrained(copy.deepcopy(self.model).float(), folder).get_base_model()
@@ -79,8 +79,8 @@ class Case:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A checkpoint in bfloat16, for inference."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    """A checkpoint, for inference."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval()
 
 
 @dataclass

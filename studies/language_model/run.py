@@ -352,7 +352,7 @@ def study(
     plain = sum(p.numel() for p in case.model.parameters())
     results = {
         "machine": shared.machine(),
-        "model": f"SmolLM2-135M-Instruct ({SMOLLM2.name} {SMOLLM2.version}), bfloat16, {plain} parameters",
+        "model": f"SmolLM2-135M-Instruct ({SMOLLM2.name} {SMOLLM2.version}), {loaded.recipe.dtype}, {plain} parameters",
         "recipe": asdict(loaded.recipe),
         "size": asdict(size),
         "tasks": [
