@@ -169,6 +169,8 @@ def read_user_file(variable: str, default: str, name: str) -> str | None:
     except SmileError:
         return None
     try:
+        if file.exists() and not file.is_file():  # a pipe would block
+            raise OSError(errno.EINVAL, "not a regular file")
         return file.read_text(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -270,7 +272,8 @@ def restore(folder: Path) -> None:
 def _restored(folder: Path) -> list[Path]:
     """The old folders next to `folder`; where that is missing, the replaced one is renamed to it."""
     found = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"), reverse=True)  # *-1 is the replaced one
-    olds = [old for old in found if _wrote(old) or _empty(old)]
+    named = [old for old in found if re.search(r"\.old-[0-9a-f]{12}(-1)?$", old.name)]  # others are the user's
+    olds = [old for old in named if _wrote(old) or _empty(old)]
     if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
         os.rename(whole[0], folder)
         olds.remove(whole[0])
@@ -375,6 +378,10 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
     )
     if not complete:
         _check_replaceable(folder, force)
+    if begun and not settings and _read_manifest(folder).get("settings") != _digest(begun):
+        raise FileExistsError(
+            f"{output.work}: is an unfinished run of upscale; expected it finished by the same command, or deleted"
+        )
     if begun and begun != settings and not complete and not force:
         changed = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
         raise FileExistsError(

@@ -1,6 +1,7 @@
 """Output folders: complete or absent after an interruption at any file operation; other files are never deleted."""
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -257,7 +258,7 @@ def test_a_folder_that_lost_its_name_gets_it_back(tmp_path):
     out = tmp_path / "out"
     write_output(out, SETTINGS)
     before = contents(out)
-    out.rename(tmp_path / ".out.old-1")
+    out.rename(tmp_path / ".out.old-0123456789ab-1")
     restore(out)
     assert contents(out) == before
     restore(tmp_path / "elsewhere" / "out")
@@ -323,11 +324,40 @@ def test_a_user_s_folders_of_our_names_are_kept(tmp_path):
         assert kept[f"{name}/layers/notes.txt"] == "the user's"
 
 
+def test_a_user_s_copy_of_an_output_is_kept(tmp_path):
+    out, copy, empty = (tmp_path / name for name in ("out", ".out.old-before", ".out.old-2024"))
+    write_output(out, SETTINGS)
+    shutil.copytree(out, copy)
+    empty.mkdir()
+    write_output(out, {**SETTINGS, "rank": 16}, force=True)
+    assert contents(copy)["weights"] == f"{SETTINGS} 0{SETTINGS} 1"
+    shutil.rmtree(out)
+    restore(out)
+    assert empty.exists()
+    assert not out.exists()
+
+
 def test_two_processes_cannot_write_one_folder(tmp_path):
     out = tmp_path / "out"
     with output_folder(out, SETTINGS, force=False), pytest.raises(FileExistsError, match="another process"):
         write_output(out, SETTINGS, force=True)
     assert write_output(out, SETTINGS)
+
+
+def test_a_job_without_settings_keeps_the_unfinished_work_of_one_that_has(tmp_path):
+    """As calibrate beside an interrupted `upscale --force`; the rest of a finished run is cleaned up."""
+    out = tmp_path / "out"
+    write_output(out, SETTINGS)
+    with output_folder(out, {**SETTINGS, "rank": 16}, force=True) as output:
+        write_text(output.output / "weights", "hours of work")
+    with pytest.raises(FileExistsError, match=r"out\.partial: is an unfinished run of upscale; expected it finished"):
+        write_output(out, {}, force=True)
+    assert (output.output / "weights").read_text() == "hours of work"
+    write_output(out, {**SETTINGS, "rank": 16}, force=True)
+    output.output.mkdir(parents=True)
+    write_text(output.work / "settings.json", json.dumps({**SETTINGS, "rank": 16, "writes": ["output/*"]}))
+    write_output(out, {}, force=True)
+    assert not output.work.exists()
 
 
 def test_damaged_settings_are_refused_and_force_starts_anew(tmp_path):
