@@ -181,10 +181,18 @@ def test_the_record_holds_for_one_machine_and_is_kept_whole(cache):
     excluded.file().write_text(excluded.file().read_text().replace("torch 2", "torch 1"))
     excluded.paths.cache_clear()
     assert excluded.paths("one") == {}  # of another version
-    excluded.file().write_text("[1]")
+    for content in ("[1]", "[" * 100_000):
+        excluded.file().write_text(content)
+        excluded.paths.cache_clear()
+        with pytest.raises(ValueError, match=r"excluded.json: is not a record of excluded paths"):
+            excluded.paths("one")
+    excluded.file().unlink()
+    os.mkfifo(excluded.file())  # nothing is read from a pipe, which would block
     excluded.paths.cache_clear()
-    with pytest.raises(ValueError, match=r"excluded.json: is not a record of excluded paths"):
-        excluded.paths("one")
+    with pytest.warns(
+        UserWarning, match=r"excluded\.json: is not used, since it cannot be read \(not a regular file\)"
+    ):
+        assert excluded.paths("one") == {}
 
 
 def test_a_user_without_a_home_or_a_record_that_it_may_read(cache, monkeypatch):

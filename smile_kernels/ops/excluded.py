@@ -94,6 +94,6 @@ def _read() -> dict[str, dict[str, str]]:
         if all(isinstance(reasons, dict) for reasons in content.values()):
             return content
         problem = "its values are not objects"
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         problem = str(error)
     raise SmileError(f"{file()}: is not a record of excluded paths ({problem}); delete it")

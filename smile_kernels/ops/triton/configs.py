@@ -439,8 +439,8 @@ def stored_tables() -> Tables:
     """The user's table as it is stored now."""
     text = read_user_file(*_TABLE)
     try:
-        return Tables({} if text is None else json.loads(text))
-    except (ValueError, TypeError) as error:
+        return Tables({name: dict(choices) for name, choices in ({} if text is None else json.loads(text)).items()})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         file = user_table()
         raise SmileError(f"{file}: is not valid JSON ({error}); delete it, or write it again by tuning") from None
 

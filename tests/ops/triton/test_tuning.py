@@ -136,9 +136,10 @@ def test_a_table_that_names_what_cannot_run_is_passed_over(device):
     assert configs.tile("expand", gpu, torch.bfloat16, 2048, 4096, 4096)["BLOCK_T"] == 128
 
 
-def test_a_broken_table_is_named():
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a GPU": 5}'], ids=["cut", "list", "deep", "number"])
+def test_a_broken_table_is_named(content):
     configs.user_table().parent.mkdir(parents=True)
-    configs.user_table().write_text("{")
+    configs.user_table().write_text(content)
     with pytest.raises(ValueError, match=r"triton\.json: is not valid JSON"):
         configs.tables()
 
