@@ -105,23 +105,42 @@ def _layer_names(names: Iterable[str]) -> list[str]:
 def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -> SmileLinear:
     """A layer from its tensors, by fusion_bench's names relative to the layer."""
 
-    def get(*names: str) -> Tensor:
+    def get(*names: str, shape: tuple[int | None, ...]) -> Tensor:
         for name in names:
             if name in tensors:
-                return tensors[name]
+                return fit(name, shape)
         raise SmileError(f"state_dict: {' or '.join(names)} is missing; a SMILE layer of fusion_bench has it")
 
-    weight = get("shared_linear.weight", "pretrained_model.weight")
-    bias = tensors.get("shared_linear.bias", tensors.get("pretrained_model.bias"))
+    def fit(name: str, shape: tuple[int | None, ...]) -> Tensor:
+        tensor = tensors[name]
+        sizes = [own if want is None else want for want, own in zip(shape, tensor.shape)]
+        if not tensor.is_floating_point() or len(shape) != tensor.dim() or sizes != list(tensor.shape):
+            wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise SmileError(f"state_dict: {name} is {found}; expected floating-point numbers, [{wanted}]")
+        return tensor
+
+    weight = get("shared_linear.weight", "pretrained_model.weight", shape=(None, None))
+    o, d = weight.shape
+    biases = [name for name in ("shared_linear.bias", "pretrained_model.bias") if name in tensors]
+    bias = fit(biases[0], (o,)) if biases else None
     n = len({key.split(".")[1] for key in tensors if key.startswith("experts.")})
     if n == 0:
         raise SmileError("state_dict: experts.0.u is missing; a SMILE layer of fusion_bench has it")
-    gate = get("gate.weight", "gate.weights")
-    gate = gate.view(n, gate.shape[0] // n, gate.shape[1])
-    experts = (
-        _factors(get(f"experts.{i}.svh", f"experts.{i}.weight"), tensors.get(f"experts.{i}.u"), gate[i])
-        for i in range(n)
-    )
+    gate = get("gate.weight", "gate.weights", shape=(None, d))
+    if not len(gate) or len(gate) % n:
+        raise SmileError(f"state_dict: the gate has {len(gate)} rows; expected as many for each of {n} experts")
+    gate = gate.view(n, gate.shape[0] // n, d)
+
+    def expert(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        if f"experts.{i}.u" not in tensors and f"experts.{i}.weight" in tensors:
+            return _factors(fit(f"experts.{i}.weight", (o, d)), None, gate[i])
+        svh = get(f"experts.{i}.svh", f"experts.{i}.weight", shape=(None, d))
+        return _factors(svh, get(f"experts.{i}.u", shape=(o, len(svh))), gate[i])
+
+    experts = [expert(i) for i in range(n)]
+    if len(ranks := {len(s) for _, s, _ in experts}) > 1:
+        raise SmileError(f"state_dict: the experts of a layer have ranks {sorted(ranks)}; expected one rank")
     u, s, vh = (torch.stack(factor) for factor in zip(*experts))
     # Tied if each gate row has the expert's direction; rows of a float32 SVD have norm 1 only to about 10 eps.
     rows, eps = min(vh.shape[1], gate.shape[1]), torch.finfo(weight.dtype).eps
@@ -132,11 +151,11 @@ def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -
     if tied:
         s[:, :rows] *= length.where(used, torch.zeros_like(length))
         vh = torch.cat([gate, vh[:, rows:]], dim=1)
-    biases = [tensors.get(f"experts.{i}.bias") for i in range(n)]
-    if all(b is None for b in biases):
+    own = [fit(name, (o,)) if (name := f"experts.{i}.bias") in tensors else None for i in range(n)]
+    if all(b is None for b in own):
         expert_bias = None
     else:
-        expert_bias = torch.stack([torch.zeros_like(weight[:, 0]) if b is None else b for b in biases])
+        expert_bias = torch.stack([torch.zeros_like(weight[:, 0]) if b is None else b for b in own])
     factors = {"vh": vh, "s": s, "u": u, "expert_bias": expert_bias, "router": None if tied else gate}
     return SmileLinear.from_factors(
         weight, bias, factors, rank_of_router=gate.shape[1], num_experts_per_tok=num_experts_per_tok

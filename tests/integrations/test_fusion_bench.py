@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from fusion_bench.models.smile_moe import linear_from_module as generic
 from safetensors.torch import save_model
 from torch import nn
 
-from smile_kernels import SmileLinear, load_pretrained, save_pretrained
+from smile_kernels import SmileError, SmileLinear, load_pretrained, save_pretrained
 from smile_kernels.integrations.fusion_bench import convert_state_dict, from_fusion_bench, holds_fusion_bench_layers
 from smile_kernels.nn import smile_layers
 from smile_kernels.upscaling import verify
@@ -189,6 +190,35 @@ def test_missing_tensors_are_named():
         convert_state_dict(state)
     with pytest.raises(ValueError, match="contains no SMILE layer of fusion_bench"):
         convert_state_dict({"weight": torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize("rank", [8, -1])
+@pytest.mark.parametrize("layout", ["generic", "headed"])
+def test_misshapen_tensors_are_named(layout, rank):
+    state = theirs(layout, rank, 4, 1).state_dict()
+    changes = {
+        "integers": lambda t: t.int(),
+        "scalar": lambda t: t.sum(),
+        "flat": lambda t: t.reshape(-1, 1),
+        "row less": lambda t: t[:-1],
+        "empty": lambda t: t[:0],
+        "half": lambda t: t[..., ::2],
+        "batch": lambda t: t[None],
+    }
+    for name, change in itertools.product(state, changes):
+        try:
+            convert_state_dict({**state, name: changes[change](state[name])})
+        except SmileError as error:
+            assert "state_dict: " in str(error), f"{name}, {change}: {error}"  # noqa: PT017
+        else:
+            raise AssertionError(f"{name}, {change}: was taken")
+
+
+def test_a_config_that_fits_no_model_is_named(tmp_path):
+    torch.save(nn.Sequential(theirs("generic", 8, 4, 1)).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}')
+    with pytest.raises(SmileError, match=r"config\.json: transformers cannot build a LlamaForCausalLM from it \(Zero"):
+        load_pretrained(tmp_path)
 
 
 def test_fusion_bench_is_not_imported():
