@@ -309,7 +309,7 @@ def transformers_class(config: Mapping[str, Any]) -> Any:
 
     name = architectures[0]
     cls = getattr(transformers, name, None) or getattr(transformers, name.removeprefix("Smile"), None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):  # it has other names, too
         raise SmileError(f"model: transformers has no architecture {name}; expected the base model's module as `model`")
     return cls
 
@@ -342,7 +342,12 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
         return load_transformers(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
     plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "torch_dtype")}
-    return cls._from_config(cls.config_class(**plain), **from_pretrained).eval()
+    try:
+        return cls._from_config(cls.config_class(**plain), **from_pretrained).eval()
+    except Exception as error:  # as in load_transformers
+        raise SmileError(
+            f"config.json: transformers cannot build a {cls.__name__} from it ({type(error).__name__}: {error})"
+        ) from error
 
 
 @torch.no_grad()

@@ -369,10 +369,30 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: sk.load_pretrained(folder / "fused"),
         r"architectures is \[None\]; expected a list of names",
     ),
+    "a fused model of an architecture that is no model": (
+        settings("fused", architectures=["LlamaConfig"]),
+        lambda folder: sk.load_pretrained(folder / "fused"),
+        "transformers has no architecture LlamaConfig",
+    ),
     "a device map of no device": (
         str,
         command("calibrate", "{folder}/fused", "--device-map", "foo"),
         r"error: \S+/fused: transformers cannot load it as LlamaForCausalLM .*found foo",
+    ),
+    "a generation config of wrong values": (
+        text("base/generation_config.json", '{"max_new_tokens": "x"}'),
+        fuse,
+        r"base/generation_config\.json: transformers cannot read it \(TypeError: ",
+    ),
+    "a text that begins with no token of the model": (
+        settings("base", bos_token_id=99),
+        lambda folder: fuse(folder, calibrate=True),
+        "bos_token_id: is 99 in the model's config; expected one of its 32 tokens",
+    ),
+    "a model to calibrate that transformers lacks": (
+        settings("base", architectures=["MyLlama"]),
+        lambda folder: fuse(folder, calibrate=True),
+        "transformers has no architecture MyLlama",
     ),
     "a seed of 70 bits": (str, command("calibrate", "{folder}/fused", "--seed", str(2**70)), "seed: is 1180591620717"),
     "a plot of an unknown kind": (

@@ -84,7 +84,7 @@ def calibrate(
         inputs: unlabelled inputs to use instead: batches, each a mapping of forward's arguments.
         seed: seed of the generated inputs.
         sequences: number of generated inputs.
-        length: length of each, in tokens.
+        length: length of each, in tokens; at most the positions that the model has.
 
     Returns:
         The report, with each layer's bias.
@@ -100,7 +100,17 @@ def calibrate(
     for name, value in (("sequences", sequences), ("length", length)):
         if value < 1:
             raise SmileError(f"{name}: is {value}; expected 1 or more")
+    length = min(length, getattr(_text_config(model), "max_position_embeddings", None) or length)
     generator = torch.Generator().manual_seed(seed)
+
+    def run(batch: Mapping[str, Any]) -> None:
+        try:
+            model(**batch)
+        except Exception as error:  # whatever inputs that do not fit make it raise
+            raise SmileError(
+                f"inputs: the model fails on them ({type(error).__name__}: {error}); expected others"
+            ) from error
+
     with _experts_off(model, layers) as shares:
         if inputs is not None:
             source = "given"
@@ -110,18 +120,13 @@ def calibrate(
                         f"inputs: contains a {type(batch).__name__}; expected mappings of forward's arguments"
                     )
                 check_inputs(model, batch)
-                try:
-                    model(**batch)
-                except Exception as error:  # whatever inputs that do not fit make it raise
-                    raise SmileError(
-                        f"inputs: the model fails on them ({type(error).__name__}: {error}); expected others"
-                    ) from error
+                run(batch)
         elif _writes(model):
             source = "written"
             _write(model, sequences, length, generator)
         else:
             source = "random"
-            model(**_random_inputs(model, sequences, length, generator))
+            run(_random_inputs(model, sequences, length, generator))
     if not any(count for _, count in shares.values()):
         raise SmileError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
 
@@ -141,7 +146,9 @@ def calibrate(
 
 def check_calibration(model: nn.Module) -> None:
     """Raises what `calibrate` would raise on a model of this kind without `inputs`."""
-    if not _writes(model):
+    if _writes(model):
+        _first_token(model)
+    else:
         _random_inputs(model, 1, 1, torch.Generator())
 
 
@@ -195,14 +202,22 @@ def _writes(model: nn.Module) -> bool:
     return can is not None and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _write(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> None:
-    """Generate `sequences` texts of `length` tokens from the first special token, processing each token once."""
+def _first_token(model: nn.Module) -> int:
+    """The special token that a text begins with; 0 where the model has none."""
     config = _text_config(model)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    first = next((i for name in names if (i := getattr(config, name, None)) is not None), 0)
+    name, first = next(((name, i) for name in names if (i := getattr(config, name, None)) is not None), ("", 0))
     first = first[0] if isinstance(first, (list, tuple)) else first
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(first, int) or first < 0 or (size is not None and first >= size):
+        raise SmileError(f"{name}: is {first!r} in the model's config; expected one of its {size} tokens")
+    return first
+
+
+def _write(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> None:
+    """Generate `sequences` texts of `length` tokens from the first special token, processing each token once."""
     device = next(model.parameters()).device
-    ids = torch.full((sequences, 1), first, device=device)
+    ids = torch.full((sequences, 1), _first_token(model), device=device)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
     for _ in range(length):
         output = model(**arguments)

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoint import REPORT, add_calibration, model_card, turn_ids_of_checkpoint
+from ..checkpoint import REPORT, add_calibration, model_card, transformers_class, turn_ids_of_checkpoint
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError
 from ..integrations.conversion import ModelNames
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
-from ..routing import RoutingPolicy
+from ..routing import RoutingPolicy, check_calibration
 from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
@@ -122,6 +122,8 @@ class Job:
         if quantization is not None:
             _check_quantized(remaining, dtype, embeddings_from)
         names = ModelNames(model_of_checkpoint(self.base))
+        self.model = names.model
+        _check_generation_config(self.base, self.model)
         self.stored, self.packed = open_base(self.base, names)
         self.metadata = metadata_of(one for tensors in self.packed.values() for one in tensors)
         self.beside = _files_beside(self.base)
@@ -207,6 +209,18 @@ class Job:
             names += [stem, f"{stem}.index.json", stem.replace(".", "-[0-9]*-of-[0-9]*.")]
         names += [escape(str(place)) for place in self.beside.values()]
         return ["layers/[0-9]*.json", "layers/[0-9]*.safetensors", *(f"output/{name}" for name in names)]
+
+    def check_calibration(self) -> None:
+        """Raise ValueError, before any work, if the result could not be calibrated."""
+        transformers_class(read_config(self.base))
+        if self.model is None:
+            return
+        check_calibration(self.model)
+        if renamed := next((layer for layer in self.layers if layer.stored != layer.name), None):
+            raise SmileError(
+                f"calibrate: {renamed.stored} of {self.base} has another name in {type(self.model).__name__}, "
+                f"{renamed.name}; expected the same"
+            )
 
     def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
         """Read all inputs of the output, to find NaN, and numbers its dtype cannot hold, before hours of work."""
@@ -495,6 +509,8 @@ def upscale_checkpoints(
     for name, given in (("experts_only", experts_only), ("calibrate", calibrate)):
         if given and job.packed:
             raise SmileError(f"{name}: is True, and the base is stored quantised; expected False")
+    if calibrate:
+        job.check_calibration()
     if calibrate and routing is None:  # whose default depends on a tokenizer, which may be damaged
         turn_ids_of_checkpoint(job.base if job.added is None else job.experts[job.donor])
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
@@ -609,6 +625,23 @@ def _check_quantized(remaining: str, dtype: torch.dtype | None, embeddings_from:
     ):
         if given != expected:
             raise SmileError(f"{name}: is {given!r}, and the base is stored quantised; expected {expected!r}")
+
+
+def _check_generation_config(folder: Path, model: Any) -> None:
+    """Raise ValueError if the result could not be loaded because of a generation config, which is copied."""
+    if model is None or not model.can_generate():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except OSError:  # missing, or not JSON: transformers loads the model without it
+        pass
+    except Exception as error:  # wrong values may raise anything
+        raise SmileError(
+            f"{folder / 'generation_config.json'}: transformers cannot read it ({type(error).__name__}: {error}); "
+            "expected a generation config"
+        ) from None
 
 
 def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:

@@ -110,6 +110,8 @@ def test_models_that_cannot_write_read_random_inputs():
         report = calibrate(model, sequences=4, length=6)
         assert report.source == "random"
         assert {entry.tokens for entry in report.layers} == {count}
+    short = tf.BertConfig(vocab_size=32, max_position_embeddings=8, **vision)
+    assert calibrate(smile(tf.BertModel(short)), sequences=4).layers[0].tokens == 4 * 8
     for model, match in (
         (nn.Linear(2, 2), "^model: Linear has no"),
         (nn.Sequential(SmileLinear(8, 8, N, R, G)), "^inputs: Sequential"),
@@ -191,6 +193,22 @@ def test_folders_are_calibrated_by_either_command(shards, tmp_path):
     assert all(torch.equal(t, one.state_dict()[name]) for name, t in in_memory.state_dict().items())
     run("calibrate", paths["again"], "--routing", "causal", "--half-life", "8", "--seed", "1")
     assert get_routing(sk.load_pretrained(paths["again"])) == RoutingPolicy("causal", calibrated=True, half_life=8)
+
+
+def test_a_checkpoint_of_other_names_is_refused_before_any_work(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name in ("base", "expert"):
+        tf.ViTModel(tf.ViTConfig(**vision, image_size=8, patch_size=4)).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"^calibrate: \S+attention\.query of \S+ has another name in ViTModel"):
+        sk.upscale_checkpoints(
+            tmp_path / "base",
+            [tmp_path / "expert"],
+            tmp_path / "out",
+            rank_of_expert=2,
+            rank_of_router=2,
+            calibrate=True,
+        )
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["base", "expert"]
 
 
 def test_a_folder_keeps_what_smile_kernels_did_not_write(tmp_path):
