@@ -369,7 +369,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: sk.load_pretrained(folder / "fused"),
         r"architectures is \[None\]; expected a list of names",
     ),
-    "a fused model of an architecture that is no model": (
+    "a fused model of an architecture that is not a model": (
         settings("fused", architectures=["LlamaConfig"]),
         lambda folder: sk.load_pretrained(folder / "fused"),
         "transformers has no architecture LlamaConfig",

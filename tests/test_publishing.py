@@ -345,7 +345,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
 
 
 def test_a_job_without_settings_keeps_the_unfinished_work_of_one_that_has(tmp_path):
-    """As calibrate beside an interrupted `upscale --force`; the rest of a finished run is cleaned up."""
+    """As calibrate next to an interrupted `upscale --force`; the rest of a finished run is cleaned up."""
     out = tmp_path / "out"
     write_output(out, SETTINGS)
     with output_folder(out, {**SETTINGS, "rank": 16}, force=True) as output:
