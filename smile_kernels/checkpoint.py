@@ -346,7 +346,8 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
         return cls._from_config(cls.config_class(**plain), **from_pretrained).eval()
     except Exception as error:  # as in load_transformers
         raise SmileError(
-            f"config.json: transformers cannot build a {cls.__name__} from it ({type(error).__name__}: {error})"
+            f"config.json: transformers cannot build a {cls.__name__} from it ({type(error).__name__}: {error}); "
+            "expected the config of that model"
         ) from error
 
 

@@ -170,7 +170,7 @@ def read_user_file(variable: str, default: str, name: str) -> str | None:
         return None
     try:
         if file.exists() and not file.is_file():  # a pipe would block
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise OSError(errno.EINVAL, "expected a regular file")
         return file.read_text(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -190,7 +190,7 @@ def test_the_record_holds_for_one_machine_and_is_kept_whole(cache):
     os.mkfifo(excluded.file())  # nothing is read from a pipe, which would block
     excluded.paths.cache_clear()
     with pytest.warns(
-        UserWarning, match=r"excluded\.json: is not used, since it cannot be read \(not a regular file\)"
+        UserWarning, match=r"excluded\.json: is not used, since it cannot be read \(expected a regular file\)"
     ):
         assert excluded.paths("one") == {}
 
