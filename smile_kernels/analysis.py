@@ -130,6 +130,7 @@ class Analysis:
     base: str = ""
     experts: Sequence[str] = field(default_factory=list)
 
+    @check_arguments
     def save(self, path: str | Path) -> None:
         """Write all results as JSON, atomically."""
         write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
@@ -165,6 +166,7 @@ class Analysis:
             console.print(table)
         return text.get().rstrip("\n") + _LEGEND
 
+    @check_arguments
     def plot(self, file: str | Path) -> None:
         """Plot energy against rank and the zones' shares by kind of layer, as .png, .svg or .pdf."""
         from matplotlib.figure import Figure

@@ -118,6 +118,10 @@ class SmileConfig:
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
     def __post_init__(self):
+        if not isinstance(self.routing, RoutingPolicy):
+            raise SmileError(f"routing: is {reprlib.repr(self.routing)}; expected a RoutingPolicy")
+        if not isinstance(self.modules, dict):
+            raise SmileError(f"modules: is {reprlib.repr(self.modules)}; expected a dict of SmileModuleConfig by name")
         if self.routing.num_experts_per_tok is not None:  # stored with the layers, which need it without a policy
             object.__setattr__(self, "num_experts_per_tok", self.routing.num_experts_per_tok)
             object.__setattr__(self, "routing", replace(self.routing, num_experts_per_tok=None))

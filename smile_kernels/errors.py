@@ -1,6 +1,7 @@
 """The error for invalid arguments and files, and a check for integer arguments."""
 
 import operator
+import reprlib
 from typing import Any
 
 __all__ = ["SmileError", "check_integer", "check_seed"]
@@ -23,7 +24,8 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None, me
     if number is None or number < least or (most is not None and number > most):
         kind = "an integer, " if number is None else ""
         span = f"{least} or more" if most is None else f"{least} to {most}"
-        raise SmileError(f"{name}: is {value!r}; expected {kind}{span}{meaning and f', {meaning}'}")
+        shown = " ".join(reprlib.repr(value).split())  # of a model or a tensor, one line
+        raise SmileError(f"{name}: is {shown}; expected {kind}{span}{meaning and f', {meaning}'}")
     return number
 
 

@@ -309,8 +309,10 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or tensor.is_nested:
-        kind = "a nested tensor" if isinstance(tensor, Tensor) else reprlib.repr(tensor)
+    if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided:
+        kind = reprlib.repr(tensor)
+        if isinstance(tensor, Tensor):
+            kind = "a nested tensor" if tensor.is_nested else f"a {tensor.layout} tensor"
         raise SmileError(f"{name}: is {kind}; expected a dense tensor")
 
 

@@ -33,7 +33,11 @@ def parse(kind: type[_T], values: Any, where: str) -> _T:
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a key that is not a string, or a value inside itself
+        raise SmileError(f"{where}: {error}; expected values that JSON has") from None
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         raise SmileError(f"{where}: {_misfit(kind, values, error.errors())}") from None
 

@@ -71,6 +71,7 @@ class Sweep:
 
     settings: list[Setting]
 
+    @check_arguments
     def save(self, path: str | Path) -> None:
         """Write all results as JSON, atomically; a score that is not finite is null."""
         rows: list[dict[str, Any]] = [asdict(one) | {"score": one.score} for one in self.settings]
@@ -96,6 +97,7 @@ class Sweep:
             console.print(table)
         return text.get().rstrip("\n")
 
+    @check_arguments
     def plot(self, file: str | Path) -> None:
         """Draw the score over r and g, a heat map for each routing policy and m, as .png, .svg or .pdf.
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 import smile_kernels as sk
 from smile_kernels import analysis, functional
 from smile_kernels.inspection import describe
+from smile_kernels.integrations.peft import is_adapter
 from smile_kernels.integrations.quantization import split_base
+from smile_kernels.sweeping import Sweep
 from smile_kernels.testing import Problem
+from smile_kernels.upscaling import UpscaleReport
 from tests.fuzzing import fuzzed, outcome
 
 T, D, O, N, R, G, M = 5, 12, 10, 3, 4, 2, 2
@@ -29,7 +33,7 @@ def wrong_tensors(tensor: Tensor) -> list[Any]:
     other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
     wrong = [
         "x", 3, [1.0], tensor.to("meta"), tensor.to(torch.complex64), tensor.to(torch.int64), tensor.bool(),
-        tensor.to(other), tensor.to(torch.float8_e4m3fn), tensor[..., :-1], tensor[..., :0],
+        tensor.to(other), tensor.to_sparse(), tensor.to(torch.float8_e4m3fn), tensor[..., :-1], tensor[..., :0],
         torch.cat([tensor, tensor], -1),
     ]  # fmt: skip
     if tensor.dim() > 1:
@@ -202,6 +206,20 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     for value in (-1, 2**63, 2**70, "0", 0.5):
         add(f"calibrate(seed={value!r})", lambda v=value: sk.calibrate(fused, seed=v), "seed")
         add(f"verify(seed={value!r})", lambda v=value: sk.verify(fused, model, models, seed=v), "seed")
+    files = {
+        "path": (UpscaleReport([]).save, UpscaleReport.load, analysis.Analysis([], 1, 1.0).save, Sweep([]).save),
+        "file": (analysis.Analysis([], 1, 1.0).plot, Sweep([]).plot),
+        "directory": (is_adapter,),
+    }
+    for name, calls in files.items():
+        for call, value in itertools.product(calls, (None, 3, b"x", ["x"])):
+            add(f"{call.__qualname__}({name}={value!r})", lambda c=call, v=value: c(v), name)
+    for value in (model, large.state_dict(), [list(range(1000))] * 1000):
+        add(
+            "SmileLinear(rank_of_expert=a large object)",
+            lambda v=value: sk.SmileLinear(D, O, N, v, G),
+            "rank_of_expert",
+        )
     for name, value in (("sequences", 0), ("sequences", -1), ("length", 0)):
         add(f"calibrate({name}={value})", lambda n=name, v=value: sk.calibrate(fused, **{n: v}), name)
     return cases
@@ -220,6 +238,8 @@ def test_every_bad_call_names_its_argument():
         try:
             call()
         except (ValueError, TypeError, RuntimeError, OSError) as error:
+            if len(str(error)) > 1000 or "\n" in str(error).strip():
+                faults.append(f"{label}: is not one line: {str(error)[:150]}")
             subject = str(error).split(":")[0].split("[")[0]
             if named in ("weight", "vh") and subject in ("x", "bias", "vh", "u", "weight", "rank_of_router"):
                 continue  # two shapes that do not match: either may be named

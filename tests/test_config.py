@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from smile_kernels import SmileError
 from smile_kernels.config import SmileConfig, SmileModuleConfig
 
 CONFIG = SmileConfig(3, 1, 32, 16, {"a.b": SmileModuleConfig(32, 16, expert_bias=True)})
@@ -40,3 +41,14 @@ def test_config_round_trip():
 def test_config_errors_name_the_key(change, message):
     with pytest.raises(ValueError, match=message):
         SmileConfig.from_dict(CONFIG.to_dict() | change)
+
+
+def test_values_that_are_not_of_json_or_of_the_config_are_named():
+    inside: list = []
+    inside.append(inside)
+    for change in ({"modules": {(1, 2): {}}}, {"rank_of_expert": inside}):
+        with pytest.raises(SmileError, match=r"^quantization_config: .*; expected values that JSON has"):
+            SmileConfig.from_dict(CONFIG.to_dict() | change)
+    for change, message in (({"routing": "causal"}, r"^routing: is 'causal'"), ({"modules": 5}, "^modules: is 5")):
+        with pytest.raises(SmileError, match=message):
+            replace(CONFIG, **change)

@@ -114,6 +114,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@check_arguments
 def is_adapter(directory: str | Path) -> bool:
     """Whether `directory` contains a PEFT adapter."""
     return (Path(directory) / _CONFIG).exists()

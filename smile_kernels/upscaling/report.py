@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..publishing import write_text
 from ..routing import CalibrationReport
-from ..schema import parse
+from ..schema import check_arguments, parse
 from ..storage import read_json
 from ..svd import Certificate
 
@@ -126,11 +126,13 @@ class UpscaleReport:
     router: str = "smile"
     settings: list[LostSetting] = field(default_factory=list)
 
+    @check_arguments
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, atomically."""
         write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
+    @check_arguments
     def load(cls, path: str | Path) -> "UpscaleReport":
         """Read a report written by `save`; raises ValueError, naming the file, if it is not one."""
         return parse(cls, read_json(Path(path)), str(path))
