@@ -240,11 +240,14 @@ SMILE_INLINE void dot_tile(const X* const* x, R* const* out, const T* rows, int6
   using Operand = Operand<X>;
   const T* row[kRows];
   for (int j = 0; j < kRows; ++j) row[j] = rows + (j < rows_left ? j : 0) * row_stride;
+  // Hardware prefetches within a row; here the next rows are prefetched, if they fit in the L1 cache.
+  const bool prefetches = kRows * row_stride * int64_t(sizeof(T)) <= 1 << 15;
   Vector<R> sum[M][kRows] = {};
   int64_t d = 0;
   for (; d + Operand::lanes <= depth; d += Operand::lanes) {
     typename Operand::type b[kRows];
     for (int j = 0; j < kRows; ++j) b[j] = Operand::load(row[j] + d);
+    for (int j = 0; prefetches && j < kRows; ++j) __builtin_prefetch(row[j] + d + kRows * row_stride);
     for (int t = 0; t < M; ++t) {
       const auto a = Operand::load(x[t] + d);
       for (int j = 0; j < kRows; ++j) sum[t][j] = Operand::multiply_add(a, b[j], sum[t][j]);
