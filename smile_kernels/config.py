@@ -243,9 +243,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder; {} if there is none."""
     file = Path(folder) / "config.json"
     config = read_json(file) if file.exists() else {}
-    if name := next((name for name, value in config.items() if value != value), None):
+    if name := _nan_in(config):
         raise SmileError(f"{file}: {name} is NaN; expected a number")
     return config
+
+
+def _nan_in(content: Any) -> str:
+    """The path to a NaN in the content of a JSON file, joined by dots; "" if there is none."""
+    waiting = [("", content)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, float) and value != value:
+            return path
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting += [(f"{path}.{name}".lstrip("."), part) for name, part in parts]
+    return ""
 
 
 def read_smile_config(folder: str | Path) -> SmileConfig:

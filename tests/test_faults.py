@@ -227,6 +227,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         "base has no config.json, and experts",
     ),
     "a config with NaN": (settings("base", rms_norm_eps=float("nan")), fuse, "config.json: rms_norm_eps is NaN"),
+    "a config with NaN inside": (
+        settings("base", rope_parameters={"rope_type": "default", "rope_theta": float("nan")}),
+        fuse,
+        r"config.json: rope_parameters\.rope_theta is NaN",
+    ),
     "weights of another folder": (
         settings("base", transformers_weights="../expert/model.safetensors"),
         fuse,
