@@ -245,13 +245,14 @@ class SmileLinear(RoutedExperts, nn.Linear):
         m = self.num_experts_per_tok  # read before the policy runs, which may return None for this number
         if self.router_policy is not None and routing is None and routing_weights is None:
             routing = self.router_policy(self, input)
-            if routing is not None and not torch.is_grad_enabled():
-                y = library.serve(input, *self._tensors()[:6], *routing)
-                if y is not None:
-                    return y
+        layer = self._tensors()
+        if routing_weights is None and not torch.is_grad_enabled():
+            y = library.serve(input, layer, m, self.rank_of_router, routing)
+            if y is not None:
+                return y
         return smile_linear(
             input,
-            *self._tensors(),
+            *layer,
             num_experts_per_tok=m,
             rank_of_router=self.rank_of_router,
             routing=routing,

@@ -43,6 +43,45 @@ def test_export_with_dynamic_tokens():
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+def test_inference_gives_the_errors_of_training():
+    module, d = layer(), layer().in_features
+    x, n, m = torch.randn(2, 3, d), module.num_local_experts, module.num_experts_per_tok
+    weights, ids = torch.rand(2, 3, m), torch.zeros(2, 3, m, dtype=torch.int32)
+    without = copy.deepcopy(module)
+    without.num_experts_per_tok = n + 1
+    wrong = copy.deepcopy(module)
+    wrong.vh = torch.nn.Parameter(wrong.vh[:, :-1, :-1].detach())
+    mixed = copy.deepcopy(module)
+    mixed.u = torch.nn.Parameter(mixed.u.detach().half())
+    calls = {
+        "a list": (module, [1.0]),
+        "no dimension": (module, torch.tensor(1.0)),
+        "columns": (module, x[..., 1:]),
+        "dtype": (module, x.half()),
+        "integers": (module, x.long()),
+        "flat routing": (module, x, (weights.flatten(0, 1), ids.flatten(0, 1))),
+        "flat routing without experts": (module, x, (weights.flatten(0, 1)[..., :0], ids.flatten(0, 1)[..., :0])),
+        "one weight": (module, x, (weights[..., :1], ids)),
+        "ids of floats": (module, x, (weights, ids.float())),
+        "an id out of range": (module, x, (weights, ids + n)),
+        "one tensor": (module, x, weights),
+        "more experts than there are": (without, x),
+        "vh": (wrong, x),
+        "u": (mixed, x),
+    }
+    for name, (of, *arguments) in calls.items():
+        messages = []
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(sk.SmileError) as raised:
+                of(*arguments)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1], name
+    longs = module(x, routing=(weights.double(), ids.long()))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, routing=(weights.double(), ids.long())), longs)
+        torch.testing.assert_close(module(x, routing=(weights, ids)), longs)
+
+
 def test_module_copies_pickles_and_round_trips():
     module = layer()
     x = torch.randn(5, module.in_features)

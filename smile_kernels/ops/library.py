@@ -378,26 +378,38 @@ def evidence(
     return torch.ops.smile_kernels_ext.evidence.default(*arguments)
 
 
-def serve(x, weight, bias, vh, s, u, expert_bias, weights, ids) -> Tensor | None:
-    """`apply` in inference by the extension's operator, x [..., D], weights and ids [..., m]; None if not supported.
+def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | None:
+    """`linear`, or `apply` under a given routing, in inference by the extension's operator; None if not supported.
 
-    The operator checks its arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an
-    id out of range, is not supported. m = 0: only the shared layer.
+    x [..., D], layer the tensors of `linear`, routing (weights, ids) [..., m] or None. The operator checks its
+    arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an id out of range, is not
+    supported. m = 0: only the shared layer.
     """
-    (o, d), m, kind = weight.shape, ids.shape[-1], x.device.type
-    if m == 0:
-        return F.linear(x, weight, bias)
-    if s.dim() != 2 or x.shape[-1] != d or x.dtype != weight.dtype or weights.dtype != s.dtype:
+    weight, s = layer[0], layer[3]
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2:
         return None
-    if torch.is_autocast_enabled(kind) or not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
+    (o, d), kind, shape = weight.shape, x.device.type, x.shape
+    if shape[-1] != d or x.dtype != weight.dtype or torch.is_autocast_enabled(kind):
         return None
-    tokens, weights, ids = x.reshape(-1, d), weights.reshape(-1, m), ids.reshape(-1, m)
-    layer = tokens, weight, bias, vh, s, u, expert_bias
+    if not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
+        return None
+    tokens = x if x.dim() == 2 else x.reshape(-1, d)
     try:
-        y = torch.ops.smile_kernels_ext.apply.default(*layer, weights, ids, False)[0]
+        if routing is None:
+            ext = torch.ops.smile_kernels_ext.linear
+            y = ext.default(tokens, *layer, num_experts_per_tok, rank_of_router, False)[0]
+        else:
+            weights, ids = routing
+            m = ids.shape[-1]
+            if weights.shape != ids.shape or ids.shape[:-1] != shape[:-1] or weights.dtype != s.dtype:
+                return None
+            if m == 0:
+                return F.linear(x, weight, layer[1])
+            ext = torch.ops.smile_kernels_ext.apply
+            y = ext.default(tokens, *layer[:-1], weights.reshape(-1, m), ids.reshape(-1, m), False)[0]
     except RuntimeError:
         return None
-    return y.view(*x.shape[:-1], o)
+    return y if x.dim() == 2 else y.view(*shape[:-1], o)
 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend) -> Tensor:
