@@ -393,8 +393,8 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
         return None
     if not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
         return None
-    tokens = x if x.dim() == 2 else x.reshape(-1, d)
     try:
+        tokens = x if x.dim() == 2 else x.reshape(-1, d)
         if routing is None:
             ext = torch.ops.smile_kernels_ext.linear
             y = ext.default(tokens, *layer, num_experts_per_tok, rank_of_router, False)[0]
