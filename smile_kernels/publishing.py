@@ -592,8 +592,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a rename to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Flush a rename to disk; without permission to read the folder, the system does so later."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

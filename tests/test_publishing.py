@@ -200,6 +200,22 @@ def test_a_command_killed_at_every_file_operation_and_started_again(tmp_path, ch
     assert operation > 30
 
 
+def test_a_parent_that_cannot_be_read_is_not_flushed(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuses(path, *arguments, **options):
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuses)
+    write_output(tmp_path / "out", SETTINGS)
+    monkeypatch.undo()
+    write_output(tmp_path / "expected", SETTINGS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["expected", "out"]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("_no_flush")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO], ids=errno.errorcode.get)

@@ -317,6 +317,12 @@ def _module_delta(
 def _config(directory: Path) -> _Config:
     if not is_adapter(directory):
         raise FileNotFoundError(f"directory: {directory} has no {_CONFIG}; expected a PEFT adapter")
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        for model in (directory / stem, directory / f"{stem}.index.json"):
+            if model.exists():
+                raise SmileError(
+                    f"directory: {directory} has {_CONFIG} and {model.name}; expected an adapter or a model"
+                )
     config = read_json(directory / _CONFIG)
     if config.get("peft_type") != "LORA":
         raise SmileError(
