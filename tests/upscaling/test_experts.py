@@ -104,9 +104,7 @@ def test_the_folder_of_an_adapter_and_of_a_model_name_their_expert(tmp_path):
     model = upscale(base, [tiny_models.fine_tuned(base, 2)], ["chat"], **options).eval()
     lora.save_pretrained(tmp_path / "both")
     tuned.save_pretrained(tmp_path / "both")
-    with pytest.raises(
-        sk.SmileError, match="both has adapter_config.json and model.safetensors; expected"
-    ):
+    with pytest.raises(sk.SmileError, match=r"both has adapter_config.json and model.safetensors; expected"):
         sk.add_expert(model, tmp_path / "both")
     sk.add_expert(model, tmp_path / "maths")
     sk.add_expert(model, str(tmp_path / "code"))
