@@ -36,7 +36,8 @@ TEXTS = 32  # per task for methods of merging that need training or test texts
 PICTURED = 2  # rows per task for the share of tokens at their own expert
 FULL = ("adjective", "town")  # tasks that are also fine-tuned in full
 FULL_RANK = 64  # of experts that are full fine-tunes
-MOST_PROCESSES = 4  # each has a few models in memory
+MOST_PROCESSES = 4  # each has a few models in memory: about 4 GB
+MOST_WITH_DATA = 2  # where methods of merging also keep statistics of every fine-tune: up to 9 GB
 
 
 def ignored(what: str, done: int, total: int) -> None:
@@ -214,9 +215,8 @@ def prepare(study: Study, size: Size, step: Step) -> None:
     kinds += [(i, 0, True) for i, task in enumerate(study.tasks) if size.full and study.is_full(task, True)]
     context = multiprocessing.get_context("spawn")
     told = context.SimpleQueue()
-    workers = min(
-        MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(MOST_WITH_DATA if size.few_rows else MOST_PROCESSES, cores)
     with ProcessPoolExecutor(workers, context, _begin, (study, size, told)) as pool:
         for what, job, arguments in (
             ("fine-tuning", _finetune, kinds),
