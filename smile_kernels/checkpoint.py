@@ -67,7 +67,8 @@ def save_pretrained(
         force: replace a folder that smile-kernels wrote.
 
     Raises:
-        ValueError: no SmileLinear in the model, or a folder that is, contains or is inside `base`.
+        ValueError: no SmileLinear in the model, a tensor without data, a factor with NaN or inf, or a folder that is,
+            contains or is inside `base`.
         FileExistsError: the folder contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
     """
@@ -91,6 +92,7 @@ def save_pretrained(
 def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
+        _check_loadable(model, config)
         with written_by_others(folder):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_config(folder, read_config(folder), config)
@@ -102,6 +104,17 @@ def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_s
         model_config = model.config.to_dict() if hasattr(model, "save_pretrained") else {}
         write_config(folder, model_config, config)
     write_text(folder / "README.md", model_card(config))
+
+
+def _check_loadable(model: Any, config: SmileConfig) -> None:
+    """Raise ValueError if transformers has no data to save, or would save factors that it refuses to load."""
+    offloaded = {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values()))  # it reads them back
+    factors = set(_factor_names(config))
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is Tensor and tensor.is_meta and not offloaded:
+            raise SmileError(f"model: {name} is on the meta device; expected its data")
+        if type(tensor) is Tensor and name in factors and not tensor.is_meta and not tensor.isfinite().all():
+            raise SmileError(f"model: {name} contains NaN or inf; expected finite numbers")
 
 
 @check_arguments

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smile_kernels import SmileLinear, upscale
+from smile_kernels import SmileError, SmileLinear, upscale
 from smile_kernels.checkpoint import load_pretrained, save_pretrained
 from smile_kernels.inspection import describe
 from smile_kernels.storage import read_tensors, write_shard
@@ -87,6 +87,26 @@ def test_transformers_models_round_trip(tmp_path, tied):
         assert all(torch.equal(other.state_dict()[name], t) for name, t in model.state_dict().items())
         assert torch.equal(other(ids).logits, model(ids).logits)
         assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+
+
+def test_save_refuses_a_transformers_model_that_could_not_be_loaded_again(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64))
+    model.set_submodule("model.layers.0.mlp.up_proj", SmileLinear(32, 48, 3, 4, 5, 2, bias=False))
+    diverged = copy.deepcopy(model)
+    diverged.model.layers[0].mlp.up_proj.u.data[1, 2] = torch.inf
+    partly = copy.deepcopy(model)
+    partly.lm_head.to("meta")  # as concurrent calls of from_pretrained leave it
+    for refused, message in (
+        (diverged, r"model\.layers\.0\.mlp\.up_proj\.u contains NaN or inf"),
+        (partly, r"lm_head\.weight is on the meta device"),
+        (model.to("meta"), "is on the meta device"),
+    ):
+        with pytest.raises(SmileError, match=message):
+            save_pretrained(refused, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_refuses_to_overwrite(tmp_path):
