@@ -184,6 +184,8 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
             try:
                 with safe_open(file, "pt") as f:
                     return f.get_tensor(name).clone()
+            except RuntimeError as error:
+                raise _cannot_open(error, file) from None
             except SafetensorError as error:
                 raise SmileError(f"{file}: changed while it was read ({error}); fetch or write it again") from None
 
@@ -194,6 +196,8 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
         with safe_open(file, "pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
             headers = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except RuntimeError as error:
+        raise _cannot_open(error, file) from None
     except (SafetensorError, OSError) as error:
         raise SmileError(f"{file}: is not a whole safetensors file ({error}); fetch or write it again") from None
     for name, (dtype, _) in headers.items():
@@ -210,13 +214,22 @@ def read_metadata(file: Path) -> dict[str, str]:
         return dict(f.metadata() or {})
 
 
+def _cannot_open(error: RuntimeError, file: Path) -> Exception:
+    """What PyTorch raises where it cannot open or map a file, for want of descriptors or memory, as OSError."""
+    code = re.search(r"unable to (?:open|stat|mmap) .*\((\d+)\)", str(error))
+    return error if code is None else OSError(int(code[1]), os.strerror(int(code[1])), str(file))
+
+
 def read_pickled(file: Path) -> list[StoredTensor]:
     """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or no checkpoint."""
     _check_regular(file)
     mapped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 cannot be mapped
 
     def open_file() -> dict[str, Tensor]:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except RuntimeError as error:
+            raise _cannot_open(error, file) from None
 
     try:
         state = open_file()
@@ -242,10 +255,18 @@ def read_pickled(file: Path) -> list[StoredTensor]:
                 f"{', '.join(map(str, _DTYPE_NAMES))}"
             )
 
+    def read_again(name: str) -> Tensor:
+        try:
+            return open_file()[name].clone()
+        except OSError:
+            raise
+        except Exception as error:  # any exception of an unpickler for bytes of another kind
+            raise SmileError(f"{file}: changed while it was read ({error}); fetch or write it again") from None
+
     def reader(name: str) -> Callable[[], Tensor]:
         if not mapped:
             return lambda: state[name].clone()
-        return lambda: open_file()[name].clone()
+        return lambda: read_again(name)
 
     return [StoredTensor(name, t.dtype, tuple(t.shape), reader(name), file) for name, t in state.items()]
 

@@ -1,7 +1,9 @@
 """Tensors on disk: equal when read back, from any shards; damaged files are refused by name."""
 
 import json
+import os
 import pickle
+import resource
 import struct
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smile_kernels.errors import SmileError
 from smile_kernels.storage import parse_size, read_tensors, write_shard, write_tensors
 from tests.upscaling.checkpoints import stored
 
@@ -118,3 +121,25 @@ def test_sizes():
     for bad in ("", "5XB", "-1", 0, "0.1"):
         with pytest.raises(ValueError, match="max_shard_size: is"):
             parse_size(bad)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_files_that_cannot_be_opened_again(tmp_path, suffix):
+    file = tmp_path / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[suffix]
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    save({"a": torch.ones(3)}, file)
+    tensor = read_tensors(tmp_path)["a"]
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # a second descriptor, to map the file, is refused
+    try:
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            tensor.load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.filename == str(file)
+    assert torch.equal(tensor.load(), torch.ones(3))
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(SmileError, match=r"changed while it was read .*; fetch or write it again"):
+        tensor.load()
