@@ -24,9 +24,9 @@ SUMMARY = {
     "TIES": ("TIES", "ties"),
     "TSV-Merge": ("TSV-Merge", "tsv-merge"),
     "Iso-C": ("Iso-C", "iso-c"),
-    "Fisher merging": ("Fisher merging", None),
-    "RegMean": ("RegMean", None),
-    "AdaMerging, by layer": ("AdaMerging, by layer", None),
+    "Fisher merging": ("Fisher merging", "fisher"),
+    "RegMean": ("RegMean", "regmean"),
+    "AdaMerging, by layer": ("AdaMerging, by layer", "adamerging, by layer"),
     "WEMoE": ("WEMoE", None),
     "SMILE, published routing": ("SMILE (g 16, r 32)", "published"),
     "SMILE, recommended routing": ("SMILE (g 16, r 32)", "recommended"),
@@ -35,8 +35,11 @@ SUMMARY = {
 }
 
 
-def summary(easy: dict, hard: dict, language: dict) -> str:
-    """Accuracy of every method as a share of the individual models', in both studies."""
+def summary(easy: dict, hard: dict, language: dict, small: dict) -> str:
+    """Accuracy of every method as a share of the individual models', in both studies.
+
+    A method that only the `small` run of the language model has tested is marked.
+    """
 
     def of_encoder(results: dict, name: str) -> tuple[str, str]:
         rows = {row["name"]: row for row in results["rows"]}
@@ -46,12 +49,12 @@ def summary(easy: dict, hard: dict, language: dict) -> str:
         return f"{100 * mean / individual:.1f}", f"{rows[name]['parameters']:.2f}×"
 
     def of_language(name: str | None) -> tuple[str, str, str]:
-        if name not in language["methods"]:
+        row = language["methods"].get(name) or small["methods"].get(name)
+        if row is None:
             return "–", "–", "–"
-        row = language["methods"][name]
         turns = row.get("two_turns")
         return (
-            f"{row['of_individual']:.1f}",
+            f"{row['of_individual']:.1f}{'' if name in language['methods'] else ' †'}",
             f"{turns['of_individual']:.1f}" if turns else "–",
             f"{row['parameters']:.2f}×",
         )
@@ -82,7 +85,8 @@ def sections() -> dict[Path, dict[str, str]]:
     def read(name: str) -> dict:
         return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
-    docs, easy, hard, language = ROOT / "docs", read("encoder"), read("encoder_hard"), read("language_model")
+    docs, easy, hard = ROOT / "docs", read("encoder"), read("encoder_hard")
+    language, small = read("language_model"), read("language_model_small")
     return {
         docs / "demo.md": {
             "easy": encoder.markdown(easy),
@@ -90,9 +94,12 @@ def sections() -> dict[Path, dict[str, str]]:
             "sweep": sweeps_report.markdown(read("encoder_sweep")),
         },
         docs / "log.md": {"easy": encoder.markdown(easy, details=True), "hard": encoder.markdown(hard, details=True)},
-        docs / "language_model.md": {"results": language_model.markdown(language)},
+        docs / "language_model.md": {
+            "results": language_model.markdown(language),
+            "small": language_model.markdown(small, "Right answers (exact match), %"),
+        },
         docs / "language_models.md": {"walk": walk(read("walk"))},
-        docs / "study.md": {"summary": summary(easy, hard, language)},
+        docs / "study.md": {"summary": summary(easy, hard, language, small)},
         ROOT / "README.md": {"language model": language_model.headline(language)},
     }
 

@@ -125,9 +125,10 @@ def tables(results: dict) -> list[TableRows]:
     return found
 
 
-def markdown(results: dict) -> str:
-    """The tables as Markdown."""
-    return shared.markdown(results, results["size"]["seeds"], tables(results))
+def markdown(results: dict, title: str | None = None) -> str:
+    """The tables as Markdown, or the one of this title."""
+    shown = [table for table in tables(results) if title in (None, table[0])]
+    return shared.markdown(results, results["size"]["seeds"], shown)
 
 
 def headline(results: dict) -> str:
