@@ -1,8 +1,9 @@
 """SMILE settings of a checkpoint, stored in its config.json under `quantization_config`."""
 
 import json
+import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ QUANT_METHOD = "smile"
 # The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
 # Without the quantizer, transformers then raises an error instead of loading the base model with a warning.
 NO_WEIGHTS = "needs_smile_kernels.safetensors"
+# Numbers of a config of which transformers makes lists of that length: names of labels, types of layers.
+_COUNT, _LONGEST = re.compile(r"num_labels|n_layers?|(.*_)?layers"), 1_000_000
 FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
 
 
@@ -243,21 +246,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder; {} if there is none."""
     file = Path(folder) / "config.json"
     config = read_json(file) if file.exists() else {}
-    if name := _nan_in(config):
-        raise SmileError(f"{file}: {name} is NaN; expected a number")
+    for path, number in _numbers_in(config):
+        if number != number:
+            raise SmileError(f"{file}: {path} is NaN; expected a number")
+        if number > _LONGEST and _COUNT.fullmatch(path.rpartition(".")[2]):
+            raise SmileError(f"{file}: {path} is {reprlib.repr(number)}; expected at most {_LONGEST:,}")
     return config
 
 
-def _nan_in(content: Any) -> str:
-    """The path to a NaN in the content of a JSON file, joined by dots; "" if there is none."""
+def _numbers_in(content: Any) -> Iterator[tuple[str, int | float]]:
+    """The numbers in the content of a JSON file, with their paths joined by dots."""
     waiting = [("", content)]
     while waiting:
         path, value = waiting.pop()
-        if isinstance(value, float) and value != value:
-            return path
+        if isinstance(value, (int, float)):
+            yield path, value
         parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         waiting += [(f"{path}.{name}".lstrip("."), part) for name, part in parts]
-    return ""
 
 
 def read_smile_config(folder: str | Path) -> SmileConfig:

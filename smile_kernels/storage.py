@@ -413,6 +413,8 @@ def read_text(file: Path, limit: int = 1 << 28) -> str:
     Raises:
         ValueError: not a regular file, more than `limit` bytes, or not UTF-8.
     """
+    if "\0" in str(file):
+        raise SmileError(f"{str(file)!r}: contains a null character; expected the path of a text file")
     if file.exists() and not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a text file")
     size = file.stat().st_size

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import smile_kernels as sk
 from smile_kernels import analysis, functional
 from smile_kernels.inspection import describe
+from smile_kernels.integrations.distributed import replicate_singular_values
 from smile_kernels.integrations.peft import is_adapter
 from smile_kernels.integrations.quantization import split_base
 from smile_kernels.sweeping import Sweep
@@ -177,6 +178,10 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
             add(f"upscale({name}={label})", lambda c=call: sk.upscale(*c, progress=False, **ranks), name)
     for value in ([[0]], {0}, object(), {0: 10**400}, {0: 1e39}, torch.ones(N, device="meta"), {0: torch.nan}):
         add(f"routing_override({_brief(value)})", lambda v=value: sk.routing_override(fused, v), "expert")
+    nested = torch.nested.nested_tensor([torch.ones(N)])
+    add("routing_override(nested)", lambda: sk.routing_override(fused, nested), "expert: is a nested tensor")
+    add("UpscaleReport.load(null)", lambda: UpscaleReport.load("a\0b"), "null character")
+    add("replicate_singular_values(5)", lambda: replicate_singular_values(5, None), "model")
     for value in (None, 5, object()):
         add(f"user_turn_ids({value!r})", lambda v=value: sk.user_turn_ids(v), "tokenizer")
         add(f"recommended({value!r})", lambda v=value: sk.RoutingPolicy.recommended(v), "model")

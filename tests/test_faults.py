@@ -193,7 +193,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         command("inspect", "{folder}/fused"),
         "smile_report.json: layers: is 5; expected an array",
     ),
-    "a billion layers": (settings("base", num_hidden_layers=10**9), fuse, "config.json: .* too many for the tensors"),
+    "a billion layers": (settings("base", num_hidden_layers=10**6), fuse, "config.json: .* too many for the tensors"),
     "fewer layers than stored": (settings("base", num_hidden_layers=1), fuse, "belongs to no block of the Llama"),
     "a trillion tokens": (settings("base", vocab_size=10**12), fuse, r"embed_tokens\.weight' has shape .*config\.json"),
     "negative sizes": (settings("base", hidden_size=-5), fuse, "config.json: transformers cannot build"),
@@ -231,6 +231,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         settings("base", rope_parameters={"rope_type": "default", "rope_theta": float("nan")}),
         fuse,
         r"config.json: rope_parameters\.rope_theta is NaN",
+    ),
+    "a config with a billion labels": (
+        settings("base", num_labels=10**9),
+        fuse,
+        r"base/config.json: num_labels is 1000000000; expected at most 1,000,000",
+    ),
+    "an expert's config with a billion layers": (
+        settings("expert", text_config={"num_hidden_layers": 10**9}),
+        fuse,
+        r"expert/config.json: text_config\.num_hidden_layers is 1000000000; expected at most 1,000,000",
     ),
     "weights of another folder": (
         settings("base", transformers_weights="../expert/model.safetensors"),

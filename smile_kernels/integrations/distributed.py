@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from ..errors import SmileError
 from ..functional import router_projections, select_experts, smile_linear
 from ..nn import SmileLinear
+from ..schema import check_arguments
 from ..versions import installed
 
 __all__ = ["ColwiseSmile", "RowwiseSmile", "replicate_singular_values", "tensor_parallel_plan"]
@@ -185,6 +186,7 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     return styles
 
 
+@check_arguments
 def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
     """The `s` of every SMILE layer, for replication on each rank while FSDP2 shards everything else.
 

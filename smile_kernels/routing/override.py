@@ -98,6 +98,8 @@ def expert_weights(
     known = f"one of {', '.join(map(repr, names))}, or " if names else ""
     expected = f"expected {known}an index from 0 to {n - 1}"
     if isinstance(expert, Tensor):
+        if expert.is_nested:  # it has no shape
+            raise SmileError(f"{where}: is a nested tensor; expected weights [{n}], one for each expert")
         if expert.shape != (n,):
             raise SmileError(f"{where}: has shape {list(expert.shape)}; expected weights [{n}], one for each expert")
         if expert.is_meta:
