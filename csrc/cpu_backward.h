@@ -26,12 +26,13 @@ template <class T, class R> class Reals {
   int64_t stride;
 };
 
-// panel[k][c] = row_at(k)[c] for `width` columns, zeros past them.
+// panel[k][c] = row_at(k)[c] for `width` columns, zeros up to a whole vector.
 template <class R, class RowAt> void lay_out(int64_t depth, const RowAt& row_at, int64_t width, R* panel) {
-  for (int64_t k = 0; k < depth; ++k, panel += kPanelWidth<R>) {
+  const int64_t stride = panel_vectors<R>(width) * kLanes<R>;
+  for (int64_t k = 0; k < depth; ++k, panel += stride) {
     const auto* row = row_at(k);
     for (int64_t c = 0; c < width; ++c) panel[c] = to_real(row[c]);
-    std::fill(panel + width, panel + kPanelWidth<R>, R(0));
+    std::fill(panel + width, panel + stride, R(0));
   }
 }
 
@@ -51,14 +52,14 @@ template <class T> class GroupedProducts {
                R* out) const {
     const int64_t panels = (rank + kWidth - 1) / kWidth;
     parallel(parallel_for, n.num_experts * panels, n.tokens * m * kWidth * depth / n.num_experts, [&](int64_t from, int64_t to) {
-      const Buffer<R> panel(kPanelDepth<R> * kWidth), sums(largest() * kWidth);
+      const Buffer<R> panel(kPanelDepth * kWidth), sums(largest() * kWidth);
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / panels, c0 = item % panels * kWidth, width = std::min(kWidth, rank - c0);
         const int32_t* list = entries.data() + first[i];
         const int64_t count = first[i + 1] - first[i];
         const T* own = factor + i * expert_stride;
-        for (int64_t d = 0; count && d < depth; d += kPanelDepth<R>) {
-          const int64_t length = std::min(kPanelDepth<R>, depth - d);
+        for (int64_t d = 0; count && d < depth; d += kPanelDepth) {
+          const int64_t length = std::min(kPanelDepth, depth - d);
           if (by_columns) {
             lay_out(length, [&](int64_t k) { return own + (d + k) * rank + c0; }, width, panel.get());
           } else {
@@ -66,7 +67,7 @@ template <class T> class GroupedProducts {
             for (int64_t c = 0; c < width; ++c) row[c] = own + (c0 + c) * depth + d;
             pack<R>(row, width, length, panel.get());
           }
-          panel_product<R>(count, [&](int64_t e) { return x[list[e] / m] + d; }, panel.get(), length,
+          panel_product<R>(count, [&](int64_t e) { return x[list[e] / m] + d; }, panel.get(), width, length,
                            [&](int64_t e) { return sums.get() + e * kWidth; }, d > 0);
         }
         for (int64_t e = 0; e < count; ++e) std::copy_n(sums.get() + e * kWidth, width, out + list[e] * rank + c0);
@@ -78,20 +79,20 @@ template <class T> class GroupedProducts {
   void expand(const R* coefficients, int64_t rank, const T* factor, int64_t expert_stride, int64_t columns, T* out, bool adds) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
     parallel(parallel_for, blocks, kWidth * n.tokens * m * rank, [&](int64_t from, int64_t to) {
-      const Buffer<R> panel(std::min(rank, kPanelDepth<R>) * kWidth), sums(n.tokens * kWidth);
+      const Buffer<R> panel(std::min(rank, kPanelDepth) * kWidth), sums(n.tokens * kWidth);
       for (int64_t block = from; block < to; ++block) {
         const int64_t c0 = block * kWidth, width = std::min(kWidth, columns - c0);
         for (int64_t t = 0; t < n.tokens; ++t)
           for (int64_t c = 0; c < width; ++c)
             sums.get()[t * kWidth + c] = adds ? to_real(out[t * columns + c0 + c]) : R(0);
         for (int64_t i = 0; i < n.num_experts; ++i)
-          for (int64_t k = 0; k < rank && first[i] < first[i + 1]; k += kPanelDepth<R>) {
+          for (int64_t k = 0; k < rank && first[i] < first[i + 1]; k += kPanelDepth) {
             const int32_t* list = entries.data() + first[i];
-            const int64_t length = std::min(kPanelDepth<R>, rank - k);
+            const int64_t length = std::min(kPanelDepth, rank - k);
             const T* own = factor + i * expert_stride + k * columns + c0;
             lay_out(length, [&](int64_t row) { return own + row * columns; }, width, panel.get());
             panel_product<R>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e] * rank + k; }, panel.get(),
-                             length, [&](int64_t e) { return sums.get() + list[e] / m * kWidth; }, true);
+                             width, length, [&](int64_t e) { return sums.get() + list[e] / m * kWidth; }, true);
           }
         for (int64_t t = 0; t < n.tokens; ++t)
           for (int64_t c = 0; c < width; ++c) out[t * columns + c0 + c] = from_real<T>(sums.get()[t * kWidth + c]);
@@ -105,17 +106,17 @@ template <class T> class GroupedProducts {
                   int64_t out_rows, bool transposed) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
     parallel(parallel_for, n.num_experts * blocks, kWidth * n.tokens * m * rank / n.num_experts, [&](int64_t from, int64_t to) {
-      const Buffer<R> panel(kPanelDepth<R> * kWidth), turned(kWidth * kWidth), sums(rank * kWidth), of_rank(rank * kPanelDepth<R>);
+      const Buffer<R> panel(kPanelDepth * kWidth), turned(kWidth * kWidth), sums(rank * kWidth), of_rank(rank * kPanelDepth);
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / blocks, c0 = item % blocks * kWidth, width = std::min(kWidth, columns - c0);
         std::fill_n(sums.get(), rank * kWidth, R(0));
-        for (int64_t e0 = first[i]; e0 < first[i + 1]; e0 += kPanelDepth<R>) {
+        for (int64_t e0 = first[i]; e0 < first[i + 1]; e0 += kPanelDepth) {
           const int32_t* list = entries.data() + e0;
-          const int64_t count = std::min<int64_t>(kPanelDepth<R>, first[i + 1] - e0);
+          const int64_t count = std::min<int64_t>(kPanelDepth, first[i + 1] - e0);
           for (int64_t e = 0; e < count; ++e)
             for (int64_t k = 0; k < rank; ++k) of_rank.get()[k * count + e] = coefficients[list[e] * rank + k];
           lay_out(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel.get());
-          panel_product<R>(rank, [&](int64_t k) { return of_rank.get() + k * count; }, panel.get(), count,
+          panel_product<R>(rank, [&](int64_t k) { return of_rank.get() + k * count; }, panel.get(), width, count,
                            [&](int64_t k) { return sums.get() + k * kWidth; }, true);
         }
         T* own = out + i * expert_stride;
@@ -150,8 +151,9 @@ template <class T> class GroupedProducts {
       const R* row[kWidth];
       for (int64_t k = 0; k < rows; ++k) row[k] = sums + (k0 + k) * kWidth;
       pack<R>(row, rows, kWidth, turned);
+      const int64_t stride = panel_vectors<R>(rows) * kLanes<R>;
       for (int64_t c = 0; c < width; ++c)
-        for (int64_t k = 0; k < rows; ++k) out[c * rank + k0 + k] = from_real<T>(turned[c * kWidth + k]);
+        for (int64_t k = 0; k < rows; ++k) out[c * rank + k0 + k] = from_real<T>(turned[c * stride + k]);
     }
   }
 };

@@ -17,8 +17,16 @@ namespace SMILE_NAMESPACE {
 
 // |q|, also where the squares overflow or vanish.
 template <class R> R norm(const R* q, int64_t count) {
+  Vector<R> squares = {};
+  int64_t at = 0;
+  for (; at + kLanes<R> <= count; at += kLanes<R>) squares += load(q + at) * load(q + at);
+  if (at < count) {
+    const Vector<R> last = load_first<R>(q + at, int(count - at));
+    squares += last * last;
+  }
+  const auto four = fold<R>(squares);  // or two
   R sum = 0, largest = 0;
-  for (int64_t i = 0; i < count; ++i) sum += q[i] * q[i];
+  for (size_t i = 0; i < 16 / sizeof(R); ++i) sum += four[i];
   if (sum != sum || (sum > std::numeric_limits<R>::min() / std::numeric_limits<R>::epsilon() && sum < std::numeric_limits<R>::max()))
     return std::sqrt(sum);
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(q[i]));
@@ -53,6 +61,16 @@ template <class T, class R> struct Product {
   int64_t out_stride;
 };
 
+// Rows of sums, one for each token.
+template <class R> struct Sums {
+  R* data;
+  int64_t stride;
+  R* operator[](int64_t t) const { return data + t * stride; }
+};
+
+// Entries that a packed product takes at once: their x stay in the second-level cache.
+constexpr int64_t kEntriesAtOnce = 32 * kTokens;
+
 // "Expert" v of a layer is number v % N of part v / N.
 template <class T> class Chunk {
   using R = typename RealOf<T>::type;
@@ -85,21 +103,17 @@ template <class T> class Chunk {
       tokens = std::min(tokens_at_once, n.tokens - begin);
       weights = static_cast<R*>(p.weights) + begin * slots;
       ids = p.ids + begin * slots;
+      packs = tokens >= kPackFrom * kTokens;
       read_x();
       if (p.weight) add_base_product();
-      const bool packs = tokens >= kPackFrom * kTokens;
       if (p.router && !packs) add_router_products();
       run_products();
       if (p.router && packs) run_packed_router_product();
       if (p.router) choose_experts();
       if (!p.y) continue;
       sort_by_expert([&](int64_t e) { return expert_of(e); }, tokens * slots, experts, first, entries);
-      if (kTiles<X> && packs) {
-        run_packed_shrink_products();
-      } else {
-        add_shrink_products();
-        run_products();
-      }
+      add_shrink_products();
+      run_products();
       scale();
       expand();
     }
@@ -158,10 +172,15 @@ template <class T> class Chunk {
     });
   }
 
+  // Whether to pack the rows that as many entries are multiplied with. The speed of tiles depends little on the count.
+  bool packs_rows(int64_t count) const { return packs && count >= (kTiles<X> ? 1 : 4 * kTokens); }
+
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
   void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, int64_t entries_per_token,
                     R* out, int64_t out_stride) {
-    const int64_t rows_at_once = count <= kTokens ? kRows : 4 * kRows, entries_at_once = 8 * kTokens;
+    const bool packed = packs_rows(count);
+    const int64_t rows_at_once = packed ? kPanelWidth<X> : count <= kTokens ? kRows : 4 * kRows;
+    const int64_t entries_at_once = packed ? kEntriesAtOnce : 8 * kTokens;
     for (int64_t e = 0; e < count; e += entries_at_once)
       for (int64_t j = 0; j < row_count; j += rows_at_once)
         products.push_back({rows + j * n.in_features, std::min(rows_at_once, row_count - j), list + e,
@@ -175,12 +194,16 @@ template <class T> class Chunk {
     parallel(parallel_for, products.size(), work * n.in_features / products.size(), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const auto& product = products[i];
+        const auto x_at = [&](int64_t e) { return x[product.entries[e] / product.entries_per_token]; };
+        const auto out_at = [&](int64_t e) { return product.out + product.entries[e] * product.out_stride; };
+        if (packs_rows(product.count)) {
+          const auto row_at = [&](int64_t c) { return product.rows + c * n.in_features; };
+          packed_product(product.row_count, row_at, product.count, x_at, out_at);
+          continue;
+        }
         const X* xs[8 * kTokens];
         R* outs[8 * kTokens];
-        for (int64_t e = 0; e < product.count; ++e) {
-          xs[e] = x[product.entries[e] / product.entries_per_token];
-          outs[e] = product.out + product.entries[e] * product.out_stride;
-        }
+        for (int64_t e = 0; e < product.count; ++e) xs[e] = x_at(e), outs[e] = out_at(e);
         dots(xs, outs, product.count, product.rows, n.in_features, product.row_count, n.in_features, false);
       }
     });
@@ -200,7 +223,7 @@ template <class T> class Chunk {
 
   // q = x R^T by panels of rows, which may belong to several experts.
   void run_packed_router_product() {
-    constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 32 * kTokens;
+    constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = kEntriesAtOnce;
     const int64_t g = n.rank_of_router, rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
     const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce;
     parallel(parallel_for, panels * pieces, kWidth * std::min(tokens, kAtOnce) * n.in_features, [&](int64_t from, int64_t to) {
@@ -215,33 +238,17 @@ template <class T> class Chunk {
     });
   }
 
-  // h of the entries of each expert, except for the rows that are known; for tiles, whose speed depends little on their width.
-  void run_packed_shrink_products() {
-    constexpr int64_t kWidth = kPanelWidth<X>;
-    const int64_t r = n.rank_of_expert, panels = (r + kWidth - 1) / kWidth;
-    parallel(parallel_for, experts * panels, tokens * slots * kWidth * n.in_features / experts, [&](int64_t from, int64_t to) {
-      for (int64_t item = from; item < to; ++item) {
-        const int64_t v = item / panels, k0 = known_rows(v) + item % panels * kWidth, count = first[v + 1] - first[v];
-        const int32_t* list = entries.data() + first[v];
-        if (count == 0 || k0 >= rank[v]) continue;
-        const T* rows = static_cast<const T*>(p.vh) + (v * n.vh_rows + k0) * n.in_features;
-        packed_product(std::min(kWidth, rank[v] - k0), [&](int64_t c) { return rows + c * n.in_features; }, count,
-                       [&](int64_t e) { return x[list[e] / slots]; }, [&](int64_t e) { return &h[list[e] * r + k0]; });
-      }
-    });
-  }
-
   // out[e] = the product of x[e] with `width` rows, at most those of a panel.
   template <class RowAt, class XAt, class OutAt>
   void packed_product(int64_t width, const RowAt& row_at, int64_t count, const XAt& x_at, const OutAt& out_at) {
     constexpr int64_t kWidth = kPanelWidth<X>;
-    const Buffer<R> panel(packed_depth<X>(kPanelDepth<X>) * kWidth), sums(count * kWidth);
-    for (int64_t d = 0; d < n.in_features; d += kPanelDepth<X>) {
-      const int64_t depth = std::min(kPanelDepth<X>, n.in_features - d);
+    const Buffer<R> panel(packed_depth<X>(kPanelDepth) * kWidth), sums(count * kWidth);
+    for (int64_t d = 0; d < n.in_features; d += kPanelDepth) {
+      const int64_t depth = std::min(kPanelDepth, n.in_features - d);
       const T* row[kWidth];
       for (int64_t c = 0; c < width; ++c) row[c] = row_at(c) + d;
       pack<X>(row, width, depth, panel.get());
-      panel_product<X>(count, [&](int64_t e) { return x_at(e) + d; }, panel.get(), depth,
+      panel_product<X>(count, [&](int64_t e) { return x_at(e) + d; }, panel.get(), width, depth,
                        [&](int64_t e) { return sums.get() + e * kWidth; }, d > 0);
     }
     for (int64_t e = 0; e < count; ++e) std::copy_n(sums.get() + e * kWidth, width, out_at(e));
@@ -295,23 +302,25 @@ template <class T> class Chunk {
     });
   }
 
-  // Every block of outputs is read once, accumulates all experts in `sums`, and is rounded once.
+  // Every block of outputs accumulates all experts: in y where y holds sums of R, else in `buffer`, to be rounded once.
   void expand() {
     constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 512;
     const int64_t r = n.rank_of_expert, count = int64_t(blocks.size());
     const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce, most = std::min(tokens, kAtOnce);
     parallel(parallel_for, count * pieces, kWidth * most * n.num_experts_per_tok * r, [&](int64_t from, int64_t to) {
-      const Buffer<R> sums(most * kWidth), panel(packed_depth<X>(std::min(r, kPanelDepth<X>)) * kWidth);
+      const Buffer<R> buffer(most * kWidth), panel(packed_depth<X>(std::min(r, kPanelDepth)) * kWidth);
       for (int64_t item = from; item < to; ++item) {
         const auto [part, o, width] = blocks[item % count];
         if (!p.weight && !has_experts(part)) continue;
         const int64_t t0 = item / count * kAtOnce, t1 = std::min(tokens, t0 + kAtOnce);
         T* y = static_cast<T*>(p.y) + begin * p.y_stride + o;
-        for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums.get() + (t - t0) * kWidth);
+        const bool in_y = std::is_same<T, R>::value && !p.weight && width == panel_vectors<X>(width) * kLanes<R>;
+        const Sums<R> sums = in_y ? Sums<R>{reinterpret_cast<R*>(y + t0 * p.y_stride), p.y_stride} : Sums<R>{buffer.get(), kWidth};
+        for (int64_t t = t0; t < t1 && !in_y; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums[t - t0]);
         for (int64_t i = 0; i < n.num_experts; ++i)
-          expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums.get(), panel.get());
-        for (int64_t t = t0; t < t1; ++t)
-          for (int64_t c = 0; c < width; ++c) y[t * p.y_stride + c] = from_real<T>(sums.get()[(t - t0) * kWidth + c]);
+          expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, panel.get());
+        for (int64_t t = t0; t < t1 && !in_y; ++t)
+          for (int64_t c = 0; c < width; ++c) y[t * p.y_stride + c] = from_real<T>(sums[t - t0][c]);
       }
     });
   }
@@ -329,7 +338,7 @@ template <class T> class Chunk {
   }
 
   // Adds expert v, number i of its part, to the sums of its tokens among t0 to t1.
-  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, R* sums, R* panel) {
+  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, Sums<R> sums, R* panel) {
     constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t r = n.rank_of_expert;
     const auto end_of = [&](int64_t t) {
@@ -339,7 +348,7 @@ template <class T> class Chunk {
     const int64_t count = end_of(t1) - list;
     if (count == 0) return;
     const auto z_at = [&](int64_t e) { return &z[list[e] * r]; };
-    const auto sums_at = [&](int64_t e) { return sums + (list[e] / slots - t0) * kWidth; };
+    const auto sums_at = [&](int64_t e) { return sums[list[e] / slots - t0]; };
     const T* u = static_cast<const T*>(p.u) + i * p.u_stride + o * r;
     if (p.expert_bias) {
       const T* bias = static_cast<const T*>(p.expert_bias) + i * p.expert_bias_stride + o;
@@ -347,12 +356,12 @@ template <class T> class Chunk {
         for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e]] * to_real(bias[c]);
     }
     if (count >= kPackFrom) {
-      for (int64_t k = 0; k < rank[v]; k += kPanelDepth<X>) {
-        const int64_t depth = std::min(kPanelDepth<X>, rank[v] - k);
+      for (int64_t k = 0; k < rank[v]; k += kPanelDepth) {
+        const int64_t depth = std::min(kPanelDepth, rank[v] - k);
         const T* row[kWidth];
         for (int64_t c = 0; c < width; ++c) row[c] = u + c * r + k;
-        pack<X>(row, width, depth, panel);
-        panel_product<X>(count, [&](int64_t e) { return z_at(e) + k; }, panel, depth, sums_at, true);
+        pack<X>(row, width, depth, panel, p.u_stride);
+        panel_product<X>(count, [&](int64_t e) { return z_at(e) + k; }, panel, width, depth, sums_at, true);
       }
       return;
     }
@@ -372,6 +381,7 @@ template <class T> class Chunk {
   std::vector<Block> blocks;
   int64_t tokens_at_once;
   int64_t begin, tokens;   // this chunk
+  bool packs;              // it has tokens enough to pack rows
   R* weights;
   int32_t* ids;
   std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * slots, r]

@@ -2,6 +2,12 @@
 // as they are stored, or with rows packed into panels.
 
 #define SMILE_INLINE inline __attribute__((always_inline))
+// Before a loop over an array of sums, which otherwise GCC keeps in memory instead of registers.
+#if defined(__clang__)
+#define SMILE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SMILE_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 // ---- numbers and vectors ----
 
@@ -301,7 +307,10 @@ void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_
 // A panel holds rows of a factor interleaved, so that a number of x, or a pair of them, is multiplied with a vector of rows
 // and no sum over lanes is needed. Packing is faster from a few x on.
 
-constexpr int kPanel = 4;                // vectors of rows in one panel
+constexpr int kPanel = 4;                // vectors of rows in one panel, at most
+constexpr int64_t kPanelDepth = 256;     // columns in one panel: it stays in the caches for many x
+// Numbers summed in a row. Sums of few at a time have smaller rounding errors.
+template <class X> constexpr int64_t kChain = std::is_same<X, bfloat16>::value ? kPanelDepth : 32;
 constexpr int64_t kPackFrom = 3;         // number of x from which packing a row is faster
 
 // The elements of a panel: numbers of R, or pairs of bfloat16 if there is an instruction for their dot products.
@@ -323,8 +332,6 @@ template <> struct Packed<bfloat16> {
 };
 #endif
 
-// Columns in a panel: it stays in the caches for many x. Sums of few numbers at a time have smaller rounding errors.
-template <class X> constexpr int64_t kPanelDepth = std::is_same<X, bfloat16>::value ? 256 : 32;
 template <class X> constexpr int64_t kPanelWidth = kPanel * kLanes<typename Packed<X>::R>;
 
 // bfloat16 is multiplied 16 x 16 x 32 numbers at once; a panel of it has whole tiles, the last one padded with zeros.
@@ -335,20 +342,28 @@ template <class X> constexpr int64_t packed_depth(int64_t depth) {
   return (depth + numbers * each - 1) / (numbers * each) * each;
 }
 
-// panel[k][c] = rows[c][k] for `width` rows, at most those of a panel. The vectors past them are set to 0, since the memory
-// may contain denormal numbers, whose products take a hundred times as long.
-template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel) {
+// Vectors of a panel with `width` rows: 1, 2 or kPanel. Tiles take all of them.
+template <class X> constexpr int panel_vectors(int64_t width) {
+  constexpr int64_t lanes = kLanes<typename Packed<X>::R>;
+  return kTiles<X> || width > 2 * lanes ? kPanel : width > lanes ? 2 : 1;
+}
+
+// panel[k][c] = rows[c][k] for `width` rows, at most kPanelWidth; the last vector repeats the last of them. Vectors past
+// them are set to 0, since the memory may contain denormal numbers, whose products take a hundred times as long.
+// The rows at the distance `ahead`, to be packed next, are prefetched.
+template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel, int64_t ahead = 0) {
   using R = typename Packed<X>::R;
   constexpr int lanes = kLanes<R>, numbers = Packed<X>::numbers;
-  const int64_t used = (width + lanes - 1) / lanes * lanes;
-  for (int64_t k = 0; k < packed_depth<X>(depth) && used < kPanel * lanes; ++k)
-    std::fill_n(panel + k * kPanel * lanes + used, kPanel * lanes - used, R(0));
+  const int64_t used = (width + lanes - 1) / lanes * lanes, stride = panel_vectors<X>(width) * lanes;
+  for (int64_t k = 0; k < packed_depth<X>(depth) && used < stride; ++k)
+    std::fill_n(panel + k * stride + used, stride - used, R(0));
   for (int64_t c = 0; c < width; c += lanes)
     for (int64_t k = 0; k < depth; k += lanes * numbers) {
       const int left = int(std::min<int64_t>(lanes * numbers, depth - k));
       Vector<R> square[lanes];
       for (int i = 0; i < lanes; ++i) {
         const T* row = rows[std::min(c + i, width - 1)] + k;
+        if (ahead) __builtin_prefetch(row + ahead);
         if (left == lanes * numbers) {
           square[i] = Packed<X>::load(row);
         } else {
@@ -357,37 +372,56 @@ template <class X, class T> void pack(const T* const* rows, int64_t width, int64
       }
       transpose<lanes / 2, R>(square, std::make_integer_sequence<int, lanes>());
       for (int i = 0; i < packed_depth<X>(left); ++i)
-        std::memcpy(panel + (k / numbers + i) * kPanel * lanes + c, &square[i], sizeof(square[i]));
+        std::memcpy(panel + (k / numbers + i) * stride + c, &square[i], sizeof(square[i]));
     }
 }
 
-// out_t[0:panel] (+)= sum_k x_t[k] panel[k] for M x.
-template <int M, class X, class R>
-SMILE_INLINE void panel_tile(const X* const* x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
-  constexpr int numbers = Packed<X>::numbers;
-  Vector<R> sum[M][kPanel] = {};
-  int64_t k = 0;
-  for (; k + numbers <= depth; k += numbers, panel += kPanel * kLanes<R>)
+// The x of a tile, and those of the next one, which are prefetched meanwhile: a line of 64 bytes from one of them
+// at each step. An x that is read only once would be waited for otherwise.
+template <class X> struct Tile {
+  static constexpr int line = 64 / sizeof(typename Packed<X>::R);  // steps in which a line of x is multiplied
+  const X* x[2 * kTokens];
+  const X* next[line];
+  SMILE_INLINE void prefetch(int64_t k) const {
+    const int64_t of_next = k / Packed<X>::numbers % line;
+    __builtin_prefetch(next[of_next] + k - of_next * Packed<X>::numbers);
+  }
+};
+
+// out_t[0 : V vectors] (+)= sum_k x_t[k] panel[k] for M x.
+template <int M, int V, class X, class R>
+SMILE_INLINE void panel_tile(const Tile<X>& tile, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+  const X* x[M];
+  SMILE_UNROLL for (int t = 0; t < M; ++t) x[t] = tile.x[t];
+  constexpr int numbers = Packed<X>::numbers, lanes = kLanes<R>;
+  if (accumulate)
     for (int t = 0; t < M; ++t)
-      for (int v = 0; v < kPanel; ++v)
-        sum[t][v] = Packed<X>::multiply_add(x[t] + k, load(panel + v * kLanes<R>), sum[t][v]);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(out[t] + v * lanes, 1);
+  Vector<R> sum[M][V] = {};
+  int64_t k = 0;
+  for (; k + numbers <= depth; k += numbers, panel += V * lanes) {
+    tile.prefetch(k);
+    SMILE_UNROLL for (int t = 0; t < M; ++t)
+      SMILE_UNROLL for (int v = 0; v < V; ++v)
+        sum[t][v] = Packed<X>::multiply_add(x[t] + k, load(panel + v * lanes), sum[t][v]);
+  }
   if (k < depth)
-    for (int t = 0; t < M; ++t) {
+    SMILE_UNROLL for (int t = 0; t < M; ++t) {
       const X last[numbers] = {x[t][k]};
-      for (int v = 0; v < kPanel; ++v) sum[t][v] = Packed<X>::multiply_add(last, load(panel + v * kLanes<R>), sum[t][v]);
+      SMILE_UNROLL for (int v = 0; v < V; ++v) sum[t][v] = Packed<X>::multiply_add(last, load(panel + v * lanes), sum[t][v]);
     }
-  for (int t = 0; t < M; ++t)
-    for (int v = 0; v < kPanel; ++v) {
-      if (accumulate) sum[t][v] += load(out[t] + v * kLanes<R>);
-      std::memcpy(out[t] + v * kLanes<R>, &sum[t][v], sizeof(sum[t][v]));
+  SMILE_UNROLL for (int t = 0; t < M; ++t)
+    SMILE_UNROLL for (int v = 0; v < V; ++v) {
+      if (accumulate) sum[t][v] += load(out[t] + v * lanes);
+      std::memcpy(out[t] + v * lanes, &sum[t][v], sizeof(sum[t][v]));
     }
 }
 
-template <int M, class X, class R>
-void panel_tiles(int m, const X* const* x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+template <int M, int V, class X, class R>
+void panel_tiles(int m, const Tile<X>& x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
   if constexpr (M > 1)
-    if (m < M) return panel_tiles<M - 1>(m, x, panel, depth, out, accumulate);
-  panel_tile<M>(x, panel, depth, out, accumulate);
+    if (m < M) return panel_tiles<(M > kTokens ? kTokens : M - 1), V>(m, x, panel, depth, out, accumulate);
+  panel_tile<M, V>(x, panel, depth, out, accumulate);
 }
 
 #if SMILE_BFLOAT16_TILES
@@ -432,7 +466,7 @@ inline void multiply_tiles(const bfloat16* x, int64_t x_stride, const float* pan
 template <class At, class Out>
 void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate) {
   constexpr int64_t kWidth = kPanelWidth<bfloat16>;
-  alignas(64) bfloat16 block[kTile * kPanelDepth<bfloat16>];
+  alignas(64) bfloat16 block[kTile * kPanelDepth];
   alignas(64) float sums[kTile * kWidth];
   const int64_t stride = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
   const TilesInUse in_use;
@@ -459,17 +493,34 @@ void tile_product(int64_t count, const At& x_at, const float* panel, int64_t dep
 }
 #endif
 
-// The same for `count` x at most kTokens at once.
+// out_e[0 : V vectors] (+)= x_e panel for `count` x: a few at once, more for a narrow panel.
+template <int V, class X, class R, class At, class Out>
+void few_products(int64_t count, const At& x_at, const R* panel, int64_t depth, const Out& out_at, bool accumulate) {
+  constexpr int most = V <= kPanel / 2 ? 2 * kTokens : kTokens;
+  for (int64_t e = 0, m; e < count; e += m) {
+    m = count - e >= most ? most : std::min<int64_t>(kTokens, count - e);
+    Tile<X> tile;
+    R* outs[most];
+    for (int t = 0; t < m; ++t) tile.x[t] = x_at(e + t), outs[t] = out_at(e + t);
+    for (int t = 0; t < tile.line; ++t) tile.next[t] = x_at(std::min(e + m + t, count - 1));
+    for (int64_t k = 0; k < depth; k += kChain<X>) {
+      const R* part = panel + k / Packed<X>::numbers * V * kLanes<R>;
+      panel_tiles<most, V>(int(m), tile, part, std::min(kChain<X>, depth - k), outs, accumulate || k > 0);
+      for (int t = 0; t < m; ++t) tile.x[t] += kChain<X>;
+      for (auto& next : tile.next) next += kChain<X>;
+    }
+  }
+}
+
+// out_e[0 : width] (+)= x_e panel for `count` x; also the numbers up to the last vector of the panel are written.
 template <class X, class R, class At, class Out>
-SMILE_INLINE void panel_product(int64_t count, const At& x_at, const R* panel, int64_t depth, const Out& out_at, bool accumulate) {
+void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate) {
 #if SMILE_BFLOAT16_TILES
   if constexpr (kTiles<X>) return tile_product(count, x_at, panel, depth, out_at, accumulate);
 #endif
-  for (int64_t e = 0; e < count; e += kTokens) {
-    const int m = int(std::min<int64_t>(kTokens, count - e));
-    const X* xs[kTokens];
-    R* outs[kTokens];
-    for (int t = 0; t < m; ++t) xs[t] = x_at(e + t), outs[t] = out_at(e + t);
-    panel_tiles<kTokens>(m, xs, panel, depth, outs, accumulate);
+  switch (panel_vectors<X>(width)) {
+    case 1: return few_products<1, X>(count, x_at, panel, depth, out_at, accumulate);
+    case 2: return few_products<2, X>(count, x_at, panel, depth, out_at, accumulate);
+    default: return few_products<kPanel, X>(count, x_at, panel, depth, out_at, accumulate);
   }
 }

@@ -15,6 +15,7 @@ SHAPES = [
     (300, 40, 150, 5, 33, 40, 2),
     (65, 1100, 31, 2, 4, 7, 1),
     (8, 19, 203, 70, 2, 1, 5),
+    (100, 20, 112, 3, 40, 8, 1),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
