@@ -402,9 +402,10 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _check_regular(file: Path) -> None:
-    """Refuse pipes, which would block."""
+    """Refuse pipes, which would block; raises OSError where the file cannot be opened."""
     if not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a file of weights")
+    file.open("rb").close()
 
 
 def read_text(file: Path, limit: int = 1 << 28) -> str:

@@ -143,3 +143,19 @@ def test_files_that_cannot_be_opened_again(tmp_path, suffix):
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(SmileError, match=r"changed while it was read .*; fetch or write it again"):
         tensor.load()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_may_not_be_opened_is_not_called_damaged(tmp_path, monkeypatch, name):
+    file = tmp_path / name
+    if name.endswith(".bin"):
+        torch.save({"weight": torch.ones(2)}, file)
+    else:
+        safetensors.torch.save_file({"weight": torch.ones(2)}, file)
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)  # root may open every file
+    with pytest.raises(PermissionError, match=f"Permission denied.*{name}"):
+        read_tensors(tmp_path)

@@ -48,6 +48,25 @@ def test_exact_truncated_or_off_and_where():
     assert [verdict.module for verdict in sk.verify(exact, base, experts)] == ["", "model.layers.1.mlp.up_proj"]
 
 
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning")
+def test_an_expert_whose_config_has_other_heads_of_the_same_weights_is_off(tmp_path):
+    base = build()
+    config = copy.deepcopy(base.config)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    config.head_dim = 16
+    expert = transformers.LlamaForCausalLM(config).eval()
+    expert.load_state_dict(tuned(base, 1).state_dict())
+    base.save_pretrained(tmp_path / "base")
+    expert.save_pretrained(tmp_path / "expert")
+    with pytest.warns(UserWarning, match="head_dim"):
+        sk.upscale_checkpoints(
+            tmp_path / "base", [tmp_path / "expert"], tmp_path / "fused", rank_of_expert=-1, rank_of_router=2
+        )
+    (verdict,) = sk.verify(tmp_path / "fused", tmp_path / "base", [tmp_path / "expert"])
+    assert verdict.verdict == "off"
+    assert verdict.module
+
+
 @pytest.mark.parametrize("part", ["model.norm", "embed_tokens", "layers.0.input_layernorm"])
 def test_what_is_lost_is_found(part):
     base = build()
