@@ -17,6 +17,7 @@ SHAPES = [
     (8, 19, 203, 70, 2, 1, 5),
     (100, 20, 112, 3, 40, 8, 1),
 ]
+DEEP = (13, 257, 65, 17, 70, 9, 3)  # more than one panel of the depth; takes a minute in the emulation of CUDA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
