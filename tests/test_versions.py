@@ -14,7 +14,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from torch import nn
 
 from smile_kernels import versions
 
@@ -117,18 +116,6 @@ def test_the_interpreter_of_triton_names_numpy(monkeypatch):
         assert "Triton 3.6.0's interpreter needs NumPy before 2.4, not 2.5.5" in backend.why_not(
             "cpu", torch.float32, 1, False
         )
-
-
-def test_mixed_precision_of_fsdp2_is_refused_by_torch_2_8(monkeypatch):
-    from smile_kernels.integrations import distributed
-
-    monkeypatch.setattr(distributed, "installed", lambda _: "2.8.0+cu128")
-    with pytest.raises(
-        RuntimeError, match=r"torch: is 2\.8\.0\+cu128, with which FSDP2 in mixed precision gives wrong"
-    ):
-        distributed.replicate_singular_values(nn.Linear(2, 2), None)
-    monkeypatch.setattr(distributed, "installed", lambda _: "2.9.1")
-    assert distributed.replicate_singular_values(nn.Linear(2, 2), None) == set()
 
 
 CHANGES = {

@@ -25,7 +25,6 @@ from ..errors import SmileError
 from ..functional import router_projections, select_experts, smile_linear
 from ..nn import SmileLinear
 from ..schema import check_arguments
-from ..versions import installed
 
 __all__ = ["ColwiseSmile", "RowwiseSmile", "replicate_singular_values", "tensor_parallel_plan"]
 
@@ -194,15 +193,7 @@ def replicate_singular_values(model: nn.Module, mesh: DeviceMesh) -> set[nn.Para
 
     FSDP2 shards parameters of one dtype together and casts them to one dtype for the forward, while `s` [N, r] stays
     float32 in a low-precision model. Its gradient is averaged over `mesh`, as FSDP2 averages the others.
-
-    Raises:
-        RuntimeError: with PyTorch 2.8, where FSDP2 in mixed precision gives wrong weights.
     """
-    if (version := installed("torch") or "").startswith("2.8."):
-        raise RuntimeError(
-            f"torch: is {version}, with which FSDP2 in mixed precision gives wrong weights; expected 2.9 or newer, or "
-            "a model of one dtype without a mixed-precision policy"
-        )
 
     def average(p: Tensor) -> None:
         assert p.grad is not None
