@@ -11,13 +11,12 @@ SHAPES = [
     (1, 1, 1, 1, 1, 1, 1),
     (7, 33, 29, 3, 5, 2, 2),
     (5, 100, 130, 8, 16, 16, 8),
-    (13, 129, 65, 17, 70, 9, 3),
+    (13, 257, 65, 17, 70, 9, 3),
     (300, 40, 150, 5, 33, 40, 2),
     (65, 1100, 31, 2, 4, 7, 1),
     (8, 19, 203, 70, 2, 1, 5),
     (100, 20, 112, 3, 40, 8, 1),
 ]
-DEEP = (13, 257, 65, 17, 70, 9, 3)  # more than one panel of the depth; takes a minute in the emulation of CUDA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
