@@ -454,59 +454,119 @@ const void* optional_real(const char* name, const std::optional<Tensor>& given, 
   return call.keep(*given);
 }
 
+// One step of a routing policy for the x and router of a call: its checked arguments, and the tensors it writes.
+struct Step {
+  smile::Evidence p{};
+  int64_t rows;  // for each sequence
+  std::optional<Tensor> energies, evidence, weights, ids;
+
+  Step(Call& call, const std::optional<Tensor>& prior, const std::optional<Tensor>& real, const std::optional<Tensor>& factors,
+       const std::optional<Tensor>& below, int64_t sequences, int64_t scope, bool accumulates) {
+    STD_TORCH_CHECK(sequences >= 1 && call.p.n.tokens % sequences == 0, "sequences: is ", sequences, "; expected a divisor of ",
+                    call.p.n.tokens, ", the tokens");
+    STD_TORCH_CHECK(scope >= 0 && scope <= 2, "scope: is ", scope, "; expected 0 (token), 1 (causal) or 2 (sequence)");
+    p.sequences = sequences;
+    p.tokens = call.p.n.tokens / sequences;
+    const int64_t n = p.num_experts = call.p.n.num_experts, m = p.num_experts_per_tok = call.p.n.num_experts_per_tok;
+    p.scope = static_cast<smile::Scope>(scope);
+    p.accumulates = accumulates;
+    rows = p.scope == smile::Scope::sequence ? 1 : p.tokens;
+    if (real) {
+      check("real", *real, call.x, ScalarType::Bool, {sequences, p.tokens});
+      p.real = static_cast<const bool*>(call.keep(*real));
+    }
+    if (factors) {
+      const bool fits = factors->dim() == 2 && (factors->size(0) == 1 || factors->size(0) == sequences) &&
+                        (factors->size(1) == 1 || factors->size(1) == p.tokens) && factors->scalar_type() == ScalarType::Float;
+      STD_TORCH_CHECK(fits, "factors: expected a float32 tensor [1 or ", sequences, ", 1 or ", p.tokens, "]");
+      p.factors = static_cast<const float*>(call.keep(*factors));
+      p.factor_strides[0] = factors->size(0) == 1 ? 0 : factors->size(1);
+      p.factor_strides[1] = factors->size(1) == 1 ? 0 : 1;
+    }
+    p.prior = optional_real("prior", prior, call, {n});
+    p.below = optional_real("below", below, call, {sequences, rows, n});
+    const ScalarType type = real_of(call.x);
+    energies = empty(call.x, type, {call.p.n.tokens, n});
+    evidence = empty(call.x, type, {sequences, rows, n});
+    weights = empty(call.x, type, {sequences, rows, m});
+    ids = empty(call.x, ScalarType::Int, {sequences, rows, m});
+    call.p.energies = p.energies = energies->mutable_data_ptr();
+    p.evidence = evidence->mutable_data_ptr();
+    p.weights = weights->mutable_data_ptr();
+    p.ids = static_cast<int32_t*>(ids->mutable_data_ptr());
+  }
+
+  void run_on(const Call& call) const {
+#if defined(SMILE_CUDA)
+    check_device_limits(call.x, call.p.n);
+    const Launch launch(call.x);
+    const Tensor q = empty(call.x, ScalarType::Float, {smile::q_size(call.p)});
+    smile::cuda_evidence(dtype_of(call.x), call.p, p, {static_cast<float*>(q.mutable_data_ptr()), nullptr, {}}, launch.stream);
+    launch.check();
+#else
+    run(call.x, call.p);
+    smile::cpu_evidence(call.x.scalar_type() == ScalarType::Double, p, parallel_for);
+#endif
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> evidence(
     const Tensor& x, const Tensor& router, const std::optional<Tensor>& prior, const std::optional<Tensor>& real,
     const std::optional<Tensor>& factors, const std::optional<Tensor>& before, const std::optional<Tensor>& below,
     int64_t num_experts_per_tok, int64_t rank_of_router, int64_t sequences, int64_t scope, bool accumulates) {
   Call call(x, std::nullopt, std::nullopt);
   call.set_router("router", router, rank_of_router, num_experts_per_tok);
-  STD_TORCH_CHECK(sequences >= 1 && call.p.n.tokens % sequences == 0, "sequences: is ", sequences, "; expected a divisor of ",
-                  call.p.n.tokens, ", the tokens");
-  STD_TORCH_CHECK(scope >= 0 && scope <= 2, "scope: is ", scope, "; expected 0 (token), 1 (causal) or 2 (sequence)");
-  smile::Evidence p{};
-  p.sequences = sequences;
-  p.tokens = call.p.n.tokens / sequences;
-  p.num_experts = call.p.n.num_experts;
-  p.num_experts_per_tok = num_experts_per_tok;
-  p.scope = static_cast<smile::Scope>(scope);
-  p.accumulates = accumulates;
-  const int64_t rows = p.scope == smile::Scope::sequence ? 1 : p.tokens, n = p.num_experts, m = num_experts_per_tok;
-  if (real) {
-    check("real", *real, x, ScalarType::Bool, {sequences, p.tokens});
-    p.real = static_cast<const bool*>(call.keep(*real));
-  }
-  if (factors) {
-    const bool fits = factors->dim() == 2 && (factors->size(0) == 1 || factors->size(0) == sequences) &&
-                      (factors->size(1) == 1 || factors->size(1) == p.tokens) && factors->scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(fits, "factors: expected a float32 tensor [1 or ", sequences, ", 1 or ", p.tokens, "]");
-    p.factors = static_cast<const float*>(call.keep(*factors));
-    p.factor_strides[0] = factors->size(0) == 1 ? 0 : factors->size(1);
-    p.factor_strides[1] = factors->size(1) == 1 ? 0 : 1;
-  }
-  p.before = optional_real("before", before, call, {sequences, n});
-  p.prior = optional_real("prior", prior, call, {n});
-  p.below = optional_real("below", below, call, {sequences, rows, n});
+  Step step(call, prior, real, factors, below, sequences, scope, accumulates);
+  const int64_t n = call.p.n.num_experts;
+  step.p.before = optional_real("before", before, call, {sequences, n});
+  step.p.before_stride = n;
+  const Tensor sums = empty(call.x, real_of(x), {sequences, step.rows, n});
+  step.p.sums = sums.mutable_data_ptr();
+  step.p.sums_stride = step.rows * n;
+  step.run_on(call);
+  return {*step.weights, *step.ids, *step.evidence, sums};
+}
 
-  const ScalarType real_type = real_of(x);
-  const Tensor energies = empty(x, real_type, {call.p.n.tokens, n}), sums = empty(x, real_type, {sequences, rows, n});
-  const Tensor logs = empty(x, real_type, {sequences, rows, n}), weights = empty(x, real_type, {sequences, rows, m});
-  const Tensor ids = empty(x, ScalarType::Int, {sequences, rows, m});
-  call.p.energies = p.energies = energies.mutable_data_ptr();
-  p.sums = sums.mutable_data_ptr();
-  p.evidence = logs.mutable_data_ptr();
-  p.weights = weights.mutable_data_ptr();
-  p.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
-#if defined(SMILE_CUDA)
-  check_device_limits(x, call.p.n);
-  const Launch launch(call.x);
-  const Tensor q = empty(x, ScalarType::Float, {smile::q_size(call.p)});
-  smile::cuda_evidence(dtype_of(x), call.p, p, {static_cast<float*>(q.mutable_data_ptr()), nullptr, {}}, launch.stream);
-  launch.check();
-#else
+// The step, then the layer under its choice. Reads the sums before this call at `past` - 1 in `sums`, and writes there from `past` on.
+std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& vh, const Tensor& s,
+    const Tensor& u, const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router,
+    const std::optional<Tensor>& prior, const std::optional<Tensor>& real, const std::optional<Tensor>& factors,
+    const std::optional<Tensor>& sums, int64_t past, const std::optional<Tensor>& below, int64_t num_experts_per_tok,
+    int64_t rank_of_router, int64_t sequences, int64_t scope, bool accumulates) {
+  Call scores(x, std::nullopt, std::nullopt);
+  scores.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
+  Step step(scores, prior, real, factors, below, sequences, scope, accumulates);
+  const int64_t n = scores.p.n.num_experts;
+  STD_TORCH_CHECK(step.rows == step.p.tokens, "scope: is 2 (sequence); expected one token in each sequence");
+  std::optional<Tensor> own;
+  if (sums) {
+    const int64_t capacity = sums->dim() == 3 ? sums->size(1) : 0;
+    check("sums", *sums, scores.x, real_of(x), {sequences, capacity, n});
+    STD_TORCH_CHECK(sums->is_contiguous(), "sums: expected a contiguous tensor");
+    STD_TORCH_CHECK(past >= 0 && past + step.p.tokens <= capacity, "past: is ", past, " before ", step.p.tokens,
+                    " tokens; expected space for them in sums, which has ", capacity, " positions");
+    const int64_t bytes = n * (real_of(x) == ScalarType::Double ? 8 : 4);
+    char* data = static_cast<char*>(sums->mutable_data_ptr());
+    step.p.before = past > 0 ? data + (past - 1) * bytes : nullptr;
+    step.p.sums = data + past * bytes;
+    step.p.before_stride = step.p.sums_stride = capacity * n;
+  } else {
+    own = empty(scores.x, real_of(x), {sequences, step.rows, n});
+    step.p.sums = own->mutable_data_ptr();
+    step.p.sums_stride = step.rows * n;
+  }
+  step.run_on(scores);
+
+  Call call(scores.x, std::nullopt, std::nullopt);
+  call.p.n.num_experts_per_tok = num_experts_per_tok;
+  call.p.weights = step.p.weights;
+  call.p.ids = step.p.ids;
+  call.set_experts(vh, s, u, expert_bias, false);
+  STD_TORCH_CHECK(call.p.n.num_experts == n, "router: has ", n, " experts; expected those of s, ", call.p.n.num_experts);
+  call.set_base(weight, bias);
   run(call.x, call.p);
-  smile::cpu_evidence(real_type == ScalarType::Double, p, parallel_for);
-#endif
-  return {weights, ids, logs, sums};
+  return {*call.y, *step.weights, *step.ids, *step.evidence};
 }
 
 // ---- backward ----
@@ -640,6 +700,10 @@ SMILE_EXPANDED(STABLE_TORCH_LIBRARY, smile_kernels_ext, m) {
   m.def("evidence(Tensor x, Tensor router, Tensor? prior, Tensor? real, Tensor? factors, Tensor? before, Tensor? below, "
         "int num_experts_per_tok, int rank_of_router, int sequences, int scope, bool accumulates) -> "
         "(Tensor weights, Tensor ids, Tensor evidence, Tensor sums)");
+  m.def("evidence_linear(Tensor x, Tensor weight, Tensor? bias, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
+        "Tensor? router, Tensor? prior, Tensor? real, Tensor? factors, Tensor(a!)? sums, int past, Tensor? below, "
+        "int num_experts_per_tok, int rank_of_router, int sequences, int scope, bool accumulates) -> "
+        "(Tensor y, Tensor weights, Tensor ids, Tensor evidence)");
   m.def("apply_backward(Tensor dy, Tensor x, Tensor? weight, Tensor vh, Tensor s, Tensor u, Tensor? expert_bias, "
         "Tensor weights, Tensor ids, Tensor h, int needs) -> "
         "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dvh, Tensor ds, Tensor du, Tensor dexpert_bias, Tensor dweights)");
@@ -651,6 +715,7 @@ SMILE_EXPANDED(STABLE_TORCH_LIBRARY, smile_kernels_ext, m) {
 SMILE_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, smile_kernels_ext, SMILE_DEVICE, m) {
   m.impl("apply_backward", TORCH_BOX(&apply_backward));
   m.impl("evidence", TORCH_BOX(&evidence));
+  m.impl("evidence_linear", TORCH_BOX(&evidence_linear));
   m.impl("route_backward", TORCH_BOX(&route_backward));
   m.impl("route", TORCH_BOX(&route));
   m.impl("apply", TORCH_BOX(&apply));

@@ -43,9 +43,9 @@ template <class R> void step(const Evidence& p, ParallelFor parallel_for) {
   const int64_t n = p.num_experts, rows = p.scope == Scope::sequence ? 1 : p.tokens;
   const auto each = [&](int64_t b) {
     R* shares = static_cast<R*>(p.energies) + b * p.tokens * n;
-    R* sums = static_cast<R*>(p.sums) + b * rows * n;
+    R* sums = static_cast<R*>(p.sums) + b * p.sums_stride;
     std::vector<double> sum(n, 0.0);
-    if (p.before) std::copy_n(static_cast<const R*>(p.before) + b * n, n, sum.begin());
+    if (p.before) std::copy_n(static_cast<const R*>(p.before) + b * p.before_stride, n, sum.begin());
     for (int64_t t = 0; t < p.tokens; ++t, shares += n) {
       to_shares(shares, n, !p.real || p.real[b * p.tokens + t]);
       const double factor = p.factors ? p.factors[b * p.factor_strides[0] + t * p.factor_strides[1]] : 1.0;
@@ -56,9 +56,9 @@ template <class R> void step(const Evidence& p, ParallelFor parallel_for) {
       if (rows > 1 || t + 1 == p.tokens) std::copy_n(sum.begin(), n, sums + (rows > 1 ? t : 0) * n);
     }
     if (p.tokens == 0 && rows > 0) std::copy_n(sum.begin(), n, sums);
-    for (int64_t row = b * rows; row < (b + 1) * rows; ++row) {
+    for (int64_t row = b * rows; row < (b + 1) * rows; ++row, sums += n) {
       R* logs = static_cast<R*>(p.evidence) + row * n;
-      add_up(p, static_cast<const R*>(p.sums) + row * n, p.below ? static_cast<const R*>(p.below) + row * n : nullptr, logs);
+      add_up(p, sums, p.below ? static_cast<const R*>(p.below) + row * n : nullptr, logs);
       choose(logs, n, p.num_experts_per_tok, static_cast<R*>(p.weights) + row * p.num_experts_per_tok,
              p.ids + row * p.num_experts_per_tok);
     }

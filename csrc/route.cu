@@ -261,7 +261,9 @@ static __device__ __forceinline__ void shares_of(const Evidence& p, int64_t t, f
 // By one warp: sums, evidence and choice of one row.
 static __device__ __forceinline__ void write_row(const Evidence& p, int64_t row, const double (&exact)[kEach]) {
   const float *prior = static_cast<const float*>(p.prior), *below = static_cast<const float*>(p.below);
-  float *sums = static_cast<float*>(p.sums) + row * p.num_experts, *logs = static_cast<float*>(p.evidence) + row * p.num_experts;
+  const int64_t rows = p.scope == Scope::sequence ? 1 : p.tokens;  // of each sequence
+  float* sums = static_cast<float*>(p.sums) + row / rows * p.sums_stride + row % rows * p.num_experts;
+  float* logs = static_cast<float*>(p.evidence) + row * p.num_experts;
   const int lane = threadIdx.x % 32;
   float sum[kEach], log[kEach], total = 0, present = 0, largest = -INFINITY;
 #pragma unroll
@@ -334,7 +336,7 @@ static __global__ void __launch_bounds__(kThreads) evidence_kernel(Evidence p) {
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const int64_t i = lane + 32 * k;
-    sum[k] = p.before != nullptr && i < p.num_experts ? static_cast<const float*>(p.before)[b * p.num_experts + i] : 0;
+    sum[k] = p.before != nullptr && i < p.num_experts ? static_cast<const float*>(p.before)[b * p.before_stride + i] : 0;
     for (int w = 0; w < (causal ? warp : kWarps); ++w) sum[k] = (causal ? left[w] * sum[k] : sum[k]) + of_warp[w][i];
   }
   if (!causal && warp == 0) write_row(p, b, sum);

@@ -125,6 +125,7 @@ struct Evidence {
   const float* factors;       // [B, S], element (b, t) at b * factor_strides[0] + t * factor_strides[1]: the decay of
   int64_t factor_strides[2];  // the sum before a token (causal), or the weight of its share (sequence); null: 1
   const void* before;         // [B, N] real, the causal sums of earlier tokens; null: 0
+  int64_t before_stride, sums_stride;  // from one sequence to the next in `before` and `sums`
   const void* prior;          // [N] real, log Pbar; null: 0
   const void* below;          // [B, R, N] real, the evidence of the previous layers; null: 0
   void* sums;                 // [B, R, N] real

@@ -1,6 +1,7 @@
 """A conversation with a SMILE checkpoint through transformers, and the experts that serve each answer."""
 
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,15 +122,26 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
     with watch_routing(model) as counts:
         try:
             tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
-        except RuntimeError as error:
+        except Exception as error:
             if str(error).startswith("routing: "):  # the policy does not fit the model, as one with experts in its head
                 raise SmileError(str(error)) from None
+            if not isinstance(error, OSError) and _raised_by_transformers(error):
+                raise SmileError(
+                    f"{model.name_or_path}: transformers cannot generate with it ({type(error).__name__}: {error}); "
+                    "expected a config.json and a generation_config.json that fit the model"
+                ) from error
             raise
     served = torch.stack(list(counts.values())).sum(0)
     assert streamer.of_prompt is not None
     if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, computed in the prompt's pass
         served -= streamer.of_prompt
     return tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(), served
+
+
+def _raised_by_transformers(error: Exception) -> bool:
+    """Whether an error began in the code of transformers, as on a setting of a type that nothing checks."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").startswith("transformers.")
 
 
 def _served(counts: Tensor, names: Sequence[str]) -> str:

@@ -243,10 +243,14 @@ class SmileLinear(RoutedExperts, nn.Linear):
     ) -> Tensor:
         """x [..., D], named `input` as in nn.Linear -> y [..., O]; the rest as in `functional.smile_linear`."""
         m = self.num_experts_per_tok  # read before the policy runs, which may return None for this number
-        if self.router_policy is not None and routing is None and routing_weights is None:
-            routing = self.router_policy(self, input)
-        layer = self._tensors()
-        if routing_weights is None and not torch.is_grad_enabled():
+        layer, policy = self._tensors(), self.router_policy if routing is None and routing_weights is None else None
+        serves = routing_weights is None and not torch.is_grad_enabled()
+        if policy is not None:
+            y = policy.serve(self, input, layer) if serves and hasattr(policy, "serve") else None
+            if y is not None:
+                return y
+            routing = policy(self, input)
+        if serves:
             y = library.serve(input, layer, m, self.rank_of_router, routing)
             if y is not None:
                 return y

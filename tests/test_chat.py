@@ -1,6 +1,7 @@
 """`smile-kernels chat`: answers, the experts that it prints, commands, and folders that cannot chat."""
 
 import copy
+import json
 import os
 import pty
 import re
@@ -214,6 +215,17 @@ def test_experts_in_the_head_are_refused_in_one_line(fused, tmp_path):
     result = CliRunner().invoke(app, ["chat", str(tmp_path / "out")], input="Hi\n")
     assert result.exit_code == 1
     assert "needs logits_to_keep=0, or exclude=['lm_head']" in result.stderr
+    assert "this is a bug" not in result.stderr
+
+
+def test_settings_that_transformers_cannot_run_are_named_in_one_line(fused, tmp_path):
+    shutil.copytree(fused, tmp_path / "fused")
+    file = tmp_path / "fused" / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"do_sample": True, "temperature": "warm"}))
+    result = CliRunner().invoke(app, ["chat", str(tmp_path / "fused")], input="Hi\n")
+    assert result.exit_code == 1
+    assert "fused: transformers cannot generate with it (" in result.stderr
     assert "this is a bug" not in result.stderr
 
 

@@ -59,7 +59,7 @@ def unavailable(device_type: str) -> str | None:
 def _load(path: Path) -> None:
     torch.ops.load_library(path)
     if path.name == "_extension_cpu.so":
-        for name in ("route", "apply", "linear", "delta", "delta_", "evidence"):
+        for name in ("route", "apply", "linear", "delta", "delta_", "evidence", "evidence_linear"):
             if not hasattr(torch.ops.smile_kernels_ext, name):
                 raise OSError(f"it was built from older sources, which had no operator {name}; build it again")
             registration.register(_LIBRARY, name, getattr(registration, f"fake_{name}"))

@@ -385,16 +385,11 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
     arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an id out of range, is not
     supported. m = 0: only the shared layer.
     """
-    weight, s = layer[0], layer[3]
-    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2:
+    if not _is_served(x, layer):
         return None
-    (o, d), kind, shape = weight.shape, x.device.type, x.shape
-    if shape[-1] != d or x.dtype != weight.dtype or torch.is_autocast_enabled(kind):
-        return None
-    if not _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x):
-        return None
+    weight, s, shape = layer[0], layer[3], x.shape
     try:
-        tokens = x if x.dim() == 2 else x.reshape(-1, d)
+        tokens = x if x.dim() == 2 else x.reshape(-1, shape[-1])
         if routing is None:
             ext = torch.ops.smile_kernels_ext.linear
             y = ext.default(tokens, *layer, num_experts_per_tok, rank_of_router, False)[0]
@@ -409,7 +404,37 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
             y = ext.default(tokens, *layer[:-1], weights.reshape(-1, m), ids.reshape(-1, m), False)[0]
     except RuntimeError:
         return None
-    return y if x.dim() == 2 else y.view(*shape[:-1], o)
+    return y if x.dim() == 2 else y.view(*shape[:-1], weight.shape[0])
+
+
+def serve_step(x, layer, prior, real, factors, sums, past, below, *options) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`evidence`, then `apply` under its choice, in inference by one operator of the extension; None if not supported.
+
+    The arguments are those of `serve` and `evidence`, with `sums` [B, positions, N] or None: the causal sums of the
+    sequences, where the operator reads those at position past - 1 and writes those of this call from `past` on.
+    options: num_experts_per_tok, rank_of_router, sequences, scope (not 2), accumulates -> y [..., O], weights, ids
+    [B, S, m], evidence [B, S, N].
+    """
+    if not _is_served(x, layer):
+        return None
+    tokens = x.reshape(-1, x.shape[-1])
+    ext = torch.ops.smile_kernels_ext.evidence_linear
+    try:
+        y, weights, ids, evidence = ext.default(tokens, *layer, prior, real, factors, sums, past, below, *options)
+    except (RuntimeError, SmileError):  # of the operator, or of its rule for vmap
+        return None
+    return y.view(*x.shape[:-1], y.shape[1]), weights, ids, evidence
+
+
+def _is_served(x, layer) -> bool:
+    """Whether the extension's operators may take x [..., D] and a layer's tensors as they are."""
+    weight, s = layer[0], layer[3]
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2:
+        return False
+    kind = x.device.type
+    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or torch.is_autocast_enabled(kind):
+        return False
+    return _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x)
 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend) -> Tensor:

@@ -28,6 +28,32 @@ def fake_evidence(x, router, prior, real, factors, before, below, m, rank_of_rou
     return weights, torch.empty_like(weights, dtype=torch.int32), logs, torch.empty_like(logs)
 
 
+def fake_evidence_linear(
+    x,
+    weight,
+    bias,
+    vh,
+    s,
+    u,
+    expert_bias,
+    router,
+    prior,
+    real,
+    factors,
+    sums,
+    past,
+    below,
+    m,
+    rank_of_router,
+    sequences,
+    scope,
+    accumulates,
+):
+    options = m, rank_of_router, sequences, scope, accumulates
+    step = fake_evidence(x, vh, prior, real, factors, None, below, *options)
+    return x.new_empty((x.shape[0], weight.shape[0])), *step[:3]
+
+
 def fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, parts=(), rank_of_parts=()):
     h = (*ids.shape, s.shape[-1]) if save else (0,)
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
@@ -94,8 +120,9 @@ def register(library: torch.library.Library, name: str, fake: Callable) -> Calla
 
 def _vmap(op: Any, info, in_dims: Sequence[int | None], *args) -> tuple:
     """One call per batch entry, for any combination of batched arguments."""
-    if op._schema.is_mutable and in_dims[0] is None:
-        raise SmileError("y: is not mapped by vmap, and what is added to it is; expected inplace=False")
+    for argument, given, dim in zip(op._schema.arguments, args, in_dims):
+        if argument.is_write and given is not None and dim is None:
+            raise SmileError(f"{argument.name}: is not mapped by vmap, and what is added to it is; expected inplace=False")
     calls = [
         op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)))
         for i in range(info.batch_size)

@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,34 +84,48 @@ class Memory:
 
     def before(self, key: Key, batch: int, past: int | Tensor) -> Tensor | None:
         """The running sums [B, N] at the last token in the cache; None if there is none."""
-        buffer = self.sums.get(key)
+        buffer = self._found(key, batch)
         if buffer is None:
-            if self.established:
-                raise RuntimeError(
-                    "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
-                )
             return None
-        if buffer.shape[0] != batch:
-            raise RuntimeError(f"cache: has {buffer.shape[0]} sequences; expected {batch}, as in the input")
         if isinstance(past, int):
             return buffer[:, past - 1] if past > 0 else None
         return torch.where(past > 0, buffer.index_select(1, (past.reshape(1) - 1).clamp_min(0))[:, 0], 0)
 
+    def _found(self, key: Key, batch: int) -> Tensor | None:
+        """The buffer of `key`; None if this is the first pass, which has none yet."""
+        buffer = self.sums.get(key)
+        if buffer is None and self.established:
+            raise RuntimeError(
+                "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
+            )
+        if buffer is not None and buffer.shape[0] != batch:
+            raise RuntimeError(f"cache: has {buffer.shape[0]} sequences; expected {batch}, as in the input")
+        return buffer
+
+    def running(self, key: Key, shape: tuple[int, int, int], past: int, like: Tensor) -> Tensor:
+        """The buffer of sums of a layer, for an operator that continues them: those before this pass are at `past` - 1.
+
+        shape: B, S and N of this pass, whose sums it writes from `past` on; like: a tensor with their dtype and device.
+        """
+        self._found(key, shape[0])
+        self.length = past + shape[1]
+        return self._buffer(key, shape, past, like)
+
     def write(self, key: Key, values: Tensor, past: int | Tensor) -> None:
         """Store values [B, S, ...] of this pass's tokens at their positions in the cache."""
-        buffer, length = self._buffer(key, values, past), values.shape[1]
+        buffer, length = self._buffer(key, values.shape, past, values), values.shape[1]
         if isinstance(past, int):
             buffer[:, past : past + length] = values
             self.length = past + length
         else:
             buffer.index_copy_(1, torch.arange(length, device=values.device) + past, values)
 
-    def _buffer(self, key: Key, values: Tensor, past: int | Tensor) -> Tensor:
-        """The buffer of `key`, with space for `values` after `past` tokens."""
-        batch, length = values.shape[:2]
+    def _buffer(self, key: Key, shape: Sequence[int], past: int | Tensor, like: Tensor) -> Tensor:
+        """The buffer of `key`, with space for values of this shape [B, S, ...] after `past` tokens."""
+        batch, length, *rest = shape
         buffer = self.sums.get(key)
         if buffer is None:
-            buffer = self.sums[key] = values.new_zeros(batch, max(self.capacity, length), *values.shape[2:])
+            buffer = self.sums[key] = like.new_zeros(batch, max(self.capacity, length), *rest)
             if self.capacity > 0 and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(buffer)  # so that CUDA graphs may write to it
         elif buffer.shape[0] != batch:
@@ -124,7 +138,7 @@ class Memory:
 
     def history(self, ids: Tensor, count: int, past: int | Tensor) -> Tensor:
         """The `count` token ids before this pass, [B, count], -1 where there are none; keeps ids [B, S] of the pass."""
-        buffer = self._buffer(IDS, ids, past)
+        buffer = self._buffer(IDS, ids.shape, past, ids)
         positions = torch.arange(-count, 0, device=ids.device) + past
         history = torch.where(positions >= 0, buffer.index_select(1, positions.clamp_min(0)), -1)
         self.write(IDS, ids, past)

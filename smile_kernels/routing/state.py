@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerPolicy", "RootRouting"]
 
 
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # as SmileLinear._tensors
+
 _SCOPES = {"token": 0, "causal": 1, "sequence": 2, "prompt": 2}  # as the operator `evidence` numbers them
 
 
@@ -61,6 +63,11 @@ class LayerPolicy:
         if at.policy.is_alone and at.override is None:
             return at.route_alone(layer, x)
         return at.replay(self.index, x) if state is None else at.choose(self.index, layer, x)
+
+    def serve(self, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
+        """The output [..., O] of a layer with these tensors, in inference; None where choice and layer are two steps."""
+        state = getattr(self.root.current, "state", None)
+        return None if state is None or not state.is_one_step else state.serve(self.index, layer, x, tensors)
 
 
 def _route_alone(layer: RoutedExperts, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
@@ -278,6 +285,7 @@ class ForwardPass:
         self.choices: dict[int, Routing] = {}
         self.spread: tuple[Tensor, torch.Size, torch.device, Routing] | None = None  # a choice's ids, for which input
         self.devices: set[torch.device] = set()
+        self.is_one_step = False  # whether an operator may take a layer's step and compute the layer, in inference
         if self.policy.is_alone and (self.override is None or self.override.rows is None):
             return  # nothing depends on whose tokens there are
         self.tokens = Tokens(arguments, self.policy, self.root_name)
@@ -294,6 +302,9 @@ class ForwardPass:
                 count = len(self.policy.restart_at) - 1
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
+        own_choice = self.policy.scope in ("token", "causal") and self.policy.top_p == 1  # of each token
+        plain = self.tokens.starts is None and isinstance(self.tokens.past, int) and self.override is None
+        self.is_one_step = own_choice and plain and not torch.compiler.is_compiling()
 
     def route_alone(self, layer: RoutedExperts, x: Tensor) -> Routing | None:
         """The published routing of a layer; None: it does so by itself."""
@@ -316,9 +327,7 @@ class ForwardPass:
 
     def _choose(self, key: Key, layer: RoutedExperts, x: Tensor) -> Routing:
         """The policy's choice."""
-        policy, index = self.policy, key[0]
-        block = self.blocks[index] + key[1] * (self.blocks[-1] + 1)
-        scores = policy.lock_after is None or block < policy.lock_after
+        policy, index, scores = self.policy, key[0], self._scores(key)
         if self.voting:
             if scores:
                 self.choice = self._score(key, layer, x)
@@ -337,6 +346,33 @@ class ForwardPass:
         self.choices[index] = self.choice
         self.devices.add(x.device)
         return self._spread(self.choice, x)
+
+    def _scores(self, key: Key) -> bool:
+        """Whether a layer is in a block before the lock."""
+        lock = self.policy.lock_after
+        return lock is None or self.blocks[key[0]] + key[1] * (self.blocks[-1] + 1) < lock
+
+    def serve(self, index: int, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
+        """The output of layer `index`, whose step and product are one operator; None: it is called for its choice."""
+        key, policy, tokens = (index, self.calls.get(index, 0)), self.policy, self.tokens
+        if not self._scores(key):
+            return None
+        batch, length = tokens.shape(x)
+        sums, past, below = None, 0, self.evidence if policy.accumulate else None
+        if policy.scope == "causal" and self.memory is not None:
+            past = tokens.past
+            sums = self.memory.running(key, (batch, length, layer.num_local_experts), past, layer.s)
+        prior = layer.router_prior if policy.calibrated else None
+        m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
+        options = m, layer.rank_of_router, batch, _SCOPES[policy.scope], policy.accumulate
+        step = library.serve_step(x, tensors, prior, tokens.real_of(x), tokens.factors, sums, past, below, *options)
+        if step is None:
+            return None
+        y, *choice, self.evidence = step
+        self.calls[index], self.choice = key[1] + 1, (choice[0], choice[1])
+        self.choices[index] = self.choice
+        self.devices.add(x.device)
+        return y
 
     def vote(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The base reads the prompt, all experts off, and the evidence of its layers chooses for the answer."""

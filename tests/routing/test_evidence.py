@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from smile_kernels.ops import extension, library
 from smile_kernels.routing import RoutingPolicy, set_routing
@@ -123,6 +125,69 @@ def check_step(case, scope, dtype, device="cpu", step=library.evidence):
 @STEPS[1]
 def test_a_step_follows_the_equations(case, scope, dtype):
     check_step(case, scope, dtype)
+
+
+def check_step_with_layer(case, scope, dtype, ops):
+    """`evidence_linear` has the bits of `evidence` and `apply`; it continues the sums in their place, and no other."""
+    batch, length, d, n, g, m = case
+    real_dtype, past = torch.float64 if dtype == torch.float64 else torch.float32, 2
+    for given, router in itertools.product((False, True), repeat=2):
+        p = Problem.random(batch * length, d, 11, n, min(d, 3), g, m, dtype=dtype, router=router, bias=given)
+        prior, real, factors, before, below, sums = [None] * 6
+        if given:
+            prior, real = torch.randn(n, dtype=real_dtype), torch.rand(batch, length) > 0.3
+            factors, below = torch.rand(1, length), torch.randn(batch, length, n, dtype=real_dtype)
+        if given and scope == CAUSAL:
+            sums = torch.full((batch, past + length + 1, n), math.nan, dtype=real_dtype)
+            before = sums[:, past - 1] = torch.rand(batch, n, dtype=real_dtype)
+        untouched = None if sums is None else sums.clone()
+        x, weight, bias, vh, s, u, expert_bias, rows = p.arguments()
+        options = m, g, batch, scope, given
+        at = 0 if sums is None else past
+        got = ops.evidence_linear(*p.arguments(), prior, real, factors, sums, at, below, *options)
+        want = ops.evidence(x, vh if rows is None else rows, prior, real, factors, before, below, *options)
+        y, _ = ops.apply(
+            x, weight, bias, vh, s, u, expert_bias, want[0].flatten(0, 1), want[1].flatten(0, 1), False
+        )
+        for one, other in zip(got, (y, *want[:3])):
+            assert torch.equal(one, other)
+        if sums is not None:
+            untouched[:, past : past + length] = want[3]
+            assert torch.equal(sums.nan_to_num(-1), untouched.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scope", [TOKEN, CAUSAL])
+@STEPS[1]
+def test_a_step_with_its_layer_is_both(case, scope, dtype):
+    ext = torch.ops.smile_kernels_ext
+    check_step_with_layer(case, scope, dtype, SimpleNamespace(**{n: getattr(ext, n).default for n in WITH_LAYER}))
+
+
+WITH_LAYER = ("evidence", "apply", "evidence_linear")
+
+
+@pytest.mark.parametrize("name", ["causal", "causal + layers", "token + layers"])
+def test_inference_by_one_operator_is_that_of_two(name, monkeypatch):
+    """Generation with padding, a lock and growing caches; with gradients each layer's choice and product are apart."""
+    scope, _, layers = name.partition(" + ")
+    calls = []
+    one = library.serve_step
+    monkeypatch.setattr(library, "serve_step", lambda *args: calls.append(0) or one(*args))
+    for lock, half_life in ((None, None), (1, 2)):
+        model, ids = llama(), tokens(3, 9)
+        set_routing(model, RoutingPolicy(scope, bool(layers), lock, half_life=half_life if scope == "causal" else None))
+        mask = torch.ones(3, 9, dtype=torch.int64)
+        mask[1, :4] = 0
+        results = []
+        for training in (False, True):
+            cache, given = DynamicCache(config=model.config), len(calls)
+            with torch.set_grad_enabled(training):
+                for begin, end in ((0, 5), (5, 6), (6, 9)):
+                    out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+            results.append(out.logits.detach())
+            assert (len(calls) > given) != training
+        assert torch.equal(*results)
 
 
 def test_energies_that_overflow_or_are_no_number():

@@ -26,7 +26,7 @@ from tests.ops.extension.builds import (
 )
 from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
 from tests.problems import PARTS, check_parts, problems_of_parts
-from tests.routing.test_evidence import STEPS, check_step
+from tests.routing.test_evidence import CAUSAL, STEPS, TOKEN, check_step, check_step_with_layer
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = [
@@ -46,7 +46,7 @@ def ops():
     """The operators of the CUDA library, on CPU tensors."""
     torch.ops.load_library(emulated_library("-O2"))
     namespace = torch.ops.smile_kernels_emulated
-    names = ("route", "apply", "linear", "delta", "delta_", "evidence", "route_backward", "apply_backward")
+    names = ("route", "apply", "linear", "delta", "delta_", "evidence", "evidence_linear", "route_backward", "apply_backward")
     return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
 
 
@@ -93,8 +93,16 @@ def test_the_emulation_notices(case, found):
     assert (done.returncode == 0) == bool(done.stdout)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("router", [False, True], ids=["tied", "own-router"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "router"),
+    [
+        # Several blocks of everything take a minute in the emulation, once in `make test`.
+        pytest.param(*case, router, marks=[pytest.mark.exhaustive] if case == CASES[4] and router else [])
+        for router in (False, True)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_forward_and_backward_match_reference(ops, shape, dtype, router):
     p = Problem.random(*shape, dtype=dtype, router=router, bias=router, expert_bias=not router)
     check_forward(ops, p)
@@ -139,6 +147,13 @@ def test_a_routing_step_follows_the_equations(ops, case, scope):
 
     for dtype in (torch.float32, torch.bfloat16):
         check_step(case, scope, dtype, step=step)
+
+
+@pytest.mark.parametrize("scope", [TOKEN, CAUSAL])
+@STEPS[1]
+def test_a_routing_step_with_its_layer_is_both(ops, case, scope):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_step_with_layer(case, scope, dtype, ops)
 
 
 @pytest.mark.parametrize("tokens", [5, 70], ids=["few", "many"])
