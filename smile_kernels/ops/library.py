@@ -407,8 +407,10 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
     return y if x.dim() == 2 else y.view(*shape[:-1], weight.shape[0])
 
 
-def serve_step(x, layer, prior, real, factors, sums, past, below, *options) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`evidence`, then `apply` under its choice, in inference by one operator of the extension; None if not supported.
+def serve_step(
+    x, layer, prior, real, factors, sums, past, below, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`evidence`, then `apply` under its choice, in inference by one operator of the extension; None: not supported.
 
     The arguments are those of `serve` and `evidence`, with `sums` [B, positions, N] or None: the causal sums of the
     sequences, where the operator reads those at position past - 1 and writes those of this call from `past` on.
@@ -417,13 +419,13 @@ def serve_step(x, layer, prior, real, factors, sums, past, below, *options) -> t
     """
     if not _is_served(x, layer):
         return None
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ext = torch.ops.smile_kernels_ext.evidence_linear
     try:
         y, weights, ids, evidence = ext.default(tokens, *layer, prior, real, factors, sums, past, below, *options)
     except (RuntimeError, SmileError):  # of the operator, or of its rule for vmap
         return None
-    return y.view(*x.shape[:-1], y.shape[1]), weights, ids, evidence
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], layer[0].shape[0]), weights, ids, evidence
 
 
 def _is_served(x, layer) -> bool:

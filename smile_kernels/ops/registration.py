@@ -122,7 +122,9 @@ def _vmap(op: Any, info, in_dims: Sequence[int | None], *args) -> tuple:
     """One call per batch entry, for any combination of batched arguments."""
     for argument, given, dim in zip(op._schema.arguments, args, in_dims):
         if argument.is_write and given is not None and dim is None:
-            raise SmileError(f"{argument.name}: is not mapped by vmap, and what is added to it is; expected inplace=False")
+            raise SmileError(
+                f"{argument.name}: is not mapped by vmap, and what is written to it is; expected both or none"
+            )
     calls = [
         op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)))
         for i in range(info.batch_size)

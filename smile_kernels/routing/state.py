@@ -65,7 +65,7 @@ class LayerPolicy:
         return at.replay(self.index, x) if state is None else at.choose(self.index, layer, x)
 
     def serve(self, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
-        """The output [..., O] of a layer with these tensors, in inference; None where choice and layer are two steps."""
+        """The output [..., O] of a layer with these tensors, in inference; None: it is called for its choice."""
         state = getattr(self.root.current, "state", None)
         return None if state is None or not state.is_one_step else state.serve(self.index, layer, x, tensors)
 
@@ -303,8 +303,8 @@ class ForwardPass:
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
         own_choice = self.policy.scope in ("token", "causal") and self.policy.top_p == 1  # of each token
-        plain = self.tokens.starts is None and isinstance(self.tokens.past, int) and self.override is None
-        self.is_one_step = own_choice and plain and not torch.compiler.is_compiling()
+        plain = self.tokens.starts is None and self.tokens.encoder_states is None and isinstance(self.tokens.past, int)
+        self.is_one_step = own_choice and plain and self.override is None and not torch.compiler.is_compiling()
 
     def route_alone(self, layer: RoutedExperts, x: Tensor) -> Routing | None:
         """The published routing of a layer; None: it does so by itself."""
@@ -358,19 +358,20 @@ class ForwardPass:
         if not self._scores(key):
             return None
         batch, length = tokens.shape(x)
-        sums, past, below = None, 0, self.evidence if policy.accumulate else None
-        if policy.scope == "causal" and self.memory is not None:
-            past = tokens.past
-            sums = self.memory.running(key, (batch, length, layer.num_local_experts), past, layer.s)
+        sums, past = None, tokens.past
+        if self.memory is not None:
+            sums = self.memory.running(key, (batch, length, layer.num_local_experts), past, tensors[3])
         prior = layer.router_prior if policy.calibrated else None
+        real = None if tokens.real is None else tokens.real_of(x)
+        below = self.evidence if policy.accumulate else None
         m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
         options = m, layer.rank_of_router, batch, _SCOPES[policy.scope], policy.accumulate
-        step = library.serve_step(x, tensors, prior, tokens.real_of(x), tokens.factors, sums, past, below, *options)
+        step = library.serve_step(x, tensors, prior, real, tokens.factors, sums, past, below, *options)
         if step is None:
             return None
-        y, *choice, self.evidence = step
-        self.calls[index], self.choice = key[1] + 1, (choice[0], choice[1])
-        self.choices[index] = self.choice
+        y, weights, ids, self.evidence = step
+        self.calls[index] = key[1] + 1
+        self.choices[index] = self.choice = weights, ids
         self.devices.add(x.device)
         return y
 

@@ -146,9 +146,7 @@ def check_step_with_layer(case, scope, dtype, ops):
         at = 0 if sums is None else past
         got = ops.evidence_linear(*p.arguments(), prior, real, factors, sums, at, below, *options)
         want = ops.evidence(x, vh if rows is None else rows, prior, real, factors, before, below, *options)
-        y, _ = ops.apply(
-            x, weight, bias, vh, s, u, expert_bias, want[0].flatten(0, 1), want[1].flatten(0, 1), False
-        )
+        y, _ = ops.apply(x, weight, bias, vh, s, u, expert_bias, want[0].flatten(0, 1), want[1].flatten(0, 1), False)
         for one, other in zip(got, (y, *want[:3])):
             assert torch.equal(one, other)
         if sums is not None:

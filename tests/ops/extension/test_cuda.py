@@ -46,8 +46,8 @@ def ops():
     """The operators of the CUDA library, on CPU tensors."""
     torch.ops.load_library(emulated_library("-O2"))
     namespace = torch.ops.smile_kernels_emulated
-    names = ("route", "apply", "linear", "delta", "delta_", "evidence", "evidence_linear", "route_backward", "apply_backward")
-    return SimpleNamespace(**{name: getattr(namespace, name).default for name in names})
+    names = "route apply linear delta delta_ evidence evidence_linear route_backward apply_backward"
+    return SimpleNamespace(**{name: getattr(namespace, name).default for name in names.split()})
 
 
 @pytest.mark.parametrize("layout", ["two", "three, one dense"])
