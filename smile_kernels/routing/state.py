@@ -67,7 +67,7 @@ class LayerPolicy:
     def serve(self, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
         """The output [..., O] of a layer with these tensors, in inference; None: it is called for its choice."""
         state = getattr(self.root.current, "state", None)
-        return None if state is None or not state.is_one_step else state.serve(self.index, layer, x, tensors)
+        return None if state is None or not state.is_direct else state.serve(self.index, layer, x, tensors)
 
 
 def _route_alone(layer: RoutedExperts, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
@@ -285,7 +285,7 @@ class ForwardPass:
         self.choices: dict[int, Routing] = {}
         self.spread: tuple[Tensor, torch.Size, torch.device, Routing] | None = None  # a choice's ids, for which input
         self.devices: set[torch.device] = set()
-        self.is_one_step = False  # whether an operator may take a layer's step and compute the layer, in inference
+        self.is_direct = False  # whether layers are computed without being called for a choice, in inference
         if self.policy.is_alone and (self.override is None or self.override.rows is None):
             return  # nothing depends on whose tokens there are
         self.tokens = Tokens(arguments, self.policy, self.root_name)
@@ -304,7 +304,8 @@ class ForwardPass:
             self.tokens.find_factors(history)
         own_choice = self.policy.scope in ("token", "causal") and self.policy.top_p == 1  # of each token
         plain = self.tokens.starts is None and self.tokens.encoder_states is None and isinstance(self.tokens.past, int)
-        self.is_one_step = own_choice and plain and self.override is None and not torch.compiler.is_compiling()
+        aside = self.override is not None or torch.compiler.is_compiling()
+        self.is_direct = (self.held or (own_choice and plain)) and not aside
 
     def route_alone(self, layer: RoutedExperts, x: Tensor) -> Routing | None:
         """The published routing of a layer; None: it does so by itself."""
@@ -335,17 +336,14 @@ class ForwardPass:
                 raise _HasVoted
             off = x.new_zeros((*x.shape[:-1], 0), dtype=torch.float32)
             return off, off.int()
-        if self.held and self.memory is not None:
-            self.choice = self.memory.choice(key, locked=policy.lock_after is not None)
-        elif scores and policy.scope != "prompt":  # whose choice is made
+        if scores and not self.held and policy.scope != "prompt":  # whose choice is made
             with torch.no_grad():
                 self.choice = self._score(key, layer, x)
             if self.memory is not None and policy.scope == "sequence":
                 self.memory.choices[key], self.memory.last = self.choice, key
-        assert self.choice is not None
-        self.choices[index] = self.choice
+        self.choices[index] = choice = self._earlier_choice(key)
         self.devices.add(x.device)
-        return self._spread(self.choice, x)
+        return self._spread(choice, x)
 
     def _scores(self, key: Key) -> bool:
         """Whether a layer is in a block before the lock."""
@@ -353,10 +351,29 @@ class ForwardPass:
         return lock is None or self.blocks[key[0]] + key[1] * (self.blocks[-1] + 1) < lock
 
     def serve(self, index: int, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
-        """The output of layer `index`, whose step and product are one operator; None: it is called for its choice."""
-        key, policy, tokens = (index, self.calls.get(index, 0)), self.policy, self.tokens
-        if not self._scores(key):
-            return None
+        """The output of layer `index`, which is then not called for its choice; None: not supported."""
+        key = index, self.calls.get(index, 0)
+        if not self.held and self._scores(key):
+            y = self._serve_step(key, layer, x, tensors)
+        else:
+            choice = self._earlier_choice(key)
+            y = library.serve(x, tensors, choice[1].shape[-1], layer.rank_of_router, self._spread(choice, x))
+        if y is not None:
+            assert self.choice is not None
+            self.calls[index], self.choices[index] = key[1] + 1, self.choice
+            self.devices.add(x.device)
+        return y
+
+    def _earlier_choice(self, key: Key) -> Routing:
+        """The choice of an earlier pass, or of the last layer that scored in this one."""
+        if self.held and self.memory is not None:
+            self.choice = self.memory.choice(key, locked=self.policy.lock_after is not None)
+        assert self.choice is not None
+        return self.choice
+
+    def _serve_step(self, key: Key, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
+        """The output of a layer that chooses now, by one operator for its step and its product; None: not supported."""
+        policy, tokens = self.policy, self.tokens
         batch, length = tokens.shape(x)
         sums, past = None, tokens.past
         if self.memory is not None:
@@ -369,10 +386,8 @@ class ForwardPass:
         step = library.serve_step(x, tensors, prior, real, tokens.factors, sums, past, below, *options)
         if step is None:
             return None
-        y, weights, ids, self.evidence = step
-        self.calls[index] = key[1] + 1
-        self.choices[index] = self.choice = weights, ids
-        self.devices.add(x.device)
+        y, *choice, self.evidence = step
+        self.choice = choice[0], choice[1]
         return y
 
     def vote(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

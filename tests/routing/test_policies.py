@@ -159,8 +159,9 @@ def test_the_published_policy_restores_each_layer_s_own_number_of_experts():
 def test_locked_layers_compute_no_scores(monkeypatch):
     model = bert()
     calls = []
-    evidence = library.evidence  # read first for each layer that computes scores
-    monkeypatch.setattr(library, "evidence", lambda *a: calls.append(1) or evidence(*a))
+    for name in ("evidence", "serve_step"):  # one of which each layer that computes scores calls
+        own = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *a, own=own: calls.append(1) or own(*a))
     set_routing(model, POLICIES["sequence+layers, lock 1"])
     logits(model, input_ids=tokens(2, 5))
     assert len(calls) == 6
