@@ -18,7 +18,7 @@ __all__ = ["guard_weights"]
 def guard_weights(model: nn.Module) -> None:
     """In the first forward pass of a SMILE model, in training and in evaluation mode, refuse reads of a layer's weight.
 
-    The guard removes itself after both passes, and does nothing while a model is compiled or exported.
+    The guard removes itself after both passes, and does nothing while a model or a part of it is compiled or exported.
 
     Raises (that pass):
         RuntimeError: code outside a SMILE layer computes with its weight, on which its experts have no effect.
@@ -80,6 +80,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a compiled part, such as FlexAttention, whose tensors have no memory
+            return result
         results = result if isinstance(result, (list, tuple)) else (result,)
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # that func gets, as Tensor.T.__get__ does
         if any(isinstance(one, torch.Tensor) for one in results) and attribute != "grad":

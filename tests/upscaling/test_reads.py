@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import smile_kernels as sk
+from smile_kernels.integrations.peft import ModuleDelta
 from smile_kernels.upscaling.layers import linear_layers
 from smile_kernels.upscaling.reads import weight_readers
 
@@ -205,6 +206,26 @@ def test_transformers_models_refuse_such_reads_when_loaded(tmp_path, monkeypatch
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"up_proj: its weight is read by LlamaMLP"):
         loaded(torch.arange(3, 9)[None])
+
+
+class CompiledPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.part = torch.compile(lambda x: x.softmax(-1) + x, backend="eager", fullgraph=True)
+
+    def forward(self, x):
+        return self.part(self.layer(x))
+
+
+def test_a_model_with_a_compiled_part_runs():
+    torch.manual_seed(0)
+    base = CompiledPart()
+    layer = nn.Linear(8, 8)
+    model, _ = sk.upscale(base, [{"layer": ModuleDelta(layer.weight.detach())}], **RANKS)
+    base.layer.weight.data += layer.weight.data
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), base(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", ["state_dict", "checkpoint file", "whole"])
