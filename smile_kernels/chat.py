@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import errors_of_tokenizer, load_pretrained, load_tokenizer
-from .errors import SmileError, check_integer
+from .errors import SmileError, check_integer, reason
 from .nn import routed_layers
 from .routing import routing_override, watch_routing
 from .routing.tokens import limited_template
@@ -117,18 +117,23 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
 
     with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"), limited_template():
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    length = prompt["input_ids"].shape[1]
+    length, largest = prompt["input_ids"].shape[1], int(prompt["input_ids"].max())
+    if largest >= (size := model.config.get_text_config().vocab_size):
+        raise SmileError(
+            f"{tokenizer.name_or_path}: the tokenizer has a token {largest}; expected ids below the model's {size}"
+        )
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with watch_routing(model) as counts:
         try:
-            tokens = model.generate(**prompt.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
+            options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": False, "streamer": streamer}
+            tokens = model.generate(**prompt.to(model.device), **options)
         except Exception as error:
             if str(error).startswith("routing: "):  # the policy does not fit the model, as one with experts in its head
                 raise SmileError(str(error)) from None
             if not isinstance(error, OSError) and _raised_by_transformers(error):
                 raise SmileError(
-                    f"{model.name_or_path}: transformers cannot generate with it ({type(error).__name__}: {error}); "
-                    "expected a config.json and a generation_config.json that fit the model"
+                    f"{model.name_or_path}: transformers cannot generate with it ({reason(error)}); "
+                    "expected a config.json, a generation_config.json and a tokenizer that fit the model"
                 ) from error
             raise
     served = torch.stack(list(counts.values())).sum(0)
@@ -139,9 +144,9 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
 
 
 def _raised_by_transformers(error: Exception) -> bool:
-    """Whether an error began in the code of transformers, as on a setting of a type that nothing checks."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get("__name__", "").startswith("transformers.")
+    """Whether an error began in the code of transformers, or of torch called there, as on a setting of a wrong type."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [name for name in names if not name.startswith("torch.")][-1].startswith("transformers.")
 
 
 def _served(counts: Tensor, names: Sequence[str]) -> str:

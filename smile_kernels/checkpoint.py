@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, write_config
-from .errors import SmileError, check_seed
+from .errors import SmileError, check_seed, reason
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
@@ -248,9 +248,8 @@ def errors_of_tokenizer(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise SmileError(
-            f"{folder}: the tokenizer's {what} ({type(error).__name__}: {reason}); expected a whole tokenizer"
+            f"{folder}: the tokenizer's {what} ({reason(error)}); expected a whole tokenizer and its config.json"
         ) from error
 
 
@@ -339,7 +338,7 @@ def load_transformers(cls: Any, folder: str | Path, options: Mapping[str, Any]) 
         raise
     except Exception as error:  # an architecture may raise anything on a config or an option that does not fit
         raise SmileError(
-            f"{folder}: transformers cannot load it as {cls.__name__} ({type(error).__name__}: {error})"
+            f"{folder}: transformers cannot load it as {cls.__name__} ({reason(error)}); expected what fits that class"
         ) from error
 
 
@@ -359,7 +358,7 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
         return cls._from_config(cls.config_class(**plain), **from_pretrained).eval()
     except Exception as error:  # as in load_transformers
         raise SmileError(
-            f"config.json: transformers cannot build a {cls.__name__} from it ({type(error).__name__}: {error}); "
+            f"config.json: transformers cannot build a {cls.__name__} from it ({reason(error)}); "
             "expected the config of that model"
         ) from error
 

@@ -1,14 +1,20 @@
-"""The error for invalid arguments and files, and a check for integer arguments."""
+"""The error for invalid arguments and files, the reason that another library gives, and a check for integers."""
 
 import operator
 import reprlib
 from typing import Any
 
-__all__ = ["SmileError", "check_integer", "check_seed"]
+__all__ = ["SmileError", "check_integer", "check_seed", "reason"]
 
 
 class SmileError(ValueError):
     """An invalid argument, setting or file. The message names it, its value and what was expected."""
+
+
+def reason(error: BaseException) -> str:
+    """The kind and the message of an error of another library, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 500 else f'{text[:500]}...'}".removesuffix(": ")
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None, meaning: str = "") -> int:

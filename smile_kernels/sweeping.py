@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import FACTORS
-from .errors import SmileError, check_integer
+from .errors import SmileError, check_integer, reason
 from .nn import SmileLinear, smile_layers
 from .publishing import check_outputs, write_plot, write_text
 from .routing import RoutingPolicy, calibrate, check_calibration, check_routing, get_routing, set_routing
@@ -337,9 +337,7 @@ def scoring_function(text: str) -> Callable[[Any], Any]:
             module = importlib.import_module(place)
     except Exception as error:
         traceback.print_exc()
-        raise SmileError(
-            f"score: {place} cannot be imported ({type(error).__name__}: {error}); expected Python code"
-        ) from None
+        raise SmileError(f"score: {place} cannot be imported ({reason(error)}); expected Python code") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise SmileError(f"score: {place} has no function {name!r}; expected one that takes the model")
@@ -349,6 +347,6 @@ def scoring_function(text: str) -> Callable[[Any], Any]:
             return function(model)
         except Exception as error:
             traceback.print_exc()
-            raise SmileError(f"score: {text} raised {type(error).__name__}: {error}; expected a score") from None
+            raise SmileError(f"score: {text} raised {reason(error)}; expected a score") from None
 
     return scored

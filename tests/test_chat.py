@@ -218,14 +218,27 @@ def test_experts_in_the_head_are_refused_in_one_line(fused, tmp_path):
     assert "this is a bug" not in result.stderr
 
 
-def test_settings_that_transformers_cannot_run_are_named_in_one_line(fused, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_sample": True, "temperature": "warm"}, "fused: transformers cannot generate with it ("),
+        ({"prefill_chunk_size": "x"}, "fused: transformers cannot generate with it (TypeError: "),
+        ({}, "fused: the tokenizer has a token 5"),
+    ],
+    ids=str,
+)
+def test_settings_that_transformers_cannot_run_are_named_in_one_line(changes, message, fused, tmp_path):
     shutil.copytree(fused, tmp_path / "fused")
     file = tmp_path / "fused" / "generation_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"do_sample": True, "temperature": "warm"}))
+    file.write_text(json.dumps(settings | changes))
+    if not changes:
+        words = json.loads((tmp_path / "fused" / "tokenizer.json").read_text())
+        words["model"]["vocab"] = {word: 500 + i for word, i in words["model"]["vocab"].items()}
+        (tmp_path / "fused" / "tokenizer.json").write_text(json.dumps(words))
     result = CliRunner().invoke(app, ["chat", str(tmp_path / "fused")], input="Hi\n")
     assert result.exit_code == 1
-    assert "fused: transformers cannot generate with it (" in result.stderr
+    assert message in result.stderr
     assert "this is a bug" not in result.stderr
 
 

@@ -323,6 +323,31 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         "changes 'a.b', which the base lacks",
     ),
+    "an adapter beyond float64": (
+        adapter(lambda t: {name: 1e200 * one.double() for name, one in t.items()}),
+        fuse,
+        r"experts\[1\]: the change of .* is inf; expected what float32 holds",
+    ),
+    "an adapter with a bias of another length": (
+        adapter(lambda t: t | {f"{Q_PROJ}.bias": torch.ones(3)}),
+        fuse,
+        r"experts\[1\]: the change of .*q_proj\.bias has shape \[3\]; expected the base's, \[16\]",
+    ),
+    "an adapter with another weight": (
+        adapter(lambda t: t | {f"{Q_PROJ}.base_layer.weight": torch.ones(16, 16)}),
+        fuse,
+        "adapter: has factors and another weight of .*q_proj; expected one of them",
+    ),
+    "a NaN in a tensor of an expert that has no place in the result": (
+        tensors("expert/model.safetensors", lambda t: t | {"model.norm.weight": torch.full((16,), torch.nan)}),
+        fuse,
+        "expert/model.safetensors: tensor 'model.norm.weight' holds 16 NaN",
+    ),
+    "a config without return_dict": (
+        settings("base", return_dict=False),
+        lambda folder: fuse(folder, calibrate=True),
+        "return_dict: is False in the model's config; expected True",
+    ),
     "an adapter beyond float32": (
         adapter(lambda t: {name: 1e30 * one for name, one in t.items()}),
         fuse,

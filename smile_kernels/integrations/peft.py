@@ -34,17 +34,13 @@ _CONFIG = "adapter_config.json"
 # Initialisations that change the base weights: the adapter then belongs to another base than the given one.
 _CHANGE_THE_BASE = ("pissa*", "olora", "corda", "loftq", "lora_ga")
 
-# Variants with an adapted layer other than W + scale * B A.
-_NOT_LORA = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "use_bdlora",
-    "use_qalora",
-)
+# Keys of variants whose adapted layer is not W + scale * B A. New ones are called use_... and ..._config; of these
+# the second list leaves it that.
+_NOT_LORA = ("alora_invocation_tokens", "layer_replication", "target_parameters")
+_STILL_LORA = (
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_config", "runtime_config", "use_dora",
+    "use_rslora", "velora_config",
+)  # fmt: skip
 
 _Positive = Annotated[float, Gt(0), Lt(1e9)]
 _Index = Annotated[int, Ge(0)]
@@ -252,16 +248,24 @@ def _in_base(
     adapted = [module for module, tensors in modules.items() if any(part in _PARTS for part in tensors)]
     firsts = {name.split(".")[0] for name in base} | {".".join(name.split(".")[:2]) for name in base}
     attempts: list[Callable[[str], str]] = [lambda module: module, translated]
-    attempts += [lambda module, n=n: module.split(".", n)[-1] for n in (1, 2)]  # type: ignore[misc]
-    attempts += [lambda module, first=first: f"{first}.{module}" for first in sorted(firsts)]  # type: ignore[misc]
-    for rename in attempts:
-        if all(f"{rename(module)}.weight" in base for module in adapted or modules):
-            return {
-                module: rename(module)
-                if any(f"{rename(module)}.{part}" in base for part in ("weight", "bias"))
-                else module
-                for module in modules
-            }
+    if names.model is None:  # else a prefix says which part of another model it is
+        attempts += [lambda module, n=n: module.split(".", n)[-1] for n in (1, 2)]  # type: ignore[misc]
+    prefixed = [lambda module, first=first: f"{first}.{module}" for first in sorted(firsts)]  # type: ignore[misc]
+
+    def fits(rename: Callable[[str], str]) -> bool:
+        return all(f"{rename(module)}.weight" in base for module in adapted or modules)
+
+    fitting = [rename for rename in attempts if fits(rename)][:1] or [rename for rename in prefixed if fits(rename)]
+    if len(fitting) > 1:
+        module = next(iter(adapted or modules))
+        places = " and as ".join(rename(module) for rename in fitting)
+        raise SmileError(f"{directory}: changes {module!r}, which the base has as {places}; expected a name of one")
+    if fitting:
+        rename = fitting[0]
+        return {
+            module: rename(module) if any(f"{rename(module)}.{part}" in base for part in ("weight", "bias")) else module
+            for module in modules
+        }
     if not adapted:
         return {module: module for module in modules}
     unknown = next(module for module in adapted if f"{module}.weight" not in base)
@@ -286,12 +290,13 @@ def _module_delta(
         if b.shape[-1] != a.shape[0] or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
             raise SmileError(f"{directory}: {module}: its factors are not those of a linear layer; expected matrices")
         full = b @ a
-        weight = _scale(module, tensors["lora_A"].shape[0], config) * full.view(base[f"{module}.weight"].shape)
+        scale = _scale(directory, module, tensors["lora_A"].shape[0], config)
+        weight = scale * full.view(base[f"{module}.weight"].shape)
     elif "lora_A" in tensors:
-        weight, bias = _low_rank(module, tensors, config)
+        weight, bias = _low_rank(directory, module, tensors, config)
     elif "lora_embedding_A" in tensors:
         a, b = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
-        weight = LowRankDelta(a.T, b.T, _scale(module, a.shape[0], config))
+        weight = LowRankDelta(a.T, b.T, _scale(directory, module, a.shape[0], config))
     elif "trainable_tokens_delta" in tensors:
         plain, own = base[f"{module}.weight"], tensors.get("weight")  # its own where the base was resized before
         start = plain if own is None else own
@@ -311,6 +316,8 @@ def _module_delta(
             bias = change if bias is None else bias + change
         elif weight is None:
             weight = wide(tensor) - wide(before)
+        elif not torch.equal(before.to(tensor.dtype), tensor):  # factors may come with a copy of the base's
+            raise SmileError(f"{directory}: has factors and another weight of {module}; expected one of them")
     return ModuleDelta(weight, bias, whole)
 
 
@@ -335,8 +342,8 @@ def _config(directory: Path) -> _Config:
             f"init_lora_weights: {directory} is {initial!r}, which changes the base weights; expected a plain LoRA "
             "(PEFT converts: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
-    for key in _NOT_LORA:
-        if config.get(key):
+    for key, value in config.items():
+        if value and _is_variant(key):
             raise SmileError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
     for name, patterns in (("alpha_pattern", parsed.alpha_pattern), ("rank_pattern", parsed.rank_pattern)):
         for pattern in patterns or ():
@@ -349,19 +356,26 @@ def _config(directory: Path) -> _Config:
     return parsed
 
 
+def _is_variant(key: str) -> bool:
+    """Whether a key of adapter_config.json, if it is set, says that the adapted layer is not W + scale * B A."""
+    return key in _NOT_LORA or (re.fullmatch("use_.*|.*_config", key) is not None and key not in _STILL_LORA)
+
+
 def _whole(pattern: str) -> str:
     """The regular expression into which PEFT converts a pattern."""
     return rf"(.*\.)?({pattern})$"
 
 
-def _set_for(name: str, patterns: Mapping[str, float] | None, module: str) -> float | None:
+def _set_for(directory: Path, name: str, patterns: Mapping[str, float] | None, module: str) -> float | None:
     """The value of the first pattern of alpha_pattern or rank_pattern that matches a module."""
     for pattern, value in (patterns or {}).items():
         try:
             if regex.match(_whole(pattern), module, timeout=1.0):
                 return value
         except TimeoutError:
-            raise SmileError(f"{name}: {pattern!r} takes more than a second on {module!r}; expected less") from None
+            raise SmileError(
+                f"{directory}: {name}: {pattern!r} takes more than a second on {module!r}; expected less"
+            ) from None
     return None
 
 
@@ -379,30 +393,37 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"directory: {directory} has no adapter_model.safetensors and no adapter_model.bin")
 
 
-def _scale(module: str, q: int, config: _Config, alpha: float | None = None) -> float:
-    r = _set_for("rank_pattern", config.rank_pattern, module) or config.r
+def _scale(directory: Path, module: str, q: int, config: _Config, alpha: float | None = None) -> float:
+    r = _set_for(directory, "rank_pattern", config.rank_pattern, module) or config.r
     if r not in (None, q):
-        raise SmileError(f"{module}: its factors have rank {q}, and {_CONFIG} says {r:g}; expected one rank")
+        raise SmileError(
+            f"{directory}: {module}: its factors have rank {q}, and {_CONFIG} says {r:g}; expected one rank"
+        )
     if alpha is None:
-        alpha = _set_for("alpha_pattern", config.alpha_pattern, module) or config.lora_alpha
+        alpha = _set_for(directory, "alpha_pattern", config.alpha_pattern, module) or config.lora_alpha
     elif not 0 < alpha < 1e9:
-        raise SmileError(f"{module}: alpha is {alpha:g}; expected a number above 0, below 1e9")
+        raise SmileError(f"{directory}: {module}: alpha is {alpha:g}; expected a number above 0, below 1e9")
     return alpha / (math.sqrt(q) if config.use_rslora else q)
 
 
-def _low_rank(module: str, tensors: Mapping[str, Tensor], config: _Config) -> tuple[LowRankDelta, Tensor | None]:
+def _low_rank(
+    directory: Path, module: str, tensors: Mapping[str, Tensor], config: _Config
+) -> tuple[LowRankDelta, Tensor | None]:
     a, b = tensors["lora_A"], tensors["lora_B"]
     if b.dim() != 2 or b.shape[1] != a.shape[0]:
-        raise SmileError(f"{module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
+        raise SmileError(f"{directory}: {module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
     for name, numel in (("alpha", 1), ("lora_B.bias", len(b)), ("lora_magnitude_vector", len(b))):
         if name in tensors and tensors[name].numel() != numel:
-            raise SmileError(f"{module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers")
+            raise SmileError(
+                f"{directory}: {module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers"
+            )
     if config.use_dora != ("lora_magnitude_vector" in tensors):
         has = "has no" if config.use_dora else "has a"
         raise SmileError(
-            f"{module}: {has} lora_magnitude_vector, and {_CONFIG} says use_dora {config.use_dora}; expected both"
+            f"{directory}: {module}: {has} lora_magnitude_vector, and {_CONFIG} says use_dora {config.use_dora}; "
+            "expected both"
         )
-    scale = _scale(module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
+    scale = _scale(directory, module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
     return delta, None if bias is None else wide(bias) * scale
@@ -414,7 +435,7 @@ def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weigh
     if isinstance(indices, dict):
         indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)
     indices = indices if isinstance(indices, list) else []
-    if rows.shape != (len(indices), *weight.shape[1:]) or max(indices, default=0) >= len(weight):
+    if rows.shape != (len(set(indices)), *weight.shape[1:]) or max(indices, default=0) >= len(weight):
         raise SmileError(
             f"trainable_token_indices: does not fit {module} in {directory}; expected {len(rows)} of {len(weight)} rows"
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SmileError, check_seed
+from ..errors import SmileError, check_seed, reason
 from ..nn import RoutedExperts, routed_layers
 from ..schema import check_arguments, check_inputs
 from .cache import cache_in
@@ -100,16 +100,9 @@ def calibrate(
     for name, value in (("sequences", sequences), ("length", length)):
         if value < 1:
             raise SmileError(f"{name}: is {value}; expected 1 or more")
-    length = min(length, getattr(_text_config(model), "max_position_embeddings", None) or length)
+    positions = getattr(_text_config(model), "max_position_embeddings", None) or 0
+    length = min(length, positions) if positions > 0 else length
     generator = torch.Generator().manual_seed(seed)
-
-    def run(batch: Mapping[str, Any]) -> None:
-        try:
-            model(**batch)
-        except Exception as error:  # whatever inputs that do not fit make it raise
-            raise SmileError(
-                f"inputs: the model fails on them ({type(error).__name__}: {error}); expected others"
-            ) from error
 
     with _experts_off(model, layers) as shares:
         if inputs is not None:
@@ -120,13 +113,17 @@ def calibrate(
                         f"inputs: contains a {type(batch).__name__}; expected mappings of forward's arguments"
                     )
                 check_inputs(model, batch)
-                run(batch)
+                with _naming_inputs("those given"):
+                    model(**batch)
         elif _writes(model):
             source = "written"
-            _write(model, sequences, length, generator)
+            with _naming_inputs("text that it writes"):
+                _write(model, sequences, length, generator)
         else:
             source = "random"
-            run(_random_inputs(model, sequences, length, generator))
+            batch = _random_inputs(model, sequences, length, generator)
+            with _naming_inputs("random ones"):
+                model(**batch)
     if not any(count for _, count in shares.values()):
         raise SmileError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
 
@@ -148,8 +145,25 @@ def check_calibration(model: nn.Module) -> None:
     """Raises what `calibrate` would raise on a model of this kind without `inputs`."""
     if _writes(model):
         _first_token(model)
+        if getattr(model.config, "return_dict", True) is False:
+            raise SmileError(
+                "return_dict: is False in the model's config; expected True, with which transformers runs it"
+            )
     else:
         _random_inputs(model, 1, 1, torch.Generator())
+
+
+@contextmanager
+def _naming_inputs(kind: str) -> Iterator[None]:
+    """Raise SmileError for whatever a model raises on inputs, or with a config, that do not fit it."""
+    try:
+        yield
+    except SmileError:
+        raise
+    except Exception as error:
+        raise SmileError(
+            f"inputs: the model fails on {kind} ({reason(error)}); expected a model and inputs that fit"
+        ) from error
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoint import REPORT, add_calibration, model_card, transformers_class, turn_ids_of_checkpoint
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
-from ..errors import SmileError
+from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
 from ..routing import RoutingPolicy, check_calibration
@@ -223,13 +223,12 @@ class Job:
             )
 
     def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
-        """Read all inputs of the output, to find NaN, and numbers its dtype cannot hold, before hours of work."""
+        """Read all inputs of the output and the report, to find NaN, and numbers beyond its dtype, before the work."""
         wholes = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
         average = self.remaining == "average"
-        needed = {name for layer in self.layers for name in (layer.weight, layer.bias)}
         tensors = [tensor for _, tensor in self._stored()]
         written = {id(tensor) for tensor in tensors}
-        tensors += [t for whole in wholes for name, t in whole.items() if average or name in needed]
+        tensors += [t for whole in wholes for name, t in whole.items() if name in self.by_name]
         huge = False
         for i, tensor in enumerate(tensors[part]):
             (value, peak), dtype = tensor.load_with_peak(), self._dtype(tensor.dtype)
@@ -639,7 +638,7 @@ def _check_generation_config(folder: Path, model: Any) -> None:
         pass
     except Exception as error:  # wrong values may raise anything
         raise SmileError(
-            f"{folder / 'generation_config.json'}: transformers cannot read it ({type(error).__name__}: {error}); "
+            f"{folder / 'generation_config.json'}: transformers cannot read it ({reason(error)}); "
             "expected a generation config"
         ) from None
 
@@ -708,7 +707,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SmileError(f"device: is {device!r}, which cannot compute here ({str(error).splitlines()[0]})") from None
+        raise SmileError(f"device: is {device!r}, which cannot compute here ({reason(error)})") from None
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

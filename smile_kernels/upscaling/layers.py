@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..config import read_config
-from ..errors import SmileError
+from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..nn import is_conv1d, why_not_linear
 from ..storage import StoredTensor, read_tensors
@@ -156,7 +156,7 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     except Exception as error:  # an architecture may raise anything on a config that does not fit
         raise SmileError(
             f"{folder / 'config.json'}: transformers cannot build a {architectures[0]} from it "
-            f"({type(error).__name__}: {error}); expected the config of the weights in that folder"
+            f"({reason(error)}); expected the config of the weights in that folder"
         ) from error
     return model
 

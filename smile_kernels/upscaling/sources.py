@@ -3,7 +3,6 @@
 Weights and biases are read layer by layer, so that only a few layers are in memory at a time.
 """
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import read_config
-from ..errors import SmileError, check_integer
+from ..errors import SmileError, check_integer, reason
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
 from ..publishing import is_utf8
@@ -182,7 +181,7 @@ def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:
     except Exception as error:  # any exception of a config for wrong values
         raise SmileError(
             f"{Path(folder) / 'config.json'}: transformers cannot make a {kind.__name__} of it "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); expected a config as the base's"
+            f"({reason(error)}); expected a config as the base's"
         ) from None
 
 
@@ -211,28 +210,35 @@ class AdapterSource(ExpertSource):
     def check(self, shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor]) -> None:
         """Raise ValueError unless every change fits the base and is finite."""
         for name, delta in self.deltas.items():
-            parts: dict[str, Tensor | None] = {"bias": delta.bias, **delta.whole}
-            unknown = not any(f"{name}.{part}" in shapes for part in ("weight", "bias"))
-            if unknown and not delta.whole:
+            expected = {part: shapes[key].shape for part in ("weight", "bias") if (key := f"{name}.{part}") in shapes}
+            if "weight" in expected:
+                expected.setdefault(
+                    "bias", expected["weight"][-1:] if name in self.transposed else expected["weight"][:1]
+                )
+            if not (expected or delta.whole) or (delta.weight is not None and "weight" not in expected):
                 raise SmileError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
+            parts: dict[str, Any] = {"weight": delta.weight, "bias": delta.bias}
+            given = {part: tuple(change.shape) for part, change in parts.items() if isinstance(change, Tensor)}
             if isinstance(delta.weight, LowRankDelta):
-                parts |= {"lora_B": delta.weight.b, "lora_A": delta.weight.a}
-                sizes = [torch.linalg.vector_norm(part.double()).item() for part in (delta.weight.b, delta.weight.a)]
+                b, a = delta.weight.b, delta.weight.a
+                parts |= {"weight": None, "lora_B": b, "lora_A": a, "magnitude": delta.weight.magnitude}
+                given["weight"] = (a.shape[-1], b.shape[0]) if name in self.transposed else (b.shape[0], a.shape[-1])
+            for part, shape in given.items():
+                if shape != tuple(expected[part]):
+                    of = name if part == "weight" else f"{name}.{part}"
+                    raise SmileError(
+                        f"{self.where}: the change of {of} has shape {list(shape)}; expected the base's, "
+                        f"{list(expected[part])}"
+                    )
+            parts |= delta.whole
+            check_finite(self.where, {f"{name}.{part}": t for part, t in parts.items() if t is not None})
+            if isinstance(delta.weight, LowRankDelta):
+                sizes = [torch.linalg.vector_norm(part.double()).item() for part in (b, a)]
                 largest = abs(delta.weight.scale) * sizes[0] * sizes[1]
-                if all(map(math.isfinite, sizes)) and largest > torch.finfo(torch.float32).max:
+                if not largest <= torch.finfo(torch.float32).max:  # also where it is NaN
                     raise SmileError(
                         f"{self.where}: the change of {name} is {largest:.1e}; expected what float32 holds"
                     )
-                mine = (delta.weight.b.shape[0], delta.weight.a.shape[1])
-                mine = mine[::-1] if name in self.transposed else mine
-                if mine != tuple(shapes[f"{name}.weight"].shape):
-                    raise SmileError(
-                        f"{self.where}: the change of {name} has shape {list(mine)}; expected the base's, "
-                        f"{list(shapes[f'{name}.weight'].shape)}"
-                    )
-            else:
-                parts |= {"weight": delta.weight}
-            check_finite(self.where, {f"{name}.{part}": t for part, t in parts.items() if t is not None})
 
     def weight(self, layer: Layer) -> Tensor | LowRank:
         delta = self.deltas.get(layer.name)
@@ -318,9 +324,8 @@ def local_folder(argument: str, place: str | Path) -> Path:
         except huggingface_hub.errors.LocalEntryNotFoundError:
             return Path(huggingface_hub.snapshot_download(hub[1], **options))
     except Exception as error:  # of the network, of the Hub, or of the name
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{argument}: {place}: no such folder, and not found on the Hub ({reason}); expected either"
+            f"{argument}: {place}: no such folder, and not found on the Hub ({reason(error)}); expected either"
         ) from None
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..checkpoint import REPORT, load_pretrained, load_transformers, transformers_class
 from ..config import read_config, read_smile_config
-from ..errors import SmileError, check_seed
+from ..errors import SmileError, check_seed, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter, wide
 from ..nn import SmileLinear, is_conv1d, smile_layers
@@ -128,6 +128,9 @@ def verify(
     count = _count_experts(model)
     if len(finetuned) != count:
         raise SmileError(f"finetuned: has {len(finetuned)} models; expected {count}, one for each expert")
+    certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
+    if odd := next((name for name, errors in certified.items() if len(errors) != count), None):
+        raise SmileError(f"report: has {len(certified[odd])} errors of {odd}; expected {count}, one for each expert")
     base, dtype = _local("base", base), _stored_dtype(model)
     experts = [_Expert(_local(f"experts[{i}]", expert), base, dtype) for i, expert in enumerate(finetuned)]
     records, plain = [], None
@@ -144,7 +147,6 @@ def verify(
         gc.collect()
     fused = _load(model, dtype)
     layers = smile_layers(fused)
-    certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
     verdicts = []
     for i, (expert, record) in enumerate(zip(experts, records)):
         progress(count + i, 2 * count)
@@ -510,7 +512,7 @@ def _naming(inputs: Mapping[str, Tensor] | None) -> Iterator[None]:
         if inputs is None:
             raise
         shapes = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in inputs.items())
-        raise SmileError(f"inputs: {shapes}: the model fails on them ({type(error).__name__}: {error})") from error
+        raise SmileError(f"inputs: {shapes}: the model fails on them ({reason(error)})") from error
 
 
 def _check_inputs(inputs: Mapping[str, Tensor] | None) -> None:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
@@ -143,6 +144,8 @@ def test_what_cannot_be_an_expert_is_listed(tmp_path):
         ({"init_lora_weights": "olora"}, "init_lora_weights: .*'olora'"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: is set"),
         ({"layer_replication": [[0, 1]]}, "layer_replication: is set"),
+        ({"use_new_variant": True}, "use_new_variant: is set"),
+        ({"new_variant_config": {"k": 1}}, "new_variant_config: is set"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -266,6 +269,11 @@ FACTORS = {A: torch.ones(2, 6), B: torch.ones(5, 2)}
         (FACTORS | {"base_model.model.0.alpha": torch.ones(2)}, {}, r"alpha has shape \[2\]; expected 1 numbers"),
         (FACTORS | {"base_model.model.0.lora_magnitude_vector": torch.ones(3)}, {}, "lora_magnitude_vector has shape"),
         (FACTORS | {"base_model.model.0.lora_B.bias": torch.ones(3)}, {}, "lora_B.bias has shape"),
+        (
+            FACTORS | {"base_model.model.0.base_layer.weight": torch.ones(5, 6)},
+            {},
+            "has factors and another weight of 0",
+        ),
         (FACTORS, {"lora_alpha": "8"}, "lora_alpha: is '8'; expected a number"),
         (FACTORS, {"lora_alpha": True}, "lora_alpha: is True; expected a number"),
         (FACTORS, {"lora_alpha": 1e300}, "lora_alpha: is 1e"),
@@ -274,14 +282,38 @@ FACTORS = {A: torch.ones(2, 6), B: torch.ones(5, 2)}
         (FACTORS, {"use_rslora": "yes"}, "use_rslora: is 'yes'; expected a boolean"),
         (FACTORS, {"init_lora_weights": [1]}, "init_lora_weights: is"),
         (FACTORS, {"trainable_token_indices": [-1]}, r"trainable_token_indices.0: is -1"),
+        (
+            {"base_model.model.0.trainable_tokens_delta": torch.ones(2, 6)},
+            {"trainable_token_indices": [1, 1]},
+            "trainable_token_indices: does not fit 0",
+        ),
     ],
 )
 def test_malformed_adapters_are_named(tmp_path, tensors, config, message):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(sk.SmileError, match=message):
+    with pytest.raises(sk.SmileError, match=message) as raised:
         adapter_deltas(tmp_path, torch.nn.Sequential(torch.nn.Linear(6, 5)))
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_an_adapter_of_a_part_of_the_base_is_refused_where_several_parts_have_its_names(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(text_config={**sizes, "vocab_size": 16, "max_position_embeddings": 8}, vision_config=vision)
+    name = "encoder.layers.0.self_attn.q_proj"
+    save_file(
+        {
+            f"base_model.model.{name}.lora_A.weight": torch.ones(2, 8),
+            f"base_model.model.{name}.lora_B.weight": torch.ones(8, 2),
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    with pytest.raises(sk.SmileError, match=f"the base has as text_model.{name} and as vision_model.{name}"):
+        adapter_deltas(tmp_path, CLIPModel(config))
+    assert list(adapter_deltas(tmp_path, CLIPVisionModel(config.vision_config))) == [name]
 
 
 def test_a_peft_model_is_refused_with_the_remedy():

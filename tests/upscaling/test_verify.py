@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,9 @@ def test_a_truncation_is_held_against_its_certificate():
                 assert [one.module for one in sk.verify(model, base, experts, report=given)] == [name, ""]
             for factor, part in zip((layer.u, layer.s, layer.vh), before):
                 factor[0, : len(part)] = part
+    less = replace(report, layers=[replace(one, error=one.error[:1]) for one in report.layers])
+    with pytest.raises(sk.SmileError, match=r"report: has 1 errors of model\.\S+; expected 2, one for each expert"):
+        sk.verify(model, base, experts, report=less)
 
 
 class Odd(torch.nn.Module):
