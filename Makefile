@@ -143,8 +143,8 @@ endef
 
 # ttsem needs Python 3.12 or 3.13.
 .venv-races/ready: pyproject.toml .venv-uv/ready
-	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :) \
-		.venv-uv/bin/uv python find --no-project --no-python-downloads '>=3.12,<3.14' | xargs -I{} {} -m venv --clear .venv-races
+	python=$$(PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd :) \
+		.venv-uv/bin/uv python find --no-project --no-python-downloads '>=3.12,<3.14') && $$python -m venv --clear .venv-races
 	.venv-races/bin/python -m pip install --quiet torch==2.13.0 triton==3.7.1 ttsem==0.1.0 pytest pytest-xdist hypothesis
 	SMILE_KERNELS_SKIP_BUILD=1 .venv-races/bin/python -m pip install --quiet --no-build-isolation -e ".[transformers]"
 	touch $@
