@@ -538,9 +538,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
   scores.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
   Step step(scores, prior, real, factors, below, sequences, scope, accumulates);
   const int64_t n = scores.p.n.num_experts;
-  STD_TORCH_CHECK(step.rows == step.p.tokens, "scope: is 2 (sequence); expected one token in each sequence");
   std::optional<Tensor> own;
   if (sums) {
+    STD_TORCH_CHECK(step.p.scope == smile::Scope::causal, "sums: given with scope ", scope, "; expected scope 1 (causal)");
     const int64_t capacity = sums->dim() == 3 ? sums->size(1) : 0;
     check("sums", *sums, scores.x, real_of(x), {sequences, capacity, n});
     STD_TORCH_CHECK(sums->is_contiguous(), "sums: expected a contiguous tensor");
@@ -558,10 +558,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
   }
   step.run_on(scores);
 
+  const auto of_tokens = [&](const Tensor& choice, ScalarType dtype) {
+    if (step.rows == step.p.tokens) return choice;
+    Tensor each = empty(scores.x, dtype, {sequences, step.p.tokens, num_experts_per_tok});
+    torch::stable::copy_(each, choice);
+    return each;
+  };
+  const Tensor weights = of_tokens(*step.weights, real_of(x)), ids = of_tokens(*step.ids, ScalarType::Int);
   Call call(scores.x, std::nullopt, std::nullopt);
   call.p.n.num_experts_per_tok = num_experts_per_tok;
-  call.p.weights = step.p.weights;
-  call.p.ids = step.p.ids;
+  call.p.weights = weights.mutable_data_ptr();
+  call.p.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
   call.set_experts(vh, s, u, expert_bias, false);
   STD_TORCH_CHECK(call.p.n.num_experts == n, "router: has ", n, " experts; expected those of s, ", call.p.n.num_experts);
   call.set_base(weight, bias);

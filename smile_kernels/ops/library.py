@@ -414,8 +414,8 @@ def serve_step(
 
     The arguments are those of `serve` and `evidence`, with `sums` [B, positions, N] or None: the causal sums of the
     sequences, where the operator reads those at position past - 1 and writes those of this call from `past` on.
-    options: num_experts_per_tok, rank_of_router, sequences, scope (not 2), accumulates -> y [..., O], weights, ids
-    [B, S, m], evidence [B, S, N].
+    options: num_experts_per_tok, rank_of_router, sequences, scope, accumulates -> y [..., O], weights, ids [B, R, m],
+    evidence [B, R, N].
     """
     if not _is_served(x, layer):
         return None

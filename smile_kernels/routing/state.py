@@ -302,10 +302,10 @@ class ForwardPass:
                 count = len(self.policy.restart_at) - 1
                 history = self.memory.history(self.tokens.ids, count, self.tokens.past)
             self.tokens.find_factors(history)
-        own_choice = self.policy.scope in ("token", "causal") and self.policy.top_p == 1  # of each token
         plain = self.tokens.starts is None and self.tokens.encoder_states is None and isinstance(self.tokens.past, int)
+        one_step = self.policy.scope != "prompt" and self.policy.top_p == 1 and plain
         aside = self.override is not None or torch.compiler.is_compiling()
-        self.is_direct = (self.held or (own_choice and plain)) and not aside
+        self.is_direct = (self.held or one_step) and not aside
 
     def route_alone(self, layer: RoutedExperts, x: Tensor) -> Routing | None:
         """The published routing of a layer; None: it does so by itself."""
@@ -338,9 +338,7 @@ class ForwardPass:
             return off, off.int()
         if scores and not self.held and policy.scope != "prompt":  # whose choice is made
             with torch.no_grad():
-                self.choice = self._score(key, layer, x)
-            if self.memory is not None and policy.scope == "sequence":
-                self.memory.choices[key], self.memory.last = self.choice, key
+                self._remember(key, self._score(key, layer, x))
         self.choices[index] = choice = self._earlier_choice(key)
         self.devices.add(x.device)
         return self._spread(choice, x)
@@ -375,20 +373,26 @@ class ForwardPass:
         """The output of a layer that chooses now, by one operator for its step and its product; None: not supported."""
         policy, tokens = self.policy, self.tokens
         batch, length = tokens.shape(x)
-        sums, past = None, tokens.past
-        if self.memory is not None:
+        sums, past, factors = None, tokens.past, tokens.last_votes(length) if self.pools else tokens.factors
+        if self.memory is not None and policy.scope == "causal":
             sums = self.memory.running(key, (batch, length, layer.num_local_experts), past, tensors[3])
         prior = layer.router_prior if policy.calibrated else None
         real = None if tokens.real is None else tokens.real_of(x)
         below = self.evidence if policy.accumulate else None
         m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
         options = m, layer.rank_of_router, batch, _SCOPES[policy.scope], policy.accumulate
-        step = library.serve_step(x, tensors, prior, real, tokens.factors, sums, past, below, *options)
+        step = library.serve_step(x, tensors, prior, real, factors, sums, past, below, *options)
         if step is None:
             return None
-        y, *choice, self.evidence = step
-        self.choice = choice[0], choice[1]
+        y, weights, ids, self.evidence = step
+        self._remember(key, (weights, ids))
         return y
+
+    def _remember(self, key: Key, choice: Routing) -> None:
+        """Keep a choice for the layers after the lock, and that of a sequence for later passes."""
+        self.choice = choice
+        if self.memory is not None and self.policy.scope == "sequence":
+            self.memory.choices[key], self.memory.last = choice, key
 
     def vote(self, root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The base reads the prompt, all experts off, and the evidence of its layers chooses for the answer."""

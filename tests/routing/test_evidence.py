@@ -136,7 +136,8 @@ def check_step_with_layer(case, scope, dtype, ops):
         prior, real, factors, before, below, sums = [None] * 6
         if given:
             prior, real = torch.randn(n, dtype=real_dtype), torch.rand(batch, length) > 0.3
-            factors, below = torch.rand(1, length), torch.randn(batch, length, n, dtype=real_dtype)
+            rows = 1 if scope == SEQUENCE else length
+            factors, below = torch.rand(1, length), torch.randn(batch, rows, n, dtype=real_dtype)
         if given and scope == CAUSAL:
             sums = torch.full((batch, past + length + 1, n), math.nan, dtype=real_dtype)
             before = sums[:, past - 1] = torch.rand(batch, n, dtype=real_dtype)
@@ -146,7 +147,8 @@ def check_step_with_layer(case, scope, dtype, ops):
         at = 0 if sums is None else past
         got = ops.evidence_linear(*p.arguments(), prior, real, factors, sums, at, below, *options)
         want = ops.evidence(x, vh if rows is None else rows, prior, real, factors, before, below, *options)
-        y, _ = ops.apply(x, weight, bias, vh, s, u, expert_bias, want[0].flatten(0, 1), want[1].flatten(0, 1), False)
+        of_tokens = (t.expand(batch, length, m).reshape(-1, m) for t in want[:2])
+        y, _ = ops.apply(x, weight, bias, vh, s, u, expert_bias, *of_tokens, False)
         for one, other in zip(got, (y, *want[:3])):
             assert torch.equal(one, other)
         if sums is not None:
@@ -155,7 +157,7 @@ def check_step_with_layer(case, scope, dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scope", [TOKEN, CAUSAL])
+@STEPS[0]
 @STEPS[1]
 def test_a_step_with_its_layer_is_both(case, scope, dtype):
     ext = torch.ops.smile_kernels_ext
@@ -165,7 +167,7 @@ def test_a_step_with_its_layer_is_both(case, scope, dtype):
 WITH_LAYER = ("evidence", "apply", "evidence_linear")
 
 
-@pytest.mark.parametrize("name", ["causal", "causal + layers", "token + layers"])
+@pytest.mark.parametrize("name", ["causal", "causal + layers", "token + layers", "sequence", "sequence + layers"])
 def test_inference_by_one_operator_is_that_of_two(name, monkeypatch):
     """Generation with padding, a lock and growing caches; with gradients each layer's choice and product are apart."""
     scope, _, layers = name.partition(" + ")
@@ -174,7 +176,7 @@ def test_inference_by_one_operator_is_that_of_two(name, monkeypatch):
     monkeypatch.setattr(library, "serve_step", lambda *args: calls.append(0) or one(*args))
     for lock, half_life in ((None, None), (1, 2)):
         model, ids = llama(), tokens(3, 9)
-        set_routing(model, RoutingPolicy(scope, bool(layers), lock, half_life=half_life if scope == "causal" else None))
+        set_routing(model, RoutingPolicy(scope, bool(layers), lock, half_life=half_life if scope != "token" else None))
         mask = torch.ones(3, 9, dtype=torch.int64)
         mask[1, :4] = 0
         results = []

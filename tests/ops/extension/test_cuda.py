@@ -26,7 +26,8 @@ from tests.ops.extension.builds import (
 )
 from tests.ops.extension.cases import SHAPES, check_backward, check_forward, check_routing
 from tests.problems import PARTS, check_parts, problems_of_parts
-from tests.routing.test_evidence import CAUSAL, STEPS, TOKEN, check_step, check_step_with_layer
+from tests.routing.test_evidence import CASES as STEP_CASES
+from tests.routing.test_evidence import STEPS, check_step, check_step_with_layer
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = [
@@ -149,11 +150,10 @@ def test_a_routing_step_follows_the_equations(ops, case, scope):
         check_step(case, scope, dtype, step=step)
 
 
-@pytest.mark.parametrize("scope", [TOKEN, CAUSAL])
-@STEPS[1]
-def test_a_routing_step_with_its_layer_is_both(ops, case, scope):
-    for dtype in (torch.float32, torch.bfloat16):
-        check_step_with_layer(case, scope, dtype, ops)
+@STEPS[0]
+@pytest.mark.parametrize(("case", "dtype"), [("decode", torch.bfloat16), ("prompt", torch.float32)])
+def test_a_routing_step_with_its_layer_is_both(ops, case, dtype, scope):
+    check_step_with_layer(STEP_CASES[case], scope, dtype, ops)
 
 
 @pytest.mark.parametrize("tokens", [5, 70], ids=["few", "many"])
