@@ -196,6 +196,8 @@ def test_programs_that_write_the_same_are_found():
 def test_a_choice_by_every_program_of_decode_is_found():
     with (
         planted(decode._decode, "if (pid < slices) & (arrived == owners - 1):", "if pid < slices:"),
-        pytest.raises(KernelFault, match=r"decode.py:\d+: tl.store.*both touch element \d+ of `(weights|ids|scaled)`"),
+        pytest.raises(
+            KernelFault, match=r"decode.py:\d+: tl.store.*both touch element \d+ of `(weights|ids|scaled|gates)`"
+        ),
     ):
         layer(16, "decode", "fused", n=4)
