@@ -266,6 +266,7 @@ struct Call {
     p.parts = {parts.empty() ? 1 : int64_t(parts.size()), parts.empty() ? nullptr : parts.data(), ranks.empty() ? nullptr : ranks.data()};
     STD_TORCH_CHECK(ranks.empty() || ranks.size() == parts.size(), "rank_of_parts: has ", ranks.size(), " numbers; expected ",
                     parts.size(), ", one for each part");
+    owned.reserve(12);
     x = kernel_input(x);
     p.n.tokens = x.size(0);
     p.n.in_features = x.size(1);
@@ -534,15 +535,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
     const std::optional<Tensor>& prior, const std::optional<Tensor>& real, const std::optional<Tensor>& factors,
     const std::optional<Tensor>& sums, int64_t past, const std::optional<Tensor>& below, int64_t num_experts_per_tok,
     int64_t rank_of_router, int64_t sequences, int64_t scope, bool accumulates) {
-  Call scores(x, std::nullopt, std::nullopt);
-  scores.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
-  Step step(scores, prior, real, factors, below, sequences, scope, accumulates);
-  const int64_t n = scores.p.n.num_experts;
+  Call call(x, std::nullopt, std::nullopt);
+  call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
+  Step step(call, prior, real, factors, below, sequences, scope, accumulates);
+  const int64_t n = call.p.n.num_experts;
+  STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == n, "s: expected [", n, ", r], for the experts of the router");
   std::optional<Tensor> own;
   if (sums) {
     STD_TORCH_CHECK(step.p.scope == smile::Scope::causal, "sums: given with scope ", scope, "; expected scope 1 (causal)");
     const int64_t capacity = sums->dim() == 3 ? sums->size(1) : 0;
-    check("sums", *sums, scores.x, real_of(x), {sequences, capacity, n});
+    check("sums", *sums, call.x, real_of(x), {sequences, capacity, n});
     STD_TORCH_CHECK(sums->is_contiguous(), "sums: expected a contiguous tensor");
     STD_TORCH_CHECK(past >= 0 && past + step.p.tokens <= capacity, "past: is ", past, " before ", step.p.tokens,
                     " tokens; expected space for them in sums, which has ", capacity, " positions");
@@ -552,25 +554,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
     step.p.sums = data + past * bytes;
     step.p.before_stride = step.p.sums_stride = capacity * n;
   } else {
-    own = empty(scores.x, real_of(x), {sequences, step.rows, n});
+    own = empty(call.x, real_of(x), {sequences, step.rows, n});
     step.p.sums = own->mutable_data_ptr();
     step.p.sums_stride = step.rows * n;
   }
-  step.run_on(scores);
+  step.run_on(call);
 
-  const auto of_tokens = [&](const Tensor& choice, ScalarType dtype) {
-    if (step.rows == step.p.tokens) return choice;
-    Tensor each = empty(scores.x, dtype, {sequences, step.p.tokens, num_experts_per_tok});
-    torch::stable::copy_(each, choice);
-    return each;
-  };
-  const Tensor weights = of_tokens(*step.weights, real_of(x)), ids = of_tokens(*step.ids, ScalarType::Int);
-  Call call(scores.x, std::nullopt, std::nullopt);
-  call.p.n.num_experts_per_tok = num_experts_per_tok;
-  call.p.weights = weights.mutable_data_ptr();
-  call.p.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  call.p.router = nullptr;  // from here on the routing is given
+  call.p.energies = nullptr;
+  if (step.rows == step.p.tokens) {
+    call.p.weights = step.p.weights;
+    call.p.ids = step.p.ids;
+  } else {  // every token has the choice of its sequence
+    for (auto [each, choice] : {std::pair(&call.weights, &step.weights), std::pair(&call.ids, &step.ids)}) {
+      *each = empty(call.x, (*choice)->scalar_type(), {sequences, step.p.tokens, num_experts_per_tok});
+      torch::stable::copy_(**each, **choice);
+    }
+    call.p.weights = call.weights->mutable_data_ptr();
+    call.p.ids = static_cast<int32_t*>(call.ids->mutable_data_ptr());
+  }
   call.set_experts(vh, s, u, expert_bias, false);
-  STD_TORCH_CHECK(call.p.n.num_experts == n, "router: has ", n, " experts; expected those of s, ", call.p.n.num_experts);
   call.set_base(weight, bias);
   run(call.x, call.p);
   return {*call.y, *step.weights, *step.ids, *step.evidence};
