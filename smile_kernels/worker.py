@@ -40,9 +40,16 @@ class Worker:
         self.close()
 
     def __call__(self, job: Any, seconds: float) -> Outcome:
-        """The outcome of one job. A failure begins with "wrong" (AssertionError), "raised", "hung" or "died"."""
+        """The outcome of one job. A failure begins with "wrong" (AssertionError), "raised", "hung" or "died".
+
+        Raises:
+            OSError: no process can be started here, which says nothing of the job.
+        """
+        started = self._process is not None
+        if not started:
+            self._start()
         try:
-            if self._process is None and not self._start():
+            if not started and not (self._connection.poll(self._start_seconds) and self._connection.recv() is None):
                 self.close()
                 return Outcome(None, f"hung: the process did not start within {self._start_seconds:g} s")
             self._connection.send(job)
@@ -56,13 +63,16 @@ class Worker:
             self.close()
         return outcome
 
-    def _start(self) -> bool:
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        process = self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
-        process.start()
+        try:
+            self._connection, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
+            process.start()
+        except OSError as error:
+            raise OSError(error.errno, f"no child process can be started ({error.strerror})") from None
+        self._process = process
         theirs.close()
-        return self._connection.poll(self._start_seconds) and self._connection.recv() is None
 
     def close(self) -> int | None:
         """End the child and its descendants; return its exit status."""

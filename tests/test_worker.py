@@ -1,5 +1,7 @@
 """The child process for work that raises, is wrong, hangs or dies: only one job is lost."""
 
+import errno
+import multiprocessing.popen_spawn_posix
 import os
 import subprocess
 import sys
@@ -52,6 +54,15 @@ def test_what_fails_is_named_and_the_next_job_runs(tmp_path, monkeypatch):
         last = worker("c", 60).result[0]
         assert last != first
     assert gone(last)
+
+
+def test_a_process_that_cannot_be_started_is_no_failure_of_the_job(monkeypatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.popen_spawn_posix.Popen, "__init__", refused)
+    with Worker(work) as worker, pytest.raises(OSError, match="no child process can be started"):
+        worker("a", 60)
 
 
 def unable(job):
