@@ -72,14 +72,16 @@ def _opened(model: nn.Module, layers: Iterable[RoutedExperts], override: "Overri
         roots = attached_roots(model)
         for root in roots:
             root.overriding += 1
-    before = [root.override for root in roots]
+    mine = [override]
     for root in roots:
+        vars(root.current).setdefault("opened", []).append(mine)
         root.override = override
     try:
         yield
     finally:
-        for root, former in zip(roots, before):
-            root.override = former
+        for root in roots:  # contexts may close in any order, as those of coroutines do
+            opened = root.current.opened = [one for one in vars(root.current).get("opened", ()) if one is not mine]
+            root.override = opened[-1][0] if opened else None
         with _attaching:
             for root in roots:
                 root.overriding -= 1

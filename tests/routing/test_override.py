@@ -114,6 +114,22 @@ def test_more_experts_per_token_than_asked_for():
     close(got[2], logits(dense(model, {}), input_ids=ids)[2])
 
 
+def test_overrides_close_in_any_order():
+    """As those of two coroutines in one thread."""
+    model, ids = named(llama()), tokens(2, 6)
+    own = logits(model, input_ids=ids)
+    first, second = routing_override(model, "code"), routing_override(model, "law")
+    first.__enter__()
+    code = logits(model, input_ids=ids)
+    second.__enter__()
+    law = logits(model, input_ids=ids)
+    assert not torch.equal(code, law)
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(model, input_ids=ids), law)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(model, input_ids=ids), own)
+
+
 def test_the_innermost_counts_and_an_error_leaves_nothing():
     model, ids = named(llama()), tokens(2, 4)
     own, one, two = (logits(m, input_ids=ids) for m in (model, dense(model, {1: 1.0}), dense(model, {2: 1.0})))
