@@ -513,6 +513,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "a lock that is a folder": (lambda folder: (folder / ".out.lock").mkdir(), fuse, "cannot be the lock of"),
     "a lock that is a link": (link(".out.lock", "notes"), fuse, "cannot be the lock of"),
     "a lock that is a pipe": (pipe(".out.lock"), fuse, "was not created by smile-kernels"),
+    "a base of another kind": (
+        both(
+            lambda folder: shutil.copytree(folder / "base", folder / "other"), settings("other", model_type="mistral")
+        ),
+        command("verify", "{folder}/fused", "--base", "{folder}/other", "--expert", "{folder}/expert"),
+        "base: is a mistral; expected a llama as the model",
+    ),
     "inputs of another model": (
         lambda folder: save_file({"nonsense": torch.ones(3)}, folder / "inputs"),
         command(

@@ -131,8 +131,11 @@ def verify(
     certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
     if odd := next((name for name, errors in certified.items() if len(errors) != count), None):
         raise SmileError(f"report: has {len(certified[odd])} errors of {odd}; expected {count}, one for each expert")
-    base, dtype = _local("base", base), _stored_dtype(model)
+    base, dtype, kind = _local("base", base), _stored_dtype(model), _kind(model)
     experts = [_Expert(_local(f"experts[{i}]", expert), base, dtype) for i, expert in enumerate(finetuned)]
+    for name, place in {"base": base, **{f"experts[{i}]": expert.given for i, expert in enumerate(experts)}}.items():
+        if kind and (other := _kind(place)) and other != kind:
+            raise SmileError(f"{name}: is a {other}; expected a {kind} as the model")
     records, plain = [], None
     if base is not None:
         start = _load(base, dtype)
@@ -259,6 +262,13 @@ def _local(argument: str, place: Any) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"{argument}: {place}: no such folder; expected a checkpoint")
     return folder
+
+
+def _kind(place: Any) -> Any:
+    """The model_type of a model or a checkpoint of transformers; None of others."""
+    if isinstance(place, (str, Path)):
+        return str(read_config(place).get("model_type") or "").removeprefix("smile_")
+    return getattr(getattr(place, "config", None), "model_type", None)
 
 
 def _unwrapped(model: Any) -> nn.Module:
