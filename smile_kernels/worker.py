@@ -70,7 +70,10 @@ class Worker:
             process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
             process.start()
         except OSError as error:
-            raise OSError(error.errno, f"no child process can be started ({error.strerror})") from None
+            raise OSError(
+                error.errno,
+                f"no child process can be started ({error.strerror}); expected memory and descriptors for one",
+            ) from None
         self._process = process
         theirs.close()
 
