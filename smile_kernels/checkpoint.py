@@ -133,7 +133,8 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
         The model; in evaluation mode if it was built by transformers.
 
     Raises:
-        ValueError: not a SMILE checkpoint, missing or unexpected tensors, wrong shapes, or NaN.
+        ValueError: not a SMILE checkpoint; missing tensors, wrong shapes, or NaN in the tensors of the experts; with
+            `model` also unexpected tensors, and NaN in any tensor.
         FileNotFoundError: the folder, its weights or the base of an experts-only checkpoint does not exist.
     """
     stored, config = read_tensors(folder), read_config(folder)

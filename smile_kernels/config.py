@@ -207,12 +207,16 @@ def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> t
 
 
 def check_tensors(config: SmileConfig, stored: Iterable[StoredTensor]) -> None:
-    """Raise ValueError, naming file and tensor, if a tensor's experts or ranks differ from the config."""
+    """Raise ValueError, naming file and tensor, if a factor's experts or ranks differ from the config, or its dtype."""
     for tensor in stored:
         layer, _, factor = tensor.name.rpartition(".")
         entry = config.modules.get(layer)
         if entry is None or factor not in FACTORS:
             continue
+        if not tensor.dtype.is_floating_point:
+            raise SmileError(
+                f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}; expected floating-point numbers"
+            )
         n, r, g = config.num_local_experts, entry.rank_of_expert, entry.rank_of_router
         expected: dict[str, tuple[int | str, ...]] = {
             "vh": (n, r if entry.router else max(r, g), "in_features"),

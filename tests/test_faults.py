@@ -374,6 +374,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         load,
         r"lm_head\.s contains NaN or inf",
     ),
+    "integers for s": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.s": t["lm_head.s"].int()}),
+        load,
+        r"fused/model\.safetensors: tensor 'lm_head\.s' is torch\.int32; expected floating point",
+    ),
     "inf in vh": (
         tensors("fused/model.safetensors", lambda t: t | {"lm_head.vh": t["lm_head.vh"] + torch.inf}),
         load,
