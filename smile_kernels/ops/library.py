@@ -11,7 +11,8 @@ Ten operators, each with the backend's name as its last argument, so that a comp
     route_backward, apply_backward, linear_backward, delta_backward     their closed-form gradients
 
 A backend is a module with these as functions over 2-D x. `delta` and its backward are derived from others, and
-`evidence` is optional: the composition of routing/ replaces it.
+`evidence` is optional: the composition of routing/ replaces it. The compiled extension also has `evidence_linear`,
+`evidence` and `apply` in one, for inference.
 `h` [T, m, r] is V^T x of the selected experts, saved for the backward; it has no elements unless `save` is set. A
 gradient that is not needed has no elements either. `delta` routes unless weights and ids are given, and supports layers
 of several parts, with the shapes in `functional.smile_linear`; h is [T, P, m, r] then.
