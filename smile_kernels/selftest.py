@@ -15,6 +15,7 @@ import torch
 
 from .functional import smile_linear
 from .ops import excluded, library, reference
+from .routing.policy import energy_shares, log_evidence, router_energies, running_sums
 from .testing import Problem, assert_close, expectations, taking
 from .worker import Outcome, Worker, run_all
 
@@ -34,7 +35,8 @@ class Check:
     """One path of one backend in one dtype, and the shape on which it is compared with the reference.
 
     `shape`: tokens, in_features, out_features, N, r, g, m. `linear` and `apply` are paths of the Triton backend
-    (`ops.triton.configs`); "" where there is no choice.
+    (`ops.triton.configs`); "" where there is no choice. `operator`: "" for a layer that routes itself, "given" for one
+    with a given routing, "parts" for one of two parts, "evidence" for a step of a routing policy.
     """
 
     backend: str
@@ -45,11 +47,12 @@ class Check:
     linear: str = ""
     apply: str = ""
     seed: int = 0
+    operator: str = ""
 
     @property
     def path(self) -> str:
         """The path's name within the backend."""
-        return " ".join(filter(None, [self.linear, self.apply]))
+        return " ".join(filter(None, [self.operator, self.linear, self.apply]))
 
     @property
     def name(self) -> str:
@@ -95,6 +98,11 @@ def checks(device: str) -> list[Check]:
                 for (linear, apply), shape in product(ways, kept)
                 if not (linear in ("decode", "decode_one_launch") and shape[0] > 16)
             ]
+        operators = ["given", "parts", *(["evidence"] if backend != "torch" else [])]
+        found += [
+            Check(backend, device, dtype, False, shape, operator=operator)
+            for operator, dtype, shape in product(operators, dtypes, shapes[1::2])
+        ]
     return sorted(found, key=lambda check: check.waits)
 
 
@@ -102,7 +110,8 @@ def perform(check: Check) -> float:
     """Run a check and return its seconds; raises AssertionError if a result is wrong."""
     start = time.monotonic()
     p = Problem.random(*check.shape, dtype=check.dtype, device=check.device, seed=check.seed)
-    (_check_training if check.training else _check_forward)(check, p)
+    kinds = {"given": _check_given, "parts": _check_parts, "evidence": _check_evidence, "": _check_forward}
+    (_check_training if check.training else kinds[check.operator])(check, p)
     return round(time.monotonic() - start, 2)
 
 
@@ -129,6 +138,95 @@ def _check_forward(check: Check, p: Problem) -> None:
         y, weights, ids, _ = backend.linear(*p.arguments(), m, p.rank_of_router, False)
     check_routing(p, weights, ids)
     assert_close("y", y, *expectations(p, ids)["y"], slack=_SLACK[check.dtype])
+
+
+def _given(p: Problem, *of_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random routing [T, *of_parts, m], with entries of no expert."""
+    generator, device = torch.Generator(p.x.device).manual_seed(1), p.x.device
+    shape = (len(p.x), *of_parts, p.num_experts_per_tok)
+    weights = torch.rand(shape, generator=generator, device=device)
+    return weights, torch.randint(-1, len(p.s), shape, generator=generator, device=device).int()
+
+
+def _check_given(check: Check, p: Problem) -> None:
+    weights, ids = _given(p)
+    with taking_path(check):
+        y, _ = library._implementation(check.backend).apply(*p.arguments()[:7], weights, ids, False)
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"], slack=_SLACK[check.dtype])
+
+
+def _check_parts(check: Check, p: Problem) -> None:
+    """Two parts of the same input: by a given routing, and by their own routers."""
+    other = replace(Problem.random(*check.shape, dtype=check.dtype, device=check.device, seed=check.seed + 1), x=p.x)
+    both: list[Any] = list(zip(p.arguments(), other.arguments()))
+    layer = [torch.cat(both[1]), torch.cat(both[2]), torch.stack(both[3]), torch.stack(both[4])]
+    layer += [torch.cat(both[5], 1), torch.cat(both[6], 1)]
+    options: dict[str, Any] = {"num_experts_per_tok": p.num_experts_per_tok, "rank_of_router": p.rank_of_router}
+    options |= {"parts": (len(p.weight),) * 2, "backend": check.backend}
+    weights, ids = _given(p, 2)
+    with taking_path(check), torch.no_grad():
+        given = smile_linear(p.x, *layer, **options, routing=(weights, ids))
+        routed = smile_linear(p.x, *layer, **options)
+    for part, (one, y, y_of_own) in enumerate(zip((p, other), given.chunk(2, -1), routed.chunk(2, -1))):
+        want = expectations(one, ids[:, part], weights=weights[:, part])["y"]
+        assert_close(f"y of part {part}, given its routing", y, *want, slack=_SLACK[check.dtype])
+        _, own = reference.route(one.x.double(), one.rows().double(), one.num_experts_per_tok)
+        assert_close(f"y of part {part}", y_of_own, *expectations(one, own)["y"], slack=_SLACK[check.dtype])
+
+
+def _check_evidence(check: Check, p: Problem) -> None:
+    """A step of each scope with all of a policy's state, and the compiled operator that computes the layer, too."""
+    generator, device = torch.Generator(p.x.device).manual_seed(1), p.x.device
+    sequences, m, n = 2 if len(p.x) % 2 == 0 else 1, p.num_experts_per_tok, len(p.s)
+    tokens = len(p.x) // sequences
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    compiled = None if check.backend == "triton" else torch.ops.smile_kernels_ext
+    step = library._implementation(check.backend).evidence if compiled is None else compiled.evidence.default
+    for scope in range(3):
+        state = random(n), random(sequences, tokens) > 0.3, random(1, tokens)
+        before, below = random(sequences, n) if scope == 1 else None, random(sequences, 1 if scope == 2 else tokens, n)
+        options = m, p.rank_of_router, sequences, scope, True
+        with taking_path(check):
+            weights, ids, logs, sums = step(p.x, p.vh, *state, before, below, *options)
+        _check_step(p, *state, before, below, scope, weights, ids, logs, sums)
+        if compiled is None:
+            continue
+        kept = None if before is None else torch.cat([before[:, None], torch.zeros_like(sums)], 1)
+        with taking_path(check):
+            y, _, same, _ = compiled.evidence_linear.default(*p.arguments(), *state, kept, 1, below, *options)
+        assert torch.equal(same, ids), "ids: differ between a step and a step with its layer"
+        assert kept is None or torch.equal(kept[:, 1:], sums), "sums: differ between a step and a step with its layer"
+        chosen, by = (t.expand(sequences, tokens, m).reshape(-1, m) for t in (ids, weights))
+        assert_close("y", y, *expectations(p, chosen, weights=by)["y"], slack=_SLACK[check.dtype])
+
+
+def _check_step(p, prior, real, factors, before, below, scope, weights, ids, logs, sums) -> None:
+    """Compare a policy's step with the equations of `routing.policy` in float64."""
+
+    def expected_sums(dtype):
+        shares = energy_shares(router_energies(p.x.to(dtype), p.rows().to(dtype))).view(*real.shape, -1)
+        shares = torch.where(real[..., None], shares, 0)
+        if scope == 1:
+            return running_sums(shares, factors, before.to(shares.dtype))
+        return (shares * factors[..., None]).sum(1, keepdim=True) if scope == 2 else shares
+
+    def expected_logs(dtype):  # from its own sums, since the logarithm of a small share amplifies rounding
+        found = log_evidence(sums.to(dtype), True, prior.to(dtype)) + below.to(dtype)
+        return found - found.amax(-1, keepdim=True)
+
+    for name, got, expected, plain in (
+        ("sums", sums, expected_sums, p.x.dtype),
+        ("evidence", logs, expected_logs, None),
+    ):
+        want = expected(torch.float64)
+        error = (expected(plain or sums.dtype) - want).abs().max().item()
+        assert_close(name, got, want, error, _SLACK[torch.float32])
+    best, order = (t[..., : ids.shape[-1]] for t in logs.sort(dim=-1, descending=True, stable=True))
+    assert torch.equal(ids.long(), order), "ids: are not those of the largest evidence"
+    assert_close("weights", weights, best.double().softmax(-1), torch.finfo(weights.dtype).eps, _SLACK[torch.float32])
 
 
 def check_routing(p: Problem, weights: torch.Tensor, ids: torch.Tensor) -> None:
@@ -193,8 +291,9 @@ def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str
     """Excluded path -> reason, for `excluded.record`.
 
     A failed check excludes the parts (routing path, apply path) that no passed check of the same dtype and pass has
-    used; if each part has passed in another combination, the apply path. The whole backend is excluded if it has no
-    such parts, if its training failed, or if "route_first" failed, the only path for a given routing.
+    used; if each part has passed in another combination, the apply path. A failed step of a policy excludes that
+    operator, which PyTorch's operators replace. The whole backend is excluded if it has no such parts, if its training
+    or another operator failed, or if "route_first" failed, the only path for a given routing.
     """
     failures: dict[Check, str | None] = {}  # path (a check without a shape) -> its first failure
     for check in todo:
@@ -213,6 +312,8 @@ def blamed(todo: Sequence[Check], outcomes: dict[str, Outcome]) -> dict[str, str
             continue
         parts = [path.linear] if path.linear in ("decode", "decode_one_launch") else [path.linear, path.apply]
         at_fault = [part for part in parts if (path.backend, path.dtype, path.training, part) not in passed]
+        if path.operator:
+            at_fault = ["evidence" if path.operator == "evidence" else ""]
         for part in [""] if path.training or {"", "route_first"} & {*at_fault} else at_fault or [path.apply]:
             name = excluded.name_of(path.backend, part, path.dtype, path.training)
             reasons.setdefault(name, failure.splitlines()[0][:300])

@@ -5,12 +5,13 @@ import os
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from smile_kernels import SmileError, cli, selftest
+from smile_kernels import SmileError, SmileLinear, cli, selftest
 from smile_kernels.ops import composed, excluded, library
 from smile_kernels.worker import Outcome, Worker
 
@@ -27,6 +28,7 @@ def cache(tmp_path, monkeypatch):
     def clear():
         excluded.paths.cache_clear()
         library._choose.cache_clear()
+        library._takes_steps.cache_clear()
 
     clear()
     yield tmp_path / "smile_kernels"
@@ -110,6 +112,57 @@ def test_every_kind_of_wrong_result_is_seen(monkeypatch):
     with pytest.raises(AssertionError, match="du: off"):
         selftest.perform(replace(one, training=True))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator", "result", "message"),
+    [
+        ("given", "apply", 0, "y: off"),
+        ("parts", "apply", 0, "y of part 0, given its routing: off"),
+        ("parts", "linear", 0, "y of part 0: off"),
+        ("evidence", "evidence", 0, "weights: off"),
+        ("evidence", "evidence", 1, "ids: are not those of the largest evidence"),
+        ("evidence", "evidence", 2, "evidence: off"),
+        ("evidence", "evidence", 3, "sums: off"),
+        ("evidence", "evidence_linear", 0, "y: off"),
+        ("evidence", "evidence_linear", 2, "ids: differ between a step and a step with its layer"),
+    ],
+)
+def test_wrong_results_of_every_operator_are_seen(kind, operator, result, message, monkeypatch):
+    if library.why_not("cpu", "cpu") is not None:
+        pytest.skip("the compiled extension is not built")
+    ext = torch.ops.smile_kernels_ext
+    one = replace(check(backend="cpu", dtype=FP32), operator=kind)
+    selftest.perform(one)
+    right = getattr(ext, operator).default
+
+    def wrong(*args):
+        results = right(*args)
+        flat = results[result].view(-1)
+        flat[:1] = 1 - flat[:1] if flat.dtype == torch.int32 else flat[:1] + 0.01
+        return results
+
+    monkeypatch.setattr(ext, operator, SimpleNamespace(default=wrong))
+    with pytest.raises(AssertionError, match=message):
+        selftest.perform(one)
+
+
+def test_a_failed_step_of_a_policy_is_left_to_pytorch(cache):
+    if library.why_not("cpu", "cpu") is not None:
+        pytest.skip("the compiled extension is not built")
+    todo = [replace(check(backend="cpu", dtype=FP32), operator=operator) for operator in ("evidence", "given")]
+    outcomes = {todo[0].name: Outcome(None, "wrong: sums: off by 3"), todo[1].name: Outcome(1.0)}
+    blamed = selftest.blamed(todo, outcomes)
+    assert blamed == {"cpu evidence float32 inference": "wrong: sums: off by 3"}
+    layer, x = SmileLinear(8, 8, 3, 2, 2), torch.randn(2, 8)
+    step = None, None, None, None, 0, None, 1, 2, 1, 1, False
+    assert library.serve_step(x, layer._tensors(), *step) is not None
+    excluded.record(excluded.device_name("cpu"), blamed)
+    library._takes_steps.cache_clear()
+    with pytest.warns(UserWarning, match="excludes paths"):
+        assert library.serve_step(x, layer._tensors(), *step) is None
+    assert library.evidence(x, layer.vh.detach(), *[None] * 5, 1, 2, 1, 1, False) is None
+    assert library.choose_backend(None, "cpu", FP32, 3, False) == "cpu"
 
 
 def test_every_backend_and_dtype_of_this_machine_is_checked():

@@ -64,13 +64,13 @@ def paths(device: str) -> Mapping[str, str]:
     return found
 
 
-def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: bool) -> str | None:
-    """Why the automatic choice excludes a whole backend; None if it does not."""
+def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: bool, operator: str = "") -> str | None:
+    """Why the automatic choice excludes an operator of a backend, "" for all of them; None if it does not."""
     if device_type not in ("cpu", "cuda"):
         return None
     found = paths(device_name(device_type))
     kinds = (False, True) if training else (False,)
-    return next(filter(None, (found.get(name_of(backend, "", dtype, kind)) for kind in kinds)), None)
+    return next(filter(None, (found.get(name_of(backend, operator, dtype, kind)) for kind in kinds)), None)
 
 
 def record(device: str, reasons: Mapping[str, str]) -> None:

@@ -356,6 +356,16 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     return _apply(*arguments, ids, False, backend)[0]
 
 
+@functools.lru_cache(maxsize=64)
+def _takes_steps(backend: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a backend has the operator `evidence`, which verification on this machine has not excluded."""
+    return backend != "torch" and why_excluded(backend, device_type, dtype, False, "evidence") is None
+
+
+# As for choose_backend.
+_takes_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def evidence(
     x, router, prior, real, factors, before, below, num_experts_per_tok, rank_of_router, sequences, scope, accumulates
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -369,7 +379,7 @@ def evidence(
     if torch.is_autocast_enabled(device.type) or is_traceable_wrapper_subclass(x):
         return None
     backend = choose_backend(None, device.type, x.dtype, router.shape[0], False)
-    if backend == "torch":
+    if not _takes_steps(backend, device.type, x.dtype):
         return None
     state = (t if t is None else t.to(device) for t in (prior, real, factors, before, below))
     options = num_experts_per_tok, rank_of_router, sequences, scope, accumulates
@@ -418,7 +428,7 @@ def serve_step(
     options: num_experts_per_tok, rank_of_router, sequences, scope, accumulates -> y [..., O], weights, ids [B, R, m],
     evidence [B, R, N].
     """
-    if not _is_served(x, layer):
+    if not _is_served(x, layer, steps=True):
         return None
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ext = torch.ops.smile_kernels_ext.evidence_linear
@@ -429,15 +439,16 @@ def serve_step(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layer[0].shape[0]), weights, ids, evidence
 
 
-def _is_served(x, layer) -> bool:
-    """Whether the extension's operators may take x [..., D] and a layer's tensors as they are."""
+def _is_served(x, layer, steps=False) -> bool:
+    """Whether the extension's operators may take x [..., D] and a layer's tensors as they are; `steps`: of policies."""
     weight, s = layer[0], layer[3]
     if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2:
         return False
     kind = x.device.type
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or torch.is_autocast_enabled(kind):
         return False
-    return _compiled(choose_backend(None, kind, x.dtype, s.shape[0], False), x)
+    backend = choose_backend(None, kind, x.dtype, s.shape[0], False)
+    return _compiled(backend, x) and (not steps or _takes_steps(backend, kind, x.dtype))
 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend) -> Tensor:
