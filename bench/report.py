@@ -321,6 +321,7 @@ BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
         "routing-models": ("routing_costs", lambda part: routing_costs_table(part, "batch")),
         "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
         "vllm": ("vllm", vllm_table),
+        "vllm-eager": ("vllm_eager", vllm_table),
         "machine": ("layers", machine_line),
     },
     "gpu": {

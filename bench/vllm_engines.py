@@ -150,7 +150,7 @@ def main() -> None:
             pipe.send(None)
             process.join()
     result = {"machine": machine("cpu"), "eager": options.eager, "limits": [], "records": records}
-    write_json(folder_of("cpu") / "vllm.json", result)
+    write_json(folder_of("cpu") / ("vllm_eager.json" if options.eager else "vllm.json"), result)
 
 
 if __name__ == "__main__":
