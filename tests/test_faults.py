@@ -226,6 +226,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         "base has no config.json, and experts",
     ),
+    "a dtype that is a number": (
+        settings("base", dtype=5),
+        fuse,
+        "config.json: dtype is 5, .*; expected a floating-point",
+    ),
+    "a dtype of integers": (settings("base", dtype="int8"), fuse, "config.json: dtype is torch.int8, .*; expected a"),
     "a config with NaN": (settings("base", rms_norm_eps=float("nan")), fuse, "config.json: rms_norm_eps is NaN"),
     "a config with NaN inside": (
         settings("base", rope_parameters={"rope_type": "default", "rope_theta": float("nan")}),

@@ -158,6 +158,12 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
             f"{folder / 'config.json'}: transformers cannot build a {architectures[0]} from it "
             f"({reason(error)}); expected the config of the weights in that folder"
         ) from error
+    dtype = getattr(model.config, "dtype", None)
+    if not (isinstance(dtype, (dict, type(None))) or getattr(dtype, "is_floating_point", False)):
+        raise SmileError(
+            f"{folder / 'config.json'}: dtype is {dtype!r}, with which transformers loads no model; expected a "
+            "floating-point dtype"
+        )
     return model
 
 
