@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import smile_kernels as sk
+from smile_kernels import checkpoint
 from smile_kernels.cli import app
 from smile_kernels.upscaling.layers import _limited_modules
 from tests.fuzzing import limited
@@ -587,6 +588,19 @@ def test_a_copied_file_that_changed_is_copied_again(folder):
     pooling(folder, "[1]")
     fuse(folder, force=True)
     assert (folder / "out" / "1_Pooling" / "config.json").read_text() == "[1]"
+
+
+def test_a_calibration_that_was_interrupted_between_its_files_is_done_again(folder, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_config", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fuse(folder, calibrate=True)
+    assert (folder / "out.partial" / "output" / "model.safetensors").exists()
+    fuse(folder, calibrate=True)
+    assert sk.get_routing(sk.load_pretrained(folder / "out")).calibrated
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

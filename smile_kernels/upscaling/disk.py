@@ -580,7 +580,7 @@ def _write(
     stem = "experts" if experts_only else "model"
     shards = plan_shards(job.output_tensors(factors, experts_only), stem=stem, max_shard_size=max_shard_size)
     for i, (name, shard) in enumerate(shards.items()):
-        if i % world == rank and not (output.output / name).exists():
+        if i % world == rank and not _has_tensors(output.output / name, shard):
             write_shard(output.output / name, shard, job.metadata)
         progress("files", i + 1, len(shards))
     barrier()
@@ -593,6 +593,11 @@ def _write(
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)
     return report
+
+
+def _has_tensors(file: Path, shard: Sequence[StoredTensor]) -> bool:
+    """Whether a file of an interrupted run has these tensors, and not also those that calibration added."""
+    return file.exists() and {tensor.name for tensor in read_safetensors(file)} == {tensor.name for tensor in shard}
 
 
 def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None) -> Sequence[str]:
