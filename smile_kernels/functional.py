@@ -90,7 +90,7 @@ def smile_linear(
 
     Source: SMILE, arXiv 2408.10174.
     """
-    if isinstance(x, Tensor) and _autocasts(x):
+    if isinstance(x, Tensor) and reference.autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, vh, u = (_cast(t, dtype) for t in (x, weight, vh, u))
         bias, expert_bias, router = (None if t is None else _cast(t, dtype) for t in (bias, expert_bias, router))
@@ -165,7 +165,7 @@ def smile_delta(
 
     Source: SMILE, arXiv 2408.10174.
     """
-    if isinstance(x, Tensor) and _autocasts(x):
+    if isinstance(x, Tensor) and reference.autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, vh, u = (_cast(t, dtype) for t in (x, vh, u))
         expert_bias, router = (None if t is None else _cast(t, dtype) for t in (expert_bias, router))
@@ -236,7 +236,7 @@ def router_projections(x: Tensor, vh: Tensor, router: Tensor | None = None, *, r
     """
     _check_router(x, vh if router is None else router, rank_of_router)
     rows = reference.router_rows(vh, router, rank_of_router)
-    if not _autocasts(x):
+    if not reference.autocasts(x):
         return reference.projections(x, rows)
     with torch.autocast(x.device.type, enabled=False):
         return reference.projections(x, rows)
@@ -290,11 +290,6 @@ def keep_top_p(weights: Tensor, ids: Tensor, top_p: float) -> tuple[Tensor, Tens
     return weights / weights.sum(-1, keepdim=True), torch.where(kept, ids, -1)
 
 
-def _autocasts(x: Tensor) -> bool:
-    kind = x.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
@@ -324,7 +319,7 @@ def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
     if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
         raise _shape_error("x", x, ("...", vh.shape[2]))
     _check_device("vh", vh, x)
-    if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not _autocasts(x)):
+    if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not reference.autocasts(x)):
         raise SmileError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
     check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the number of rows of each expert in vh")
 

@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
     def clear():
         excluded.paths.cache_clear()
         library._choose.cache_clear()
-        library._takes_steps.cache_clear()
+        library._has_steps.cache_clear()
 
     clear()
     yield tmp_path / "smile_kernels"
@@ -158,7 +158,7 @@ def test_a_failed_step_of_a_policy_is_left_to_pytorch(cache):
     step = None, None, None, None, 0, None, 1, 2, 1, 1, False
     assert library.serve_step(x, layer._tensors(), *step) is not None
     excluded.record(excluded.device_name("cpu"), blamed)
-    library._takes_steps.cache_clear()
+    library._has_steps.cache_clear()
     with pytest.warns(UserWarning, match="excludes paths"):
         assert library.serve_step(x, layer._tensors(), *step) is None
     assert library.evidence(x, layer.vh.detach(), *[None] * 5, 1, 2, 1, 1, False) is None

@@ -34,6 +34,7 @@ from ..errors import SmileError
 from ..versions import warn_if_newer
 from . import registration
 from .excluded import why_excluded
+from .reference import autocasts
 
 warn_if_newer("torch")
 
@@ -357,13 +358,16 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
 
 
 @functools.lru_cache(maxsize=64)
-def _takes_steps(backend: str, device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a backend has the operator `evidence`, which verification on this machine has not excluded."""
+def _has_steps(backend: str, device_type: str, dtype: torch.dtype) -> bool:
     return backend != "torch" and why_excluded(backend, device_type, dtype, False, "evidence") is None
 
 
-# As for choose_backend.
-_takes_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _takes_steps(backend: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a backend has the operator `evidence`, which verification on this machine has not excluded."""
+    return _has_steps(backend, device_type, dtype)
+
+
+_takes_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for choose_backend
 
 
 def evidence(
@@ -376,7 +380,7 @@ def evidence(
     evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
     """
     device = x.device
-    if torch.is_autocast_enabled(device.type) or is_traceable_wrapper_subclass(x):
+    if autocasts(x) or is_traceable_wrapper_subclass(x):
         return None
     backend = choose_backend(None, device.type, x.dtype, router.shape[0], False)
     if not _takes_steps(backend, device.type, x.dtype):
@@ -444,9 +448,9 @@ def _is_served(x, layer, steps=False) -> bool:
     weight, s = layer[0], layer[3]
     if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2:
         return False
-    kind = x.device.type
-    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or torch.is_autocast_enabled(kind):
+    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or autocasts(x):
         return False
+    kind = x.device.type
     backend = choose_backend(None, kind, x.dtype, s.shape[0], False)
     return _compiled(backend, x) and (not steps or _takes_steps(backend, kind, x.dtype))
 

@@ -13,6 +13,12 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is enabled on x's device; the meta device has none."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def router_rows(vh: Tensor, router: Tensor | None, rank_of_router: int) -> Tensor:
     """The router's rows [N, g, D]: its own, or the first g of each expert's vh [N, >= g, D]."""
     return vh[:, :rank_of_router] if router is None else router

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..errors import SmileError
 from ..functional import check_top_p
-from ..ops.reference import accumulate_dtype
+from ..ops.reference import accumulate_dtype, autocasts
 from ..schema import KNOWN_KEYS_ONLY, parse
 
 __all__ = [
@@ -200,7 +200,7 @@ def block_numbers(names: Iterable[str]) -> dict[str, int]:
 def router_energies(x: Tensor, router: Tensor) -> Tensor:
     """E_i = ||router_i x||^2: x [..., D], router [N, g, D] -> [..., N] float32 (float64 for float64)."""
     acc = accumulate_dtype(x)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return router_energies(x, router)
     products = F.linear(x.to(acc), router.to(acc).reshape(-1, router.shape[-1]))

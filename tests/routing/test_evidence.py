@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
+from smile_kernels import SmileLinear
 from smile_kernels.ops import extension, library
 from smile_kernels.routing import RoutingPolicy, set_routing
 from smile_kernels.routing.policy import energy_shares, log_evidence, router_energies, running_sums
@@ -188,6 +190,31 @@ def test_inference_by_one_operator_is_that_of_two(name, monkeypatch):
             results.append(out.logits.detach())
             assert (len(calls) > given) != training
         assert torch.equal(*results)
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = SmileLinear(8, 8, 3, 2, 2), SmileLinear(8, 8, 3, 2, 2)
+
+    def forward(self, inputs_embeds):
+        return self.b(self.a(inputs_embeds))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", [None, "token", "causal", "sequence"])
+def test_inference_under_vmap_autocast_and_without_data(scope):
+    model, x = TwoLayers().eval(), torch.randn(4, 2, 5, 8)
+    if scope is not None:
+        set_routing(model, RoutingPolicy(scope, accumulate=True))
+    want = torch.stack([model(inputs_embeds=one) for one in x])
+    torch.testing.assert_close(torch.vmap(lambda one: model(inputs_embeds=one))(x), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(inputs_embeds=x[0]).dtype == torch.bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(inputs_embeds=mode.from_tensor(x[0])).shape == want[0].shape
+    model = model.to("meta")
+    assert model(inputs_embeds=x[0].to("meta")).shape == want[0].shape
 
 
 def test_energies_that_overflow_or_are_no_number():
