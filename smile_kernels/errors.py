@@ -8,7 +8,11 @@ __all__ = ["SmileError", "check_integer", "check_seed", "reason"]
 
 
 class SmileError(ValueError):
-    """An invalid argument, setting or file. The message names it, its value and what was expected."""
+    """An invalid argument, setting or file. The message names it, its value and what was expected, in one line."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())  # values may have several lines, as models do, or a million characters
+        super().__init__(line if len(line) <= 4000 else f"{line[:2000]} ... {line[-1000:]}")
 
 
 def reason(error: BaseException) -> str:

@@ -268,6 +268,19 @@ def test_the_valid_call_is_taken(backend):
     assert y.shape == (T, O)
 
 
+@pytest.mark.parametrize(
+    "value", ["a" * 10**6, nn.Sequential(nn.Linear(3, 3)), "two\nlines"], ids=["long", "model", "lines"]
+)
+def test_a_message_is_one_line_whatever_the_value(value):
+    model = nn.Sequential(sk.SmileLinear(D, O, N, R, G))
+    for call in (lambda: sk.routing_override(model, value), lambda: sk.RoutingPolicy(top_p=value)):
+        with pytest.raises(sk.SmileError) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 4000
+        assert "expected" in str(raised.value)
+
+
 class Odd:
     """An object that no argument accepts."""
 
