@@ -227,12 +227,24 @@ def add_calibration(
 
 
 def turn_ids_of_checkpoint(folder: Path) -> tuple[int, ...] | None:
-    """Token ids that begin a user turn; None if the checkpoint has no tokenizer with a chat template."""
+    """Token ids that begin a user turn; None if the checkpoint has no tokenizer with a chat template.
+
+    Raises:
+        ValueError: its files or its chat template fail, or the model does not have these tokens.
+    """
     if not (folder / "tokenizer_config.json").exists():
         return None
     tokenizer = load_tokenizer(folder)
     with errors_of_tokenizer(folder, "chat template fails"):
-        return user_turn_ids(tokenizer)
+        ids = user_turn_ids(tokenizer)
+    config = read_config(folder)
+    size = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    if ids is not None and isinstance(size, int) and max(ids) >= size:
+        raise SmileError(
+            f"{folder}: the tokenizer begins a user's turn with the token {max(ids)}; expected ids below {size}, the "
+            "model's vocab_size"
+        )
+    return ids
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -253,6 +253,21 @@ def test_a_chat_template_that_fails_is_refused_before_any_layer_is_computed(fuse
     assert not [*folder.glob("*out*")]
 
 
+def test_turns_that_begin_with_a_token_the_model_does_not_have_are_refused(fused, tmp_path, tokenizer):
+    folder, larger = tmp_path / "chat", copy.deepcopy(tokenizer)
+    shutil.copytree(fused.parent, folder)
+    larger.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    larger.chat_template = "{% for m in messages %}<|turn|>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    larger.save_pretrained(folder / "base")
+    with pytest.raises(
+        SmileError, match=r"base: the tokenizer begins a user's turn with the token \d+; expected ids below"
+    ):
+        upscale_checkpoints(
+            folder / "base", [folder / "math"], folder / "out", rank_of_expert=2, rank_of_router=1, calibrate=True
+        )
+    assert not [*folder.glob("*out*")]
+
+
 def test_experts_without_names_have_numbers(fused, tmp_path, tokenizer):
     folder, model = tmp_path / "fused", load_pretrained(fused)
     for layer in smile_layers(model).values():
