@@ -258,12 +258,10 @@ static __device__ __forceinline__ void shares_of(const Evidence& p, int64_t t, f
   for (int k = 0; k < kEach; ++k) share[k] = share[k] > 0 ? fmaxf(share[k] / sum, float(kLeastShare)) : 0;
 }
 
-// By one warp: sums, evidence and choice of one row.
-static __device__ __forceinline__ void write_row(const Evidence& p, int64_t row, const double (&exact)[kEach]) {
+// By one warp: sums, evidence and choice of one row, whose sums are `at` numbers from the first.
+static __device__ __forceinline__ void write_row(const Evidence& p, int64_t row, int64_t at, const double (&exact)[kEach]) {
   const float *prior = static_cast<const float*>(p.prior), *below = static_cast<const float*>(p.below);
-  const int64_t rows = p.scope == Scope::sequence ? 1 : p.tokens;  // of each sequence
-  float* sums = static_cast<float*>(p.sums) + row / rows * p.sums_stride + row % rows * p.num_experts;
-  float* logs = static_cast<float*>(p.evidence) + row * p.num_experts;
+  float *sums = static_cast<float*>(p.sums) + at, *logs = static_cast<float*>(p.evidence) + row * p.num_experts;
   const int lane = threadIdx.x % 32;
   float sum[kEach], log[kEach], total = 0, present = 0, largest = -INFINITY;
 #pragma unroll
@@ -310,7 +308,7 @@ static __global__ void __launch_bounds__(kThreads) evidence_kernel(Evidence p) {
     shares_of(p, t, share);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) sum[k] = share[k];
-    write_row(p, t, sum);
+    write_row(p, t, t * p.num_experts, sum);
     return;
   }
   const bool causal = p.scope == Scope::causal;
@@ -339,13 +337,13 @@ static __global__ void __launch_bounds__(kThreads) evidence_kernel(Evidence p) {
     sum[k] = p.before != nullptr && i < p.num_experts ? static_cast<const float*>(p.before)[b * p.before_stride + i] : 0;
     for (int w = 0; w < (causal ? warp : kWarps); ++w) sum[k] = (causal ? left[w] * sum[k] : sum[k]) + of_warp[w][i];
   }
-  if (!causal && warp == 0) write_row(p, b, sum);
+  if (!causal && warp == 0) write_row(p, b, b * p.sums_stride, sum);
   for (int64_t t = begin; causal && t < end; ++t) {
     const double factor = factor_of(t);
     shares_of(p, b * p.tokens + t, share);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) sum[k] = factor * sum[k] + share[k];
-    write_row(p, b * p.tokens + t, sum);
+    write_row(p, b * p.tokens + t, b * p.sums_stride + t * p.num_experts, sum);
   }
 }
 

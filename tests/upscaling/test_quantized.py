@@ -163,7 +163,8 @@ def test_a_base_that_is_not_known(plain, tmp_path):
         INT8 | {"quant_method": "bitsandbytes"},
     )
     refused("names no architecture that transformers supports", INT8, architectures=["Nobody"])
-    refused("dtype is 'int4'; expected bfloat16", INT8, dtype="int4")
+    refused("dtype is 'float64'; expected bfloat16", INT8, dtype="float64")
+    refused("dtype is torch.int4, .*; expected a floating-point dtype", INT8, dtype="int4")
     refused("is of no layer of the LlamaForCausalLM", INT8, num_hidden_layers=1)
     fused = tmp_path / "fused"
     sk.upscale_checkpoints(plain, [one], fused, **RANKS)
