@@ -237,8 +237,8 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Count the tokens of each expert inside the context: {name of the SMILE layer: [N] int64 on the CPU}.
 
     Under any policy, a token counts for its first choice; padding does not. A given `routing=` counts; calls with
-    `routing_weights=` and the first pass of scope "prompt" do not. Recomputed layers count twice; copies made inside the
-    context count, too. Outputs do not change.
+    `routing_weights=` and the first pass of scope "prompt" do not. Recomputed layers count twice; copies of the
+    model made inside the context count, too. Outputs do not change.
 
         with watch_routing(model) as counts:
             model(**batch)
