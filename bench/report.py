@@ -322,6 +322,7 @@ BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
         "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
         "vllm": ("vllm", vllm_table),
         "vllm-eager": ("vllm_eager", vllm_table),
+        "vllm-bfloat16": ("vllm_bfloat16", vllm_table),
         "machine": ("layers", machine_line),
     },
     "gpu": {

@@ -266,7 +266,6 @@ struct Call {
     p.parts = {parts.empty() ? 1 : int64_t(parts.size()), parts.empty() ? nullptr : parts.data(), ranks.empty() ? nullptr : ranks.data()};
     STD_TORCH_CHECK(ranks.empty() || ranks.size() == parts.size(), "rank_of_parts: has ", ranks.size(), " numbers; expected ",
                     parts.size(), ", one for each part");
-    owned.reserve(12);
     x = kernel_input(x);
     p.n.tokens = x.size(0);
     p.n.in_features = x.size(1);
@@ -528,7 +527,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence(
   return {*step.weights, *step.ids, *step.evidence, sums};
 }
 
-// The step, then the layer under its choice. Reads the sums before this call at `past` - 1 in `sums`, and writes there from `past` on.
+// The step, then the layer under its choice. Reads the sums before this call at `past` - 1 in `sums`, and writes there from
+// `past` on.
 std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& vh, const Tensor& s,
     const Tensor& u, const std::optional<Tensor>& expert_bias, const std::optional<Tensor>& router,
