@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smile_kernels.routing.tokens import is_cache
+
 
 def task_vectors(base: nn.Module, finetuned: Sequence[nn.Module]) -> dict[str, Tensor]:
     """tau [N, ...] of every parameter in which any fine-tuned module differs from the base."""
@@ -209,7 +211,10 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """w [B, N]: the mean over a text's tokens of fc2(relu(fc1(x))), x [B, L, D]; initially about `start`."""
+    """w [B, N]: the mean over a text's tokens of fc2(relu(fc1(x))), x [B, L, D]; initially about `start`; in float32.
+
+    A pass over later tokens of texts, the first ones being in a KV cache, uses the weights of the pass before.
+    """
 
     def __init__(self, width: int, tasks: int, start: float):
         super().__init__()
@@ -217,46 +222,53 @@ class Gate(nn.Module):
         for layer, bias in ((self.fc1, 0.0), (self.fc2, start)):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.constant_(layer.bias, bias)
-        self.mask: Tensor | None = None  # [B, L], True on text
-        self.weights: Tensor | None = None  # of the running pass
+        self.mask: Tensor | None = None  # [B, L], nonzero on text; None: everywhere
+        self.continues = False  # whether the pass is over later tokens of the texts of the pass before
+        self.weights: Tensor | None = None  # of the last texts
 
     def forward(self, x: Tensor) -> Tensor:
-        each, mask = self.fc2(F.relu(self.fc1(x))), self.mask[..., None]
-        self.weights = (each * mask).sum(1) / mask.sum(1)
+        if not self.continues:
+            each = self.fc2(F.relu(self.fc1(x.float())))
+            mask = (torch.ones_like(x[..., 0]) if self.mask is None else self.mask)[..., None]
+            self.weights = (each * mask).sum(1) / mask.sum(1)
+        elif self.weights is None or len(self.weights) != len(x):
+            before = 0 if self.weights is None else len(self.weights)
+            raise ValueError(f"x: continues {len(x)} texts; expected the {before} of the pass before")
         return self.weights
 
 
 class EnsembledLinear(nn.Module):
     """y = (W + sum_i w_i tau_i) x + b + sum_i w_i beta_i, with the weights w [B, N] of each text that `gate` gives.
 
-    The first linear layer of an MLP (`first`) evaluates the gate; the second uses the same weights.
+    The first linear layer of an MLP (`first`) evaluates the gate; the others use the same weights. Without a bias, beta
+    is None.
     """
 
-    def __init__(self, linear: nn.Linear, tau: Tensor, beta: Tensor, gate: Gate, first: bool):
+    def __init__(self, linear: nn.Linear, tau: Tensor, beta: Tensor | None, gate: Gate, first: bool):
         super().__init__()
         self.linear, self.gate, self.first = linear, gate, first
-        self.tau = nn.Parameter(tau.transpose(0, 1).flatten(1).contiguous(), requires_grad=False)  # [O, N D]
-        self.beta = nn.Parameter(beta, requires_grad=False)  # [N, O]
+        together = tau.transpose(0, 1).flatten(1).to(linear.weight).contiguous()  # [O, N D]
+        self.tau = nn.Parameter(together, requires_grad=False)
+        self.beta = None if beta is None else nn.Parameter(beta.to(linear.weight), requires_grad=False)  # [N, O]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.first:
-            w = self.gate(x)
-        else:
-            w, self.gate.weights = self.gate.weights, None
+        w = (self.gate(x) if self.first else self.gate.weights).to(x)
         spread = (w[:, None, :, None] * x[:, :, None]).flatten(2)  # [B, L, N D]
-        return self.linear(x) + F.linear(spread, self.tau) + (w @ self.beta)[:, None]
+        y = self.linear(x) + F.linear(spread, self.tau)
+        return y if self.beta is None else y + (w @ self.beta)[:, None]
 
 
 def weight_ensembling(
-    base: nn.Module, vectors: Mapping[str, Tensor], mlps: Sequence[tuple[str, str]], start: float
+    base: nn.Module, vectors: Mapping[str, Tensor], mlps: Sequence[Sequence[str]], start: float, masked: str = ""
 ) -> nn.Module:
     """WEMoE: MLPs whose task vectors are added with weights of each text, the rest merged by task arithmetic.
 
     Args:
-        base: the base, called with `attention_mask`.
+        base: the base.
         vectors: the task vectors.
-        mlps: names of the two linear layers of each MLP.
+        mlps: names of the linear layers of each MLP, first the one that is called first.
         start: scale of task arithmetic, and of the weights before they are adapted.
+        masked: name of the module that is called with `attention_mask`, and with a KV cache; default: the base.
 
     Source: arXiv 2402.00433. Only the gates' parameters require gradients; `adapt` optimises them.
     """
@@ -267,13 +279,23 @@ def weight_ensembling(
         tasks = len(vectors[f"{mlp[0]}.weight"])
         gate = Gate(base.get_submodule(mlp[0]).in_features, tasks, start)
         for name in mlp:
-            tau, beta = vectors[f"{name}.weight"], vectors[f"{name}.bias"]
+            tau, beta = vectors[f"{name}.weight"], vectors.get(f"{name}.bias")
             merged.set_submodule(name, EnsembledLinear(merged.get_submodule(name), tau, beta, gate, name == mlp[0]))
-    merged.register_forward_pre_hook(_show_mask, with_kwargs=True)
+    merged.get_submodule(masked).register_forward_pre_hook(_show_texts, with_kwargs=True)
     return merged
 
 
-def _show_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
+def _show_texts(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    cache = next((value for value in kwargs.values() if is_cache(value)), None)
     for module in model.modules():
         if isinstance(module, Gate):
             module.mask = kwargs["attention_mask"]
+            module.continues = cache is not None and cache.get_seq_length() > 0
+
+
+def with_own_gates(model: nn.Module) -> nn.Module:
+    """A copy of a model of `weight_ensembling` that shares all parameters except the gates'."""
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.mask = module.weights = None  # of a pass that has ended; a gradient's graph cannot be copied
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"
 
 
-# What the two studies call a row of the summary: (the encoder's, the language model's), None where it has none.
+# What the two studies call a row of the summary: (the encoder's, the language model's).
 SUMMARY = {
     "simple averaging": ("simple averaging", "simple averaging"),
     "task arithmetic": ("task arithmetic", "task arithmetic"),
@@ -27,7 +27,7 @@ SUMMARY = {
     "Fisher merging": ("Fisher merging", "fisher"),
     "RegMean": ("RegMean", "regmean"),
     "AdaMerging, by layer": ("AdaMerging, by layer", "adamerging, by layer"),
-    "WEMoE": ("WEMoE", None),
+    "WEMoE": ("WEMoE", "wemoe"),
     "SMILE, published routing": ("SMILE (g 16, r 32)", "published"),
     "SMILE, recommended routing": ("SMILE (g 16, r 32)", "recommended"),
     "SMILE, sequence + layers": ("SMILE (g 16, r 32), sequence + layers", "sequence + layers, calibrated, restarts"),
@@ -48,7 +48,7 @@ def summary(easy: dict, hard: dict, language: dict, small: dict) -> str:
         mean, individual = (statistics.fmean(encoder.averages(rows[row])) for row in (name, "individual"))
         return f"{100 * mean / individual:.1f}", f"{rows[name]['parameters']:.2f}×"
 
-    def of_language(name: str | None) -> tuple[str, str, str]:
+    def of_language(name: str) -> tuple[str, str, str]:
         row = language["methods"].get(name) or small["methods"].get(name)
         if row is None:
             return "–", "–", "–"

@@ -180,7 +180,7 @@ def wemoe(case: Case) -> Iterator[tuple[dict, nn.Module]]:
 
     for step in merge.adapt(gates, losses, ADAPTED["gate_rate"]):
         if step in case.steps:
-            yield {"steps": step}, copy.deepcopy(model)
+            yield {"steps": step}, merge.with_own_gates(model)
         if step >= max(case.steps):
             return
 

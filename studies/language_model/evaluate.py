@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from smile_kernels import SmileLinear, watch_routing
+from smile_kernels.routing.cache import cache_in
 
 from .model import Example, chat
 
@@ -166,4 +167,17 @@ def teacher_forced(model: PreTrainedModel, examples: Sequence[Example]) -> float
         for row, (prompt, answer) in zip(states, batch):
             logits = model.lm_head(row[len(prompt) - 1 : len(prompt) + len(answer) - 1])
             right += bool((logits.argmax(-1) == torch.tensor(answer)).all())
+    return 100 * right / len(examples)
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, examples: Sequence[Example]) -> float:
+    """`teacher_forced` with the prompt and the answer in two passes, for models that depend on what a pass contains."""
+    right = 0
+    for prompt, answer in examples:
+        first = model(input_ids=torch.tensor([prompt]), use_cache=True)
+        cache = {name: value for name, value in first.items() if value is cache_in(first)}
+        rest = model(input_ids=torch.tensor([answer]), **cache)
+        logits = torch.cat([first.logits[0, -1:], rest.logits[0, :-1]])
+        right += logits.argmax(-1).tolist() == list(answer)
     return 100 * right / len(examples)

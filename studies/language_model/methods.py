@@ -24,12 +24,13 @@ ROUTER_RANK = 8  # g, where a row says nothing else
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table. Those that are not essential are tested on fewer rows, with the first seed alone.
+    """One row of the table. Those that are not essential are tested on fewer rows, variants with the first seed alone.
 
     Attributes:
         name: the row's.
         build: builds the model.
-        essential: whether it is tested on every row and seed.
+        essential: whether it is tested on every row.
+        variant: whether it is tested with the first seed alone.
         routed: whether it has SMILE layers, so that answers depend on smile_kernels.
         turns: whether it also answers the second turn of conversations.
         full: whether it also runs on full fine-tunes.
@@ -40,6 +41,7 @@ class Method:
     name: str
     build: Callable[[Case], Contender]
     essential: bool = True
+    variant: bool = False
     routed: bool = True
     turns: bool = True
     full: bool = False
@@ -124,6 +126,7 @@ WITH_DATA = {
     "regmean": merging.regmean,
     "adamerging, by task": merging.adamerging(by_layer=False),
     "adamerging, by layer": merging.adamerging(by_layer=True),
+    "wemoe": merging.wemoe,
 }
 PICTURED = ("causal + layers", "causal + layers, calibrated")
 METHODS = [
@@ -143,5 +146,8 @@ METHODS = [
     Method("sequence + layers, calibrated, restarts", smile(restarts=True, **SEQUENCE, calibrated=True), timed=True),
     Method("two passes, restarts", smile(restarts=True, **TWO_PASSES), timed=True),
     Method("oracle", oracle, full=True, turns=False),
-    *(Method(name, build, essential=False, turns=False, pictured=name in PICTURED) for name, build in VARIANTS.items()),
+    *(
+        Method(name, build, essential=False, variant=True, turns=False, pictured=name in PICTURED)
+        for name, build in VARIANTS.items()
+    ),
 ]

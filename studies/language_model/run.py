@@ -197,10 +197,10 @@ def named(name: str) -> Method:
 
 
 def runs(size: Size) -> Iterator[Run]:
-    """All jobs: methods that are not essential run only with the first seed."""
+    """All jobs: variants run only with the first seed."""
     for seed in range(size.seeds):
         for method in METHODS:
-            if method.essential or (seed == 0 and size.few_rows):
+            if method.essential or (size.few_rows and (seed == 0 or not method.variant)):
                 yield Run(method.name, seed)
     if size.full:
         yield from (Run(method.name, 0, full=True) for method in METHODS if method.full)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import DynamicCache
 
 from studies import merge
 
@@ -60,7 +61,7 @@ class Tiny(nn.Module):
         self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
         self.offset = nn.Parameter(torch.randn(6))
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attention_mask: object = None, cache: object = None) -> torch.Tensor:
         return self.second(nn.functional.gelu(self.first(x))) + self.offset
 
 
@@ -183,9 +184,29 @@ class TestBesideFusionBench:
         torch.testing.assert_close(whole, theirs(x), rtol=1e-4, atol=1e-5)
         padded, mask = torch.cat([x, torch.randn(4, 2, 6)], dim=1), torch.arange(7).expand(4, 7) < 5
         torch.testing.assert_close(ours(padded, attention_mask=mask)[:, :5], whole, rtol=1e-4, atol=1e-5)
-        again = copy.deepcopy(ours)  # has its own gate
+        again = merge.with_own_gates(ours)
+        assert again.first.tau is ours.first.tau
         nn.init.zeros_(gate.fc2.weight)
         torch.testing.assert_close(again(padded, attention_mask=mask)[:, :5], whole, rtol=1e-4, atol=1e-5)
+
+    def test_a_text_is_continued_with_its_weights(self, base, vectors):
+        """Without a bias; the last two of five tokens in a pass of their own, the first three in a KV cache."""
+        vectors = {name: tau for name, tau in vectors.items() if name != "second.bias"}
+        ours = merge.weight_ensembling(base, vectors, [("first", "second")], 0.3)
+        nn.init.normal_(ours.first.gate.fc2.weight)
+        x, cache = torch.randn(4, 5, 6), DynamicCache()
+        cache.update(torch.ones(4, 1, 3, 2), torch.ones(4, 1, 3, 2), 0)
+        with pytest.raises(ValueError, match="x: continues 4 texts; expected the 0 of the pass before"):
+            ours(x[:, 3:], attention_mask=None, cache=cache)
+        ours(x[:, :3], attention_mask=None, cache=DynamicCache())
+        with pytest.raises(ValueError, match="x: continues 1 texts; expected the 4 of the pass before"):
+            ours(x[:1, 3:], attention_mask=None, cache=cache)
+        rest = ours(x[:, 3:], attention_mask=None, cache=cache)
+        gate = ours.first.gate
+        for i, w in enumerate(gate.fc2(gate.fc1(x[:, :3]).relu()).mean(1)):
+            change = {name: torch.tensordot(w, tau, dims=1) for name, tau in vectors.items() if name != "offset"}
+            want = merge.add_to(base, {**change, "offset": 0.3 * vectors["offset"].sum(0)})(x[i, 3:])
+            torch.testing.assert_close(rest[i], want, rtol=1e-4, atol=1e-5)
 
 
 def test_fisher_information_is_that_of_the_equation():
