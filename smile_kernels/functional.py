@@ -1,5 +1,6 @@
 """Functional interface: a SMILE layer, its router and its scores as functions of tensors."""
 
+import math
 import reprlib
 from collections.abc import Sequence
 
@@ -66,7 +67,9 @@ def smile_linear(
         routing: (weights [..., m], ids [..., m]) to use instead of the router's choice; ids are integers in [0, N), or
             -1 for no expert, with its weight ignored; m = 0: only the shared layer. Other ids raise on a CPU; on a GPU,
             where checking them would synchronise, they are treated as -1.
-        routing_weights: [..., N] non-negative weights: the m largest are used, divided by their sum.
+        routing_weights: [..., N] finite weights, 0 or more: the m largest are used, divided by their sum. A token whose
+            weights are all 0 has no experts. Other values raise on a CPU; on a GPU, where checking them would
+            synchronise, they count as 0.
         backend: "triton", "cuda", "cpu" or "torch"; by default the environment variable SMILE_KERNELS_BACKEND, then
             the first that runs on x's device (see `smile_kernels.backends`).
         parts: (O_1, ..., O_P) for P projections of the same x, such as query, key and value. Their rows are
@@ -368,8 +371,8 @@ def _given_routing(
         _check_tensor("routing_weights", routing_weights)
         if routing_weights.shape != (*leading, s.shape[-2]):
             raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[-2]))
-        # The softmax over log-weights divides the selected weights by their sum.
-        routing = select_experts(routing_weights.to(s.dtype).log(), num_experts_per_tok)
+        _check_device("routing_weights", routing_weights, x)
+        routing = _largest(routing_weights, s.dtype, num_experts_per_tok)
     if not isinstance(routing, (tuple, list)) or len(routing) != 2:
         raise SmileError(f"routing: is {reprlib.repr(routing)}; expected (weights, ids)")
     weights, ids = routing
@@ -381,6 +384,8 @@ def _given_routing(
         raise _shape_error("routing[0]", weights, ids.shape)
     if ids.dtype not in _ID_DTYPES:
         raise SmileError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
+    if weights.is_complex():
+        raise SmileError(f"routing[0]: is {weights.dtype}; expected real weights")
     for i, tensor in enumerate(routing):
         _check_device(f"routing[{i}]", tensor, x)
     if ids.dtype == torch.int64:  # so that none wraps around into the range
@@ -390,6 +395,33 @@ def _given_routing(
     shape = (-1, *of_parts, ids.shape[-1])
     # One choice for a whole sequence is an expanded view.
     return weights.reshape(shape).to(s.dtype).contiguous(), ids.reshape(shape).int().contiguous()
+
+
+def _largest(routing_weights: Tensor, dtype: torch.dtype, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
+    """The m largest weights, divided by their sum, and their ids; weight 0 and id -1 where all are 0."""
+    if routing_weights.is_complex():
+        raise SmileError(f"routing_weights: is {routing_weights.dtype}; expected real weights")
+    given = routing_weights.to(dtype)
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_finite(given)
+    given = given.nan_to_num(0, 0, 0).clamp_min(0)
+    ids = select_experts(given.detach(), num_experts_per_tok)[1]
+    weights = given.gather(-1, ids.long())
+    largest = weights[..., :1].detach()
+    some = largest > 0
+    weights = weights / torch.where(some, largest, 1)  # whose sum is not beyond the dtype
+    return weights / torch.where(some, weights.sum(-1, keepdim=True), 1), torch.where(some, ids, -1)
+
+
+def _check_finite(routing_weights: Tensor) -> None:
+    try:
+        least, most = (extreme.item() for extreme in torch.aminmax(routing_weights.detach()))
+        if 0 <= least and most < math.inf:
+            return
+    except RuntimeError:  # without tokens; or under vmap and in a fake tensor, which have no values
+        return
+    wrong = most if least >= 0 else least
+    raise SmileError(f"routing_weights: contains {wrong}; expected finite numbers, 0 or more")
 
 
 def _name_id(error: Exception, routing: tuple[Tensor, Tensor] | None, n: int) -> None:

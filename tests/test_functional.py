@@ -96,6 +96,23 @@ def test_routing_weights_are_selected_and_renormalised():
     torch.testing.assert_close(call(p, routing_weights=given_weights), want)
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_routing_weights_of_zero_select_no_expert(backend, m):
+    p = problem("top-2", dtype=torch.float64)
+    given = torch.rand(len(p.x), 5, dtype=torch.float64)
+    given[0], given[1, 1:], given[2] = 0, 0, given[2] * 1e300
+    given[3] = torch.tensor([5e-324, 0, 0, 0, 0])
+    top, ids = given.topk(m)
+    total = (top / top[:, :1].clamp_min(5e-324)).sum(-1, keepdim=True).clamp_min(1)
+    routing = top / top[:, :1].clamp_min(5e-324) / total, torch.where(top > 0, ids, -1)
+    given.requires_grad_()
+    got = call(p, routing_weights=given, num_experts_per_tok=m, backend=backend)
+    torch.testing.assert_close(got, reference.apply(*p.arguments()[:7], *routing))
+    torch.testing.assert_close(got[0], torch.nn.functional.linear(p.x[0], p.weight, p.bias))
+    assert torch.autograd.grad(got.sum(), given)[0][[0, 1, 4]].isfinite().all()
+
+
 def test_route_agrees_with_scores_and_softmax_over_all():
     p = problem("top-2")
     weights, ids = route(p.x, p.vh, num_experts_per_tok=2, rank_of_router=p.rank_of_router)
@@ -195,8 +212,31 @@ def test_bad_routing_is_named():
         call(p, routing=(torch.rand(t, 1), torch.zeros(t, 2, dtype=torch.int32)))
     with pytest.raises(ValueError, match=r"^routing\[1\]:"):
         call(p, routing=(torch.rand(t - 1, 2), torch.zeros(t - 1, 2, dtype=torch.int32)))
+    ids = torch.zeros(t, 2, dtype=torch.int32)
+    for name, given in (
+        (r"routing_weights: is torch.complex64; expected real", {"routing_weights": torch.rand(t, 5) * 1j}),
+        (r"routing_weights: is on meta", {"routing_weights": torch.rand(t, 5, device="meta")}),
+        (r"routing\[0\]: is torch.complex64; expected real", {"routing": (torch.rand(t, 2) * 1j, ids)}),
+    ):
+        with pytest.raises(sk.SmileError, match=f"^{name}"):
+            call(p, **given)
     with pytest.raises(ValueError, match=r"^routing_weights: .*routing"):
         call(p, routing_weights=torch.rand(t, 5), routing=(torch.rand(t, 2), torch.zeros(t, 2)))
+
+
+@pytest.mark.parametrize("wrong", [-1.0, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("parts", [(), (29,)], ids=str)
+def test_wrong_routing_weights_are_named(wrong, parts):
+    p = problem("top-2")
+    p = Problem(**{**vars(p), "vh": p.vh[None], "s": p.s[None]}) if parts else p
+    weights = torch.rand(len(p.x), *[1] * len(parts), 5)
+    options = {"parts": parts} if parts else {}
+    want = call(p, routing_weights=weights.index_fill(-1, torch.tensor(2), 0), **options)
+    weights[..., 2] = wrong
+    with pytest.raises(sk.SmileError, match=f"^routing_weights: contains {wrong}; expected finite numbers, 0 or more$"):
+        call(p, routing_weights=weights, **options)
+    compiled = torch.compile(lambda w: call(p, routing_weights=w, **options), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(weights), want)  # as on a GPU, they count as 0
 
 
 def test_meta_tensors_give_a_meta_tensor():
