@@ -13,7 +13,7 @@ from .ops import library, reference
 
 __all__ = ["route", "router_projections", "router_scores", "select_experts", "smile_delta", "smile_linear"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ID_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8)
 _INT32 = -(2**31), 2**31 - 1
 
@@ -98,10 +98,10 @@ def smile_linear(
         x, weight, vh, u = (_cast(t, dtype) for t in (x, weight, vh, u))
         bias, expert_bias, router = (None if t is None else _cast(t, dtype) for t in (bias, expert_bias, router))
     for name, tensor in (("x", x), ("weight", weight)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     if weight.dim() != 2:
-        raise _shape_error("weight", weight, ("O", "D"))
-    _check_tensor("s", s)
+        raise shape_error("weight", weight, ("O", "D"))
+    check_tensor("s", s)
     o, d = weight.shape
     if parts is not None or rank_of_parts is not None:
         parts, rank_of_parts = check_parts(parts, rank_of_parts, o, s.shape[-1] if s.dim() else 0)
@@ -174,14 +174,14 @@ def smile_delta(
         expert_bias, router = (None if t is None else _cast(t, dtype) for t in (expert_bias, router))
         y = y if inplace else _cast(y, dtype)
     for name, tensor in (("y", y), ("x", x), ("vh", vh), ("s", s), ("u", u)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     if u.dim() != 3:
-        raise _shape_error("u", u, ("N", "O", "r"))
+        raise shape_error("u", u, ("N", "O", "r"))
     of_parts = check_parts(parts, rank_of_parts, u.shape[1], s.shape[-1] if s.dim() else 0)
     factors, d = (vh, s, u, expert_bias, router), vh.shape[-1] if vh.dim() else 0
     _check(x, x, u.shape[1], d, None, *factors, num_experts_per_tok, rank_of_router, len(of_parts[0]))
     if y.shape != (*x.shape[:-1], u.shape[1]):
-        raise _shape_error("y", y, (*x.shape[:-1], u.shape[1]))
+        raise shape_error("y", y, (*x.shape[:-1], u.shape[1]))
     _check_device("y", y, x)
     if y.dtype != x.dtype:
         raise SmileError(f"y: is {y.dtype}; expected x's dtype, {x.dtype}")
@@ -266,11 +266,11 @@ def select_experts(scores: Tensor, num_experts_per_tok: int, top_p: float = 1.0)
     Raises:
         ValueError: an argument out of range, or scores that are not a floating-point tensor.
     """
-    _check_tensor("scores", scores)
+    check_tensor("scores", scores)
     if scores.dim() < 1:
-        raise _shape_error("scores", scores, ("...", "N"))
-    if scores.dtype not in _DTYPES or scores.layout != torch.strided:
-        raise SmileError(f"scores: is {scores.layout} {scores.dtype}; expected a dense tensor of one of {_DTYPES}")
+        raise shape_error("scores", scores, ("...", "N"))
+    if scores.dtype not in DTYPES or scores.layout != torch.strided:
+        raise SmileError(f"scores: is {scores.layout} {scores.dtype}; expected a dense tensor of one of {DTYPES}")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, scores.shape[-1], "the number of experts")
     check_top_p(top_p)
     return keep_top_p(*reference.select(scores, num_experts_per_tok), top_p)
@@ -297,7 +297,7 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
-def _shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> SmileError:
+def shape_error(name: str, tensor: Tensor, expected: Sequence[int | str]) -> SmileError:
     return SmileError(f"{name}: has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
 
 
@@ -306,7 +306,7 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
         raise SmileError(f"{name}: is on {tensor.device}; expected x's device, {x.device}")
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided:
         kind = reprlib.repr(tensor)
         if isinstance(tensor, Tensor):
@@ -315,15 +315,15 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
-    _check_tensor("x", x)
-    _check_tensor("vh", vh)
+    check_tensor("x", x)
+    check_tensor("vh", vh)
     if vh.dim() != 3:
-        raise _shape_error("vh", vh, ("N", "max(r, g)", "D"))
+        raise shape_error("vh", vh, ("N", "max(r, g)", "D"))
     if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
-        raise _shape_error("x", x, ("...", vh.shape[2]))
+        raise shape_error("x", x, ("...", vh.shape[2]))
     _check_device("vh", vh, x)
-    if x.dtype not in _DTYPES or (x.dtype != vh.dtype and not reference.autocasts(x)):
-        raise SmileError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {_DTYPES}")
+    if x.dtype not in DTYPES or (x.dtype != vh.dtype and not reference.autocasts(x)):
+        raise SmileError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {DTYPES}")
     check_integer("rank_of_router", rank_of_router, 1, vh.shape[1], "the number of rows of each expert in vh")
 
 
@@ -368,20 +368,20 @@ def _given_routing(
     if routing_weights is not None:
         if routing is not None:
             raise SmileError("routing_weights: given together with routing; expected one of the two")
-        _check_tensor("routing_weights", routing_weights)
+        check_tensor("routing_weights", routing_weights)
         if routing_weights.shape != (*leading, s.shape[-2]):
-            raise _shape_error("routing_weights", routing_weights, (*leading, s.shape[-2]))
+            raise shape_error("routing_weights", routing_weights, (*leading, s.shape[-2]))
         _check_device("routing_weights", routing_weights, x)
         routing = _largest(routing_weights, s.dtype, num_experts_per_tok)
     if not isinstance(routing, (tuple, list)) or len(routing) != 2:
         raise SmileError(f"routing: is {reprlib.repr(routing)}; expected (weights, ids)")
     weights, ids = routing
-    _check_tensor("routing[0]", weights)
-    _check_tensor("routing[1]", ids)
-    if ids.shape[:-1] != leading:
-        raise _shape_error("routing[1]", ids, (*leading, "m"))
+    check_tensor("routing[0]", weights)
+    check_tensor("routing[1]", ids)
+    if not ids.dim() or ids.shape[:-1] != leading:
+        raise shape_error("routing[1]", ids, (*leading, "m"))
     if weights.shape != ids.shape:
-        raise _shape_error("routing[0]", weights, ids.shape)
+        raise shape_error("routing[0]", weights, ids.shape)
     if ids.dtype not in _ID_DTYPES:
         raise SmileError(f"routing[1]: is {ids.dtype}; expected one of {_ID_DTYPES}")
     if weights.is_complex():
@@ -416,7 +416,7 @@ def _largest(routing_weights: Tensor, dtype: torch.dtype, num_experts_per_tok: i
 def _check_finite(routing_weights: Tensor) -> None:
     try:
         least, most = (extreme.item() for extreme in torch.aminmax(routing_weights.detach()))
-        if 0 <= least and most < math.inf:
+        if least >= 0 and most < math.inf:
             return
     except RuntimeError:  # without tokens; or under vmap and in a fake tensor, which have no values
         return
@@ -467,13 +467,13 @@ def _check(
 ) -> None:
     """Raise if the tensors of a layer do not fit; their dtype is that of `like`, its weight or x."""
     for name, tensor in (("vh", vh), ("s", s), ("u", u)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     of_parts: tuple[int, ...] = (parts,) if parts else ()
     device, dtype = x.device, like.dtype  # each is read once: a call for few tokens takes microseconds
     _check_device("weight", like, x)
     _check_device("s", s, x)
     if s.dim() != len(of_parts) + 2 or (parts and s.shape[0] != parts) or not s.numel():
-        raise _shape_error("s", s, (*of_parts, "N", "r"))
+        raise shape_error("s", s, (*of_parts, "N", "r"))
     n, r = s.shape[-2:]
     check_integer("rank_of_router", rank_of_router, 1, d, "in_features")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, n, "the number of experts")
@@ -488,18 +488,18 @@ def _check(
     for name, given, shape in expected:
         if given is None:
             continue
-        _check_tensor(name, given)
+        check_tensor(name, given)
         if given.device != device:
             _check_device(name, given, x)
         if given.shape != shape and not (name == "vh" and _longer(given.shape, shape)):
-            raise _shape_error(name, given, shape)
+            raise shape_error(name, given, shape)
         if given.dtype != dtype:
             whose = "x" if like is x else "weight"
             raise SmileError(f"{name}: is {given.dtype}; expected {whose}'s dtype, {dtype}")
     if x.dim() < 1 or x.shape[-1] != d:
-        raise _shape_error("x", x, ("...", d))
-    if x.dtype != dtype or dtype not in _DTYPES:
-        raise SmileError(f"x: is {x.dtype} and weight {dtype}; expected one floating-point dtype of {_DTYPES}")
+        raise shape_error("x", x, ("...", d))
+    if x.dtype != dtype or dtype not in DTYPES:
+        raise SmileError(f"x: is {x.dtype} and weight {dtype}; expected one floating-point dtype of {DTYPES}")
     if s.dtype != reference.accumulate_dtype(x):
         raise SmileError(f"s: is {s.dtype}; expected {reference.accumulate_dtype(x)} for {x.dtype} inputs")
 

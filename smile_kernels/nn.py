@@ -2,6 +2,8 @@
 
 import itertools
 import operator
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SmileError, check_integer
-from .functional import check_parts, route, smile_linear
+from .errors import SmileError, check_integer, reason
+from .functional import DTYPES, check_parts, check_tensor, route, shape_error, smile_linear
 from .ops import library
 from .schema import check_arguments
 from .svd import decompose_linear
@@ -95,10 +97,11 @@ class SmileLinear(RoutedExperts, nn.Linear):
         num_experts_per_tok: m, 1 to N.
         bias, expert_bias, router, router_prior: whether the layer has these tensors.
         parts, rank_of_parts: out_features and rank of each part of a merged layer, as in `functional.smile_linear`.
-        device, dtype: as in nn.Linear.
+        device: as in nn.Linear.
+        dtype: float32, bfloat16, float16 or float64; by default torch's default dtype.
 
     Raises:
-        ValueError: an argument out of range; the message names it.
+        ValueError: an argument out of range or of another kind; the message names it.
 
     Source: SMILE, arXiv 2408.10174.
     """
@@ -135,13 +138,15 @@ class SmileLinear(RoutedExperts, nn.Linear):
         self.in_features, self.out_features = d, o
         self.num_local_experts, self.num_experts_per_tok = n, m
         self.rank_of_expert, self.rank_of_router = r, g
+        _check_flags(bias=bias, expert_bias=expert_bias, router=router, router_prior=router_prior)
+        dtype = _checked_dtype(device, dtype)
         of_parts: tuple[int, ...] = ()
-        if parts is not None:
-            ranks = [r] * len(parts) if rank_of_parts is None else rank_of_parts
-            self.parts, self.rank_of_parts = check_parts(parts, ranks, o, r)
+        if parts is not None or rank_of_parts is not None:
+            self.parts, ranks = check_parts(parts, rank_of_parts, o, r)
+            self.rank_of_parts = ranks or (r,) * len(self.parts)
             of_parts = (len(self.parts),)
 
-        def parameter(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
+        def parameter(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             try:
                 return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             except (RuntimeError, TypeError) as error:
@@ -153,7 +158,7 @@ class SmileLinear(RoutedExperts, nn.Linear):
                     f"sizes that memory holds ({str(error).splitlines()[0]})"
                 ) from None
 
-        s_dtype = torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
+        s_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.weight = parameter(o, d)
         self.register_parameter("bias", parameter(o) if bias else None)
         self.vh = parameter(*of_parts, n, r if router else max(r, g), d)
@@ -192,21 +197,30 @@ class SmileLinear(RoutedExperts, nn.Linear):
             num_experts_per_tok: m.
 
         Raises:
-            ValueError: no experts, different shapes or dtypes, NaN or inf, or a rank out of range.
+            ValueError: no experts, different shapes or dtypes, NaN or inf, a layer that is not W x + b or has no data,
+                or a rank out of range.
         """
-        factors, _ = decompose_linear(
-            base.weight,
-            base.bias,
-            [layer.weight for layer in finetuned],
-            [layer.bias for layer in finetuned],
-            rank_of_expert=rank_of_expert,
-            rank_of_router=rank_of_router,
-        )
+        for name, layer in (("base", base), *((f"finetuned[{i}]", layer) for i, layer in enumerate(finetuned))):
+            _check_linear(name, layer)
+        try:
+            factors, _ = decompose_linear(
+                base.weight,
+                base.bias,
+                [layer.weight for layer in finetuned],
+                [layer.bias for layer in finetuned],
+                rank_of_expert=rank_of_expert,
+                rank_of_router=rank_of_router,
+            )
+        except SmileError as error:  # which names the arguments of decompose_linear
+            message = re.sub(r"^expert_biases(\[\d+\])", r"finetuned\1.bias", str(error))
+            message = re.sub(r"^(weight|bias):", r"base.\1:", message)
+            raise SmileError(re.sub(r"^expert_weights", "finetuned", message)) from None
         return cls.from_factors(
             base.weight, base.bias, factors, rank_of_router=rank_of_router, num_experts_per_tok=num_experts_per_tok
         )
 
     @classmethod
+    @check_arguments
     def from_factors(
         cls,
         weight: Tensor,
@@ -216,10 +230,21 @@ class SmileLinear(RoutedExperts, nn.Linear):
         rank_of_router: int,
         num_experts_per_tok: int = 1,
     ) -> "SmileLinear":
-        """Build a layer from weight [O, D], bias [O] | None and `factors`, a mapping of parameter name to tensor."""
-        u = factors["u"]
-        assert u is not None
-        n, o, r = u.shape
+        """A layer of the given tensors, which are copied.
+
+        Args:
+            weight: [O, D], on the device and in the dtype of the layer.
+            bias: [O], or None.
+            factors: vh, s and u, and possibly expert_bias, router and router_prior, by name, with the shapes of the
+                layer's (vh [N, r, D] with a router); None: the layer has none.
+            rank_of_router: g.
+            num_experts_per_tok: m.
+
+        Raises:
+            ValueError: a tensor that is missing, unknown, without data, not floating point or of another shape, or a
+                number out of range; the message names it. Nothing is built then.
+        """
+        n, o, r = _check_factors(weight, bias, factors, rank_of_router)
         layer = cls(
             weight.shape[1],
             o,
@@ -250,7 +275,7 @@ class SmileLinear(RoutedExperts, nn.Linear):
             if y is not None:
                 return y
             routing = policy(self, input)
-        if serves:
+        if serves and (routing is None or _is_routing(routing)):
             y = library.serve(input, layer, m, self.rank_of_router, routing)
             if y is not None:
                 return y
@@ -398,6 +423,87 @@ class SmileLinear(RoutedExperts, nn.Linear):
             f"num_local_experts={self.num_local_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
             f"rank_of_expert={self.rank_of_expert}, rank_of_router={self.rank_of_router}{of_parts}"
         )
+
+
+def _is_routing(routing: Any) -> bool:
+    """Whether `routing` is two tensors, the ids with a dimension; `smile_linear` refuses others by name."""
+    if not isinstance(routing, (tuple, list)) or len(routing) != 2:
+        return False
+    weights, ids = routing
+    return isinstance(weights, Tensor) and isinstance(ids, Tensor) and ids.dim() > 0
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise SmileError(f"{name}: is {reprlib.repr(flag)}; expected True or False")
+
+
+def _checked_dtype(device: Any, dtype: Any) -> torch.dtype:
+    """The dtype of a new layer; raises unless a layer can have it, and torch has the device."""
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise SmileError(f"dtype: is {reprlib.repr(dtype)}; expected one of {DTYPES}")
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except Exception as error:  # torch raises several kinds, AssertionError without CUDA
+        raise SmileError(
+            f"device: is {reprlib.repr(device)}; expected a device that torch has here ({reason(error)})"
+        ) from None
+    return dtype
+
+
+def _check_linear(name: str, layer: nn.Linear) -> None:
+    """Raise unless the layer's output is W x + b, with W and b that are stored."""
+    if unfit := why_not_linear(layer):
+        raise SmileError(f"{name}: is a {type(layer).__name__}, and {unfit}; expected an nn.Linear")
+    for part, tensor in (("", layer.weight), (".bias", layer.bias)):
+        if isinstance(tensor, nn.UninitializedParameter):
+            raise SmileError(f"{name}{part}: has no shape yet; expected a layer that has run once")
+        if tensor is not None:
+            _check_stored(f"{name}{part}", tensor)
+
+
+def _check_stored(name: str, tensor: Any) -> None:
+    check_tensor(name, tensor)
+    if tensor.is_meta:
+        raise SmileError(f"{name}: is on the meta device; expected its data")
+    if tensor.dtype not in DTYPES:
+        raise SmileError(f"{name}: is {tensor.dtype}; expected one of {DTYPES}")
+
+
+def _check_factors(
+    weight: Tensor, bias: Tensor | None, factors: Mapping[str, Tensor | None], rank_of_router: int
+) -> tuple[int, int, int]:
+    """N, O and r of the tensors of a layer; raises unless they fit together."""
+
+    def check(name: str, tensor: Any, *shape: int | str) -> None:
+        _check_stored(name, tensor)
+        fits = len(shape) == tensor.dim() and all(want in (own, str(want)) for want, own in zip(shape, tensor.shape))
+        if not fits or not tensor.numel():
+            raise shape_error(name, tensor, shape)
+
+    check("weight", weight, "O", "D")
+    o, d = weight.shape
+    u: Any = factors.get("u")
+    check("factors['u']", u, "N", o, "r")
+    n, _, r = u.shape
+    if r > min(o, d):
+        raise SmileError(f"factors['u']: has rank {r}; expected at most {min(o, d)}, the shorter side of the weight")
+    g = check_integer("rank_of_router", rank_of_router, 1, d, "in_features")
+    rows = r if factors.get("router") is not None else max(r, g)
+    shapes = {"vh": (n, rows, d), "s": (n, r), "u": (n, o, r)}
+    shapes |= {"expert_bias": (n, o), "router": (n, g, d), "router_prior": (n,)}
+    for name in factors:
+        if name not in shapes:
+            raise SmileError(f"factors[{name!r}]: is not a factor; expected {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        if name in ("vh", "s") or factors.get(name) is not None:
+            check(f"factors[{name!r}]", factors.get(name), *shape)
+    if bias is not None:
+        check("bias", bias, o)
+    return n, o, r
 
 
 class _PoliciesOfParts:

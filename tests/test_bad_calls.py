@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,7 @@ from smile_kernels.inspection import describe
 from smile_kernels.integrations.distributed import replicate_singular_values
 from smile_kernels.integrations.peft import is_adapter
 from smile_kernels.integrations.quantization import split_base
+from smile_kernels.svd import decompose_linear
 from smile_kernels.sweeping import Sweep
 from smile_kernels.testing import Problem
 from smile_kernels.upscaling import UpscaleReport
@@ -128,6 +130,7 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
         for name in (*ranks, "num_experts_per_tok"):
             sizes = {"in_features": D, "out_features": O, "num_local_experts": N, **ranks, name: value}
             add(f"SmileLinear({name}={value!r})", lambda s=sizes: sk.SmileLinear(**s), name)
+    cases += layer_cases(base, tuned[0], ranks)
     other = nn.Sequential(nn.Linear(D, O + 1))
     half = copy.deepcopy(model).half()
     broken = copy.deepcopy(model)
@@ -230,6 +233,53 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     return cases
 
 
+def layer_cases(base: nn.Linear, tuned: nn.Linear, ranks: dict[str, int]) -> list[tuple[str, Callable, str]]:
+    """Wrong options, factors and linear layers for the constructors of a layer."""
+    cases: list[tuple[str, Callable[[], object], str]] = []
+    flags, ones = ("bias", "expert_bias", "router", "router_prior"), torch.ones(O)
+    options = {
+        "dtype": ["float32", np.float32, float, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, ones],
+        "device": ["gpu", "cuda:99", -1, 5.5, ones],
+        "parts": [5, iter([O]), "ab", [], {}, [O + 1], ones],
+        "rank_of_parts": [[R], 5],
+        **{flag: [ones, "no", None, 1] for flag in flags},
+    }
+    for name, values in options.items():
+        for value in values:
+            call = functools.partial(sk.SmileLinear, D, O, N, R, G, **{name: value})
+            cases.append((f"SmileLinear({name}={_brief(value)})", call, f"{name}: "))
+    factors, _ = decompose_linear(base.weight, base.bias, [tuned.weight] * N, [tuned.bias] * N, **ranks)
+    given = {"weight": base.weight, "bias": base.bias, "factors": factors, "rank_of_router": G}
+    own = {"router": torch.ones(N, G, D), "router_prior": torch.ones(N), "x": None, **factors}
+    for name, tensor in own.items():
+        wrong = [ones] if tensor is None else wrong_tensors(tensor)
+        wrong = [one for one in wrong if getattr(one, "dtype", None) != torch.float64]  # which is cast
+        for value in [*wrong, *([None] if name in ("vh", "s", "u") else [])]:
+            call = functools.partial(sk.SmileLinear.from_factors, **{**given, "factors": {**factors, name: value}})
+            named = "factors['" if name == "u" else f"factors['{name}']: "  # r is that of u
+            cases.append((f"from_factors({name}={_brief(value)})", call, named))
+    for name, value in (("factors", None), ("factors", {}), ("weight", None), ("weight", ones), ("bias", "x")):
+        call = functools.partial(sk.SmileLinear.from_factors, **{**given, name: value})
+        cases.append((f"from_factors({name}={_brief(value)})", call, name))
+    nans, bias = nn.Linear(D, O), nn.Linear(D, O)
+    nans.weight.data[0, 0] = bias.bias.data[0] = torch.nan
+    large = nn.Linear(D, O, bias=False)
+    large.weight.data.fill_(3e38)
+    layers = [
+        nn.Linear(D, O, device="meta"), nn.LazyLinear(O), sk.SmileLinear(D, O, N, R, G), nans, bias,
+        nn.Linear(D, O).to(torch.float8_e4m3fn), nn.Linear(0, O),
+    ]  # fmt: skip
+    for layer in layers:
+        for name, call in (("base", (layer, [tuned])), ("finetuned[1]", (base, [tuned, layer]))):
+            call = functools.partial(sk.SmileLinear.from_linears, *call, **ranks)
+            cases.append((f"from_linears({name}={_brief(layer)})", call, name + (".bias" if layer is bias else "")))
+    for label, first, layer in (("half", base, nn.Linear(D, O).half()), ("inf", copy.deepcopy(large), large)):
+        first.weight.data.mul_(-1)
+        call = functools.partial(sk.SmileLinear.from_linears, first, [layer], **ranks)
+        cases.append((f"from_linears(finetuned[0]={label})", call, "finetuned[0]: "))
+    return cases
+
+
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor) and not value.is_nested:
         return f"{value.dtype} {list(value.shape)} {value.device}"
@@ -248,7 +298,7 @@ def test_every_bad_call_names_its_argument():
             subject = str(error).split(":")[0].split("[")[0]
             if named in ("weight", "vh") and subject in ("x", "bias", "vh", "u", "weight", "rank_of_router"):
                 continue  # two shapes that do not match: either may be named
-            if named.split("[")[0] not in str(error) and named != "backend":
+            if named not in str(error) and named != "backend":
                 faults.append(f"{label}: names no {named}: {type(error).__name__}: {str(error)[:150]}")
             elif not isinstance(error, (ValueError, OSError)) and named not in ("backend", "ids"):
                 faults.append(f"{label}: {error!r}"[:200])
