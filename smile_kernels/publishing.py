@@ -33,6 +33,11 @@ from typing import IO, Any
 
 from .errors import SmileError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     "MANIFEST",
     "OutputFolder",
@@ -54,6 +59,7 @@ SETTINGS = "settings.json"
 _WRITES = "writes"
 _ANY_FILE = ("layers/*", "output/*")  # of a work folder
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file`
+_FIRST_TEMPORARY = 0x5311E0000000
 LONGEST_NAME = 255 - len("..0123456789ab")  # bytes of a file name that has such a temporary one
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 14  # of a larger file are hashed, so that weights of hours are checked in no time
 
@@ -114,13 +120,16 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
         OSError: the disk is full, or a device error; no partial file is left.
     """
     file = _target(file)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
     try:
-        with open(temporary, "xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
+        with _open_temporary(file) as f:
+            try:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+                os.replace(f.name, file)
+            except BaseException:
+                Path(f.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(file.parent).free
@@ -130,8 +139,34 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
         if error.filename is None:
             error.filename = str(file)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _open_temporary(file: Path) -> IO[bytes]:
+    """Open the file that gets the name of `file` when it is complete.
+
+    It is locked while it is written, so that one that a killed process left is found and used again.
+    """
+
+    def take(path: str, _: int) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _lock(descriptor, Path(path)):
+                raise FileExistsError
+            os.ftruncate(descriptor, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    if fcntl is not None:
+        for number in range(_FIRST_TEMPORARY, _FIRST_TEMPORARY + 10):  # more where several processes write one file
+            path = file.with_name(f".{file.name}.{number:012x}")
+            try:
+                return open(path, "wb", opener=take)
+            except OSError:
+                if not os.path.lexists(path):  # not even created
+                    break
+    return open(file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}"), "xb")
 
 
 def _target(file: Path) -> Path:
@@ -385,7 +420,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
     if begun and begun != settings and not complete and not force:
         changed = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
         raise FileExistsError(
-            f"{output.work}: was started with another {', '.join(changed)}; expected the same, or --force to restart"
+            f"{output.work}: was started with another {', '.join(changed)}; expected the same, or force=True (--force) to restart"
         )
     for old in olds:
         _remove_old(old)
@@ -436,7 +471,7 @@ def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:
     if begun is not None:
         return begun
     if not force:
-        raise FileExistsError(f"{work / SETTINGS}: is damaged; expected --force, to start again")
+        raise FileExistsError(f"{work / SETTINGS}: is damaged; expected force=True (--force), to start again")
     return {}
 
 
@@ -445,7 +480,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
     if not folder.exists() or _empty(folder):
         return
     if not force:
-        raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace it")
+        raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or force=True (--force) to replace it")
     if foreign := _foreign_files(folder):
         raise FileExistsError(
             f"{folder}: contains {foreign[0]}, which smile-kernels did not write; only what it wrote is replaced"
@@ -561,8 +596,6 @@ def _remove(folder: Path, last: str) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock on writing `folder`; the kernel releases it when the process ends."""
-    import fcntl
-
     file = folder.with_name(f".{folder.name}.lock")
     while True:
         try:
@@ -574,21 +607,27 @@ def _locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
             raise FileExistsError(f"{file}: was not created by smile-kernels; expected no file, for a lock")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _lock(descriptor, file):
+                break
         except OSError as error:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 raise FileExistsError(f"{folder}: another process is writing it ({file} is locked)") from None
             raise OSError(error.errno, f"cannot be the lock of {folder} ({error.strerror})", str(file)) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
-                break
-        os.close(descriptor)  # its last owner has deleted the file in the meantime
+        os.close(descriptor)
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _lock(descriptor: int, file: Path) -> bool:
+    """Lock an open file; False where its last owner has renamed or deleted it in the meantime."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(FileNotFoundError):
+        return os.fstat(descriptor).st_ino == os.stat(file).st_ino
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

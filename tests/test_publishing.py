@@ -19,6 +19,7 @@ from smile_kernels.publishing import (
     MANIFEST,
     check_folder,
     check_outputs,
+    new_file,
     output_folder,
     restore,
     work_folder,
@@ -136,6 +137,31 @@ def test_a_kill_at_every_file_operation(tmp_path, how, then, record_property, mo
     record_property("kill_points", operation)
     print(f"{operation} kill points")
     assert operation > 20
+
+
+@pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("before", [None, "earlier"])
+def test_a_report_killed_at_every_file_operation_leaves_nothing_after_the_next(tmp_path, before):
+    file, operation, killed = tmp_path / "report.json", 0, True
+    while killed:
+        file.unlink(missing_ok=True)
+        if before:
+            file.write_text(before)
+        killed = killed_at(operation, lambda: write_text(file, "complete"))
+        assert (file.read_text() if file.exists() else None) in (before, "complete")
+        write_text(file, "next")
+        assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"report.json": "next"}, operation
+        operation += 1
+    assert operation > 1
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / "report.json"
+    with new_file(file) as first, new_file(file) as second:
+        first.write(b"first")
+        second.write(b"second")
+        assert len(list(tmp_path.iterdir())) == 2
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"report.json": "first"}
 
 
 @pytest.fixture(scope="module")

@@ -694,7 +694,7 @@ def _check_unchanged(before: Sequence[Any], now: Sequence[Any]) -> None:
             where = f"experts[{i - 1}]" if i else "base"
             raise SmileError(
                 f"{where}: {changed[0]} was changed while the model was upscaled; expected files that do not change "
-                "(--force starts again)"
+                "(force=True, or --force, starts again)"
             )
 
 
