@@ -314,13 +314,18 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise SmileError(f"{name}: is {kind}; expected a dense tensor")
 
 
-def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise SmileError unless x is a dense tensor [..., in_features]."""
     check_tensor("x", x)
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise shape_error("x", x, ("...", in_features))
+
+
+def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:
     check_tensor("vh", vh)
     if vh.dim() != 3:
         raise shape_error("vh", vh, ("N", "max(r, g)", "D"))
-    if x.dim() < 1 or x.shape[-1] != vh.shape[2]:
-        raise shape_error("x", x, ("...", vh.shape[2]))
+    check_input(x, vh.shape[2])
     _check_device("vh", vh, x)
     if x.dtype not in DTYPES or (x.dtype != vh.dtype and not reference.autocasts(x)):
         raise SmileError(f"x: is {x.dtype} and vh {vh.dtype}; expected one floating-point dtype of {DTYPES}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SmileError, check_integer, reason
-from .functional import DTYPES, check_parts, check_tensor, route, shape_error, smile_linear
+from .functional import DTYPES, check_input, check_parts, check_tensor, route, shape_error, smile_linear
 from .ops import library
 from .schema import check_arguments
 from .svd import decompose_linear
@@ -271,6 +271,7 @@ class SmileLinear(RoutedExperts, nn.Linear):
         layer, policy = self._tensors(), self.router_policy if routing is None and routing_weights is None else None
         serves = routing_weights is None and not torch.is_grad_enabled()
         if policy is not None:
+            check_input(input, self.in_features)
             y = policy.serve(self, input, layer) if serves and hasattr(policy, "serve") else None
             if y is not None:
                 return y

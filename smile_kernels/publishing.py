@@ -480,7 +480,9 @@ def _check_replaceable(folder: Path, force: bool) -> None:
     if not folder.exists() or _empty(folder):
         return
     if not force:
-        raise FileExistsError(f"{folder}: is not empty; expected a new or empty folder, or force=True (--force) to replace it")
+        raise FileExistsError(
+            f"{folder}: is not empty; expected a new or empty folder, or force=True (--force) to replace it"
+        )
     if foreign := _foreign_files(folder):
         raise FileExistsError(
             f"{folder}: contains {foreign[0]}, which smile-kernels did not write; only what it wrote is replaced"

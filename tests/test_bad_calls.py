@@ -447,3 +447,29 @@ def test_fuzzed_calls(examples, tmp_path, monkeypatch):
     check()
     print(f"{sum(outcomes.values())} fuzzed calls: {dict(outcomes)}")
     assert outcomes["SmileError"] > sum(outcomes.values()) / 2
+
+
+@pytest.mark.parametrize("scope", [None, "token", "causal", "sequence"])
+@torch.no_grad()
+def test_a_layer_in_inference_refuses_what_does_not_fit(scope):
+    """The operators of inference check their arguments themselves; nothing is computed from a tensor without values."""
+    layer = sk.SmileLinear(D, O, N, R, G, M, router=True)
+    model = nn.Sequential(layer)
+    if scope is not None:
+        sk.set_routing(model, sk.RoutingPolicy(scope, accumulate=True))
+    x, counted = torch.randn(2, 3, D), 0
+    for wrong in (x.to("meta"), x.double(), x.int(), x[..., :-1], x.to_sparse(), torch.tensor(1.0), "x"):
+        with pytest.raises(ValueError, match=r"^x: |^weight: is on|^vh: is on"):
+            model(wrong)
+        counted += 1
+    for name, parameter in list(layer.named_parameters()):
+        for wrong in (parameter.to("meta"), parameter.half(), parameter[..., :-1]):
+            if scope and name == "router" and wrong.dtype == torch.float16:
+                continue  # a policy computes in the router's dtype
+            layer._parameters[name] = nn.Parameter(wrong)
+            with pytest.raises(ValueError, match=r"^(x|weight|bias|vh|s|u|expert_bias|router): "):
+                model(x)
+            counted += 1
+        layer._parameters[name] = parameter
+    assert counted == (27 if scope else 28)
+    model(x)

@@ -380,6 +380,8 @@ def evidence(
     evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
     """
     device = x.device
+    if router.dim() != 3 or router.shape[2] != x.shape[-1]:
+        raise SmileError(f"router: has shape {list(router.shape)}; expected [N, g, {x.shape[-1]}]")
     if autocasts(x) or is_traceable_wrapper_subclass(x):
         return None
     backend = choose_backend(None, device.type, x.dtype, router.shape[0], False)
@@ -417,7 +419,7 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
                 return F.linear(x, weight, layer[1])
             ext = torch.ops.smile_kernels_ext.apply
             y = ext.default(tokens, *layer[:-1], weights.reshape(-1, m), ids.reshape(-1, m), False)[0]
-    except RuntimeError:
+    except (RuntimeError, SmileError):  # of the operator, or of its rules for meta tensors and vmap
         return None
     return y if x.dim() == 2 else y.view(*shape[:-1], weight.shape[0])
 
@@ -438,7 +440,7 @@ def serve_step(
     ext = torch.ops.smile_kernels_ext.evidence_linear
     try:
         y, weights, ids, evidence = ext.default(tokens, *layer, prior, real, factors, sums, past, below, *options)
-    except (RuntimeError, SmileError):  # of the operator, or of its rule for vmap
+    except (RuntimeError, SmileError):
         return None
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layer[0].shape[0]), weights, ids, evidence
 

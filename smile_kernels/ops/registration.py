@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SmileError
 from .reference import accumulate_dtype, router_rows
@@ -111,11 +111,20 @@ def fake_delta(y, *args):
 def register(library: torch.library.Library, name: str, fake: Callable) -> Callable:
     """Register the rules of an operator of `library`; return its overload, which is the fastest to call."""
     op = getattr(getattr(torch.ops, library.ns), name).default
-    torch.library.register_fake(op, fake, lib=library)
+    torch.library.register_fake(op, functools.partial(_fake, op, fake), lib=library)
     torch.library.register_vmap(op, functools.partial(_vmap, op), lib=library)
     for device_type in ("cpu", "cuda"):
         library.impl(name, functools.partial(_without_autocast, op, device_type), f"Autocast{device_type.upper()}")
     return op
+
+
+def _fake(op: Any, fake: Callable, *args):
+    """Outputs without values. PyTorch also calls this where some arguments are on meta and others have values."""
+    values = [a.device for a in args if type(a) in (Tensor, nn.Parameter) and a.device.type != "meta"]
+    for argument, given in zip(op._schema.arguments, args if values else ()):
+        if isinstance(given, Tensor) and given.device.type == "meta":
+            raise SmileError(f"{argument.name}: is on meta; expected {values[0]}, where others are")
+    return fake(*args)
 
 
 def _vmap(op: Any, info, in_dims: Sequence[int | None], *args) -> tuple:
