@@ -420,8 +420,8 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
     if begun and begun != settings and not complete and not force:
         changed = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
         raise FileExistsError(
-            f"{output.work}: was started with another {', '.join(changed)}; expected the same, or force=True (--force) to "
-            "restart"
+            f"{output.work}: was started with another {', '.join(changed)}; expected the same, "
+            "or force=True (--force) to restart"
         )
     for old in olds:
         _remove_old(old)
