@@ -43,6 +43,7 @@ __all__ = [
     "OutputFolder",
     "check_folder",
     "check_outputs",
+    "is_path",
     "is_utf8",
     "new_file",
     "output_folder",
@@ -79,6 +80,8 @@ def check_outputs(inputs: Iterable[str | Path] = (), *, plot: Path | None = None
     for name, file in {"plot": plot, **files}.items():
         if file is None:
             continue
+        if not is_path(file):
+            raise SmileError(f"{name}: is {str(file)!r}; expected a path that a file can have")
         if not file.absolute().parent.is_dir():
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
         if file.is_dir():
@@ -171,6 +174,8 @@ def _open_temporary(file: Path) -> IO[bytes]:
 
 def _target(file: Path) -> Path:
     """The file that a new one replaces: `file`, or where a link leads; not for a stream such as /dev/stdout."""
+    if not is_path(file):
+        raise SmileError(f"{str(file)!r}: is not a path that a file can have; expected one without a null character")
     target = Path(os.path.realpath(file)) if file.is_symlink() else file
     stream = target is not file and Path(os.path.realpath(file.parent)).parts[1:2] in (("dev",), ("proc",))
     if stream or (os.path.lexists(target) and not target.is_file()):
@@ -332,8 +337,7 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         ValueError: an empty path, a mount point, a name that is too long, or a folder that overlaps an input.
         FileExistsError: the path is a file.
     """
-    text = os.fsencode(folder)
-    if not text.strip() or b"\0" in text or not is_utf8(folder):
+    if not str(folder).strip() or not is_path(folder) or not is_utf8(folder):
         raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write, in UTF-8")
     path = Path(os.path.realpath(folder))
     if path.is_symlink():
@@ -368,9 +372,17 @@ def is_utf8(path: str | Path) -> bool:
     """Whether safetensors can open files of this path."""
     try:
         os.fsencode(path).decode()
-    except UnicodeDecodeError:
+    except UnicodeError:
         return False
     return True
+
+
+def is_path(path: str | Path) -> bool:
+    """Whether a file can have this path: no null character, and no surrogate that is not a byte."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import SmileError
-from .publishing import new_file, write_text
+from .publishing import is_path, new_file, write_text
 
 _DTYPES = {
     "F64": torch.float64,
@@ -414,8 +414,8 @@ def read_text(file: Path, limit: int = 1 << 28) -> str:
     Raises:
         ValueError: not a regular file, more than `limit` bytes, or not UTF-8.
     """
-    if "\0" in str(file):
-        raise SmileError(f"{str(file)!r}: contains a null character; expected the path of a text file")
+    if not is_path(file):
+        raise SmileError(f"{str(file)!r}: is not a path that a file can have; expected one without a null character")
     if file.exists() and not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a text file")
     size = file.stat().st_size

@@ -302,15 +302,23 @@ def _scores(returned: object, tasks: Mapping[str, float] | None) -> dict[str, fl
     scores: Mapping[Any, Any] = returned if isinstance(returned, Mapping) else {"score": returned}
     found = {}
     for task, value in scores.items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not isinstance(task, str) or not hasattr(value, "__float__") or isinstance(value, Tensor):
+        number = _number(value)
+        if not isinstance(task, str) or number is None:
             raise SmileError(f"score: returned {returned!r}; expected a number, or a dict of numbers by task")
-        found[task] = float(value)
+        found[task] = number
     if not found or (tasks is not None and found.keys() != tasks.keys()):
         expected = "one task or more" if tasks is None else f"those of the first setting, {list(tasks)}"
         raise SmileError(f"score: returned the tasks {list(found)}; expected {expected}")
     return found
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python, NumPy or a tensor as a float; None for anything else."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if hasattr(value, "__float__") else None
+    except Exception:  # several numbers, one without data, or beyond a float
+        return None
 
 
 def _finite(value: float) -> float | None:

@@ -222,6 +222,9 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     for name, calls in files.items():
         for call, value in itertools.product(calls, (None, 3, b"x", ["x"])):
             add(f"{call.__qualname__}({name}={value!r})", lambda c=call, v=value: c(v), name)
+    for value in ("a\0", "a\ud800"):
+        for call in (*files["path"], *files["file"], functools.partial(sk.save_pretrained, fused)):
+            add(f"{call!r:.40}({value!r})", lambda c=call, v=value: c(v), "path")
     for value in (model, large.state_dict(), [list(range(1000))] * 1000):
         add(
             "SmileLinear(rank_of_expert=a large object)",

@@ -6,6 +6,7 @@ import math
 import sys
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -162,6 +163,8 @@ BAD = [
     ({"routing": {"a": sk.RoutingPolicy(calibrated=True)}}, "has no input that can be generated|Net"),
     ({"routing": {"a": sk.RoutingPolicy(top_p=0.5)}}, "top_p: is 0.5 with num_experts_per_tok 1"),
     ({"file": "none/a.json"}, "file: is 'none/a.json'; expected a file in a folder that exists"),
+    ({"file": "a\0"}, r"file: is 'a\\x00'; expected a path that a file can have"),
+    ({"file": "a\ud800"}, r"file: is 'a\\ud800'; expected a path that a file can have"),
     ({"model": Net()}, "model: Net has no SmileLinear; expected a model from upscale"),
     ({"score": 3}, "score: is 3; expected"),
 ]  # fmt: skip
@@ -176,7 +179,13 @@ def test_bad_input_is_refused_before_work(net, changes, message):
     assert same(state(net), before)
 
 
-@pytest.mark.parametrize("returned", ["high", None, {}, {1: 2.0}, {"a": "b"}, torch.ones(2)], ids=str)
+NOT_SCORES = [
+    "high", None, {}, {1: 2.0}, {"a": "b"}, torch.ones(2), torch.zeros((), device="meta"), torch.tensor(1j), 10**400,
+    np.ones(2), {"a": np.ones(3)}, np.array("3"), np.complex64(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("returned", NOT_SCORES, ids=str)
 def test_what_is_not_a_score_is_refused(net, returned):
     before = state(net)
     with pytest.raises(sk.SmileError, match=r"score: returned .*; expected"):
