@@ -67,13 +67,15 @@ def save_pretrained(
         force: replace a folder that smile-kernels wrote.
 
     Raises:
-        ValueError: no SmileLinear in the model, a tensor without data, a factor with NaN or inf, or a folder that is,
-            contains or is inside `base`.
+        ValueError: no SmileLinear in the model, a layer under a name that no model has when it is loaded, as with
+            adapters of PEFT, a tensor without data, a factor with NaN or inf, or a folder that is, contains or is
+            inside `base`.
         FileExistsError: the folder contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
     """
-    config = SmileConfig.from_layers(smile_layers(model))
-    config = replace(config, routing=get_routing(model))
+    routing = get_routing(model)
+    model = _savable(model)
+    config = replace(SmileConfig.from_layers(smile_layers(model)), routing=routing)
     if base is not None:
         if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
@@ -89,12 +91,45 @@ def save_pretrained(
         output.publish()
 
 
+def unwrapped(model: Any) -> nn.Module:
+    """A model without torch.compile's and DistributedDataParallel's wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _savable(model: nn.Module) -> nn.Module:
+    """The model without wrappers; raises if one inside it changes the names of the tensors, or what is saved."""
+    model = unwrapped(model)
+    for name, module in model.named_modules():
+        kind = type(module)
+        if any(cls.__module__.startswith("peft.") for cls in kind.__mro__):
+            raise SmileError(
+                f"model: {name or 'it'} is a {kind.__name__} of PEFT, with tensors under other names; expected the "
+                "result of its merge_and_unload()"
+            )
+        if "_orig_mod" in module._modules:
+            raise SmileError(f"model: {name or 'it'} is compiled; expected it before torch.compile")
+    state = model.state_dict()
+    for name, layer in smile_layers(model).items():
+        expected = {part for part in ("weight", "bias", *FACTORS) if getattr(layer, part) is not None}
+        names = {f"{name}.{part}".removeprefix("."): part for part in expected | set(layer.state_dict())}
+        for place, part in names.items():
+            if part not in expected or place not in state:
+                raise SmileError(
+                    f"model: {place} is {'not in' if part in expected else 'in'} its state dict; expected the tensors "
+                    f"of a SmileLinear, {', '.join(sorted(expected))}"
+                )
+    return model
+
+
 def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
         _check_loadable(model, config)
         with written_by_others(folder):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if sum(name.endswith(".vh") for name in read_tensors(folder)) < len(config.modules):
+            raise SmileError(f"model: the save_pretrained of {type(model).__name__} writes no experts; expected all")
         write_config(folder, read_config(folder), config)
     else:
         names = _untied(model) if whole else _factor_names(config)

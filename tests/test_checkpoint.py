@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from smile_kernels import SmileError, SmileLinear, upscale
 from smile_kernels.checkpoint import load_pretrained, save_pretrained
 from smile_kernels.inspection import describe
-from smile_kernels.storage import read_tensors, write_shard
+from smile_kernels.storage import StoredTensor, read_tensors, write_shard
 from tests.upscaling.checkpoints import stored
 
 
@@ -107,6 +108,71 @@ def test_save_refuses_a_transformers_model_that_could_not_be_loaded_again(tmp_pa
         with pytest.raises(SmileError, match=message):
             save_pretrained(refused, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64))
+    model.set_submodule("model.layers.0.mlp.up_proj", SmileLinear(32, 48, 3, 4, 5, 2, bias=False))
+    return model
+
+
+def with_adapter(model: nn.Module, wrapped: bool) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    return tuned if wrapped else tuned.base_model.model
+
+
+def with_compiled_part(model: nn.Module) -> nn.Module:
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    return model
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", amount=0.5)
+    return model
+
+
+class WritesNoExperts(Block):
+    def save_pretrained(self, folder, max_shard_size):
+        write_shard(folder / "model.safetensors", [StoredTensor.of("scale", self.scale)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: with_adapter(model, wrapped=True), r"model: it is a PeftModel of PEFT.*merge_and_unload"),
+        (lambda model: with_adapter(model, wrapped=False), r"model: model\.layers.* of PEFT.*merge_and_unload"),
+        (with_compiled_part, r"model: model\.layers\.0 is compiled; expected"),
+        (pruned, r"model: model\.layers\.0\.mlp\.up_proj\.weight.* state dict; expected the tensors of a SmileLinear"),
+        (lambda model: WritesNoExperts(smile=True), "model: the save_pretrained of WritesNoExperts writes no experts"),
+    ],
+    ids=["adapter", "inside the adapter", "compiled part", "pruned", "own save_pretrained"],
+)
+def test_save_refuses_what_could_not_be_loaded_and_replaces_nothing(tmp_path, change, message):
+    save_pretrained(llama(), tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    model = change(llama())
+    for options in ({}, {"base": tmp_path / "base"}):
+        if options and isinstance(model, WritesNoExperts):
+            continue
+        with pytest.raises(SmileError, match=message):
+            save_pretrained(model, tmp_path / "out", force=True, **options)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    model = llama()
+    save_pretrained(torch.compile(model, backend="eager"), tmp_path / "out")
+    loaded = load_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    block = Block(smile=True)
+    save_pretrained(torch.compile(block, backend="eager"), tmp_path / "block")
+    loaded = load_pretrained(tmp_path / "block", Block(smile=False)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in block.state_dict().items())
 
 
 def test_save_refuses_to_overwrite(tmp_path):

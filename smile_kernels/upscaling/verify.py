@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..checkpoint import REPORT, load_pretrained, load_transformers, transformers_class
+from ..checkpoint import REPORT, load_pretrained, load_transformers, transformers_class, unwrapped
 from ..config import read_config, read_smile_config
 from ..errors import SmileError, check_seed, reason
 from ..integrations.conversion import ModelNames
@@ -233,7 +233,7 @@ class _Expert:
     def weight(self, name: str) -> tuple[Tensor, bool]:
         """A layer's weight [O, D], and whether the fused model holds the base's less precisely than it was given."""
         if isinstance(self.given, nn.Module):
-            module: Any = _unwrapped(self.given).get_submodule(name)
+            module: Any = unwrapped(self.given).get_submodule(name)
             weight, transposed, plain = module.weight, is_conv1d(module), module.weight
         else:
             source, layers, tensors = self.opened
@@ -271,16 +271,10 @@ def _kind(place: Any) -> Any:
     return getattr(getattr(place, "config", None), "model_type", None)
 
 
-def _unwrapped(model: Any) -> nn.Module:
-    """A model without torch.compile's and DistributedDataParallel's wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def _stored_dtype(model: _Model) -> torch.dtype:
     """The coarsest dtype of the factors that a fused model holds."""
     if isinstance(model, nn.Module):
-        dtypes = {layer.u.dtype for layer in smile_layers(_unwrapped(model)).values()}
+        dtypes = {layer.u.dtype for layer in smile_layers(unwrapped(model)).values()}
     else:
         stored = read_tensors(model)
         dtypes = {t.dtype for name, t in stored.items() if name.endswith(".u") and f"{name[:-1]}vh" in stored}
@@ -290,7 +284,7 @@ def _stored_dtype(model: _Model) -> torch.dtype:
 def _load(place: _Model, dtype: torch.dtype) -> nn.Module:
     """A model in float32, or float64 if it is, its tensors rounded to `dtype`; folders as transformers loads them."""
     if isinstance(place, nn.Module):
-        model = _unwrapped(place)
+        model = unwrapped(place)
         if name := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
             raise SmileError(f"{type(model).__name__}: {name} is on the meta device; expected a model with its data")
         coarse = [p.dtype.itemsize for p in model.parameters() if p.is_floating_point()]
