@@ -35,6 +35,7 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
 
     Raises:
         SmileError: not such a checkpoint, max_new_tokens below 1, or an unavailable device.
+        FileNotFoundError: the folder does not exist.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     try:
@@ -81,6 +82,8 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
 
 
 def _tokenizer(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a SMILE checkpoint")
     if not (folder / "tokenizer_config.json").exists():
         raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files in the folder")
     tokenizer = load_tokenizer(folder)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import FACTORS, NO_WEIGHTS, SmileConfig, read_config, read_smile_config, write_config
+from .config import FACTORS, SmileConfig, read_config, read_smile_config, write_config
 from .errors import SmileError, check_seed, reason
 from .guard import guard_weights
 from .integrations import describe_as_smile
@@ -33,6 +33,7 @@ from .routing import (
 )
 from .schema import check_arguments
 from .storage import (
+    NO_WEIGHTS,
     StoredTensor,
     add_tensors,
     parse_size,
@@ -378,16 +379,28 @@ def load_transformers(cls: Any, folder: str | Path, options: Mapping[str, Any]) 
     """A model of the class `cls` of transformers.
 
     Raises:
-        ValueError, OSError: the folder or an option does not fit.
+        ValueError, OSError: the folder or an option does not fit, or tensors are missing, which transformers would set
+            to random numbers.
     """
+    config = options.get("config")
+    if isinstance(config, (str, os.PathLike)) and not os.path.exists(config):  # which transformers looks for on the Hub
+        raise SmileError(f"config: is {config!r}; expected a config of transformers, or the path of one here")
     try:
-        return cls.from_pretrained(folder, **options)
-    except (SmileError, OSError):
+        model, found = cls.from_pretrained(folder, **{**options, "output_loading_info": True})
+    except OSError:
         raise
+    except SmileError as error:
+        raise error if str(folder) in str(error) else SmileError(f"{folder}: {error}") from None
     except Exception as error:  # an architecture may raise anything on a config or an option that does not fit
         raise SmileError(
             f"{folder}: transformers cannot load it as {cls.__name__} ({reason(error)}); expected what fits that class"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise SmileError(
+            f"{folder}: has no tensor {missing[0]!r} of the {cls.__name__} in its config.json ({len(missing)} are "
+            "missing); expected all"
+        )
+    return model
 
 
 def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
@@ -398,6 +411,11 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
             raise FileNotFoundError(
                 f"base_model_name_or_path: is {smile.base_model_name_or_path!r}, which is not a folder here; "
                 "expected the base checkpoint, or the base model as `model`"
+            )
+        if not os.path.isfile(os.path.join(smile.base_model_name_or_path, "config.json")):
+            raise FileNotFoundError(
+                f"base_model_name_or_path: {smile.base_model_name_or_path} has no config.json; expected the base "
+                "checkpoint, or the base model as `model`"
             )
         return load_transformers(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
@@ -429,6 +447,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
                 f"model: {name!r} cannot have the experts that the checkpoint has for it, since {unfit}; expected a "
                 f"linear layer (or upscale with exclude={[name]!r})"
             )
+        entry.check_kind(name, linear)
         transposed = is_conv1d(linear)
         weight, bias = linear.weight.T if transposed else linear.weight, getattr(linear, "bias", None)
         layers[name] = entry.build(

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import SmileError, check_integer
-from .nn import SmileLinear
+from .nn import SmileLinear, is_conv1d
 from .publishing import write_text
 from .routing import RoutingPolicy
 from .schema import KNOWN_KEYS_ONLY, parse
-from .storage import StoredTensor, read_json
+from .storage import NO_WEIGHTS, StoredTensor, read_json
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
 QUANT_METHOD = "smile"
-# The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
-# Without the quantizer, transformers then raises an error instead of loading the base model with a warning.
-NO_WEIGHTS = "needs_smile_kernels.safetensors"
 # Numbers of a config of which transformers makes lists of that length: names of labels, types of layers.
 _COUNT, _LONGEST = re.compile(r"num_labels|n_layers?|(.*_)?layers"), 1_000_000
 FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
@@ -57,6 +55,12 @@ class SmileModuleConfig:
     def __post_init__(self):
         for name in ("rank_of_expert", "rank_of_router"):
             check_integer(name, getattr(self, name), 1)
+
+    def check_kind(self, name: str, linear: nn.Module) -> None:
+        """Raise ValueError if the weight of layer `name` is stored transposed, and `linear` does not store it so."""
+        if self.fan_in_fan_out and not is_conv1d(linear):
+            kind = type(linear).__name__
+            raise SmileError(f"modules[{name!r}]: fan_in_fan_out is true for a {kind}; expected false")
 
     def build(
         self,
@@ -274,7 +278,10 @@ def read_smile_config(folder: str | Path) -> SmileConfig:
 
     Raises:
         ValueError: not a SMILE checkpoint, or invalid settings; the message names the file.
+        FileNotFoundError: the folder does not exist.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a SMILE checkpoint")
     config = read_config(folder).get("quantization_config")
     if config is None:
         raise SmileError(f"{folder}: is not a SMILE checkpoint; expected quantization_config in its config.json")

@@ -21,6 +21,9 @@ from torch import Tensor
 from .errors import SmileError
 from .publishing import is_path, new_file, write_text
 
+# The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
+# Without the quantizer, transformers then raises an error instead of loading the base model with a warning.
+NO_WEIGHTS = "needs_smile_kernels.safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -115,10 +118,12 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             kind = "not a regular file" if file.exists() else kind
             raise FileNotFoundError(f"{file}: {kind}" + (f"; {index} names it" if index else ""))
         for tensor in read_safetensors(file) if file.suffix == ".safetensors" else read_pickled(file):
-            if weight_map is not None and weight_map.get(tensor.name) != file.name:
+            place = file.name if weight_map is None else weight_map.get(tensor.name)
+            if place is None:
                 continue
-            if tensor.name in tensors:
-                raise SmileError(f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file}, too; expected one")
+            if place != file.name or tensor.name in tensors:
+                other = folder / place if place != file.name else tensors[tensor.name].file
+                raise SmileError(f"{file}: tensor {tensor.name!r} is in {other}, too; expected one")
             tensors[tensor.name] = tensor
     for name, held in (weight_map or {}).items():
         if name not in tensors:
@@ -134,8 +139,10 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
         raise SmileError(
             f"{folder / 'config.json'}: transformers_weights is {named!r}; expected a weight file of the same folder"
         )
-    named = [named] if named is not None and (folder / named).is_file() else []
-    for stem in (*named, "model.safetensors", "pytorch_model.bin", "experts.safetensors"):
+    if named not in (None, NO_WEIGHTS) and not (folder / named).is_file():
+        raise FileNotFoundError(f"{folder / named}: no such file; {folder / 'config.json'} names it")
+    own = [] if named in (None, NO_WEIGHTS) else [named]
+    for stem in (*own, "model.safetensors", "pytorch_model.bin", "experts.safetensors"):
         if (folder / stem).exists():
             return None, [folder / stem]
         if (folder / f"{stem}.index.json").exists():

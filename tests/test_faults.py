@@ -56,6 +56,14 @@ def load(folder: Path) -> object:
     return AutoModelForCausalLM.from_pretrained(folder / "fused")
 
 
+def load_ours(folder: Path, **options: Any) -> object:
+    return sk.load_pretrained(folder / "fused", **options)
+
+
+def unchanged(folder: Path) -> None:
+    pass
+
+
 def command(*arguments: str) -> Callable[[Path], object]:
     """A command that ends with status 1 and one line, which is raised as an error."""
 
@@ -154,6 +162,11 @@ def same_tensor_in_two_files(folder: Path) -> None:
     shutil.copy(folder / "base" / "part0.safetensors", folder / "base" / "copy.safetensors")
 
 
+def tensor_in_two_shards(folder: Path) -> None:
+    first, second = sorted((folder / "base").glob("model-*"))[:2]
+    save_file(load_file(second) | {name: t + 1 for name, t in load_file(first).items()}, second, {"format": "pt"})
+
+
 def lost_shard(folder: Path) -> None:
     (folder / "base" / "model.safetensors.index.json").unlink()
     sorted((folder / "base").glob("model-*"))[1].unlink()
@@ -210,6 +223,17 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "deep JSON": (text(CONFIG, "[" * 200_000), fuse, r"base/config.json: cannot be read as JSON \(nested too deeply"),
     "a number of 5,000 digits": (text(ADAPTER, f'{{"a": {"9" * 5000}}}'), fuse, "adapter_config.json: .* many digits"),
     "a shard that is lost": (lost_shard, fuse, r"model-00002-of-00003\.safetensors: no such file"),
+    "a tensor in two shards of an index": (
+        tensor_in_two_shards,
+        fuse,
+        r"model-00002-of-00003\.safetensors: tensor '\S+' is in \S+model-00001-of-00003\.safetensors, too; expected",
+    ),
+    "weights that are not there": (
+        settings("base", transformers_weights="x.safetensors"),
+        fuse,
+        r"base/x\.safetensors: no such file; \S+base/config\.json names it",
+    ),
+    "no layers": (settings("base", num_hidden_layers=0), fuse, "belongs to no block of the Llama"),
     "a tensor in two files": (same_tensor_in_two_files, fuse, "is in .*, too; expected one"),
     "an index that lacks a tensor": (index(lambda m: m.pop("model.norm.weight")), fuse, r"norm\.weight' is missing"),
     "one tensor under two names": (
@@ -396,6 +420,51 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         load,
         r"layers\.9\.mlp\.up_proj'\]: LlamaForCausalLM has no such layer",
     ),
+    "experts of a layer that is not there, by our function": (
+        fused(lambda c: c["modules"].update({"model.layers.9.mlp.up_proj": c["modules"]["lm_head"]})),
+        load_ours,
+        r"fused: modules\['model\.layers\.9\.mlp\.up_proj'\]: LlamaForCausalLM has no such layer",
+    ),
+    "a fused model of more layers than stored": (
+        settings("fused", num_hidden_layers=3),
+        load_ours,
+        r"fused: has no tensor 'model\.layers\.\S+' of the LlamaForCausalLM in its config\.json \(\d+ are missing\)",
+    ),
+    "a fused model without a tensor": (
+        tensors("fused/model.safetensors", lambda t: {name: t[name] for name in t if name != "model.norm.weight"}),
+        load_ours,
+        r"fused: has no tensor 'model\.norm\.weight'",
+    ),
+    "a weight that is not stored transposed": (
+        fused(lambda c: c["modules"]["lm_head"].update(fan_in_fan_out=True)),
+        load_ours,
+        r"modules\['lm_head'\]: fan_in_fan_out is true for a Linear; expected false",
+    ),
+    "a weight that is not stored transposed, in a given model": (
+        fused(lambda c: c["modules"]["lm_head"].update(fan_in_fan_out=True)),
+        lambda folder: sk.load_pretrained(folder / "fused", AutoModelForCausalLM.from_pretrained(folder / "base")),
+        r"modules\['lm_head'\]: fan_in_fan_out is true for a Linear; expected false",
+    ),
+    "experts whose base is an adapter": (
+        lambda folder: fused(lambda c: c.update(base_model_name_or_path=f"{folder}/adapter"))(folder),
+        load_ours,
+        r"base_model_name_or_path: \S+/adapter has no config\.json",
+    ),
+    "a config that is not here": (unchanged, lambda folder: load_ours(folder, config="x"), "config: is 'x'; expected"),
+    "integers for u": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.u": t["lm_head.u"].int()}),
+        lambda folder: sk.verify(folder / "fused", folder / "base", [folder / "expert"]),
+        r"fused: tensor 'lm_head\.u' is torch\.int32; expected floating point",
+    ),
+    "no fine-tuned models to compare": (
+        unchanged,
+        lambda folder: sk.verify(folder / "fused", finetuned=[]),
+        "finetuned: has 0 models; expected 1, one for each expert",
+    ),
+    **{
+        f"a folder that is not there, for {name}": (unchanged, command(name, "{folder}/fusd"), "fusd: no such folder")
+        for name in ("inspect", "verify", "chat", "calibrate")
+    },
     "experts that the config leaves out": (
         fused(lambda c: c["modules"].pop("lm_head")),
         load,
@@ -603,7 +672,18 @@ def test_a_calibration_that_was_interrupted_between_its_files_is_done_again(fold
     assert sk.get_routing(sk.load_pretrained(folder / "out")).calibrated
 
 
+def changed_layer(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], object]:
+    def apply(layers: Path) -> None:
+        stored = {name: change(name, tensor) for name, tensor in load_file(layers / "0.safetensors").items()}
+        save_file({name: t.contiguous() for name, t in stored.items() if t is not None}, layers / "0.safetensors")
+
+    return apply
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
+    "without a factor": changed_layer(lambda name, t: None if name.endswith(".u") else t),
+    "of another rank": changed_layer(lambda name, t: t[..., :2] if name.endswith((".u", ".s")) else t[:, :2]),
+    "with NaN": changed_layer(lambda name, t: t * torch.nan if name.endswith(".s") else t),
     "cut short": lambda layers: os.truncate(layers / "0.safetensors", 40),
     "lost": lambda layers: (layers / "1.safetensors").unlink(),
     "of another layer": lambda layers: shutil.copy(layers / "1.safetensors", layers / "2.safetensors"),
@@ -627,6 +707,22 @@ def test_damaged_layers_of_an_interrupted_run_are_computed_again(folder):
         fuse(folder)
         assert (folder / "out" / "model.safetensors").read_bytes() == whole
         assert not (folder / "out.partial").exists()
+
+
+def test_a_damaged_output_of_an_interrupted_run_is_written_again(folder, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    fuse(folder)
+    whole = (folder / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("smile_kernels.upscaling.disk.write_index", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fuse(folder)
+    os.truncate(folder / "out.partial" / "output" / "model.safetensors", len(whole) - 8)
+    fuse(folder)
+    assert (folder / "out" / "model.safetensors").read_bytes() == whole
 
 
 @contextmanager

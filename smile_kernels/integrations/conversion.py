@@ -128,13 +128,15 @@ class ModelNames:
             if not known and not any(re.search(pattern, name) for pattern in optional):
                 raise SmileError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
         kinds = {re.sub(r"\d+", "#", name) for name in self.state}
+        modules = self.model.named_modules()
+        without = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList) and not len(module))
         for name, tensor in tensors.items():
             if name in self.state and tuple(tensor.shape) != tuple(self.state[name].shape):
                 raise SmileError(
                     f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}; expected "
                     f"{list(self.state[name].shape)}, as {Path(folder) / 'config.json'} describes it"
                 )
-            if name not in self.state and re.sub(r"\d+", "#", name) in kinds:
+            if name not in self.state and (re.sub(r"\d+", "#", name) in kinds or name.startswith(without)):
                 raise SmileError(
                     f"{tensor.file}: tensor {name!r} belongs to no block of the {type(self.model).__name__} that "
                     f"{Path(folder) / 'config.json'} describes; expected the config of these weights"

@@ -33,7 +33,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import FACTORS, NO_WEIGHTS, QUANT_METHOD, SmileConfig, SmileModuleConfig
+from ..config import FACTORS, QUANT_METHOD, SmileConfig, SmileModuleConfig
 from ..errors import SmileError
 from ..guard import guard_weights
 from ..nn import (
@@ -46,7 +46,7 @@ from ..nn import (
     why_not_linear,
 )
 from ..routing import get_routing, set_routing
-from ..storage import read_pickled, read_safetensors
+from ..storage import NO_WEIGHTS, read_pickled, read_safetensors
 from ..versions import expect, warn_if_newer
 from .quantization import SmileBesideLinear
 
@@ -158,6 +158,7 @@ class SmileQuantizer(HfQuantizer):
                 continue  # a head that this model class does not have
             target = key.removesuffix(".weight")
             linear = model.get_submodule(target)
+            entry.check_kind(name, linear)
             if unfit := why_not_linear(linear):
                 raise SmileError(f"modules[{name!r}]: cannot have experts here, since {unfit}; expected a linear layer")
             rows, columns = tensors[key].shape

@@ -308,9 +308,25 @@ class Job:
         try:
             report = parse(LayerReport, read_json(file), str(file))
             factors = [] if report.skipped else read_safetensors(file.with_suffix(".safetensors"))
+            for factor in factors:
+                factor.load_with_peak()  # which raises for NaN
         except (SmileError, OSError):
             return False
-        return report.name == layer.name and all(factor.name.startswith(f"{layer.stored}.") for factor in factors)
+        return report.name == layer.name and (report.skipped is not None or self._fit(layer, report.rank, factors))
+
+    def _fit(self, layer: Layer, r: int, factors: Sequence[StoredTensor]) -> bool:
+        """Whether these are all factors of a layer, of rank r and of the shapes that this job computes."""
+        shape = self.by_name[layer.weight].shape
+        o, d = shape[::-1] if layer.fan_in_fan_out else shape
+        n, g, wanted = len(self.experts), self.config.rank_of_router, self.config.rank_of_expert
+        found = {factor.name: factor.shape for factor in factors}
+        expected = {"vh": (n, max(r, g), d), "s": (n, r), "u": (n, o, r)}
+        if f"{layer.stored}.expert_bias" in found:  # none if no expert changes the bias
+            expected["expert_bias"] = (n, o)
+        if self.router == "norm":
+            expected["router"] = (n, r, d)
+        asked = r if isinstance(wanted, float) or wanted == -1 else wanted
+        return r == asked and found == {f"{layer.stored}.{name}": shape for name, shape in expected.items()}
 
     def output_tensors(self, factors: Mapping[str, list[StoredTensor]], experts_only: bool) -> Iterator[StoredTensor]:
         """The tensors of the result: the base's in order, then the factors of each upscaled layer.
@@ -596,8 +612,13 @@ def _write(
 
 
 def _has_tensors(file: Path, shard: Sequence[StoredTensor]) -> bool:
-    """Whether a file of an interrupted run has these tensors, and not also those that calibration added."""
-    return file.exists() and {tensor.name for tensor in read_safetensors(file)} == {tensor.name for tensor in shard}
+    """Whether a file of an interrupted run is whole and has these tensors, and not also those of calibration."""
+    try:
+        stored = read_safetensors(file)
+    except (SmileError, OSError):
+        return False
+    kinds = ({(t.name, t.shape, t.dtype) for t in tensors} for tensors in (stored, shard))
+    return next(kinds) == next(kinds)
 
 
 def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None) -> Sequence[str]:

@@ -115,17 +115,18 @@ def verify(
     """
     check_seed(seed)
     _check_inputs(inputs)
+    count = _count_experts(model)
     if not isinstance(model, nn.Module):
         stored = Path(model) / REPORT
         report = report or (UpscaleReport.load(stored) if stored.is_file() else None)
-        base, finetuned = base or (report and report.base) or None, finetuned or (report and report.experts) or None
+        base = ((report and report.base) or None) if base is None else base
+        finetuned = ((report and report.experts) or None) if finetuned is None else finetuned
         if finetuned is None:
             raise SmileError(
                 f"finetuned: is not given, and {model} has no report with its folder; expected the folders"
             )
     elif finetuned is None:
         raise SmileError("finetuned: is not given; expected the fine-tuned models of this model")
-    count = _count_experts(model)
     if len(finetuned) != count:
         raise SmileError(f"finetuned: has {len(finetuned)} models; expected {count}, one for each expert")
     certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
@@ -277,7 +278,10 @@ def _stored_dtype(model: _Model) -> torch.dtype:
         dtypes = {layer.u.dtype for layer in smile_layers(unwrapped(model)).values()}
     else:
         stored = read_tensors(model)
-        dtypes = {t.dtype for name, t in stored.items() if name.endswith(".u") and f"{name[:-1]}vh" in stored}
+        factors = [t for name, t in stored.items() if name.endswith(".u") and f"{name[:-1]}vh" in stored]
+        if odd := next((t for t in factors if not t.dtype.is_floating_point), None):
+            raise SmileError(f"{model}: tensor {odd.name!r} is {odd.dtype}; expected floating point")
+        dtypes = {t.dtype for t in factors}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
