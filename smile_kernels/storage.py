@@ -140,7 +140,7 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
             f"{folder / 'config.json'}: transformers_weights is {named!r}; expected a weight file of the same folder"
         )
     if named not in (None, NO_WEIGHTS) and not (folder / named).is_file():
-        raise FileNotFoundError(f"{folder / named}: no such file; {folder / 'config.json'} names it")
+        raise FileNotFoundError(f"{folder / named}: no such file; expected it, since {folder / 'config.json'} names it")
     own = [] if named in (None, NO_WEIGHTS) else [named]
     for stem in (*own, "model.safetensors", "pytorch_model.bin", "experts.safetensors"):
         if (folder / stem).exists():

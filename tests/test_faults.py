@@ -231,7 +231,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "weights that are not there": (
         settings("base", transformers_weights="x.safetensors"),
         fuse,
-        r"base/x\.safetensors: no such file; \S+base/config\.json names it",
+        r"base/x\.safetensors: no such file; expected it, since \S+base/config\.json names it",
     ),
     "no layers": (settings("base", num_hidden_layers=0), fuse, "belongs to no block of the Llama"),
     "a tensor in two files": (same_tensor_in_two_files, fuse, "is in .*, too; expected one"),
