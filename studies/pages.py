@@ -49,9 +49,7 @@ def summary(easy: dict, hard: dict, language: dict, small: dict) -> str:
         return f"{100 * mean / individual:.1f}", f"{rows[name]['parameters']:.2f}×"
 
     def of_language(name: str) -> tuple[str, str, str]:
-        row = language["methods"].get(name) or small["methods"].get(name)
-        if row is None:
-            return "–", "–", "–"
+        row = language["methods"].get(name) or small["methods"][name]
         turns = row.get("two_turns")
         return (
             f"{row['of_individual']:.1f}{'' if name in language['methods'] else ' †'}",
