@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from .config import SmileConfig
 from .errors import SmileError, check_integer
+from .functional import check_tensor
 from .nn import all_or_nothing, is_conv1d
 from .publishing import check_outputs, write_plot, write_text
 from .schema import check_arguments
@@ -260,6 +261,7 @@ def _wide(*matrices: Tensor) -> torch.dtype:
 
 def _check_matrix(name: str, matrix: Tensor, weight: Tensor) -> None:
     """Raise ValueError unless it is a floating-point matrix of weight's shape, on its device, with finite numbers."""
+    check_tensor(name, matrix)
     if matrix.dim() != 2 or not matrix.numel() or matrix.shape != weight.shape:
         expected = "[O, D]" if matrix is weight else f"weight's, {list(weight.shape)}"
         raise SmileError(f"{name}: has shape {list(matrix.shape)}; expected {expected}")

@@ -26,6 +26,7 @@ from .routing import (
     CalibrationReport,
     RoutingPolicy,
     calibrate,
+    check_kept,
     check_routing,
     get_routing,
     set_routing,
@@ -220,7 +221,9 @@ def calibrate_checkpoint(
     check_seed(seed)
     target = check_folder(source)
     restore(target)
-    read_smile_config(source)
+    config = read_smile_config(source)
+    if routing is not None:
+        check_kept(routing, config.num_experts_per_tok)
     with output_folder(target, {}, force=True) as output:
         try:
             for file in source.rglob("*"):
@@ -297,8 +300,9 @@ def errors_of_tokenizer(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        cause = error.__cause__ if isinstance(error, SmileError) and error.__cause__ else error
         raise SmileError(
-            f"{folder}: the tokenizer's {what} ({reason(error)}); expected a whole tokenizer and its config.json"
+            f"{folder}: the tokenizer's {what} ({reason(cause)}); expected a whole tokenizer and its config.json"
         ) from error
 
 

@@ -56,6 +56,9 @@ def user_errors() -> Iterator[None]:
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             say(f"error: out of memory: {' '.join(str(error).split())}")
             raise typer.Exit(1) from None
+        if re.match(r"backend: '\w+' cannot run here", str(error)):
+            say(f"error: {' '.join(str(error).split())}; expected another SMILE_KERNELS_BACKEND, or none")
+            raise typer.Exit(1) from None
         say("this is a bug: please report it with the file that `smile-kernels doctor --verify` writes")
         raise
 

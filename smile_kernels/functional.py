@@ -97,6 +97,7 @@ def smile_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, vh, u = (_cast(t, dtype) for t in (x, weight, vh, u))
         bias, expert_bias, router = (None if t is None else _cast(t, dtype) for t in (bias, expert_bias, router))
+    _check_backend(backend)
     for name, tensor in (("x", x), ("weight", weight)):
         check_tensor(name, tensor)
     if weight.dim() != 2:
@@ -173,12 +174,15 @@ def smile_delta(
         x, vh, u = (_cast(t, dtype) for t in (x, vh, u))
         expert_bias, router = (None if t is None else _cast(t, dtype) for t in (expert_bias, router))
         y = y if inplace else _cast(y, dtype)
+    _check_backend(backend)
     for name, tensor in (("y", y), ("x", x), ("vh", vh), ("s", s), ("u", u)):
         check_tensor(name, tensor)
     if u.dim() != 3:
         raise shape_error("u", u, ("N", "O", "r"))
     of_parts = check_parts(parts, rank_of_parts, u.shape[1], s.shape[-1] if s.dim() else 0)
-    factors, d = (vh, s, u, expert_bias, router), vh.shape[-1] if vh.dim() else 0
+    if vh.dim() != 3 + bool(of_parts[0]):
+        raise shape_error("vh", vh, (*["P"] * bool(of_parts[0]), "N", "max(r, g)", "D"))
+    factors, d = (vh, s, u, expert_bias, router), vh.shape[-1]
     _check(x, x, u.shape[1], d, None, *factors, num_experts_per_tok, rank_of_router, len(of_parts[0]))
     if y.shape != (*x.shape[:-1], u.shape[1]):
         raise shape_error("y", y, (*x.shape[:-1], u.shape[1]))
@@ -222,6 +226,7 @@ def route(
     Raises:
         ValueError: shapes, dtypes or num_experts_per_tok do not fit.
     """
+    _check_backend(backend)
     _check_router(x, vh, rank_of_router)
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, vh.shape[0], "the number of experts")
     weights, ids = library.route(x.reshape(-1, x.shape[-1]), vh[:, :rank_of_router], num_experts_per_tok, backend)
@@ -319,6 +324,11 @@ def check_input(x: Tensor, in_features: int) -> None:
     check_tensor("x", x)
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise shape_error("x", x, ("...", in_features))
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise SmileError(f"backend: is {reprlib.repr(backend)}; expected its name, or None")
 
 
 def _check_router(x: Tensor, vh: Tensor, rank_of_router: int) -> None:

@@ -298,6 +298,9 @@ def check_matrix(name: str, a: Tensor) -> float:
     """The largest absolute entry of `a`; raises unless it is a non-empty floating-point matrix of finite entries."""
     if not a.is_floating_point():
         raise TypeError(f"{name}: is {a.dtype}; expected a floating-point matrix")
+    if a.is_nested or a.layout != torch.strided or a.is_meta:
+        kind = "a nested tensor" if a.is_nested else "on the meta device" if a.is_meta else f"a {a.layout} tensor"
+        raise SmileError(f"{name}: is {kind}; expected a dense matrix with data")
     if a.dim() != 2 or a.numel() == 0:
         raise SmileError(f"{name}: has shape {tuple(a.shape)}; expected a non-empty matrix [out_features, in_features]")
     low, high = (extreme.item() for extreme in torch.aminmax(a.detach()))

@@ -343,7 +343,7 @@ def scoring_function(text: str) -> Callable[[Any], Any]:
         else:
             sys.path.append(os.getcwd())  # last, since its files may have the names of installed modules
             module = importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         raise SmileError(f"score: {place} cannot be imported ({reason(error)}); expected Python code") from None
     function = getattr(module, name, None)
@@ -353,7 +353,7 @@ def scoring_function(text: str) -> Callable[[Any], Any]:
     def scored(model: Any) -> Any:
         try:
             return function(model)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise SmileError(f"score: {text} raised {reason(error)}; expected a score") from None
 

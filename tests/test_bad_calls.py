@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ import smile_kernels as sk
 from smile_kernels import analysis, functional
 from smile_kernels.inspection import describe
 from smile_kernels.integrations.distributed import replicate_singular_values
+from smile_kernels.integrations.fusion_bench import convert_state_dict
 from smile_kernels.integrations.peft import is_adapter
 from smile_kernels.integrations.quantization import split_base
-from smile_kernels.svd import decompose_linear
+from smile_kernels.svd import decompose_linear, truncated_svd
 from smile_kernels.sweeping import Sweep
 from smile_kernels.testing import Problem
 from smile_kernels.upscaling import UpscaleReport
@@ -102,8 +104,12 @@ def linear_cases() -> list[tuple[str, Callable[[], object], str]]:
         add(functional.smile_linear, tensors | numbers, "routing", (value, ids))
     for value in (torch.ones(T, N - 1), torch.ones(N), "x"):
         add(functional.smile_linear, tensors | numbers, "routing_weights", value)
-    for value in ("tritn", "", 3):
+    for value in ("tritn", "", 3, ["cpu"]):
         add(functional.smile_linear, tensors | numbers, "backend", value)
+        add(functional.route, {"x": tensors["x"], "vh": tensors["vh"]} | numbers, "backend", value)
+    factors = {name: tensors[name] for name in ("x", "vh", "s", "u")} | {"y": torch.zeros(T, O)}
+    for value in (torch.tensor(1.0), torch.ones(1), tensors["vh"][0], tensors["vh"][None]):
+        add(functional.smile_delta, factors | numbers, "vh", value, "vh: has shape")
     return cases
 
 
@@ -185,6 +191,23 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     add("routing_override(nested)", lambda: sk.routing_override(fused, nested), "expert: is a nested tensor")
     add("UpscaleReport.load(null)", lambda: UpscaleReport.load("a\0b"), "null character")
     add("replicate_singular_values(5)", lambda: replicate_singular_values(5, None), "model")
+    matrix, ours = torch.rand(O, D), {"a.shared_linear.weight": torch.rand(O, D), "a.gate.weight": torch.rand(3, D)}
+    odd = (matrix.to_sparse(), torch.nested.nested_tensor([matrix]), matrix.to("meta"))
+    for i, value in enumerate(odd):
+        add(f"analyze_layer(weight={i})", lambda v=value: analysis.analyze_layer("a", v, [matrix]), "weight: is")
+        add(f"analyze_layer(changes={i})", lambda v=value: analysis.analyze_layer("a", matrix, [v]), "changes[0]: is")
+        add(f"truncated_svd({i})", lambda v=value: truncated_svd(v, 2), "a: is")
+        state = {**ours, "a.experts.0.svh": torch.rand(2, D), "a.experts.0.u": value}
+        add(f"convert_state_dict({i})", lambda s=state: convert_state_dict(s), "experts.0.u")
+    for value in (None, {1: matrix}, {**ours, "a.experts.0.svh": 5, "a.experts.0.u": 5}):
+        add(f"convert_state_dict({_brief(value)})", lambda v=value: convert_state_dict(v), "state_dict")
+    failing = SimpleNamespace(chat_template="x", apply_chat_template=lambda *_, **__: 1 / 0)
+    add("user_turn_ids(a template that raises)", lambda: sk.user_turn_ids(failing), "chat_template: fails (ZeroDiv")
+    generated = random_inputs(fused)
+    for value in (10**13, 10**30):
+        add(f"calibrate(sequences={value})", lambda v=value: sk.calibrate(generated, sequences=v), "sequences")
+    kept = {"routing": sk.RoutingPolicy(top_p=0.5), "progress": False, **ranks}
+    add("upscale(top_p)", lambda: sk.upscale(model, models, **kept), "top_p: is 0.5 with")
     for value in (None, 5, object()):
         add(f"user_turn_ids({value!r})", lambda v=value: sk.user_turn_ids(v), "tokenizer")
         add(f"recommended({value!r})", lambda v=value: sk.RoutingPolicy.recommended(v), "model")
@@ -234,6 +257,13 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     for name, value in (("sequences", 0), ("sequences", -1), ("length", 0)):
         add(f"calibrate({name}={value})", lambda n=name, v=value: sk.calibrate(fused, **{n: v}), name)
     return cases
+
+
+def random_inputs(fused: nn.Module) -> nn.Module:
+    """The model as one whose inputs can be generated."""
+    model = copy.deepcopy(fused)
+    model.config, model.main_input_name = SimpleNamespace(vocab_size=9), "input_ids"
+    return model
 
 
 def layer_cases(base: nn.Linear, tuned: nn.Linear, ranks: dict[str, int]) -> list[tuple[str, Callable, str]]:

@@ -450,6 +450,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         load_ours,
         r"base_model_name_or_path: \S+/adapter has no config\.json",
     ),
+    "top_p with one expert per token": (
+        unchanged,
+        upscale_with("--routing", "token", "--top-p", "0.5"),
+        r"top_p: is 0\.5 with num_experts_per_tok 1; expected 1",
+    ),
+    "top_p with one expert per token, to calibrate": (
+        unchanged,
+        command("calibrate", "{folder}/fused", "--top-p", "0.5"),
+        r"top_p: is 0\.5 with num_experts_per_tok 1; expected 1",
+    ),
     "a config that is not here": (unchanged, lambda folder: load_ours(folder, config="x"), "config: is 'x'; expected"),
     "integers for u": (
         tensors("fused/model.safetensors", lambda t: t | {"lm_head.u": t["lm_head.u"].int()}),
@@ -880,6 +890,21 @@ def test_models_that_other_threads_build_do_not_count():
         pool.submit(lambda: torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(20)))).result()
         with pytest.raises(sk.SmileError, match="more than 10 modules"):
             torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(20)))
+
+
+def test_a_rank_beyond_the_number_of_processes_is_refused(folder, monkeypatch):
+    variables = {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(sk.SmileError, match="RANK: is 5 with WORLD_SIZE 2; expected a smaller one"):
+        fuse(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")
+def test_a_backend_that_cannot_run_is_no_bug(folder, monkeypatch):
+    monkeypatch.setenv("SMILE_KERNELS_BACKEND", "cuda")
+    with pytest.raises(sk.SmileError, match=r"error: backend: 'cuda' cannot run here: .*; expected another SMILE_"):
+        command("verify", "{folder}/fused", "--base", "{folder}/base", "--expert", "{folder}/expert")(folder)
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2"}], ids=str)

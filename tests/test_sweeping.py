@@ -218,6 +218,7 @@ def checkpoint(tmp_path, monkeypatch):
         "import torch\n\n\ndef score(model):\n    with torch.no_grad():\n"
         "        return {'a': model(torch.arange(9)[None]).logits.mean(), 'b': 2}\n\n\n"
         "def broken(model):\n    raise KeyError('there')\n"
+        "def leaves(model):\n    raise SystemExit(0)\n"
     )
     (tmp_path / "scoring_of_a_sweep.py").write_text("def one(model):\n    return 1.0\n")
     return tmp_path
@@ -248,6 +249,7 @@ def test_the_command(checkpoint):
         (["--score", "json.py:other"], "score: json.py has no function 'other'; expected one that takes the model"),
         (["--score", "no_such_module_here:f"], "score: no_such_module_here cannot be imported (ModuleNotFoundError"),
         (["--score", "json.py:broken"], "score: json.py:broken raised KeyError: 'there'; expected a score"),
+        (["--score", "json.py:leaves"], "score: json.py:leaves raised SystemExit: 0; expected a score"),
         (["--routing", "tokens"], "scope: is 'tokens'; expected one of 'token', "),
         (["--routing", "{"], "routing: is not JSON (Expecting property name"),
         (["--routing", '{"scopes": 1}'], "routing: unknown key 'scopes'; expected scope"),

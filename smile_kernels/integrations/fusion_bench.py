@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import SmileConfig
 from ..errors import SmileError
+from ..functional import check_tensor
 from ..nn import SmileLinear, all_or_nothing
 from ..schema import check_arguments
 from ..versions import warn_if_newer
@@ -61,6 +62,7 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
     return model
 
 
+@check_arguments
 def convert_state_dict(
     state_dict: Mapping[str, Tensor], *, num_experts_per_tok: int = 1
 ) -> tuple[dict[str, Tensor], SmileConfig]:
@@ -73,6 +75,8 @@ def convert_state_dict(
     Raises:
         ValueError: no SMILE layer of fusion_bench among the keys, or one with a missing tensor.
     """
+    if odd := next((key for key in state_dict if not isinstance(key, str)), None):
+        raise SmileError(f"state_dict: has {odd!r}; expected tensors by name")
     names = _layer_names(state_dict)
     if not names:
         raise SmileError("state_dict: contains no SMILE layer of fusion_bench; expected keys like <layer>.gate.weight")
@@ -113,6 +117,9 @@ def _convert_layer(tensors: Mapping[str, Tensor], *, num_experts_per_tok: int) -
 
     def fit(name: str, shape: tuple[int | None, ...]) -> Tensor:
         tensor = tensors[name]
+        check_tensor(f"state_dict[{name!r}]", tensor)
+        if tensor.is_meta:
+            raise SmileError(f"state_dict: {name} is on the meta device; expected its data")
         sizes = [own if want is None else want for want, own in zip(shape, tensor.shape)]
         if not tensor.is_floating_point() or len(shape) != tensor.dim() or sizes != list(tensor.shape):
             wanted = ", ".join("any" if want is None else str(want) for want in shape)

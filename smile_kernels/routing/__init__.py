@@ -7,7 +7,7 @@ the state for KV caches, `calibration.py` measures the constant part of the scor
 """
 
 from .calibration import CalibrationReport, calibrate, check_calibration
-from .control import check_routing, get_routing, set_routing, watch_routing
+from .control import check_kept, check_routing, get_routing, set_routing, watch_routing
 from .override import routing_override
 from .policy import RoutingPolicy
 from .tokens import user_turn_ids
@@ -17,6 +17,7 @@ __all__ = [
     "RoutingPolicy",
     "calibrate",
     "check_calibration",
+    "check_kept",
     "check_routing",
     "get_routing",
     "routing_override",

@@ -6,6 +6,7 @@ A router's shares differ between experts and layers independent of the task; cal
 from the evidence (`policy.py`). An expert that did not change a layer has no share there, and its entry is 0.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,12 +118,13 @@ def calibrate(
                     model(**batch)
         elif _writes(model):
             source = "written"
-            with _naming_inputs("text that it writes"):
+            with _naming_inputs("text that it writes"), _naming_sizes(sequences, length):
                 _write(model, sequences, length, generator)
         else:
             source = "random"
-            batch = _random_inputs(model, sequences, length, generator)
-            with _naming_inputs("random ones"):
+            with _naming_sizes(sequences, length):
+                batch = _random_inputs(model, sequences, length, generator)
+            with _naming_inputs("random ones"), _naming_sizes(sequences, length):
                 model(**batch)
     if not any(count for _, count in shares.values()):
         raise SmileError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
@@ -158,11 +160,24 @@ def _naming_inputs(kind: str) -> Iterator[None]:
     """Raise SmileError for whatever a model raises on inputs, or with a config, that do not fit it."""
     try:
         yield
-    except SmileError:
-        raise
+    except SmileError as error:  # of a SMILE layer, whose argument is x
+        raise error if str(error).startswith(("inputs:", "sequences")) else SmileError(f"inputs: {error}") from None
     except Exception as error:
         raise SmileError(
             f"inputs: the model fails on {kind} ({reason(error)}); expected a model and inputs that fit"
+        ) from error
+
+
+@contextmanager
+def _naming_sizes(sequences: int, length: int) -> Iterator[None]:
+    """Raise SmileError if memory does not hold generated inputs of these sizes, or their number is beyond 64 bits."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("memory|overflow", str(error), re.IGNORECASE):
+            raise
+        raise SmileError(
+            f"sequences, length: are {sequences}, {length}; expected sizes that memory holds ({reason(error)})"
         ) from error
 
 

@@ -62,6 +62,12 @@ def check_routing(
         _check_parts(model, layers)
 
 
+def check_kept(policy: RoutingPolicy, num_experts_per_tok: int) -> None:
+    """Raise ValueError if a policy's top_p has no effect, since the layers have one expert per token."""
+    if policy.top_p != 1 and (policy.num_experts_per_tok or num_experts_per_tok) == 1:
+        raise SmileError(f"top_p: is {policy.top_p} with num_experts_per_tok 1; expected 1, since one expert is kept")
+
+
 def _check_parts(model: nn.Module, layers: Mapping[str, int]) -> None:
     """Raise ValueError unless every layer belongs to a part in which all layers have the same number of experts."""
     parts = _parts(model, layers)

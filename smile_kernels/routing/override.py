@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
         with routing_override(model, expert=["math", None, {"code": 0.7, "chat": 0.3}]):
             model(**batch_of_three)
 
-    A pass keeps its override, also in a recomputation under gradient checkpointing. The innermost override applies;
-    other threads, and copies of the model, have their own. A policy continues to store evidence for KV caches. The
-    choice is a constant to autograd.
+    The context may be opened several times. A pass keeps its override, also in a recomputation under gradient
+    checkpointing. The innermost override applies; other threads, and copies of the model, have their own. A policy
+    continues to store evidence for KV caches. The choice is a constant to autograd.
 
     Args:
         model: the model, or the part of it, as for `set_routing`.
@@ -63,7 +63,22 @@ def routing_override(model: nn.Module, expert: Expert | Sequence[Expert | None] 
         override = Override(rows, {layer.vh.device for layer in layers.values()})
     elif expert is not None:
         override = Override(expert_weights(expert, n, names), {layer.vh.device for layer in layers.values()})
-    return _opened(model, layers.values(), override)
+    return _Override(model, list(layers.values()), override)
+
+
+class _Override(ContextDecorator, AbstractContextManager[None]):
+    """The context of an override, which may be opened several times."""
+
+    def __init__(self, *arguments: Any):
+        self.arguments, self.thread = arguments, threading.local()
+
+    def __enter__(self) -> None:
+        opened = _opened(*self.arguments)
+        opened.__enter__()
+        vars(self.thread).setdefault("opened", []).append(opened)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.thread.opened.pop().__exit__(*error)
 
 
 @contextmanager

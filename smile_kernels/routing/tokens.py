@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SmileError
+from ..errors import SmileError, reason
 from .policy import RoutingPolicy
 
 __all__ = ["Tokens", "is_cache", "limited_template", "user_turn_ids"]
@@ -24,7 +24,7 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     different ways.
 
     Raises:
-        ValueError: not a tokenizer of transformers, or a chat template that does not end.
+        ValueError: not a tokenizer of transformers, or a chat template that fails or does not end.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         raise SmileError(f"tokenizer: is a {type(tokenizer).__name__}; expected a tokenizer of transformers")
@@ -33,8 +33,13 @@ def user_turn_ids(tokenizer: Any) -> tuple[int, ...] | None:
     first, answer, second = "first-text", "answer-text", "second-text"
     turns = [("user", first), ("assistant", answer), ("user", second)]
     conversation = [{"role": role, "content": text} for role, text in turns]
-    with limited_template():
-        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    try:
+        with limited_template():
+            text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except SmileError:
+        raise
+    except Exception as error:  # of the program in the template
+        raise SmileError(f"chat_template: fails ({reason(error)}); expected one that has user turns") from error
     before_first = text.partition(first)[0]
     before_second = text.partition(answer)[2].partition(second)[0]
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before_first), reversed(before_second)))

@@ -31,7 +31,7 @@ from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_co
 from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
-from ..routing import RoutingPolicy, check_calibration
+from ..routing import RoutingPolicy, check_calibration, check_kept
 from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
@@ -509,6 +509,8 @@ def upscale_checkpoints(
         routing=RoutingPolicy() if calibrate or routing is None else routing,  # calibration sets it
         expert_names=check_expert_names(_names_of(experts, expert_names), len(experts)),
     )
+    if routing is not None:
+        check_kept(routing, num_experts_per_tok)
     parse_size(max_shard_size)
     if dtype not in (None, *DTYPES):
         raise SmileError(f"dtype: is {dtype}; expected {', '.join(map(str, DTYPES))}")
@@ -753,11 +755,13 @@ def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
     import torch.distributed as dist
 
     started = not dist.is_initialized()
+    rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
+    if started and rank.isdecimal() and size.isdecimal() and int(rank) >= int(size):  # which would wait for ever
+        raise SmileError(f"RANK: is {rank} with WORLD_SIZE {size}; expected a smaller one, as torchrun sets it")
     if started:
         try:
             dist.init_process_group("gloo", timeout=timedelta(days=30))
         except ValueError as error:
-            size = os.environ["WORLD_SIZE"]
             raise SmileError(f"WORLD_SIZE: is {size!r}; expected the variables that torchrun sets ({error})") from None
     try:
         yield dist.get_rank(), dist.get_world_size(), dist.barrier

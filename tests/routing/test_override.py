@@ -130,6 +130,18 @@ def test_overrides_close_in_any_order():
     assert torch.equal(logits(model, input_ids=ids), own)
 
 
+def test_an_override_may_be_opened_again():
+    model, ids = named(llama()), tokens(2, 4)
+    own, one = logits(model, input_ids=ids), logits(dense(model, {1: 1.0}), input_ids=ids)
+    code, chat = routing_override(model, "code"), routing_override(model, "chat")
+    decorated = code(logits)
+    for _ in range(2):
+        with code, chat, code:
+            close(logits(model, input_ids=ids), one)
+        close(decorated(model, input_ids=ids), one)
+        close(logits(model, input_ids=ids), own)
+
+
 def test_the_innermost_counts_and_an_error_leaves_nothing():
     model, ids = named(llama()), tokens(2, 4)
     own, one, two = (logits(m, input_ids=ids) for m in (model, dense(model, {1: 1.0}), dense(model, {2: 1.0})))
