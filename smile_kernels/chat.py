@@ -82,7 +82,7 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
 
 
 def _tokenizer(folder: Path) -> Any:
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; expected a SMILE checkpoint")
     if not (folder / "tokenizer_config.json").exists():
         raise SmileError(f"{folder}: has no tokenizer_config.json; expected the tokenizer's files in the folder")

@@ -280,7 +280,7 @@ def read_smile_config(folder: str | Path) -> SmileConfig:
         ValueError: not a SMILE checkpoint, or invalid settings; the message names the file.
         FileNotFoundError: the folder does not exist.
     """
-    if not Path(folder).is_dir():
+    if not Path(folder).exists():
         raise FileNotFoundError(f"{folder}: no such folder; expected a SMILE checkpoint")
     config = read_config(folder).get("quantization_config")
     if config is None:
