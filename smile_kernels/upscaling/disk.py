@@ -31,7 +31,7 @@ from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_co
 from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
-from ..routing import RoutingPolicy, check_calibration, check_kept
+from ..routing import RoutingPolicy, check_calibration
 from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
@@ -496,7 +496,7 @@ def upscale_checkpoints(
         FileExistsError: `out` contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
     """
-    check_request("experts", experts, num_experts_per_tok, remaining)
+    check_request("experts", experts, num_experts_per_tok, remaining, routing)
     if routing is not None and routing.calibrated and not calibrate:
         raise SmileError("routing: is calibrated; expected calibrate, without which no layer has a router_prior")
     # The config checks ranks and counts.
@@ -509,8 +509,6 @@ def upscale_checkpoints(
         routing=RoutingPolicy() if calibrate or routing is None else routing,  # calibration sets it
         expert_names=check_expert_names(_names_of(experts, expert_names), len(experts)),
     )
-    if routing is not None:
-        check_kept(routing, num_experts_per_tok)
     parse_size(max_shard_size)
     if dtype not in (None, *DTYPES):
         raise SmileError(f"dtype: is {dtype}; expected {', '.join(map(str, DTYPES))}")

@@ -14,7 +14,7 @@ from ..guard import guard_weights
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
 from ..nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear
-from ..routing import RoutingPolicy, check_calibration, check_kept, check_routing, set_routing
+from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from ..schema import check_arguments
 from ..svd import without_autocast
@@ -105,9 +105,7 @@ def upscale(
             rank out of range or that does not go with the router, num_experts_per_tok > N, patterns that leave no
             layer, or no layer that an expert changes. Nothing is changed then.
     """
-    check_request("finetuned", finetuned, num_experts_per_tok, remaining)
-    if routing is not None:
-        check_kept(routing, num_experts_per_tok)
+    check_request("finetuned", finetuned, num_experts_per_tok, remaining, routing)
     g = check_router(router, rank_of_router)
     names = check_expert_names(expert_names, len(finetuned))
     if isinstance(model, nn.Linear):

@@ -18,6 +18,7 @@ from ..errors import SmileError, check_integer, reason
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
 from ..publishing import is_utf8
+from ..routing import RoutingPolicy, check_kept
 from ..storage import StoredTensor, read_tensors
 from .layers import Layer
 
@@ -355,13 +356,17 @@ def open_source(
     return CheckpointSource(where, folder, names)
 
 
-def check_request(argument: str, experts: Sequence[object], num_experts_per_tok: int, remaining: str) -> None:
-    """Raise ValueError unless there are experts, at least as many as per token, and `remaining` is known."""
+def check_request(
+    argument: str, experts: Sequence[object], num_experts_per_tok: int, remaining: str, routing: RoutingPolicy | None
+) -> None:
+    """Raise ValueError unless there are experts, enough for each token and for `routing`, and `remaining` is known."""
     if not experts:
         raise SmileError(f"{argument}: is empty; expected one fine-tuned model or more")
     check_integer("num_experts_per_tok", num_experts_per_tok, 1, len(experts), "the number of experts")
     if remaining not in ("base", "average"):
         raise SmileError(f"remaining: is {remaining!r}; expected 'base' or 'average'")
+    if routing is not None:
+        check_kept(routing, num_experts_per_tok)
 
 
 def check_modules(where: str, model: nn.Module) -> None:
