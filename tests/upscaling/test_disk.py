@@ -310,8 +310,8 @@ def test_a_full_disk(tmp_path, folders, monkeypatch):
     class Full:
         """A file on a disk that is full after 4,000 bytes, in the middle of the output."""
 
-        def __init__(self, *arguments):
-            self.file = open(*arguments)  # noqa: SIM115
+        def __init__(self, *arguments, **options):
+            self.file = open(*arguments, **options)  # noqa: SIM115
 
         def write(self, data):
             nonlocal written
