@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -464,11 +465,16 @@ struct Step {
        const std::optional<Tensor>& below, int64_t sequences, int64_t scope, bool accumulates) {
     STD_TORCH_CHECK(sequences >= 1 && call.p.n.tokens % sequences == 0, "sequences: is ", sequences, "; expected a divisor of ",
                     call.p.n.tokens, ", the tokens");
+#if defined(SMILE_CUDA)
     STD_TORCH_CHECK(scope >= 0 && scope <= 2, "scope: is ", scope, "; expected 0 (token), 1 (causal) or 2 (sequence)");
+#else
+    STD_TORCH_CHECK(scope >= 0, "scope: is ", scope, "; expected 0 (token), 1 (causal), 2 (sequence) or 2 + w (a window)");
+#endif
     p.sequences = sequences;
     p.tokens = call.p.n.tokens / sequences;
     const int64_t n = p.num_experts = call.p.n.num_experts, m = p.num_experts_per_tok = call.p.n.num_experts_per_tok;
-    p.scope = static_cast<smile::Scope>(scope);
+    p.scope = static_cast<smile::Scope>(std::min<int64_t>(scope, 3));
+    p.window = scope - 2;
     p.accumulates = accumulates;
     rows = p.scope == smile::Scope::sequence ? 1 : p.tokens;
     if (real) {

@@ -109,8 +109,9 @@ void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for);
 void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for);
 void cpu_route_backward(DType dtype, const RouteBackward& p, ParallelFor parallel_for);
 
-// Tokens whose shares are summed for a token: itself, the tokens up to it, or its whole sequence.
-enum class Scope { token, causal, sequence };
+// Tokens whose shares are summed for a token: itself, the tokens up to it, its whole sequence, or up to `window` tokens to
+// each side (on the CPU only).
+enum class Scope { token, causal, sequence, window };
 
 // A share too small for its dtype still counts as evidence, as kLeastShare; an energy of 0 does not.
 constexpr double kLeastShare = 1e-30, kMostEnergy = 1e36;
@@ -119,6 +120,7 @@ constexpr double kLeastShare = 1e-30, kMostEnergy = 1e36;
 struct Evidence {
   int64_t sequences, tokens, num_experts, num_experts_per_tok;
   Scope scope;
+  int64_t window;
   bool accumulates;
   void* energies;             // [B, S, N] real, overwritten by the shares
   const bool* real;           // [B, S], false on padding; null: all true

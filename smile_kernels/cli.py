@@ -76,11 +76,12 @@ def upscale(
     ] = None,
     embeddings_from: Annotated[str | None, typer.Option(help="Name of the expert with added tokens.")] = None,
     routing: Annotated[
-        str | None, typer.Option(help="Scope of routing: token, sequence, causal or prompt.  [default: token]")
+        str | None, typer.Option(help="Scope of routing: token, sequence, causal, prompt or window.  [default: token]")
     ] = None,
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Sum the evidence over layers.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice of the first n blocks.")] = None,
     half_life: Annotated[float | None, typer.Option(help="Tokens after which a weight is halved.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens to each side, with scope window.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="The fewest of the m experts whose weights reach it, in (0, 1].")
     ] = None,
@@ -134,7 +135,7 @@ def upscale(
             "remaining": remaining,
             "embeddings_from": embeddings_from,
             "dtype": dtype,
-            "routing": policy_fields(routing, accumulate, lock_after, half_life, top_p, calibrate),
+            "routing": policy_fields(routing, accumulate, lock_after, half_life, window, top_p, calibrate),
             "calibrate": calibrate or None,
         }
         settings = settings_of(config, {name: value for name, value in given.items() if value is not None}, out)
@@ -175,11 +176,13 @@ def _fuse(settings: dict[str, Any], table: bool, **options: Any) -> None:
 def calibrate(
     folder: Annotated[Path, typer.Argument(help="SMILE checkpoint written by smile-kernels.")],
     routing: Annotated[
-        str | None, typer.Option(help="Scope of routing: token, sequence, causal or prompt.  [default: recommended]")
+        str | None,
+        typer.Option(help="Scope of routing: token, sequence, causal, prompt or window.  [default: recommended]"),
     ] = None,
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Sum the evidence over layers.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice of the first n blocks.")] = None,
     half_life: Annotated[float | None, typer.Option(help="Tokens after which a weight is halved.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens to each side, with scope window.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="The fewest of the m experts whose weights reach it, in (0, 1].")
     ] = None,
@@ -198,7 +201,7 @@ def calibrate(
         from .checkpoint import calibrate_checkpoint
         from .routing import RoutingPolicy
 
-        policy = policy_fields(routing, accumulate, lock_after, half_life, top_p, calibrated=True)
+        policy = policy_fields(routing, accumulate, lock_after, half_life, window, top_p, calibrated=True)
         options = {} if device_map is None else {"device_map": device_map}
         chosen = None if policy is None else RoutingPolicy.from_dict(policy)
         say(f"{folder}: is replaced when complete; the model first generates the text it is calibrated on")

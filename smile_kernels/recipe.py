@@ -136,12 +136,13 @@ def policy_fields(
     accumulate: bool,
     lock_after: int | None,
     half_life: float | None,
+    window: int | None,
     top_p: float | None,
     calibrated: bool,
 ) -> dict[str, Any] | None:
     """The fields of the routing policy set by options; None if none is set."""
     policy = {"scope": scope, "accumulate": accumulate or None, "lock_after": lock_after, "half_life": half_life}
-    policy["top_p"] = top_p
+    policy |= {"window": window, "top_p": top_p}
     policy = {name: value for name, value in policy.items() if value is not None}
     return policy | ({"calibrated": True} if calibrated else {}) if policy else None
 

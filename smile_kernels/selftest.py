@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .functional import smile_linear
 from .ops import excluded, library, reference
@@ -185,7 +186,7 @@ def _check_evidence(check: Check, p: Problem) -> None:
 
     compiled = None if check.backend == "triton" else torch.ops.smile_kernels_ext
     step = library._implementation(check.backend).evidence if compiled is None else compiled.evidence.default
-    for scope in range(3):
+    for scope in range(4 if check.backend == "cpu" else 3):
         state = random(n), random(sequences, tokens) > 0.3, random(1, tokens)
         before, below = random(sequences, n) if scope == 1 else None, random(sequences, 1 if scope == 2 else tokens, n)
         options = m, p.rank_of_router, sequences, scope, True
@@ -211,6 +212,8 @@ def _check_step(p, prior, real, factors, before, below, scope, weights, ids, log
         shares = torch.where(real[..., None], shares, 0)
         if scope == 1:
             return running_sums(shares, factors, before.to(shares.dtype))
+        if scope == 3:  # a window of one token to each side
+            return F.pad(shares, (0, 0, 1, 1)).unfold(1, 3, 1).sum(-1)
         return (shares * factors[..., None]).sum(1, keepdim=True) if scope == 2 else shares
 
     def expected_logs(dtype):  # from its own sums, since the logarithm of a small share amplifies rounding

@@ -376,8 +376,8 @@ def evidence(
     """One step of a routing policy by one operator of the backend; None where the backend has none.
 
     x [..., D] of B sequences of S tokens, router [N, rows, D], prior [N], real [B, S], factors [1 or B, 1 or S], before
-    [B, N], below [B, R, N], scope 0 (token), 1 (causal) or 2 (sequence: R = 1, else R = S) -> weights, ids [B, R, m],
-    evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
+    [B, N], below [B, R, N], scope 0 (token), 1 (causal), 2 (sequence: R = 1, else R = S) or 2 + w (a window of w tokens to
+    each side, on a CPU) -> weights, ids [B, R, m], evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
     """
     device = x.device
     if router.dim() != 3 or router.shape[2] != x.shape[-1]:
@@ -385,7 +385,7 @@ def evidence(
     if autocasts(x) or is_traceable_wrapper_subclass(x):
         return None
     backend = choose_backend(None, device.type, x.dtype, router.shape[0], False)
-    if not _takes_steps(backend, device.type, x.dtype):
+    if not _takes_steps(backend, device.type, x.dtype) or (scope > 2 and backend != "cpu"):
         return None
     state = (t if t is None else t.to(device) for t in (prior, real, factors, before, below))
     options = num_experts_per_tok, rank_of_router, sequences, scope, accumulates
@@ -434,7 +434,7 @@ def serve_step(
     options: num_experts_per_tok, rank_of_router, sequences, scope, accumulates -> y [..., O], weights, ids [B, R, m],
     evidence [B, R, N].
     """
-    if not _is_served(x, layer, steps=True):
+    if not _is_served(x, layer, steps=True) or (options[3] > 2 and x.device.type != "cpu"):
         return None
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ext = torch.ops.smile_kernels_ext.evidence_linear

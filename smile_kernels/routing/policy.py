@@ -6,6 +6,7 @@ With E_i(t, l) = ||V_i,l[:, :g]^T x_t||^2 for token t, expert i and SMILE layers
     S_i(t, l) = p_i(t, l)                                        (scope "token")
               = gamma S_i(t - 1, l) + p_i(t, l)                  (scope "causal")
               = the causal sum at the last token of t's sequence (scope "sequence")
+              = the sum of p_i over the tokens of t's sequence from t - w to t + w, w = window (scope "window")
     P_i = S_i / sum_j S_j
     L_i(t, l) = log P_i(t, l) - log Pbar_i(l) (where calibrated)  + L_i(t, l - 1) (where the policy accumulates)
     experts(t, l) = the m largest L_i(t, l), ties to the lower index, weighted by their softmax w; with top_p below 1
@@ -47,7 +48,7 @@ __all__ = [
 
 Routing = tuple[Tensor, Tensor]  # (weights [..., m], ids [..., m] int32)
 
-SCOPES = ("token", "sequence", "causal", "prompt")
+SCOPES = ("token", "sequence", "causal", "prompt", "window")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class RoutingPolicy:
     Args:
         scope: the tokens with scores that are pooled for a token: "token" itself; "sequence" its whole sequence (in
             generation, the prompt determines the choice for all following tokens); "causal" the tokens up to it;
-            "prompt" the whole prompt, in a first pass of the base model.
+            "prompt" the whole prompt, in a first pass of the base model; "window" the tokens near it, before and after,
+            which needs all of them in one pass, without a KV cache.
         accumulate: add the evidence of previous layers; always so with scope "prompt".
         lock_after: reuse the choice of the model's first `lock_after` blocks in all later ones, which compute
             no scores. None: every layer chooses. With scope "prompt": the number of blocks of the first pass;
@@ -65,11 +67,12 @@ class RoutingPolicy:
         num_experts_per_tok: m; None: the number of each layer.
         calibrated: subtract each layer's `router_prior`; `calibrate` must have set it.
         half_life: number of tokens after which a token's weight is halved. None: constant weights. Not with
-            scope "token".
+            scope "token" or "window".
         restart_at: token ids; the sums restart at the last token of each occurrence of this sequence. Not with
-            scope "token".
+            scope "token" or "window".
         top_p: in (0, 1]; below 1 a token takes the fewest of its m experts whose weights add up to top_p, and the
             others are not computed. Not with num_experts_per_tok 1.
+        window: number of tokens to each side, 1 or more, with scope "window", and None with every other.
 
     The default is the published routing: softmax over the token's own scores, inside the layer's kernel.
 
@@ -85,6 +88,7 @@ class RoutingPolicy:
     half_life: float | None = None
     restart_at: tuple[int, ...] | None = None
     top_p: float = 1.0
+    window: int | None = None
 
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
@@ -94,7 +98,7 @@ class RoutingPolicy:
         for name in ("accumulate", "calibrated"):
             if not isinstance(getattr(self, name), bool):
                 raise SmileError(f"{name}: is {getattr(self, name)!r}; expected True or False")
-        for name in ("lock_after", "num_experts_per_tok"):
+        for name in ("lock_after", "num_experts_per_tok", "window"):
             value = getattr(self, name)
             if value is not None and not _is_integer(value, 1):
                 raise SmileError(f"{name}: is {value!r}; expected None or an integer, 1 or more")
@@ -122,11 +126,14 @@ class RoutingPolicy:
                 "each layer chooses alone"
             )
         for name in ("half_life", "restart_at"):
-            if getattr(self, name) is not None and self.scope == "token":
+            if getattr(self, name) is not None and self.scope in ("token", "window"):
                 raise SmileError(
-                    f"{name}: is {getattr(self, name)!r} with scope 'token'; expected None, since no sums run from "
-                    "token to token there"
+                    f"{name}: is {getattr(self, name)!r} with scope {self.scope!r}; expected None, since no sums run "
+                    "from token to token there"
                 )
+        if (self.window is not None) != (self.scope == "window"):
+            expected = "the number of tokens to each side" if self.window is None else "None"
+            raise SmileError(f"window: is {self.window!r} with scope {self.scope!r}; expected {expected}")
 
     @property
     def is_published(self) -> bool:

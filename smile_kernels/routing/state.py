@@ -33,7 +33,7 @@ __all__ = ["LayerPolicy", "RootRouting"]
 
 Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # as SmileLinear._tensors
 
-_SCOPES = {"token": 0, "causal": 1, "sequence": 2, "prompt": 2}  # as the operator `evidence` numbers them
+_SCOPES = {"token": 0, "causal": 1, "sequence": 2, "prompt": 2, "window": 2}  # as the operator `evidence` numbers them
 
 
 class _HasVoted(Exception):
@@ -290,7 +290,7 @@ class ForwardPass:
             return  # nothing depends on whose tokens there are
         self.tokens = Tokens(arguments, self.policy, self.root_name)
         caches = root.takes_cache or self.tokens.cache is not None
-        if self.policy.scope != "token" and self.tokens.starts is None and caches:
+        if self.policy.scope not in ("token", "window") and self.tokens.starts is None and caches:
             self.memory = Memory.beside(self.tokens, serial, self.root_name)
         self.held = self.memory is not None and len(self.memory.choices) > 0
         self.pools = self.policy.scope in ("sequence", "prompt") and self.tokens.starts is None
@@ -380,7 +380,7 @@ class ForwardPass:
         real = None if tokens.real is None else tokens.real_of(x)
         below = self.evidence if policy.accumulate else None
         m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
-        options = m, layer.rank_of_router, batch, _SCOPES[policy.scope], policy.accumulate
+        options = m, layer.rank_of_router, batch, _SCOPES[policy.scope] + (policy.window or 0), policy.accumulate
         step = library.serve_step(x, tensors, prior, real, factors, sums, past, below, *options)
         if step is None:
             return None
@@ -455,7 +455,7 @@ class ForwardPass:
             before = None
             if policy.scope == "causal" and self.memory is not None:
                 before = self.memory.before(key, batch, tokens.past)
-            options = (m, g, batch, _SCOPES[policy.scope], policy.accumulate)
+            options = (m, g, batch, _SCOPES[policy.scope] + (policy.window or 0), policy.accumulate)
             step = library.evidence(inputs, router, prior, real, factors, before, below, *options)
             if step is not None:
                 weights, ids, self.evidence, sums = step
@@ -480,6 +480,9 @@ class ForwardPass:
         tokens, scope = self.tokens, self.policy.scope
         if scope == "token":
             return shares
+        width = 0 if self.policy.window is None else min(self.policy.window, shares.shape[1])
+        if scope == "window" and (tokens.starts is None or shares.shape[1] != tokens.length):
+            return F.pad(shares, (0, 0, width, width)).unfold(1, 2 * width + 1, 1).sum(-1)
         if self.pools:
             votes = tokens.last_votes(shares.shape[1])
             if votes is not None:
@@ -494,7 +497,10 @@ class ForwardPass:
             # Differences of prefix sums, in float64, so that a short sequence after long ones is accurate.
             starts, ends = tokens.starts.to(shares.device), tokens.ends.to(shares.device)
             prefix = F.pad(shares.double().cumsum(1), (0, 0, 1, 0))
-            to = ends + 1 if scope == "sequence" else torch.arange(1, tokens.length + 1, device=starts.device)[None]
+            at = torch.arange(tokens.length, device=starts.device)[None]
+            to = ends + 1 if scope == "sequence" else at + 1
+            if scope == "window":
+                starts, to = torch.maximum(starts, at - width), torch.minimum(ends, at + width) + 1
             from_, to = (t.expand(len(shares), -1)[..., None].expand_as(shares) for t in (starts, to))
             return (prefix.gather(1, to) - prefix.gather(1, from_)).to(shares.dtype)
         factors = None if tokens.factors is None else tokens.factors.to(shares.device)

@@ -82,6 +82,11 @@ class Tokens:
         self.policy, self.root_name = policy, root_name
         scope = policy.scope
         self.cache, self.cache_name = _cache_argument(arguments, root_name)
+        if scope == "window" and self.cache is not None:
+            raise NotImplementedError(
+                f"routing: has scope 'window', which reads later tokens, and {root_name} is called with a KV cache; "
+                "expected use_cache=False, or scope 'prompt' or 'causal'"
+            )
         self.past = 0 if self.cache is None else self.cache.get_seq_length()
         if isinstance(self.past, Tensor):
             self.past = self.past.clone()  # static caches count in place

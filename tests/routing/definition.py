@@ -23,6 +23,9 @@ POLICIES = {
     "causal+layers, half-life 3": RoutingPolicy("causal", accumulate=True, half_life=3),
     "causal+layers, lock 1, m 2": RoutingPolicy("causal", accumulate=True, lock_after=1, num_experts_per_tok=2),
     "causal+layers, m 3, top_p 0.6": RoutingPolicy("causal", accumulate=True, num_experts_per_tok=3, top_p=0.6),
+    "window 1": RoutingPolicy("window", window=1),
+    "window 2+layers": RoutingPolicy("window", accumulate=True, window=2),
+    "window 90+layers, lock 1, m 2": RoutingPolicy("window", True, lock_after=1, num_experts_per_tok=2, window=90),
 }
 SEQUENCE = {name: policy for name, policy in POLICIES.items() if policy.scope == "sequence"}
 CAUSAL = {name: policy for name, policy in POLICIES.items() if policy.scope == "causal"}
@@ -158,7 +161,8 @@ def definition(calls, real, policy, groups=None, token_ids=None):
             for b, t in itertools.product(range(batch), range(length)):
                 scope = []
                 for s in range(length):
-                    near = {"token": s == t, "sequence": True, "causal": s <= t}[policy.scope]
+                    near = {"token": s == t, "sequence": True, "causal": s <= t, "window": False}[policy.scope]
+                    near = near or (policy.window is not None and abs(s - t) <= policy.window)
                     if near and real[b][s] and (groups is None or groups[b][s] == groups[b][t]):
                         scope.append(s)
                 if not scope:

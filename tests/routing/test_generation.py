@@ -167,6 +167,15 @@ def test_a_cache_the_policy_has_not_seen_is_refused():
                 logits(model, input_ids=tokens(1, 1), past_key_values=cache)
 
 
+def test_a_window_needs_all_tokens_in_one_pass():
+    model, ids = llama(), tokens(2, 6)
+    set_routing(model, POLICIES["window 2+layers"])
+    with pytest.raises(NotImplementedError, match=r"scope 'window'.* called with a KV cache; expected use_cache=False"):
+        model.generate(ids, max_new_tokens=2)
+    answer = model.generate(ids, max_new_tokens=1, do_sample=False, use_cache=False)
+    assert torch.equal(answer[:, -1], logits(model, input_ids=ids, use_cache=False)[:, -1].argmax(-1))
+
+
 def test_caches_of_packed_sequences_and_paged_ones_are_refused():
     model = llama(attn_implementation="eager")
     for policy in (POLICIES["causal"], POLICIES["sequence"]):

@@ -141,6 +141,11 @@ def test_restarts_need_ids():
         ("restart_at", {"scope": "causal", "restart_at": [1.5]}),
         ("restart_at", {"scope": "token", "restart_at": [1]}),
         ("calibrated", {"calibrated": 1}),
+        ("half_life", {"scope": "window", "half_life": 4, "window": 2}),
+        ("window", {"scope": "window"}),
+        ("window", {"scope": "window", "window": 0}),
+        ("window", {"scope": "window", "window": 1.5}),
+        ("window", {"scope": "sequence", "window": 2}),
     ],
 )
 def test_bad_policies_are_named(name, values):

@@ -25,11 +25,11 @@ class RememberedRouting:
     """
 
     def __init__(self, policy: RoutingPolicy, num_local_experts: int, num_experts_per_tok: int):
-        if policy.scope == "sequence":
+        if policy.scope in ("sequence", "window"):
             raise NotImplementedError(
-                "scope: is 'sequence', where the last token of a prompt changes the choice of its first: vLLM computes "
-                "prompts in chunks and shares what is cached of a prefix, so expected scope 'prompt', 'causal' or "
-                "'token' in the checkpoint's quantization_config"
+                f"scope: is {policy.scope!r}, where later tokens of a prompt change the choice of earlier ones: vLLM "
+                "computes prompts in chunks and shares what is cached of a prefix, so expected scope 'prompt', "
+                "'causal' or 'token' in the checkpoint's quantization_config"
             )
         self.policy, self.n, self.m = policy, num_local_experts, num_experts_per_tok
         self.gamma = 1.0 if policy.half_life is None else 2 ** (-1 / policy.half_life)
