@@ -76,7 +76,7 @@ def upscale(
     ] = None,
     embeddings_from: Annotated[str | None, typer.Option(help="Name of the expert with added tokens.")] = None,
     routing: Annotated[
-        str | None, typer.Option(help="Scope of routing: token, sequence, causal, prompt or window.  [default: token]")
+        str | None, typer.Option(help="Scope: token, sequence, causal, prompt or window.  [default: token]")
     ] = None,
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Sum the evidence over layers.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice of the first n blocks.")] = None,
@@ -177,7 +177,7 @@ def calibrate(
     folder: Annotated[Path, typer.Argument(help="SMILE checkpoint written by smile-kernels.")],
     routing: Annotated[
         str | None,
-        typer.Option(help="Scope of routing: token, sequence, causal, prompt or window.  [default: recommended]"),
+        typer.Option(help="Scope: token, sequence, causal, prompt or window.  [default: recommended]"),
     ] = None,
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Sum the evidence over layers.")] = False,
     lock_after: Annotated[int | None, typer.Option(help="Reuse the choice of the first n blocks.")] = None,

@@ -376,8 +376,9 @@ def evidence(
     """One step of a routing policy by one operator of the backend; None where the backend has none.
 
     x [..., D] of B sequences of S tokens, router [N, rows, D], prior [N], real [B, S], factors [1 or B, 1 or S], before
-    [B, N], below [B, R, N], scope 0 (token), 1 (causal), 2 (sequence: R = 1, else R = S) or 2 + w (a window of w tokens to
-    each side, on a CPU) -> weights, ids [B, R, m], evidence, sums [B, R, N]. Tensors are float32, or float64 where x is; routing/policy.py has the equations.
+    [B, N], below [B, R, N], scope 0 (token), 1 (causal), 2 (sequence: R = 1, else R = S) or 2 + w (w tokens to each
+    side, on a CPU) -> weights, ids [B, R, m], evidence, sums [B, R, N]. Tensors are float32, or float64 where x is;
+    routing/policy.py has the equations.
     """
     device = x.device
     if router.dim() != 3 or router.shape[2] != x.shape[-1]:

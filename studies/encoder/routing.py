@@ -37,6 +37,8 @@ _SUMS = {
     "sequence + layers": RoutingPolicy("sequence", accumulate=True),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
     "causal + layers, half-life 8": RoutingPolicy("causal", accumulate=True, half_life=8),
+    "window of 1 + layers": RoutingPolicy("window", accumulate=True, window=1),
+    "window of 2 + layers": RoutingPolicy("window", accumulate=True, window=2),
 }
 POLICIES = {
     PUBLISHED: RoutingPolicy(),

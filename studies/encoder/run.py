@@ -38,6 +38,7 @@ SHOWN = (16, 32)  # the setting for oracle routing and routing policies
 POLICIES = {
     "sequence + layers": RoutingPolicy("sequence", accumulate=True, lock_after=1),
     "causal + layers": RoutingPolicy("causal", accumulate=True),
+    "window + layers": RoutingPolicy("window", accumulate=True, window=2),
 }
 SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)  # of task arithmetic, TIES, TSV-Merge and Iso-C
 DENSITIES = (0.1, 0.3)  # of TIES
