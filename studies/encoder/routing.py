@@ -123,6 +123,14 @@ def oracle(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ones(ids.shape), ids
 
 
+def tempered(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows of 2 + layers, but the three best experts, weighted by softmax(3 L / layers): flat where L is unsure."""
+    near = F.pad(p * at.real, (0, 0, 2, 2)).unfold(1, 5, 1).sum(-1)
+    logs = (near / near.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-30).log()
+    at.evidence["sum"] = at.evidence.get("sum", 0) + logs
+    return functional.select_experts(3 * at.evidence["sum"] / (at.layer + 1), 3)
+
+
 def follow(model: Upper, rule: Rule) -> Upper:
     """Make every SMILE layer of `model` choose by `rule`, in passes of `answer`."""
 
@@ -261,6 +269,7 @@ def contenders(
     for router in ("arrow", "norm"):
         yield f"router {router}", upscale(base, uppers, rank_of_expert=r, router=router, progress=False)[0]
     yield "one layer votes, two passes (MASS)", LayerVote.by_validation(model, trained)
+    yield "window of 2 + layers, m 3, mean over layers × 3 (rule)", follow(copy.deepcopy(model), tempered)
     yield "oracle", follow(copy.deepcopy(model), oracle)
 
 

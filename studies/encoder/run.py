@@ -281,7 +281,7 @@ def route_all(
     """{set: {row: what `routing.answer` gives}}."""
     found: dict[str, dict[str, dict]] = {name: {} for name in sets}
     heads = [task.finetuned[case.seed][1] for task in case.trained]
-    done, total = itertools.count(), (len(routing.POLICIES) + 5) * len(sets)
+    done, total = itertools.count(), (len(routing.POLICIES) + 6) * len(sets)
 
     def add(name: str, answers: Callable[[list[routing.Text]], dict]) -> None:
         for of, texts in sets.items():
