@@ -31,7 +31,7 @@ from smile_kernels.nn import smile_layers
 from .model import Lower, Split, Trained, Upper, by_length, encode_split, pad
 
 WORDS = ("part of speech", "first name", "town")
-PUBLISHED = "published (recommended)"
+PUBLISHED = "published"
 _SUMS = {
     "token + layers": RoutingPolicy("token", accumulate=True),
     "sequence + layers": RoutingPolicy("sequence", accumulate=True),

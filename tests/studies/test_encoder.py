@@ -548,7 +548,7 @@ def results() -> dict:
         ],
         "routing": {
             "prompted": {
-                "published (recommended)": {"right": {"first": ["1100", "0100"], "second": ["11"]}, "own": []},
+                "published": {"right": {"first": ["1100", "0100"], "second": ["11"]}, "own": []},
                 "oracle": {"right": {"first": ["1110", "1110"], "second": ["11"]}, "own": []},
             }
         },
@@ -588,7 +588,7 @@ class TestReport:
         # Differences 0.5, 0, 1, 0 of the first task have variance 11/48 over 4 texts; those of the second are 0.
         rows = table("Accuracy by routing on four sets of texts, % (points above the published routing)")
         error = 100 * (11 / 48 / 4) ** 0.5 / 2
-        assert rows == [["published (recommended)", "68.8"], ["oracle", f"87.5 (+18.8 ± {error:.1f})"]]
+        assert rows == [["published", "68.8"], ["oracle", f"87.5 (+18.8 ± {error:.1f})"]]
 
     def test_margins_are_paired_by_seed(self):
         title, columns, rows = report.tables(results())[2]
