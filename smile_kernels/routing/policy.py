@@ -150,7 +150,8 @@ class RoutingPolicy:
         """The best measured policy for this kind of model (docs/routing.md).
 
         For a calibrated causal language model: scope "prompt" with the base's first quarter of the blocks, and with the
-        tokens from the last `restart_at` on. For every other model: the published routing.
+        tokens from the last `restart_at` on. For a text encoder of transformers, such as BERT: scope "window" with 2
+        tokens to each side, accumulated. For every other model: the published routing.
 
         Args:
             model: a model with SMILE layers.
@@ -161,6 +162,8 @@ class RoutingPolicy:
         """
         if not isinstance(model, torch.nn.Module):
             raise SmileError(f"model: is {model!r}; expected a model with SMILE layers")
+        if _is_text_encoder(model):
+            return cls("window", accumulate=True, window=2)
         calibrated = [n for n, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
         can_generate = getattr(model, "can_generate", None)
         if not calibrated or can_generate is None or not can_generate():
@@ -179,6 +182,20 @@ class RoutingPolicy:
     def from_dict(cls, values: dict) -> "RoutingPolicy":
         """The inverse of `to_dict`; absent fields take their defaults, unknown ones raise ValueError."""
         return parse(cls, values, "routing")
+
+
+def _is_text_encoder(model: torch.nn.Module) -> bool:
+    """Whether this is a model of transformers of a kind that predicts masked tokens, so that every token sees all."""
+    config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
+    if (
+        can_generate is None
+        or can_generate()
+        or any(getattr(config, f"is_{k}", False) for k in ("decoder", "encoder_decoder"))
+    ):
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and model.main_input_name == "input_ids"
 
 
 def _is_integer(value: object, least: int) -> bool:

@@ -12,6 +12,9 @@ def main(
     tasks: Annotated[int, typer.Option(help="6, or 8 for the hard case.")] = 6,
     cache: Annotated[Path | None, typer.Option(help="Folder for packages and fine-tuned models.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    keep_merged: Annotated[
+        bool, typer.Option("--keep-merged", help="Keep what --json has of merged models and times; test the rest.")
+    ] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Instead, accuracy over ranks, m and the number of experts.")
     ] = False,
@@ -22,9 +25,11 @@ def main(
     from .sweeps import study as of_sweeps
 
     try:
-        (of_sweeps if sweep else study)(
-            quick=quick, seeds=seeds, tasks=tasks, cache=cache, json_path=json_path, plot=plot
-        )
+        options = {"quick": quick, "seeds": seeds, "tasks": tasks, "cache": cache, "json_path": json_path, "plot": plot}
+        if sweep:
+            of_sweeps(**options)
+        else:
+            study(**options, keep_merged=keep_merged)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -186,14 +186,22 @@ def wemoe(case: Case) -> Iterator[tuple[dict, nn.Module]]:
             return
 
 
-def variants(case: Case) -> Iterator[Variant]:
-    """Every row of the table in order. Another method of merging or routing is another `Variant` here.
+def variants(case: Case, merging: bool = True) -> Iterator[Variant]:
+    """Every row of the table in order, or all but those of merging. Another method is another `Variant` here.
 
     The time to build a row is the time between it and the previous one.
     """
-    uppers, vectors = case.uppers, case.vectors
     yield Variant("base + probe", lambda i: case.base, probe=True, timed=True)
-    yield Variant("individual", lambda i: uppers[i], copies=len(uppers))
+    yield Variant("individual", lambda i: case.uppers[i], copies=len(case.uppers))
+    if merging:
+        yield from merged(case)
+    for g, r in SETTINGS:
+        yield from fused(case, g, r)
+
+
+def merged(case: Case) -> Iterator[Variant]:
+    """One model of the base's size, by each method of merging."""
+    uppers, vectors = case.uppers, case.vectors
     average = case.merged(merge.task_arithmetic(vectors, 1 / len(uppers)))
     yield Variant("simple averaging", lambda i: average)
     yield case.best("task arithmetic", case.scaled(merge.task_arithmetic(vectors, 1)))
@@ -214,8 +222,6 @@ def variants(case: Case) -> Iterator[Variant]:
     yield case.best("AdaMerging, by task", adamerging(case, by_layer=False), unlabelled)
     yield case.best("AdaMerging, by layer", adamerging(case, by_layer=True), unlabelled)
     yield case.best("WEMoE", wemoe(case), unlabelled, timed=True)
-    for g, r in SETTINGS:
-        yield from fused(case, g, r)
 
 
 def fused(case: Case, g: int, r: int) -> Iterator[Variant]:
@@ -256,12 +262,12 @@ def evaluate(variant: Variant, case: Case) -> dict:
     return {"accuracy": scores, "own_expert": own, **costs, **variant.details}
 
 
-def merge_and_test(case: Case, lower: Lower | None, step: report.Step) -> dict:
+def merge_and_test(case: Case, lower: Lower | None, step: report.Step, merging: bool = True) -> dict:
     """{"rows": {row: result of `evaluate`}, "time": with `lower`, `time_per_batch` of the timed rows}."""
     rows: dict[str, dict] = {}
     encoders: dict[str, nn.Module] = {}
     start = time.process_time()
-    for variant in variants(case):
+    for variant in variants(case, merging):
         seconds = time.process_time() - start
         step(f"{variant.name}, seed {case.seed}", 0, 1)
         rows[variant.name] = {"seconds": seconds, **evaluate(variant, case)}
@@ -467,6 +473,18 @@ def train(
     return bert, tokenizer, lower, base, trained
 
 
+def earlier_results(json_path: Path | None, plan: Plan, seeds: int) -> dict:
+    """The results at json_path; raises ValueError unless they are of this plan and number of seeds."""
+    if json_path is None or not json_path.exists():
+        raise ValueError(f"keep_merged: is on, and json is {json_path}; expected results of an earlier run")
+    earlier = json.loads(json_path.read_text(encoding="utf-8"))
+    found = [task["name"] for task in earlier.get("tasks", ())], earlier.get("seeds")
+    same = earlier.get("recipe", {}).items() <= asdict(plan.recipe).items()  # it may have been given fields since then
+    if not same or found != ([task.name for task in plan.tasks], seeds):
+        raise ValueError(f"json: {json_path} is of another recipe, tasks or seeds; expected those of this run")
+    return earlier
+
+
 def study(
     quick: bool = False,
     seeds: int = 1,
@@ -474,6 +492,7 @@ def study(
     cache: Path | None = None,
     json_path: Path | None = None,
     plot: Path | None = None,
+    keep_merged: bool = False,
 ) -> dict:
     """Fine-tune one sentence encoder on several real tasks, merge the results by each method, and compare them.
 
@@ -487,15 +506,17 @@ def study(
         cache: folder for packages and fine-tuned models; default: the user's cache folder.
         json_path: also write the results there.
         plot: also draw them there (.png, .svg or .pdf).
+        keep_merged: keep the rows of merged models, the times and the embeddings that are at json_path.
 
     Returns:
         The results, as in the JSON file.
 
     Raises:
-        ValueError: seeds or tasks out of range.
+        ValueError: seeds or tasks out of range, or with keep_merged no results of the same study at json_path.
         RuntimeError: a package cannot be downloaded, or is not the expected one.
     """
     plan = Plan.of(quick, seeds, tasks)
+    earlier = earlier_results(json_path, plan, seeds) if keep_merged else None
     start = time.perf_counter()
     cache = cache_folder(cache)
     recipe, chosen, held_out = plan.recipe, plan.tasks, plan.held_out
@@ -507,7 +528,10 @@ def study(
         decides = [asdict(recipe), [task.name for task in chosen], held_out, asdict(sizes), settings]
         keep = partial(kept, cache / "encoder")
         tested = [
-            keep(["rows", case.seed, *decides], partial(merge_and_test, case, None if case.seed else lower, step))
+            keep(
+                ["rows", case.seed, keep_merged, *decides],
+                partial(merge_and_test, case, None if case.seed or earlier else lower, step, not earlier),
+            )
             for case in cases
         ]
         noise = routing.random_pieces(lower, tokenizer)
@@ -515,7 +539,7 @@ def study(
         routed = [keep(["routing", case.seed, *decides], partial(route_all, case, sets, noise, step)) for case in cases]
         step("a published fine-tune", 0, 1)
         tokens = [ids for t in trained for ids in t.validation.tokens[:40]]
-        fidelity = embedding_fidelity(bert, cache / "packages", tokens)
+        fidelity = earlier["fidelity"] if earlier else embedding_fidelity(bert, cache / "packages", tokens)
 
     upper_parameters = sum(p.numel() for p in base.parameters())
     whole = sum(p.numel() for p in lower.parameters()) + upper_parameters
@@ -534,6 +558,11 @@ def study(
         "time": tested[0]["time"],
         "fidelity": fidelity,
     }
+    if earlier:
+        new = {row["name"] for row in results["rows"]}
+        rest = [row for row in earlier["rows"] if row["name"] not in new]
+        results["rows"][2:2] = rest  # after the base and the individual models
+        results |= {"machine": earlier["machine"], "time": earlier["time"], "machine_of_smile": report.machine()}
     report.write(results, json_path, plot, draw)
     report.show(tables(results)[1:])  # prompts and licences are in the documentation
     verified = ((name, row.get("verified")) for name, row in tested[0]["rows"].items())

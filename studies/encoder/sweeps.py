@@ -28,7 +28,7 @@ PER_TOKEN = (1, 2, 3)
 POLICIES = {"published": RoutingPolicy(), "sequence + layers": run.POLICIES["sequence + layers"]}
 # Every policy that needs no calibration, with one expert per token.
 EVERY = {
-    name.removesuffix(" (recommended)"): policy
+    name: policy
     for name, policy in routing.POLICIES.items()
     if policy.num_experts_per_tok is None and not policy.calibrated
 }

@@ -265,6 +265,24 @@ def test_upscale_calibrates():
     assert isinstance(base.model.layers[0].mlp.up_proj, nn.Linear)
 
 
+def test_text_encoders_are_recommended_a_window():
+    """Those that predict masked tokens; not models whose attention is causal, that generate, or of other inputs."""
+    window, sizes = RoutingPolicy("window", accumulate=True, window=2), {"hidden_size": 16, "num_attention_heads": 2}
+    small = {**sizes, "num_hidden_layers": 1, "intermediate_size": 24, "vocab_size": 50}
+    for kind, config, expected in (
+        (tf.BertModel, tf.BertConfig(**small), window),
+        (tf.BertForSequenceClassification, tf.BertConfig(**small), window),
+        (tf.DistilBertModel, tf.DistilBertConfig(dim=16, n_heads=2, n_layers=1, hidden_dim=24, vocab_size=50), window),
+        (tf.ModernBertModel, tf.ModernBertConfig(**small, pad_token_id=0), window),
+        (tf.BertModel, tf.BertConfig(**small, is_decoder=True), RoutingPolicy()),
+        (tf.BertLMHeadModel, tf.BertConfig(**small, is_decoder=True), RoutingPolicy()),
+        (tf.LlamaForSequenceClassification, tf.LlamaConfig(**small), RoutingPolicy()),
+        (tf.ViTModel, tf.ViTConfig(**sizes, num_hidden_layers=1, intermediate_size=24), RoutingPolicy()),
+    ):
+        assert RoutingPolicy.recommended(kind(config)) == expected, kind
+    assert RoutingPolicy.recommended(nn.Linear(2, 2)) == RoutingPolicy()
+
+
 @pytest.mark.parametrize(("blocks", "voting"), [(1, 1), (4, 1), (6, 2)])
 def test_a_quarter_of_the_blocks_votes_where_a_language_model_is_calibrated(blocks, voting):
     model = llama(num_hidden_layers=blocks)

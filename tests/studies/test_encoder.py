@@ -245,9 +245,10 @@ class TestRouting:
         assert run.kept(tmp_path, [1], lambda: pytest.fail("made again")) == {"a": [1, 2]}
         assert run.kept(tmp_path, [2], lambda: {"b": 1}) == {"b": 1}
 
-    def test_the_recommended_policy_of_an_encoder_is_the_published_one(self, case):
-        model, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
-        assert RoutingPolicy.recommended(model) == routing.POLICIES[routing.PUBLISHED]
+    def test_the_recommended_policy_of_an_encoder_is_in_the_tables(self):
+        model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+        policy = RoutingPolicy.recommended(model)
+        assert policy == run.POLICIES["window + layers"] == routing.POLICIES["window of 2 + layers"]
 
     def test_one_layer_votes(self, case):
         """Residuals and weights against the definition, text by text, in float64."""
