@@ -318,6 +318,8 @@ BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
         "streaming": ("streaming", streaming_table),
         "routing-6": ("routing", lambda part: routing_table(part, 6)),
         "routing-8": ("routing", lambda part: routing_table(part, 8)),
+        "windows-6": ("windows", lambda part: routing_table(part, 6)),
+        "windows-8": ("windows", lambda part: routing_table(part, 8)),
         "routing-models": ("routing_costs", lambda part: routing_costs_table(part, "batch")),
         "routing-layers": ("routing_costs", lambda part: routing_costs_table(part, "layer")),
         "vllm": ("vllm", vllm_table),

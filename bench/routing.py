@@ -22,7 +22,7 @@ from smile_kernels import RoutingPolicy, SmileLinear, functional
 from smile_kernels.benchmark.measure import Record, interleave
 from studies.data import MINILM, TASKS
 from studies.encoder.model import Lower, Recipe, Upper, load_bert, train_task
-from studies.encoder.routing import Pass, Rule, Sizes, answer, follow, individual, oracle, text_sets
+from studies.encoder.routing import Pass, Rule, Sizes, answer, follow, individual, oracle, tempered, text_sets
 from studies.encoder.run import SHOWN
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smile_kernels"
@@ -158,6 +158,30 @@ RULES: dict[str, Rule] = {
     "causal + layers, turning at 0.9": turning(4, 0.9),
     "window of 8 to each side + layers": window(8),
     "sequence + layers, parts told apart": told_apart,
+}
+
+
+def near(half_life: float) -> Rule:
+    """Layers, and the tokens to both sides with weights that are halved every `half_life` tokens."""
+
+    def rule(at: Pass, p: Tensor) -> tuple[Tensor, Tensor]:
+        distance = (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs()
+        sums = 0.5 ** (distance / half_life) @ (p * at.real)
+        return functional.select_experts(add(at, "sum", sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)), 1)
+
+    return rule
+
+
+WINDOWS: dict[str, RoutingPolicy | Rule] = {
+    "token (published)": SHIPPED["token (published)"],
+    "token + layers": SHIPPED["token + layers"],
+    **{f"window of {w} + layers": RoutingPolicy("window", accumulate=True, window=w) for w in (1, 2, 3, 4, 8)},
+    "sequence + layers": SHIPPED["sequence + layers"],
+    "window of 2": RoutingPolicy("window", window=2),
+    "window of 2 + layers, m 2": RoutingPolicy("window", accumulate=True, window=2, num_experts_per_tok=2),
+    "both sides, half-life 1.5 tokens, + layers": near(1.5),
+    "window of 2 + layers, m 3, softmax(3 L / layers)": tempered,
+    "oracle": oracle,
 }
 
 
@@ -298,6 +322,11 @@ def plan(device: str) -> dict[str, Callable[[], Record]]:
         for case in CASES
         for kind, ways in {"policies": SHIPPED, "rules": RULES}.items()
     }
+
+
+def plan_windows(device: str) -> dict[str, Callable[[], Record]]:
+    """Name -> the function that measures the accuracy."""
+    return {case: lambda case=case: measure_case(case, WINDOWS) for case in CASES}
 
 
 def plan_costs(device: str) -> dict[str, Callable[[], Record]]:

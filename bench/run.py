@@ -25,6 +25,7 @@ PARTS_ON_CPU = {
     "svd": svd.plan,
     "streaming": streaming.plan,
     "routing": routing.plan,
+    "windows": routing.plan_windows,
     "routing_costs": routing.plan_costs,
     "merged": merged.plan,
 }
