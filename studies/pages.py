@@ -29,7 +29,7 @@ SUMMARY = {
     "AdaMerging, by layer": ("AdaMerging, by layer", "adamerging, by layer"),
     "WEMoE": ("WEMoE", "wemoe"),
     "SMILE, published routing": ("SMILE (g 16, r 32)", "published"),
-    "SMILE, recommended routing": ("SMILE (g 16, r 32)", "recommended"),
+    "SMILE, recommended routing": ("SMILE (g 16, r 32), window + layers", "recommended"),
     "SMILE, sequence + layers": ("SMILE (g 16, r 32), sequence + layers", "sequence + layers, calibrated, restarts"),
     "SMILE, oracle routing": ("SMILE (g 16, r 32), oracle routing", "oracle"),
 }

@@ -116,14 +116,20 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def markdown(results: Mapping, seeds: int, tables: Sequence[TableRows]) -> str:
     """Tables as Markdown, below a line that names the seeds and the machine."""
-    where = results["machine"]
-    threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
-    parts = [
-        f"{seeds} seed{'s' * (seeds > 1)}; {where['processor']}, {threads}, "
-        f"PyTorch {where['torch']}, transformers {where['transformers']}, backend {where['backend']}."
-    ]
+    first = f"{seeds} seed{'s' * (seeds > 1)}; {_on(results['machine'])}."
+    if "machine_of_smile" in results:
+        first += f" Base, individual models, SMILE and routing again: {_on(results['machine_of_smile'])}."
+    parts = [first]
     parts += [f"**{title}**\n\n{markdown_table(columns, rows)}" for title, columns, rows in tables]
     return "\n\n".join(parts) + "\n"
+
+
+def _on(where: Mapping) -> str:
+    threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
+    return (
+        f"{where['processor']}, {threads}, PyTorch {where['torch']}, transformers {where['transformers']}, "
+        f"backend {where['backend']}"
+    )
 
 
 def fill(page: Path, sections: Mapping[str, str]) -> str:
