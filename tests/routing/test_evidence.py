@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
@@ -26,6 +27,11 @@ def sums_of(x, rows, real, factors, before, scope):
     """S [B, R, N] by the equations of routing/policy.py, number by number."""
     batch, length, n = *x.shape[:2], len(rows)
     sums = torch.zeros(batch, 1 if scope == SEQUENCE else length, n, dtype=torch.float64)
+    if scope > SEQUENCE:  # a window of scope - 2 tokens to each side
+        shares, width = sums_of(x, rows, real, None, None, TOKEN), scope - SEQUENCE
+        for b, t in itertools.product(range(batch), range(length)):
+            sums[b, t] = sum(shares[b, s] for s in range(length) if abs(s - t) <= width)
+        return sums
     for b in range(batch):
         total = [0.0] * n if before is None else before[b].tolist()
         for t in range(length):
@@ -67,6 +73,9 @@ def composed_sums(x, rows, real, factors, before, scope):
     shares = shares if real is None else torch.where(real[..., None], shares, 0)
     if scope == CAUSAL:
         return running_sums(shares, factors, before)
+    if scope > SEQUENCE:
+        width = min(scope - SEQUENCE, shares.shape[1])
+        return F.pad(shares, (0, 0, width, width)).unfold(1, 2 * width + 1, 1).sum(-1)
     shares = shares if factors is None or scope == TOKEN else shares * factors[..., None].to(shares.dtype)
     return shares.sum(1, keepdim=True) if scope == SEQUENCE else shares
 
@@ -80,6 +89,7 @@ CASES = {  # batch, tokens, D, N, g, m: one token, primes, more tokens than a pa
 }
 
 
+WINDOWS = pytest.mark.parametrize("scope", [TOKEN, CAUSAL, SEQUENCE, SEQUENCE + 1, SEQUENCE + 9])  # on a CPU
 STEPS = [
     pytest.mark.parametrize("scope", [TOKEN, CAUSAL, SEQUENCE]),
     pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys()),
@@ -123,7 +133,7 @@ def check_step(case, scope, dtype, device="cpu", step=library.evidence):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@STEPS[0]
+@WINDOWS
 @STEPS[1]
 def test_a_step_follows_the_equations(case, scope, dtype):
     check_step(case, scope, dtype)
@@ -159,7 +169,7 @@ def check_step_with_layer(case, scope, dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@STEPS[0]
+@WINDOWS
 @STEPS[1]
 def test_a_step_with_its_layer_is_both(case, scope, dtype):
     ext = torch.ops.smile_kernels_ext

@@ -2,6 +2,7 @@ import copy
 import json
 import zipfile
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -185,13 +186,16 @@ class TestTrials:
             (trials.turning(4, 1.1), "causal + layers"),
             (trials.window(99), "sequence + layers"),
             (trials.window(0), "token + layers"),
+            (trials.window(2), "window of 2 + layers"),
+            (trials.near(1e-9), "token + layers"),
+            (trials.near(1e9), "sequence + layers"),
             (trials.told_apart, "sequence + layers"),
         ],
     )
     def test_meet_the_policies(self, case, rule, policy):
         model, _ = upscale(case.base, case.uppers, rank_of_expert=8, rank_of_router=4, progress=False)
         shipped, heads = copy.deepcopy(model), [task.probe for task in case.trained]
-        set_routing(shipped, trials.SHIPPED[policy])
+        set_routing(shipped, (trials.WINDOWS | trials.SHIPPED)[policy])
         routing.follow(model, rule)
         texts = [routing.Text(s, [(i, 0, len(s), 0)]) for i, t in enumerate(case.trained) for s in t.test.states]
         assert routing.answer(model, heads, texts) == routing.answer(shipped, heads, texts)
@@ -230,7 +234,7 @@ class TestRouting:
         noise = routing.random_pieces(encoder.Lower(bert, 1), self.tokenizer(), 4, 10)
         sets = {"prompted": texts, "one task": texts[:8]}
         answered = run.route_all(case, sets, noise, lambda *_: None, (4, 8))
-        assert len(answered["prompted"]) == len(routing.POLICIES) + 5
+        assert len(answered["prompted"]) == len(routing.POLICIES) + 6
         assert answered["prompted"]["oracle"]["own"] == [100.0] * 3
         assert len({str(row) for row in answered["prompted"].values()}) > len(routing.POLICIES) / 2
         tasks = [task.task.name for task in case.trained]
@@ -249,6 +253,32 @@ class TestRouting:
         model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
         policy = RoutingPolicy.recommended(model)
         assert policy == run.POLICIES["window + layers"] == routing.POLICIES["window of 2 + layers"]
+
+    def test_the_tempered_rule(self):
+        """On one token the shares are the window's; at the second layer the logarithm is the mean of both layers'."""
+        at, shares = routing.Pass(torch.ones(1, 1, 1), torch.zeros(1, 1)), torch.tensor([[[0.5, 0.3, 0.15, 0.05]]])
+        for at.layer in range(2):
+            weights, ids = routing.tempered(at, shares)
+            assert ids.tolist() == [[[0, 1, 2]]]
+            best = shares[0, 0, :3] ** 3
+            torch.testing.assert_close(weights[0, 0], best / best.sum())
+
+    def test_rows_without_those_of_merging(self, case, monkeypatch):
+        monkeypatch.setattr(run, "SETTINGS", ((4, 8),))
+        names = [variant.name for variant in run.variants(case, merging=False)]
+        assert names == ["base + probe", "individual", "SMILE (g 4, r 8)"]
+
+    def test_results_that_keep_the_rows_of_merging_are_of_the_same_study(self, tmp_path):
+        plan, file = run.Plan.of(quick=False, seeds=1, tasks=6), tmp_path / "results.json"
+        with pytest.raises(ValueError, match=r"^keep_merged: is on, and json is None; expected results"):
+            run.study(keep_merged=True)
+        found = {"recipe": asdict(plan.recipe), "tasks": [{"name": task.name} for task in plan.tasks], "seeds": 1}
+        for change in ({"seeds": 2}, {"tasks": []}, {"recipe": {"depth": 9}}):
+            file.write_text(json.dumps(found | change))
+            with pytest.raises(ValueError, match=r"^json: .* is of another recipe, tasks or seeds"):
+                run.earlier_results(file, plan, 1)
+        file.write_text(json.dumps(found))
+        assert run.earlier_results(file, plan, 1) == found
 
     def test_one_layer_votes(self, case):
         """Residuals and weights against the definition, text by text, in float64."""
@@ -331,6 +361,7 @@ class TestEvaluation:
             "SMILE (g 4, r 8), oracle routing",
             "SMILE (g 4, r 8), sequence + layers",
             "SMILE (g 4, r 8), causal + layers",
+            "SMILE (g 4, r 8), window + layers",
             "SMILE (g 4, r 8), one layer votes",
             "SMILE (g 8, full rank)",
         ]
@@ -450,7 +481,7 @@ def test_the_sweeps_of_a_study(swept, case, bert):
     assert [(row["routing"], row["num_experts_per_tok"]) for row in first["per_token"]] == [
         (name, m) for name in sweeps.POLICIES for m in (1, 2, 3)
     ]
-    assert len(sweeps.EVERY) == 5
+    assert len(sweeps.EVERY) == 7
     rows = ["individual", "simple averaging", *sweeps.EVERY, "oracle"]
     for part in ("experts", "subtasks"):
         assert [(row["experts"], row["routing"], len(row["scores"])) for row in first[part]] == [
