@@ -254,7 +254,7 @@ def test_bad_arguments_are_named():
         ({"m": 4}, "num_experts_per_tok: is 4"),
         ({"g": 3}, "router: has 3"),
         ({"batch": 4}, "sequences: is 4"),
-        ({"scope": 3}, "scope: is 3"),
+        ({"scope": -1}, "scope: is -1"),
     ):
         with pytest.raises(RuntimeError, match=says):
             call(**wrong)
