@@ -187,11 +187,9 @@ class RoutingPolicy:
 def _is_text_encoder(model: torch.nn.Module) -> bool:
     """Whether this is a model of transformers of a kind that predicts masked tokens, so that every token sees all."""
     config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
-    if (
-        can_generate is None
-        or can_generate()
-        or any(getattr(config, f"is_{k}", False) for k in ("decoder", "encoder_decoder"))
-    ):
+    if config is None or can_generate is None or can_generate():
+        return False
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
