@@ -187,7 +187,7 @@ def wemoe(case: Case) -> Iterator[tuple[dict, nn.Module]]:
 
 
 def variants(case: Case, merging: bool = True) -> Iterator[Variant]:
-    """Every row of the table in order, or all but those of merging. Another method is another `Variant` here.
+    """Every row of the table in order, or those without merging. Another method is another `Variant` here.
 
     The time to build a row is the time between it and the previous one.
     """
