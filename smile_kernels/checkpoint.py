@@ -39,6 +39,7 @@ from .storage import (
     add_tensors,
     parse_size,
     read_tensors,
+    weights_fingerprint,
     write_tensors,
     written_by_others,
 )
@@ -81,7 +82,8 @@ def save_pretrained(
     if base is not None:
         if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
-        config = replace(config, base_model_name_or_path=os.path.abspath(base))
+        path = os.path.abspath(base)
+        config = replace(config, base_model_name_or_path=path, base_fingerprint=weights_fingerprint(path))
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
     with output_folder(target, {}, force=force) as output:
@@ -420,6 +422,11 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
             raise FileNotFoundError(
                 f"base_model_name_or_path: {smile.base_model_name_or_path} has no config.json; expected the base "
                 "checkpoint, or the base model as `model`"
+            )
+        if smile.base_fingerprint not in (None, weights_fingerprint(smile.base_model_name_or_path)):
+            raise SmileError(
+                f"base_model_name_or_path: {smile.base_model_name_or_path} has other weights than when the experts "
+                "were written; expected the same, or the base model as `model`"
             )
         return load_transformers(cls, smile.base_model_name_or_path, from_pretrained)
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.

@@ -107,6 +107,7 @@ class SmileConfig:
         routing: the policy that the loaded model uses. Its num_experts_per_tok, if it is set, becomes the one above.
         expert_names: N different names of the experts (see `routing_override`), or None.
         base: the base's own `quantization_config`, where its layers are stored quantised.
+        base_fingerprint: hash of the base's weight files, for a checkpoint with only the experts.
 
     Raises:
         ValueError: a missing or unknown key, or a value out of range; the message names it.
@@ -121,6 +122,7 @@ class SmileConfig:
     routing: RoutingPolicy = field(default=RoutingPolicy())
     expert_names: tuple[str, ...] | None = None
     base: dict[str, Any] | None = None
+    base_fingerprint: str | None = None
 
     __pydantic_config__ = KNOWN_KEYS_ONLY
 
@@ -157,7 +159,7 @@ class SmileConfig:
         config = {"quant_method": QUANT_METHOD, **asdict(self)}
         if self.routing.is_published:
             del config["routing"]
-        for name in ("base_model_name_or_path", "expert_names", "base"):
+        for name in ("base_model_name_or_path", "expert_names", "base", "base_fingerprint"):
             if config[name] is None:
                 del config[name]
         return config

@@ -43,6 +43,7 @@ __all__ = [
     "OutputFolder",
     "check_folder",
     "check_outputs",
+    "fingerprint",
     "is_path",
     "is_utf8",
     "new_file",
@@ -503,7 +504,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
 
 
 def _write_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
-    files = {str(f.relative_to(folder)): _fingerprint(f) for f in _paths(folder) if f.is_file()}
+    files = {str(f.relative_to(folder)): fingerprint(f) for f in _paths(folder) if f.is_file()}
     files.pop(MANIFEST, None)
     write_text(folder / MANIFEST, json.dumps({"settings": _digest(settings), "files": files}, indent=1) + "\n")
 
@@ -557,7 +558,7 @@ def _foreign_files(folder: Path) -> list[str]:
         if path.is_dir() and not path.is_symlink():
             ours = name in parents
         else:
-            ours = (name == MANIFEST and bool(manifest)) or (name in known and known[name] == _fingerprint(path))
+            ours = (name == MANIFEST and bool(manifest)) or (name in known and known[name] == fingerprint(path))
         if not ours:
             foreign.append(name)
     return foreign
@@ -568,7 +569,7 @@ def _missing_files(folder: Path) -> list[str]:
     return [name for name in _read_manifest(folder).get("files", {}) if not (folder / name).exists()]
 
 
-def _fingerprint(file: Path) -> str | None:
+def fingerprint(file: Path) -> str | None:
     """A hash of a file's size and content, of a large one's blocks at equal distances; None for anything else."""
     if file.is_symlink() or not file.is_file():
         return None

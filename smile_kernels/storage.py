@@ -1,5 +1,6 @@
 """Checkpoint files: tensors are read, checked and written one at a time; files are written atomically."""
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import SmileError
-from .publishing import is_path, new_file, write_text
+from .publishing import fingerprint, is_path, new_file, write_text
 
 # The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
 # Without the quantizer, transformers then raises an error instead of loading the base model with a warning.
@@ -154,6 +155,18 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     raise FileNotFoundError(
         f"{folder}: contains no weights; expected model.safetensors, pytorch_model.bin, or an index of shards of either"
     )
+
+
+def weights_fingerprint(folder: str | Path) -> str | None:
+    """A hash of a checkpoint's weight files, of large ones their sizes and some blocks; None without such files."""
+    try:
+        index, files = _weight_files(Path(folder))
+    except FileNotFoundError:
+        return None
+    if index is not None:
+        files = [index.parent / name for name in sorted(set(_read_weight_map(index).values()))]
+    hashes = [(file.name, fingerprint(Path(os.path.realpath(file)))) for file in files]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

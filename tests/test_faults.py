@@ -800,13 +800,34 @@ def test_a_file_that_comes_to_the_intermediate_files_is_not_published(folder):
             "names 'q_proj'.*layers.0.self",
         ),
         (settings("adapter", ADAPTER_CONFIG, modules_to_save=["embed_tokens"]), "names 'embed_tokens'"),
+        (settings("adapter", ADAPTER_CONFIG, trainable_token_indices=[1]), "has trainable_token_indices, but"),
     ],
-    ids=["a target", "a block", "a module saved whole"],
+    ids=["a target", "a block", "a module saved whole", "tokens"],
 )
 def test_an_adapter_that_lacks_what_its_config_names_is_warned_of(change, named, folder):
     change(folder)
     with pytest.warns(UserWarning, match=f"adapter_config.json {named}"):
         fuse(folder)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["up_proj"]}, {"exclude_modules": ["q_proj"]}, {"exclude_modules": r".*\.q_proj"}]
+)
+def test_an_adapter_with_tensors_that_its_config_leaves_out_is_warned_of(fields, folder):
+    settings("adapter", ADAPTER_CONFIG, **fields)(folder)
+    with pytest.warns(UserWarning, match=r"has tensors for 2 modules such as \S*layers.0\S*q_proj, which adapter_"):
+        fuse(folder)
+
+
+def test_experts_of_a_base_that_has_changed_are_refused(folder):
+    """The experts alone fit every model of the same shapes."""
+    fuse(folder, experts_only=True)
+    sk.load_pretrained(folder / "out")
+    weights = min((folder / "base").glob("*.safetensors"))
+    tensors = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="base has other weights than when the experts were written"):
+        sk.load_pretrained(folder / "out")
 
 
 @pytest.mark.parametrize("patterns", [{"exclude": ["lm_haed"]}, {"include": ["*_proj", "lm_haed"]}], ids=["out", "in"])

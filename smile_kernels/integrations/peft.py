@@ -159,6 +159,7 @@ def adapter_deltas(
             raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
         deltas[located[module]] = delta
     _warn_of_missing(directory, config, deltas, base)
+    _warn_of_others(directory, config, modules)
     dora = [d for d in deltas.values() if isinstance(d.weight, LowRankDelta) and d.weight.magnitude is not None]
     if dora:
         warnings.warn(
@@ -175,6 +176,32 @@ def adapter_deltas(
             stacklevel=2,
         )
     return deltas
+
+
+def _warn_of_others(directory: Path, config: _Config, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Warn of tensors that the adapter has and its config does not name, and of tokens for which it is the reverse."""
+
+    def named(module: str, patterns: list[str] | str | None) -> bool:
+        if isinstance(patterns, str):
+            return patterns == "all-linear" or re.fullmatch(patterns, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in patterns or ())
+
+    adapted = [module for module, tensors in modules.items() if tensors.keys() & {"lora_A", "lora_embedding_A"}]
+    left_out = [module for module in adapted if config.exclude_modules and named(module, config.exclude_modules)]
+    if config.target_modules:
+        left_out += [module for module in adapted if not named(module, config.target_modules)]
+    if left_out:
+        warnings.warn(
+            f"{directory}: has tensors for {len(left_out)} modules such as {left_out[0]}, which {_CONFIG} leaves out; "
+            "they are applied, and PEFT ignores them",
+            stacklevel=4,
+        )
+    if config.trainable_token_indices and not any("trainable_tokens_delta" in t for t in modules.values()):
+        warnings.warn(
+            f"{directory}: {_CONFIG} has trainable_token_indices, but the adapter has no tensors for these tokens, "
+            "which keep the base's",
+            stacklevel=4,
+        )
 
 
 def _warn_of_missing(directory: Path, config: _Config, changed: Collection[str], base: Mapping[str, Tensor]) -> None:
