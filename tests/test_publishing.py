@@ -576,7 +576,7 @@ class FullDisk:
 def full_disk(monkeypatch):
     monkeypatch.setattr(
         "smile_kernels.publishing.open",
-        lambda *a: FullDisk(open(*a), 900),  # noqa: SIM115
+        lambda *a, **k: FullDisk(open(*a, **k), 900),  # noqa: SIM115
         raising=False,
     )
 
