@@ -82,8 +82,7 @@ def save_pretrained(
     if base is not None:
         if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
-        path = os.path.abspath(base)
-        config = replace(config, base_model_name_or_path=path, base_fingerprint=weights_fingerprint(path))
+        config = config.of_experts(base)
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
     with output_folder(target, {}, force=force) as output:

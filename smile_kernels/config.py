@@ -1,6 +1,7 @@
 """SMILE settings of a checkpoint, stored in its config.json under `quantization_config`."""
 
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from .nn import SmileLinear, is_conv1d
 from .publishing import write_text
 from .routing import RoutingPolicy
 from .schema import KNOWN_KEYS_ONLY, parse
-from .storage import NO_WEIGHTS, StoredTensor, read_json
+from .storage import NO_WEIGHTS, StoredTensor, read_json, weights_fingerprint
 
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
@@ -153,6 +154,11 @@ class SmileConfig:
             raise SmileError(f"quant_method: is {reprlib.repr(method)}; expected {QUANT_METHOD!r}")
         settings = {key: value for key, value in config.items() if key != "quant_method"}
         return parse(cls, settings, "quantization_config")
+
+    def of_experts(self, base: str | Path) -> "SmileConfig":
+        """The config of a checkpoint with only the experts, on the base in this folder."""
+        path = os.path.abspath(base)
+        return replace(self, base_model_name_or_path=path, base_fingerprint=weights_fingerprint(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`; can be stored as JSON."""

@@ -39,7 +39,6 @@ from ..storage import (
     plan_shards,
     read_json,
     read_safetensors,
-    weights_fingerprint,
     write_index,
     write_shard,
 )
@@ -518,8 +517,7 @@ def upscale_checkpoints(
         raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
     if experts_only:
-        path = os.path.abspath(base)
-        config = replace(config, base_model_name_or_path=path, base_fingerprint=weights_fingerprint(path))
+        config = config.of_experts(base)
     folders = {"base": base} | {f"experts[{i}]": folder for i, folder in enumerate(experts)}
     target = check_folder(out, inputs=folders)
     job = Job(base, experts, config, include, exclude, remaining, dtype, device, strict, embeddings_from, router)
