@@ -61,7 +61,7 @@ SETTINGS = "settings.json"
 _WRITES = "writes"
 _ANY_FILE = ("layers/*", "output/*")  # of a work folder
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file`
-_FIRST_TEMPORARY = 0x5311E0000000
+_FIRST_TEMPORARY = 0x5311E0000000  # the number in the first such name
 LONGEST_NAME = 255 - len("..0123456789ab")  # bytes of a file name that has such a temporary one
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 14  # of a larger file are hashed, so that weights of hours are checked in no time
 
