@@ -39,23 +39,29 @@ template <class R> void add_up(const Evidence& p, const R* sums, const R* below,
   for (int64_t i = 0; below && i < p.num_experts; ++i) logs[i] -= largest;
 }
 
+// The sums of sequence b in scope window, from its energies.
+template <class R> void sum_windows(const Evidence& p, int64_t b, R* shares, R* sums) {
+  const int64_t n = p.num_experts;
+  for (int64_t t = 0; t < p.tokens; ++t) to_shares(shares + t * n, n, !p.real || p.real[b * p.tokens + t]);
+  std::vector<double> sum(n);
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    const int64_t first = std::max<int64_t>(0, t - p.window), end = std::min(p.tokens, t + p.window + 1);
+    std::fill(sum.begin(), sum.end(), 0.0);
+    for (int64_t other = first; other < end; ++other)
+      for (int64_t i = 0; i < n; ++i) sum[i] += shares[other * n + i];
+    std::copy_n(sum.begin(), n, sums + t * n);
+  }
+}
+
 template <class R> void step(const Evidence& p, ParallelFor parallel_for) {
   const int64_t n = p.num_experts, rows = p.scope == Scope::sequence ? 1 : p.tokens;
-  const bool windows = p.scope == Scope::window;
   const auto each = [&](int64_t b) {
     R* shares = static_cast<R*>(p.energies) + b * p.tokens * n;
     R* sums = static_cast<R*>(p.sums) + b * p.sums_stride;
     std::vector<double> sum(n, 0.0);
-    for (int64_t t = 0; windows && t < p.tokens; ++t) to_shares(shares + t * n, n, !p.real || p.real[b * p.tokens + t]);
-    for (int64_t t = 0; windows && t < p.tokens; ++t) {
-      const int64_t first = std::max<int64_t>(0, t - p.window), end = std::min(p.tokens, t + p.window + 1);
-      std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t other = first; other < end; ++other)
-        for (int64_t i = 0; i < n; ++i) sum[i] += shares[other * n + i];
-      std::copy_n(sum.begin(), n, sums + t * n);
-    }
     if (p.before) std::copy_n(static_cast<const R*>(p.before) + b * p.before_stride, n, sum.begin());
-    for (int64_t t = 0; !windows && t < p.tokens; ++t, shares += n) {
+    if (p.scope == Scope::window) sum_windows(p, b, shares, sums);
+    for (int64_t t = 0; p.scope != Scope::window && t < p.tokens; ++t, shares += n) {
       to_shares(shares, n, !p.real || p.real[b * p.tokens + t]);
       const double factor = p.factors ? p.factors[b * p.factor_strides[0] + t * p.factor_strides[1]] : 1.0;
       for (int64_t i = 0; i < n; ++i) {
