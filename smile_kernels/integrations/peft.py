@@ -60,6 +60,7 @@ class _Config:
     rank_pattern: dict[str, _Positive] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str | None = True
@@ -444,12 +445,12 @@ def _low_rank(
             raise SmileError(
                 f"{directory}: {module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers"
             )
-    if config.use_dora != ("lora_magnitude_vector" in tensors):
-        has = "has no" if config.use_dora else "has a"
-        raise SmileError(
-            f"{directory}: {module}: {has} lora_magnitude_vector, and {_CONFIG} says use_dora {config.use_dora}; "
-            "expected both"
-        )
+    for option, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        if getattr(config, option) != (part in tensors):
+            raise SmileError(
+                f"{directory}: {module}: has {'a' if part in tensors else 'no'} {part}, and {_CONFIG} says {option} "
+                f"{getattr(config, option)}; expected both"
+            )
     scale = _scale(directory, module, a.shape[0], config, tensors["alpha"].item() if "alpha" in tensors else None)
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))

@@ -185,6 +185,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         "q_proj: has no lora_magnitude_vector, and adapter_config.json says use_dora True",
     ),
+    "an adapter of lora_bias without biases": (
+        settings("adapter", ADAPTER_CONFIG, lora_bias=True),
+        fuse,
+        r"q_proj: has no lora_B\.bias, and adapter_config\.json says lora_bias True",
+    ),
     "an adapter with biases of an unknown kind": (
         settings("adapter", ADAPTER_CONFIG, bias="some"),
         fuse,
