@@ -166,6 +166,8 @@ _FOLLOWERS = {
 
 def _capacity(cache) -> int:
     """The capacity of a cache in tokens; -1 if it grows."""
+    if not getattr(getattr(cache, "self_attention_cache", cache), "layers", True):
+        return -1  # a DynamicCache creates its layers when they run
     for name in ("get_max_length", "get_max_cache_shape"):  # the name has changed between releases
         if hasattr(cache, name):
             return getattr(cache, name)() or -1

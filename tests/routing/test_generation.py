@@ -27,13 +27,17 @@ from tests.test_all_or_nothing import llama as bare_llama
 
 
 @by_name(CAUSAL | {"layers": POLICIES["layers"]})
-@pytest.mark.parametrize("cache", ["dynamic", "static", "windowed"])
+@pytest.mark.parametrize("cache", ["dynamic", "without layers", "static", "windowed"])
 def test_prefill_and_decode_equal_one_causal_pass(policy, cache):
     model = mistral(sliding_window=5 if cache == "windowed" else None)
     set_routing(model, policy)
     ids = tokens(2, 12)
     whole = logits(model, input_ids=ids, use_cache=False)
-    kv = tf.StaticCache(model.config, max_cache_len=16) if cache != "dynamic" else tf.DynamicCache(config=model.config)
+    kv = (
+        tf.StaticCache(model.config, max_cache_len=16)
+        if cache in ("static", "windowed")
+        else tf.DynamicCache(config=None if cache == "without layers" else model.config)
+    )
     parts = [ids[:, :5], ids[:, 5:6], ids[:, 6:9], *ids[:, 9:].split(1, 1)]  # a prompt, a continuation, single tokens
     got, places = [], set()
     for part in parts:
