@@ -402,7 +402,8 @@ class ForwardPass:
                 "'causal'"
             )
         if self.tokens.cache is not None:  # a copy of the cache, which is empty, is filled and thrown away
-            again = copy.deepcopy(self.tokens.cache)
+            streams = {id(part): part for part in vars(self.tokens.cache).values() if isinstance(part, torch.Stream)}
+            again = copy.deepcopy(self.tokens.cache, streams)  # those of an offloaded cache cannot be copied
             args = tuple(again if value is self.tokens.cache else value for value in args)
             kwargs = {name: again if value is self.tokens.cache else value for name, value in kwargs.items()}
         self.voting = True

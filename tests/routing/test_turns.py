@@ -231,6 +231,17 @@ def test_generation_and_beams_with_a_prompts_choice(policy):
             assert torch.equal(batch[b : b + 1, padding:], alone)
 
 
+def test_a_prompt_votes_beside_a_cache_that_holds_a_stream():
+    """As an offloaded one does; it runs on GPUs only."""
+    model, ids, answers = llama(), tokens(2, 6), []
+    set_routing(model, PROMPTS["prompt"])
+    for stream in (None, torch.Stream()):
+        kv = tf.DynamicCache(config=model.config)
+        kv.prefetch_stream = stream
+        answers.append(logits(model, input_ids=ids, past_key_values=kv))
+    assert torch.equal(*answers)
+
+
 def test_scope_prompt_on_encoders_packed_rows_and_decoders():
     model = bert()
     set_routing(model, PROMPTS["prompt"])
