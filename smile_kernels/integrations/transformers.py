@@ -121,12 +121,11 @@ class SmileQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module):
-        # Called by save_pretrained: the policy may have changed since the model was loaded.
-        policy = replace(get_routing(model), num_experts_per_tok=None)  # which the layers have
-        self.quantization_config.num_experts_per_tok = next(iter(routed_layers(model).values())).num_experts_per_tok
-        self.quantization_config.__dict__.pop("routing", None)
-        if not policy.is_published:
-            self.quantization_config.routing = policy.to_dict()
+        # Called by save_pretrained: the layers and the policy may have changed since the model was loaded.
+        config = vars(self.quantization_config)
+        requested = {key: config[key] for key in ("rank_of_expert", "rank_of_router")}
+        config.clear()
+        config.update(vars(_described(model)) | requested)
         return super().get_state_dict_and_metadata(model)
 
     def update_attn_implementation(self, config):
@@ -309,13 +308,18 @@ def describe_as_smile(model: Any) -> None:
     if not smile_layers(model):
         return
     _keep_layers_apart(model)
-    config = SmileConfig.from_layers(smile_layers(model))
-    entries = config.modules
-    config = replace(config, routing=get_routing(model), modules={})
-    model.config.quantization_config = SmileQuantizationConfig(**config.to_dict())
-    model.config.quantization_config.modules = _as_stored(model, entries)
+    model.config.quantization_config = _described(model)
     model.hf_quantizer = SmileQuantizer(model.config.quantization_config, pre_quantized=True)
     model.is_quantized = False
+
+
+def _described(model: Any) -> SmileQuantizationConfig:
+    """The config of a model's layers, and its policy, under their names in `save_pretrained`."""
+    config = SmileConfig.from_layers(smile_layers(model))
+    policy = replace(get_routing(model), num_experts_per_tok=None)  # which the layers have
+    described = SmileQuantizationConfig(**replace(config, routing=policy, modules={}).to_dict())
+    described.modules = _as_stored(model, config.modules)
+    return described
 
 
 def _as_stored(model: Any, entries: Mapping[str, SmileModuleConfig]) -> dict[str, dict[str, Any]]:

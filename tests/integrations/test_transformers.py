@@ -178,6 +178,24 @@ def test_tensor_parallelism_of_transformers_is_refused(fused, tmp_path, monkeypa
             torch.distributed.destroy_process_group()
 
 
+def test_save_pretrained_writes_the_layers_as_they_are(fused, tmp_path):
+    """Calibrated, or replaced, since they were made."""
+    _, model = fused("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "before")
+    model = type(model).from_pretrained(tmp_path / "before")
+    sk.calibrate(model, sequences=2, length=4)
+    first, layer = next(iter(smile_layers(model).items()))
+    with torch.no_grad():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight.copy_(layer.weight)
+    model.set_submodule(first, plain)
+    sk.set_routing(model, sk.RoutingPolicy(calibrated=True))
+    model.save_pretrained(tmp_path / "after")
+    loaded = type(model).from_pretrained(tmp_path / "after")
+    assert smile_layers(loaded).keys() == smile_layers(model).keys()
+    assert torch.equal(output(loaded), output(model))
+
+
 def test_conv1d_checkpoint_keeps_its_orientation_on_disk(fused, tmp_path):
     """As written from disk to disk: the base checkpoint's tensors, [in_features, out_features], unchanged."""
     _, model = fused("GPT2LMHeadModel")
