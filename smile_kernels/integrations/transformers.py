@@ -41,7 +41,6 @@ from ..nn import (
     is_conv1d,
     replace_linear,
     replace_module,
-    routed_layers,
     smile_layers,
     why_not_linear,
 )

@@ -71,14 +71,13 @@ def check_kept(policy: RoutingPolicy, num_experts_per_tok: int) -> None:
 def _check_parts(model: nn.Module, layers: Mapping[str, int]) -> None:
     """Raise ValueError unless every layer belongs to a part in which all layers have the same number of experts."""
     parts = _parts(model, layers)
-    held = {name for part in parts.values() for name in part}
-    outside = [name for name in layers if name not in held]
-    if outside:
-        names = ", ".join(type(model.get_submodule(root)).__name__ for root in parts)
-        raise SmileError(
-            f"model: {outside[0]} belongs to none of its parts ({names}), each of which routes its own tokens; "
-            "expected SMILE layers inside the parts alone, or set_routing on one part"
-        )
+    for root, part in parts.items():
+        inner = [type(model.get_submodule(other)).__name__ for other in parts if other != root and _holds(root, other)]
+        if inner:
+            raise SmileError(
+                f"model: {part[0]} belongs to none of its parts ({', '.join(inner)}), each of which routes its own "
+                "tokens; expected SMILE layers inside the parts alone, or set_routing on one part"
+            )
     for root, part in parts.items():
         counts = {layers[name] for name in part}
         if len(counts) > 1:
@@ -180,15 +179,20 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     return found.pop() if found else RoutingPolicy()
 
 
-def attached_roots(model: nn.Module) -> list[RootRouting]:
+def attached_roots(model: nn.Module, by_rows: bool) -> list[RootRouting]:
     """The routing of each part of `model`; created with the layers' present routing if there is none.
 
+    Args:
+        model: the model.
+        by_rows: whether the layers need the rows of the batch.
+
     Raises:
-        ValueError: layers outside the parts, or a layer whose policy stands on another part or is none of
-            `set_routing`'s. Nothing is changed then.
+        ValueError: layers outside the parts, with `by_rows`; or a layer whose policy stands on another part or is none
+            of `set_routing`'s. Nothing is changed then.
     """
     layers = routed_layers(model)
-    _check_parts(model, {name: layer.num_local_experts for name, layer in layers.items()})
+    if by_rows:
+        _check_parts(model, {name: layer.num_local_experts for name, layer in layers.items()})
     parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
     for root, members in parts.items():
         same = _routing_of(model, root, members)
@@ -305,17 +309,21 @@ def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
 
 
 def _parts(model: nn.Module, names: Mapping[str, object], within: str = "") -> dict[str, list[str]]:
-    """The innermost modules with one set of tokens that contain the layers `names`: name -> names of its layers."""
+    """The innermost modules with one set of tokens that contain the layers `names`: name -> names of its layers.
+
+    A module with several such parts and layers outside of them is among these, for the layers outside.
+    """
     inside = [name for name in names if _holds(within, name)]
     parts: list[str] = []
     for name, module in model.get_submodule(within).named_modules(prefix=within):
         nested = any(_holds(part, name) for part in parts)
         if name != within and not nested and _is_transformers_model(module) and any(_holds(name, n) for n in names):
             parts.append(name)
-    outside = any(not any(_holds(part, name) for part in parts) for name in inside)
+    outside = [name for name in inside if not any(_holds(part, name) for part in parts)]
     if not parts or (outside and len(parts) == 1):
         return {within: inside}
-    return {root: held for part in parts for root, held in _parts(model, names, part).items()}
+    found = {root: held for part in parts for root, held in _parts(model, names, part).items()}
+    return found | {within: outside} if outside else found
 
 
 def _holds(module: str, name: str) -> bool:

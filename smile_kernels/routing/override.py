@@ -84,7 +84,7 @@ class _Override(ContextDecorator, AbstractContextManager[None]):
 @contextmanager
 def _opened(model: nn.Module, layers: Iterable[RoutedExperts], override: "Override | None") -> Iterator[None]:
     with _attaching:
-        roots = attached_roots(model)
+        roots = attached_roots(model, override is not None and override.rows is not None)
         for root in roots:
             root.overriding += 1
     mine = [override]

@@ -59,7 +59,8 @@ class RoutingPolicy:
         scope: the tokens with scores that are pooled for a token: "token" itself; "sequence" its whole sequence (in
             generation, the prompt determines the choice for all following tokens); "causal" the tokens up to it;
             "prompt" the whole prompt, in a first pass of the base model; "window" the tokens near it, before and after,
-            which needs all of them in one pass, without a KV cache.
+            which needs all of them in one pass, without a KV cache. With "sequence" and "window", a layer may have one
+            row for a sequence, as a pooler does; with "window", the mean evidence of the tokens counts there.
         accumulate: add the evidence of previous layers; always so with scope "prompt".
         lock_after: reuse the choice of the model's first `lock_after` blocks in all later ones, which compute
             no scores. None: every layer chooses. With scope "prompt": the number of blocks of the first pass;

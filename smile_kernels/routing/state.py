@@ -57,8 +57,10 @@ class LayerPolicy:
             if root.began_before():
                 return _route_alone(layer, x, self.before)
             recomputed = bool(root.live) and _backward_pass() != -1
-            if root.policy.is_alone and root.override is None and not recomputed:
-                return _route_alone(layer, x, layer.num_experts_per_tok, root.policy.top_p)
+            override = root.override
+            if root.policy.is_alone and not recomputed and (override is None or override.rows is None):
+                own = _route_alone(layer, x, layer.num_experts_per_tok, root.policy.top_p)
+                return own if override is None else override.routing(layer, x, own, None)
         at = state or root.passed()
         if at.policy.is_alone and at.override is None:
             return at.route_alone(layer, x)
@@ -336,12 +338,38 @@ class ForwardPass:
                 raise _HasVoted
             off = x.new_zeros((*x.shape[:-1], 0), dtype=torch.float32)
             return off, off.int()
-        if scores and not self.held and policy.scope != "prompt":  # whose choice is made
-            with torch.no_grad():
+        with torch.no_grad():
+            single = self._is_single(x)
+            if single:
+                choice = self._choose_for_sequence(layer, x, scores)
+            elif scores and not self.held and policy.scope != "prompt":  # whose choice is made
                 self._remember(key, self._score(key, layer, x))
-        self.choices[index] = choice = self._earlier_choice(key)
+        if not single:
+            choice = self._earlier_choice(key)
+        self.choices[index] = choice
         self.devices.add(x.device)
         return self._spread(choice, x)
+
+    def _is_single(self, x: Tensor) -> bool:
+        """Whether x has one row for all the tokens of a sequence, as a pooler's, in scope "window"."""
+        return self.policy.scope == "window" and self.tokens.length != 1 == self.tokens.shape(x)[1]
+
+    def _choose_for_sequence(self, layer: RoutedExperts, x: Tensor, scores: bool) -> Routing:
+        """The choice [B, 1, m] of such a layer: by the mean evidence of the tokens, and its own if it scores.
+
+        Other layers do not see it.
+        """
+        policy = self.policy
+        m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()
+        logs = None if self.evidence is None else self.tokens.mean(self.evidence)
+        if scores:
+            router = layer.vh if layer.router is None else layer.router
+            energies = router_energies(x.detach().to(router.dtype), router[:, : layer.rank_of_router])
+            shares = energy_shares(energies).view(-1, 1, layer.num_local_experts)
+            own = log_evidence(shares, policy.accumulate, layer.router_prior if policy.calibrated else None)
+            logs = own if logs is None or not policy.accumulate else logs.to(own.device) + own
+        assert logs is not None
+        return select_experts(logs, m, policy.top_p)
 
     def _scores(self, key: Key) -> bool:
         """Whether a layer is in a block before the lock."""
@@ -350,6 +378,8 @@ class ForwardPass:
 
     def serve(self, index: int, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
         """The output of layer `index`, which is then not called for its choice; None: not supported."""
+        if self._is_single(x):
+            return None
         key = index, self.calls.get(index, 0)
         if not self.held and self._scores(key):
             y = self._serve_step(key, layer, x, tensors)

@@ -196,7 +196,7 @@ class Tokens:
         if batch == 0:
             return 0, self.length if self.length is not None else leading[1] if len(leading) > 1 else 1
         length = leading.numel() // batch
-        single = self.policy.scope == "sequence" and self.starts is None and length == 1
+        single = self.policy.scope in ("sequence", "window") and self.starts is None and length == 1
         first = leading[0] if leading else 1
         if first != batch or (self.length is not None and self.length != length and not single):
             tokens = "tokens" if self.length is None else f"{self.length} tokens"
@@ -208,6 +208,13 @@ class Tokens:
                 f"{batch} sequences of {tokens} is running; expected [{batch}, {self.length or 'S'}, D]. {advice}"
             )
         return batch, length
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values [B, S, N] over the tokens of each sequence that are not padding, [B, 1, N]."""
+        if self.real is None:
+            return values.mean(1, keepdim=True)
+        real = self.real[..., None].to(values.device)
+        return torch.where(real, values, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
 
     def real_of(self, x: Tensor) -> Tensor | None:
         """Which rows of x are not padding, [B, S] bool; None: all. One row for a whole sequence is never padding."""

@@ -283,6 +283,31 @@ def test_text_encoders_are_recommended_a_window():
     assert RoutingPolicy.recommended(nn.Linear(2, 2)) == RoutingPolicy()
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "MaskedLM"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "Albert"])
+def test_the_policy_recommended_for_a_text_encoder_serves_all_its_heads(kind, task):
+    """Also poolers and classifiers, which have one row for a sequence."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    if kind == "DistilBert":
+        sizes = {"dim": 16, "n_heads": 2, "n_layers": 2, "hidden_dim": 24}
+    model = getattr(tf, f"{kind}For{task}")(
+        getattr(tf, f"{kind}Config")(**sizes, vocab_size=50, num_labels=5, pad_token_id=0)
+    )
+    model = smile(model, skip=())
+    ids, mask = tokens(3, 6), torch.ones(3, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    published = model(input_ids=ids, attention_mask=mask)[0]
+    set_routing(model, RoutingPolicy.recommended(model))
+    with torch.no_grad():
+        fast = model(input_ids=ids, attention_mask=mask)[0]
+    output = model(input_ids=ids, attention_mask=mask)[0]
+    torch.testing.assert_close(fast, output, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(output, published)
+    output.sum().backward()
+    alone = model(input_ids=ids[1:2, :4])[0]
+    torch.testing.assert_close(alone, output[1:2, :4] if output.shape[:2] == ids.shape else output[1:2])
+
+
 @pytest.mark.parametrize(("blocks", "voting"), [(1, 1), (4, 1), (6, 2)])
 def test_a_quarter_of_the_blocks_votes_where_a_language_model_is_calibrated(blocks, voting):
     model = llama(num_hidden_layers=blocks)

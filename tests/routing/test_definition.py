@@ -1,5 +1,7 @@
 """Routing policies compared with their definition, with batches, padding, packed sequences and parts of models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as tf
@@ -11,6 +13,7 @@ from tests.routing.definition import (
     CAUSAL,
     POLICIES,
     SEQUENCE,
+    SIZES,
     Calls,
     G,
     N,
@@ -40,6 +43,36 @@ def test_follows_the_definition(build, policy, side):
     with Calls(model) as calls:
         logits(model, input_ids=ids, attention_mask=mask)
     assert_follows(calls, mask.bool().tolist(), policy)
+
+
+@by_name({name: policy for name, policy in POLICIES.items() if policy.scope == "window"})
+def test_layers_with_one_row_a_sequence_follow_the_mean_evidence_of_its_tokens(policy):
+    """A pooler: in windows of tokens, layers after it do not see its evidence."""
+    config = tf.BertConfig(**SIZES | {"num_hidden_layers": 3}, intermediate_size=24, max_position_embeddings=64)
+    model = smile(tf.BertForPreTraining(config), skip=("decoder", "seq_relationship"), layers_per_block=6)
+    set_routing(model, policy)
+    ids, mask = tokens(9, 7), torch.ones(9, 7, dtype=torch.int64)
+    mask[1, 4:], mask[2, :3] = 0, 0
+    for training in (False, True):
+        with Calls(model) as calls, torch.set_grad_enabled(training):
+            model(input_ids=ids, attention_mask=mask)
+        single = [call for call in calls if call[1].dim() == 2]
+        others = [call for call in calls if call[1].dim() == 3]
+        assert (len(single), len(others)) == (1, 19)
+        assert_follows(others, mask.bool().tolist(), policy)
+        weights, order = definition(others[:18], mask.bool().tolist(), replace(policy, num_experts_per_tok=N))[-1]
+        evidence = torch.zeros(9, 7, N).scatter(2, order, weights.log())
+        mean = torch.stack([evidence[b, mask[b].bool()].mean(0) for b in range(9)])
+        chosen = set()
+        for layer, x, y in single:
+            energies = torch.einsum("bd,igd->big", x, layer.vh[:, :G].detach()).square().sum(-1)
+            own = (energies / energies.sum(-1, keepdim=True)).log()
+            logs = mean if policy.lock_after else own + mean * policy.accumulate
+            top = logs.topk(policy.num_experts_per_tok or 1)
+            routing = top.values.softmax(-1), top.indices.int()
+            torch.testing.assert_close(y, layer(x, routing=routing), rtol=1e-4, atol=1e-5)
+            chosen |= set(routing[1].unique().tolist())
+        assert len(chosen) > 1, "one expert alone shows nothing"
 
 
 @by_name(POLICIES)

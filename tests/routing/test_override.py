@@ -5,13 +5,28 @@ import threading
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from smile_kernels import SmileLinear, calibrate, routing_override
+from smile_kernels.functional import keep_top_p, route
 from smile_kernels.integrations.quantization import split_base
 from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
-from tests.routing.definition import POLICIES, N, albert, bert, by_name, llama, logits, mistral, t5, tokens
+from tests.routing.definition import (
+    POLICIES,
+    Calls,
+    N,
+    albert,
+    bert,
+    by_name,
+    llama,
+    logits,
+    mistral,
+    smile,
+    t5,
+    tokens,
+)
 
 NAMES = ("math", "code", "chat", "law")
 EVERY = {"published": RoutingPolicy(), "prompt": RoutingPolicy("prompt"), **POLICIES}
@@ -306,7 +321,7 @@ def test_models_and_batches_that_do_not_fit_are_named():
     ):
         model(input_ids=tokens(2, 4))
     with (
-        routing_override(model, 1),
+        routing_override(model, [1, None]),
         pytest.raises(RuntimeError, match=r"outside of a forward pass .* whose override needs"),
     ):
         model.model.layers[0].mlp(torch.randn(2, 16))
@@ -319,3 +334,39 @@ def test_models_and_batches_that_do_not_fit_are_named():
     model.model.layers[0].mlp.up_proj = SmileLinear(16, 24, 3, 3, 2)
     with pytest.raises(ValueError, match="model: its layers have different experts"):
         routing_override(model, 1)
+
+
+def test_layers_outside_the_parts_of_a_model():
+    """The head of T5, the projections of CLIP: one expert for all rows needs no tokens."""
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.CLIPConfig(
+        text_config={**tower, "vocab_size": 50, "projection_dim": 8},
+        vision_config={**tower, "image_size": 8, "patch_size": 4, "projection_dim": 8},
+        projection_dim=8,
+    )
+    clip, encoder_decoder = smile(tf.CLIPModel(config), skip=()), t5()
+    encoder_decoder.lm_head = smile(nn.Sequential(nn.Linear(16, 50)))[0]
+    inputs = {"input_ids": tokens(2, 5)}
+    cases = (
+        (clip, {**inputs, "pixel_values": torch.randn(2, 3, 8, 8)}, "logits_per_image"),
+        (encoder_decoder, {**inputs, "decoder_input_ids": tokens(2, 4)}, "logits"),
+    )
+    for model, arguments, output in cases:
+        names = [name for name in smile_layers(model) if name.endswith(("projection", "lm_head"))]
+        assert names
+        with torch.no_grad(), routing_override(model, 2):
+            close(model(**arguments)[output], dense(model, {2: 1.0})(**arguments)[output])
+        with pytest.raises(ValueError, match=r"^model: \S+ belongs to none of its parts"):
+            routing_override(model, [2, None]).__enter__()
+        assert all(layer.router_policy is None for layer in smile_layers(model).values())
+        set_routing(model, RoutingPolicy(num_experts_per_tok=3, top_p=0.5))
+        with watch_routing(model), Calls(model) as calls, torch.no_grad():
+            model(**arguments)
+        for layer, x, y in calls:
+            rows = route(x, layer.vh, num_experts_per_tok=3, rank_of_router=layer.rank_of_router)
+            close(y, layer(x, routing=keep_top_p(*rows, 0.5)))
+    with torch.no_grad(), routing_override(clip, 1):  # a projection that is called without the model
+        text = clip.get_text_features(**inputs)
+        text = text if isinstance(text, torch.Tensor) else text.pooler_output
+        want = dense(clip, {1: 1.0}).get_text_features(**inputs)
+        close(text, want if isinstance(want, torch.Tensor) else want.pooler_output)
