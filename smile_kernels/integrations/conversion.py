@@ -131,6 +131,12 @@ class ModelNames:
         modules = self.model.named_modules()
         without = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList) and not len(module))
         for name, tensor in tensors.items():
+            stem, _, part = name.rpartition(".")
+            if part == "bias" and name not in self.state and f"{stem}.weight" in self.state:
+                raise SmileError(
+                    f"{tensor.file}: has a tensor {name!r}, and that layer of {type(self.model).__name__} has no bias; "
+                    f"expected the parameters of the model that {Path(folder) / 'config.json'} describes"
+                )
             if name in self.state and tuple(tensor.shape) != tuple(self.state[name].shape):
                 raise SmileError(
                     f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}; expected "

@@ -22,6 +22,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from ..errors import SmileError
+from ..nn import is_conv1d
 from ..schema import check_arguments, parse
 from ..storage import read_json, read_pickled, read_safetensors
 from ..svd import without_autocast
@@ -56,6 +57,7 @@ class _Config:
     modules_to_save: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     alpha_pattern: dict[str, _Positive] | None = None
     rank_pattern: dict[str, _Positive] | None = None
     use_rslora: bool = False
@@ -159,7 +161,7 @@ def adapter_deltas(
         if located[module] in deltas:
             raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
         deltas[located[module]] = delta
-    _warn_of_missing(directory, config, deltas, base)
+    _warn_of_missing(directory, config, deltas, base, names.model)
     _warn_of_others(directory, config, modules)
     dora = [d for d in deltas.values() if isinstance(d.weight, LowRankDelta) and d.weight.magnitude is not None]
     if dora:
@@ -182,15 +184,17 @@ def adapter_deltas(
 def _warn_of_others(directory: Path, config: _Config, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Warn of tensors that the adapter has and its config does not name, and of tokens for which it is the reverse."""
 
-    def named(module: str, patterns: list[str] | str | None) -> bool:
+    def named(setting: str, module: str) -> bool:
+        patterns = getattr(config, setting)
         if isinstance(patterns, str):
-            return patterns == "all-linear" or re.fullmatch(patterns, module) is not None
+            return patterns == "all-linear" or _match(directory, setting, patterns, module) is not None
         return any(module == name or module.endswith(f".{name}") for name in patterns or ())
 
     adapted = [module for module, tensors in modules.items() if tensors.keys() & {"lora_A", "lora_embedding_A"}]
-    left_out = [module for module in adapted if config.exclude_modules and named(module, config.exclude_modules)]
+    left_out = [module for module in adapted if named("exclude_modules", module)]
     if config.target_modules:
-        left_out += [module for module in adapted if not named(module, config.target_modules)]
+        left_out += [module for module in adapted if not named("target_modules", module)]
+    left_out += [module for module in adapted if not _in_layers(directory, module, config)]
     if left_out:
         warnings.warn(
             f"{directory}: has tensors for {len(left_out)} modules such as {left_out[0]}, which {_CONFIG} leaves out; "
@@ -205,10 +209,28 @@ def _warn_of_others(directory: Path, config: _Config, modules: Mapping[str, Mapp
         )
 
 
-def _warn_of_missing(directory: Path, config: _Config, changed: Collection[str], base: Mapping[str, Tensor]) -> None:
+def _in_layers(directory: Path, module: str, config: _Config) -> bool:
+    """Whether `layers_to_transform` keeps a module: the first number after `layers_pattern` counts, as in PEFT."""
+    layers, patterns = config.layers_to_transform, config.layers_pattern
+    if layers in (None, []) or isinstance(config.target_modules, str) or module in (config.target_modules or ()):
+        return True
+    places = [rf"(?:.*?\.)?{p}" for p in ([patterns] if isinstance(patterns, str) else patterns or ())]
+    for place in places or [r".*?\.[^.]*"]:
+        found = _match(directory, "layers_pattern", place, module, rf"{place}\.(?P<number>\d+)\..*")
+        if found:
+            return int(found["number"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _warn_of_missing(
+    directory: Path, config: _Config, changed: Collection[str], base: Mapping[str, Tensor], model: nn.Module | None
+) -> None:
     """Warn where an adapter has no tensors for modules of the base that its config names."""
     modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
     targets = config.target_modules if isinstance(config.target_modules, list) else []
+    if config.target_modules == "all-linear" and model is not None:  # in blocks: a head is not one of them
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
+        targets = sorted({name.rpartition(".")[2] for name in linear if re.search(r"\.\d+\.", name)})
     if config.exclude_modules or config.layers_to_transform is not None:
         targets = []  # which leave some out
     kinds = {re.sub(r"\d+", "#", name) for name in changed}
@@ -341,6 +363,11 @@ def _module_delta(
             whole[name] = tensor
         elif name == "bias":
             change = wide(tensor) - wide(before)
+            if config.bias == "none" and "lora_A" in tensors and change.any():
+                raise SmileError(
+                    f"{directory}: {module}: has a bias other than the base's, and {_CONFIG} says bias 'none'; "
+                    "expected both"
+                )
             bias = change if bias is None else bias + change
         elif weight is None:
             weight = wide(tensor) - wide(before)
@@ -373,10 +400,12 @@ def _config(directory: Path) -> _Config:
     for key, value in config.items():
         if value and _is_variant(key):
             raise SmileError(f"{key}: is set in {directory}; expected a plain LoRA adapter")
-    for name, patterns in (("alpha_pattern", parsed.alpha_pattern), ("rank_pattern", parsed.rank_pattern)):
-        for pattern in patterns or ():
+    for name in ("alpha_pattern", "rank_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        patterns = getattr(parsed, name)
+        listed = isinstance(patterns, list) and name != "layers_pattern"  # names of modules
+        for pattern in [patterns] if isinstance(patterns, str) else () if listed else patterns or ():
             try:
-                regex.compile(_whole(pattern))
+                regex.compile(_inside(pattern) if isinstance(patterns, dict) else pattern)
             except regex.error as error:
                 raise SmileError(
                     f"{directory / _CONFIG}: {name}: {pattern!r} is not a regular expression ({error})"
@@ -389,22 +418,25 @@ def _is_variant(key: str) -> bool:
     return key in _NOT_LORA or (re.fullmatch("use_.*|.*_config", key) is not None and key not in _STILL_LORA)
 
 
-def _whole(pattern: str) -> str:
-    """The regular expression into which PEFT converts a pattern."""
+def _inside(pattern: str) -> str:
+    """The regular expression into which PEFT converts a pattern of ranks and alphas."""
     return rf"(.*\.)?({pattern})$"
 
 
 def _set_for(directory: Path, name: str, patterns: Mapping[str, float] | None, module: str) -> float | None:
-    """The value of the first pattern of alpha_pattern or rank_pattern that matches a module."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if regex.match(_whole(pattern), module, timeout=1.0):
-                return value
-        except TimeoutError:
-            raise SmileError(
-                f"{directory}: {name}: {pattern!r} takes more than a second on {module!r}; expected less"
-            ) from None
-    return None
+    """The value of the first pattern of alpha_pattern or rank_pattern that matches a module, as in PEFT."""
+    found = (v for p, v in (patterns or {}).items() if _match(directory, name, p, module, _inside(p)))
+    return next(found, None)
+
+
+def _match(directory: Path, name: str, pattern: str, module: str, whole: str | None = None) -> regex.Match | None:
+    """The match of a module with a setting's pattern, as the regular expression `whole` where one is given."""
+    try:
+        return regex.fullmatch(whole or pattern, module, timeout=1.0)
+    except TimeoutError:
+        raise SmileError(
+            f"{directory}: {name}: {pattern!r} takes more than a second on {module!r}; expected less"
+        ) from None
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
@@ -463,7 +495,8 @@ def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weigh
     if isinstance(indices, dict):
         indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)
     indices = indices if isinstance(indices, list) else []
-    if rows.shape != (len(set(indices)), *weight.shape[1:]) or max(indices, default=0) >= len(weight):
+    differ = len(set(indices)) == len(indices) == len(rows)
+    if not differ or rows.shape[1:] != weight.shape[1:] or max(indices, default=0) >= len(weight):
         raise SmileError(
             f"trainable_token_indices: does not fit {module} in {directory}; expected {len(rows)} of {len(weight)} rows"
         )

@@ -121,7 +121,7 @@ class SmileQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module):
         # Called by save_pretrained: the layers and the policy may have changed since the model was loaded.
-        config = vars(self.quantization_config)
+        config: dict[str, Any] = self.quantization_config.__dict__
         requested = {key: config[key] for key in ("rank_of_expert", "rank_of_router")}
         config.clear()
         config.update(vars(_described(model)) | requested)

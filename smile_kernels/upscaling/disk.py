@@ -30,6 +30,7 @@ from ..checkpoint import REPORT, add_calibration, model_card, transformers_class
 from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
 from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
+from ..integrations.peft import is_adapter
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
 from ..routing import RoutingPolicy, check_calibration
 from ..schema import check_arguments, parse
@@ -117,6 +118,11 @@ class Job:
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))
             if theirs and ours and theirs != ours:
                 raise SmileError(f"experts[{i}]: {folder} is a {theirs}; expected a {ours} as the base")
+        if is_adapter(base):
+            raise SmileError(
+                f"base: {base} has adapter_config.json, an adapter that transformers would add to the weights; "
+                "expected a model alone, and the adapter in a folder of its own"
+            )
         quantization = quantization_of(self.base)
         self.config = replace(config, base=quantization)
         if quantization is not None:

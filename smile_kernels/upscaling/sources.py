@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import read_config
+from ..config import FACTORS, read_config
 from ..errors import SmileError, check_integer, reason
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
 from ..publishing import is_utf8
 from ..routing import RoutingPolicy, check_kept
 from ..storage import StoredTensor, read_tensors
-from .layers import Layer
+from .layers import Layer, model_of_checkpoint
 
 LowRank = tuple[Tensor, Tensor, float]  # b [O, q], a [q, D], scale: W + scale * b @ a
 
@@ -164,6 +164,8 @@ class CheckpointSource(WholeSource):
 
     def __init__(self, where: str, folder: str | Path, names: ModelNames):
         self.stored = read_plain(where, folder)
+        own = ModelNames(model_of_checkpoint(Path(folder)))
+        own.check_complete(f"{where}: {folder}", own.map(self.stored)[0])
         self.by_name, _ = names.map(self.stored)
         if read_config(folder).get("tie_word_embeddings") and names.model is not None:
             _fill_in_head(self.by_name, names.model)
@@ -292,11 +294,12 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise SmileError(f"{where}: {folder} is stored as {method!r}; expected a checkpoint of plain weights")
     stored = read_tensors(folder)
-    if fused := next((n for n in stored if n.endswith(".vh") and f"{n[:-3]}.u" in stored), None):
-        raise SmileError(
-            f"{where}: {folder} contains experts of {fused[:-3]!r}, as a SMILE model does; "
-            "expected a checkpoint of plain weights"
-        )
+    for name in stored:
+        stem, _, part = name.rpartition(".")
+        if part in FACTORS and (f"{stem}.weight" in stored or f"{stem}.u" in stored):
+            raise SmileError(
+                f"{where}: {folder} contains {name!r}, as a SMILE model does; expected a checkpoint of plain weights"
+            )
     names = without_wrappers(f"{where}: {folder}", stored)
     return {plain: replace(stored[name], name=plain) for name, plain in names.items()}
 

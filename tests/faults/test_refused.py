@@ -185,6 +185,54 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         "q_proj: has no lora_magnitude_vector, and adapter_config.json says use_dora True",
     ),
+    "an adapter of a bias that it should not have": (
+        adapter(lambda t: t | {f"{Q_PROJ}.bias": torch.ones(16)}),
+        fuse,
+        r"q_proj: has a bias other than the base's, and adapter_config\.json says bias 'none'",
+    ),
+    "an adapter of targets that are no pattern": (
+        settings("adapter", ADAPTER_CONFIG, target_modules="*q_proj"),
+        fuse,
+        r"target_modules: '\*q_proj' is not a regular expression",
+    ),
+    "an adapter of exclusions that take for ever": (
+        settings("adapter", ADAPTER_CONFIG, exclude_modules=r"(?:.|..|...)+(?<=\d)"),
+        fuse,
+        r"exclude_modules: .* takes more than a second",
+    ),
+    "an adapter of one token twice": (
+        both(
+            settings("adapter", ADAPTER_CONFIG, trainable_token_indices=[3, 3, 5]),
+            adapter(lambda t: t | {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 16)}),
+        ),
+        fuse,
+        "trainable_token_indices: does not fit",
+    ),
+    "a bias that an expert's layers do not have": (
+        tensors("expert/model.safetensors", lambda t: t | {"model.layers.0.self_attn.o_proj.bias": torch.ones(16)}),
+        fuse,
+        r"expert/model\.safetensors: has a tensor 'model\.layers\.0\.self_attn\.o_proj\.bias', and that layer of ",
+    ),
+    "an expert without its norm": (
+        tensors("expert/model.safetensors", lambda t: {name: t[name] for name in t if name != "model.norm.weight"}),
+        fuse,
+        r"experts\[\d\]: \S+expert: tensor 'model\.norm\.weight' is missing",
+    ),
+    "an expert of another vocabulary": (
+        settings("expert", vocab_size=77),
+        fuse,
+        r"expert/model\.safetensors: tensor \S+ has shape .*; expected \[77, ",
+    ),
+    "a checkpoint with a tensor of experts": (
+        tensors("expert/model.safetensors", lambda t: t | {"model.layers.0.self_attn.q_proj.s": torch.ones(2, 4)}),
+        fuse,
+        r"experts\[0\]: \S+ contains 'model\.layers\.0\.self_attn\.q_proj\.s', as a SMILE model does",
+    ),
+    "a base with an adapter in its folder": (
+        lambda folder: shutil.copy(folder / "adapter" / ADAPTER_CONFIG, folder / "base"),
+        fuse,
+        r"base: \S+ has adapter_config\.json, an adapter that transformers would add",
+    ),
     "an adapter of lora_bias without biases": (
         settings("adapter", ADAPTER_CONFIG, lora_bias=True),
         fuse,
@@ -219,7 +267,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         r"experts\[1\]: the change of .* is inf; expected what float32 holds",
     ),
     "an adapter with a bias of another length": (
-        adapter(lambda t: t | {f"{Q_PROJ}.bias": torch.ones(3)}),
+        both(settings("adapter", ADAPTER_CONFIG, bias="all"), adapter(lambda t: t | {f"{Q_PROJ}.bias": torch.ones(3)})),
         fuse,
         r"experts\[1\]: the change of .*q_proj\.bias has shape \[3\]; expected the base's, \[16\]",
     ),
