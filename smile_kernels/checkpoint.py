@@ -82,6 +82,8 @@ def save_pretrained(
     if base is not None:
         if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
+        if os.path.exists(base) and not os.path.isdir(base):
+            raise SmileError(f"base: {base} is not a folder; expected the base checkpoint")
         config = config.of_experts(base)
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
@@ -231,7 +233,7 @@ def calibrate_checkpoint(
                 if file.is_file() and file.name != MANIFEST:
                     target = output.output / file.relative_to(source)
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(file, target)
+                    shutil.copyfile(file, target)
             report = add_calibration(output.output, routing, seed, source, **from_pretrained)
         except BaseException:
             output.discard()
@@ -509,6 +511,8 @@ def _check_tensors(
     for name, tensor in tensors.items():
         if name not in expected:
             raise SmileError(f"checkpoint: tensor {name!r} is unexpected for {type(model).__name__}")
+        if name.startswith(places) and not tensor.is_floating_point():
+            raise SmileError(f"checkpoint: tensor {name!r} is {tensor.dtype}; expected floating point")
         if tensor.shape != expected[name].shape:
             raise SmileError(
                 f"checkpoint: tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}"

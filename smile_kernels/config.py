@@ -15,7 +15,7 @@ from torch import nn
 from .errors import SmileError, check_integer
 from .nn import SmileLinear, is_conv1d
 from .publishing import write_text
-from .routing import RoutingPolicy
+from .routing import RoutingPolicy, check_kept
 from .schema import KNOWN_KEYS_ONLY, parse
 from .storage import NO_WEIGHTS, StoredTensor, read_json, weights_fingerprint
 
@@ -142,6 +142,7 @@ class SmileConfig:
                 f"num_experts_per_tok: is {self.num_experts_per_tok}; expected 1 to {self.num_local_experts}, "
                 "the number of experts"
             )
+        check_kept(self.routing, self.num_experts_per_tok)
         check_integer("rank_of_router", self.rank_of_router, 1)
         check_rank_of_expert(self.rank_of_expert)
         object.__setattr__(self, "expert_names", check_expert_names(self.expert_names, self.num_local_experts))

@@ -56,6 +56,9 @@ def user_errors() -> Iterator[None]:
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             say(f"error: out of memory: {' '.join(str(error).split())}")
             raise typer.Exit(1) from None
+        if str(error) == "can't start new thread":
+            say("error: no further thread can be started; expected a higher limit of the user's or container's threads")
+            raise typer.Exit(1) from None
         if re.match(r"backend: '\w+' cannot run here", str(error)):
             say(f"error: {' '.join(str(error).split())}; expected another SMILE_KERNELS_BACKEND, or none")
             raise typer.Exit(1) from None

@@ -152,13 +152,17 @@ def _open_temporary(file: Path) -> IO[bytes]:
     """
 
     def take(path: str, _: int) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        is_new = not os.path.lexists(path)
+        descriptor = os.open(path, flags | os.O_CREAT | (os.O_EXCL if is_new else 0), 0o666)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _lock(descriptor, Path(path)):
                 raise FileExistsError
             os.ftruncate(descriptor, 0)
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if is_new and not isinstance(error, (BlockingIOError, FileExistsError)):  # else another process has it
+                os.unlink(path)
             raise
         return descriptor
 
@@ -586,16 +590,17 @@ def fingerprint(file: Path) -> str | None:
 
 
 def _remove_old(folder: Path) -> None:
-    """Delete a replaced folder, its manifest last; if it has other files now, keep it with a warning."""
+    """Delete a replaced folder, its manifest last; keep it, with a warning, if that may not be done."""
     if foreign := _foreign_files(folder):
-        kept = folder.with_name(folder.name.lstrip("."))
-        os.rename(folder, kept)
-        warnings.warn(
-            f"{kept}: the replaced folder is kept: it contains {foreign[0]}, which smile-kernels did not write",
-            stacklevel=2,
-        )
-        return
-    _remove(folder, last=MANIFEST)
+        why = f"it contains {foreign[0]}, which smile-kernels did not write"
+    else:
+        try:
+            return _remove(folder, last=MANIFEST)
+        except PermissionError as error:
+            why = f"{Path(error.filename or folder).name} may not be deleted"
+    kept = folder.with_name(folder.name.lstrip("."))
+    os.rename(folder, kept)
+    warnings.warn(f"{kept}: the replaced folder is kept: {why}", stacklevel=2)
 
 
 def _remove(folder: Path, last: str) -> None:

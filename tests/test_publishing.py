@@ -1,6 +1,7 @@
 """Output folders: complete or absent after an interruption at any file operation; other files are never deleted."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -535,6 +536,39 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
     with pytest.raises(OSError, match=rf"cannot be the lock of \S+out \({os.strerror(code)}\): '\S+out.lock'"):
         write_output(tmp_path / "out", SETTINGS)
     assert os.listdir("/proc/self/fd") == descriptors
+
+
+@pytest.mark.parametrize("operation", ["fcntl.flock", "os.ftruncate"])
+def test_an_operation_that_fails_once_leaves_no_temporary_file(tmp_path, monkeypatch, operation):
+    module, name = operation.split(".")
+    whole, failed = getattr(importlib.import_module(module), name), []
+
+    def fails_once(*arguments: object) -> object:
+        if not failed:
+            failed.append(arguments)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(*arguments)
+
+    monkeypatch.setattr(operation, fails_once)
+    write_text(tmp_path / "report.json", "{}")
+    assert failed
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_replaced_folder_that_may_not_be_deleted_is_kept_by_name(tmp_path, monkeypatch):
+    write_output(tmp_path / "out", SETTINGS)
+    unlink = Path.unlink
+
+    def refused(path: Path, **options: bool) -> None:
+        if ".old-" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    for count in (1, 2):
+        with pytest.warns(UserWarning, match=r"out\.old-\w+: the replaced folder is kept: \w+ may not be deleted"):
+            write_output(tmp_path / "out", SETTINGS | {"changed": count}, force=True)
+        assert sorted(file.name[:8] for file in tmp_path.iterdir()) == ["out", *["out.old-"] * count]
 
 
 def test_a_link_is_followed_to_its_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Experts selected by the caller instead of the routing policy: for all tokens, or for each row of a batch."""
 
+import inspect
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
@@ -71,6 +72,14 @@ class _Override(ContextDecorator, AbstractContextManager[None]):
 
     def __init__(self, *arguments: Any):
         self.arguments, self.thread = arguments, threading.local()
+
+    def __call__(self, func: Any) -> Any:
+        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+            raise SmileError(
+                f"routing_override: decorates {func.__name__}, whose body runs after the call; expected a with "
+                "statement inside it, or another kind of function"
+            )
+        return super().__call__(func)
 
     def __enter__(self) -> None:
         opened = _opened(*self.arguments)

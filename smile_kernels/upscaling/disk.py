@@ -113,6 +113,8 @@ class Job:
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
         base_config = read_config(base)
         for i, folder in enumerate(experts):
+            if (first := self.experts.index(Path(folder))) != i:
+                warnings.warn(f"experts[{i}]: {folder} is experts[{first}], too: two experts are equal", stacklevel=2)
             if not base_config and read_config(folder):
                 raise SmileError(f"base: {base} has no config.json, and experts[{i}] has; expected the base's")
             theirs, ours = (config.get("model_type") for config in (read_config(folder), base_config))

@@ -198,9 +198,14 @@ def select_layers(
     chosen = {
         name: layer
         for name, layer in layers.items()
-        if (not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
+        if (include is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude or ())
     }
+    if not layers:
+        raise SmileError(
+            "base: has no linear layer that can have experts; expected an nn.Linear, or transformers' Conv1D, whose "
+            "weight is a parameter of its own, neither computed nor pruned"
+        )
     if not chosen:
         raise SmileError(
             f"include, exclude: {include} without {exclude} leaves none of the {len(layers)} linear layers; "

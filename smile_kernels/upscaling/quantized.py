@@ -35,6 +35,14 @@ METHODS = {
         for name in ("qdata", "scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale")
     ),
 }
+# Of these, what no layer works without; "|" separates names for the same.
+_NEEDED = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": ("weight|weight_packed", "weight_scale"),
+    "fp8": ("weight", "weight_scale|weight_scale_inv"),
+    "gptq": ("qweight", "scales"),
+    "torchao": ("_weight_qdata", "_weight_scale|_weight_scale_and_zero"),
+}
 
 
 def quantization_of(folder: str | Path) -> dict[str, Any] | None:
@@ -88,6 +96,14 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
         shape = tuple(names.state[parameter].shape)
         packed.setdefault(weight, []).append(tensor)
         stored[weight] = StoredTensor(weight, dtype, shape, functools.partial(torch.zeros, shape, dtype=dtype), folder)
+    for weight, tensors in packed.items():
+        parts = {tensor.name.rpartition(".")[2] for tensor in tensors}
+        for needed in _NEEDED[method]:
+            if not parts.intersection(same := needed.split("|")):
+                raise SmileError(
+                    f"base: {folder} has no {' or '.join(same)} of {weight.removesuffix('.weight')!r}; expected every "
+                    f"tensor of a layer that is stored as {method!r}"
+                )
     if not packed:
         raise SmileError(f"base: {folder} says that it is stored as {method!r}, and has no such tensors; expected some")
     return stored, packed

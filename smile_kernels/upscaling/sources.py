@@ -317,8 +317,10 @@ def local_folder(argument: str, place: str | Path) -> Path:
     if not is_utf8(place):
         raise SmileError(f"{argument}: is {str(place)!r}; expected a path in UTF-8")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(place))
-    if hub is None or Path(place).exists():
+    if Path(place).exists():
         return Path(place)
+    if hub is None:
+        raise FileNotFoundError(f"{argument}: {place}: no such folder; expected one, or the id of a Hub repository")
     import huggingface_hub
 
     options: dict[str, Any] = {"revision": hub[2], "ignore_patterns": ["*.h5", "*.msgpack", "*.onnx", "*.gguf"]}

@@ -182,8 +182,9 @@ def test_a_file_that_comes_to_the_intermediate_files_is_not_published(folder):
         ),
         (settings("adapter", ADAPTER_CONFIG, modules_to_save=["embed_tokens"]), "names 'embed_tokens'"),
         (settings("adapter", ADAPTER_CONFIG, trainable_token_indices=[1]), "has trainable_token_indices, but"),
+        (settings("adapter", ADAPTER_CONFIG, target_modules="all-linear"), "names 'up_proj'"),
     ],
-    ids=["a target", "a block", "a module saved whole", "tokens"],
+    ids=["a target", "a block", "a module saved whole", "tokens", "every linear layer"],
 )
 def test_an_adapter_that_lacks_what_its_config_names_is_warned_of(change, named, folder):
     change(folder)
@@ -192,12 +193,25 @@ def test_an_adapter_that_lacks_what_its_config_names_is_warned_of(change, named,
 
 
 @pytest.mark.parametrize(
-    "fields", [{"target_modules": ["up_proj"]}, {"exclude_modules": ["q_proj"]}, {"exclude_modules": r".*\.q_proj"}]
+    "fields",
+    [
+        {"target_modules": ["up_proj"]},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": r".*\.q_proj"},
+        {"layers_to_transform": [7]},
+        {"layers_to_transform": 1, "layers_pattern": "blocks"},
+    ],
+    ids=str,
 )
 def test_an_adapter_with_tensors_that_its_config_leaves_out_is_warned_of(fields, folder):
     settings("adapter", ADAPTER_CONFIG, **fields)(folder)
     with pytest.warns(UserWarning, match=r"has tensors for 2 modules such as \S*layers.0\S*q_proj, which adapter_"):
         fuse(folder)
+
+
+def test_an_expert_given_twice_is_warned_of(folder):
+    with pytest.warns(UserWarning, match=r"experts\[1\]: \S+ is experts\[0\], too: two experts are equal"):
+        sk.upscale_checkpoints(folder / "base", [folder / "expert"] * 2, folder / "out", **OPTIONS)
 
 
 def test_experts_of_a_base_that_has_changed_are_refused(folder):

@@ -213,6 +213,26 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         r"expert/model\.safetensors: has a tensor 'model\.layers\.0\.self_attn\.o_proj\.bias', and that layer of ",
     ),
+    "a top_p without effect": (
+        fused(lambda c: c.update(routing={"top_p": 0.5})),
+        load_ours,
+        r"top_p: is 0\.5 with num_experts_per_tok 1; expected 1, since one expert is kept",
+    ),
+    "integers for u, in a given model": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.u": t["lm_head.u"].int()}),
+        lambda folder: sk.load_pretrained(folder / "fused", AutoModelForCausalLM.from_pretrained(folder / "base")),
+        r"tensor 'lm_head\.u' is torch\.int32; expected floating point",
+    ),
+    "a base that is not there": (
+        unchanged,
+        upscale_with("--base", "{folder}/basse"),
+        r"base: \S+basse: no such folder; expected one, or the id of a Hub repository",
+    ),
+    "a base of experts that is a file": (
+        unchanged,
+        lambda folder: sk.save_pretrained(load(folder), folder / "out", base=folder / "base" / "config.json"),
+        r"base: \S+config\.json is not a folder; expected the base checkpoint",
+    ),
     "an expert without its norm": (
         tensors("expert/model.safetensors", lambda t: {name: t[name] for name in t if name != "model.norm.weight"}),
         fuse,

@@ -336,6 +336,21 @@ def test_models_and_batches_that_do_not_fit_are_named():
         routing_override(model, 1)
 
 
+def test_functions_that_run_after_the_call_are_not_decorated():
+    model = llama()
+
+    def generates():
+        yield 1
+
+    async def waits():
+        pass
+
+    for function in (generates, waits):
+        with pytest.raises(ValueError, match=f"^routing_override: decorates {function.__name__}, whose body runs"):
+            routing_override(model, 1)(function)
+    assert routing_override(model, 1)(lambda: model.model.layers[0].mlp.up_proj.router_policy is not None)()
+
+
 def test_layers_outside_the_parts_of_a_model():
     """The head of T5, the projections of CLIP: one expert for all rows needs no tokens."""
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import smile_kernels as sk
 from smile_kernels.integrations.peft import LowRankDelta, ModuleDelta
@@ -135,7 +136,7 @@ def test_include_exclude_and_what_remains(include, exclude, remaining):
     chosen = {0, 1, 2} if not include or set(include) & {"*", "layers.?"} else set()
     chosen |= ({0, 1} if "layers.[01]" in include else set()) | ({2} if "layers.2" in include else set())
     chosen -= {i for i, pattern in enumerate(["layers.0", "*.1"]) if pattern in exclude}
-    options = {"include": include, "exclude": exclude, "remaining": remaining, **RANKS}
+    options = {"include": include or None, "exclude": exclude, "remaining": remaining, **RANKS}
     if not chosen:
         with pytest.raises(ValueError, match=r"include, exclude: .* leaves none of the 3 linear layers"):
             upscale(base, experts, **options)
@@ -466,6 +467,7 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
         ({"rank_of_router": 0}, r"layers\.0: rank_of_router: is 0; expected 1 to 6"),
         ({"include": ["*.9"]}, r"include, exclude: \['\*\.9'\] .* leaves none of the 2 linear layers"),
         ({"exclude": ["*"]}, r"include, exclude: .* leaves none"),
+        ({"include": []}, r"include, exclude: \[\] without None leaves none of the 2 linear layers"),
         (
             {"finetuned": [good[0], Mlp([8, 6], [True], torch.float32)]},
             r"finetuned\[1\]: has no tensor 'layers\.1\.weight'; expected the base's, \[4, 6\]",
@@ -513,3 +515,9 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
                 message
             )
             assert not smile_layers(m), message
+
+
+def test_a_model_without_a_plain_linear_layer_is_refused():
+    base, expert = (nn.Sequential(weight_norm(nn.Linear(4, 4))) for _ in range(2))
+    with pytest.raises(ValueError, match=r"^base: has no linear layer that can have experts; expected an nn\.Linear"):
+        upscale(base, [expert], rank_of_expert=2, rank_of_router=2, progress=False)

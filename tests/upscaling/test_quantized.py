@@ -127,6 +127,17 @@ def test_what_needs_the_weights_of_the_base(options, message, plain, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("config", "part"), [(INT8, "weight_scale"), (INT8_WEIGHTS, "weight_packed"), (AWQ, "scales")])
+def test_a_quantised_layer_that_lacks_a_tensor_is_refused(config, part, plain, tmp_path):
+    base = quantised(plain, tmp_path / "base", config)
+    tensors = load_file(base / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith(f".{part}"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, base / "model.safetensors")
+    one = adapter(tmp_path / "a", plain, 2, ["q_proj"])
+    with pytest.raises(sk.SmileError, match=rf"base: \S+ has no .*{part} of '{lost.rpartition('.')[0]}'"):
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+
+
 def test_experts_that_need_the_weights_of_the_base(plain, tmp_path):
     base = quantised(plain, tmp_path / "base", INT8)
     layer = "model.layers.0.self_attn.q_proj"
