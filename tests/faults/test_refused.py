@@ -190,7 +190,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         r"q_proj: has a bias other than the base's, and adapter_config\.json says bias 'none'",
     ),
-    "an adapter of targets that are no pattern": (
+    "an adapter of targets that are not a pattern": (
         settings("adapter", ADAPTER_CONFIG, target_modules="*q_proj"),
         fuse,
         r"target_modules: '\*q_proj' is not a regular expression",
