@@ -390,8 +390,19 @@ def load_transformers(cls: Any, folder: str | Path, options: Mapping[str, Any]) 
             to random numbers.
     """
     config = options.get("config")
-    if isinstance(config, (str, os.PathLike)) and not os.path.exists(config):  # which transformers looks for on the Hub
-        raise SmileError(f"config: is {config!r}; expected a config of transformers, or the path of one here")
+    if isinstance(config, (str, os.PathLike)):
+        if not os.path.exists(config):  # which transformers looks for on the Hub
+            raise SmileError(f"config: is {config!r}; expected a config of transformers, or the path of one here")
+        config = read_config(Path(config).parent if os.path.isfile(config) else Path(config))
+    settings = config if isinstance(config, (dict, type(None))) else getattr(config, "__dict__", {})
+    if (
+        settings is not None
+        and not settings.get("quantization_config")
+        and read_config(folder).get("quantization_config")
+    ):
+        raise SmileError(
+            f"config: has no quantization_config, which describes the experts in {folder}; expected its own"
+        )
     try:
         model, found = cls.from_pretrained(folder, **{**options, "output_loading_info": True})
     except OSError:

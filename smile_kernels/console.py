@@ -82,7 +82,7 @@ def new_console(stderr: bool = False) -> Console:
     """A console as wide as the terminal; without one, wide enough that no line wraps. NO_COLOR disables all styles."""
     style: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
     console = Console(stderr=stderr, color_system=style)
-    if console.is_terminal or "COLUMNS" in os.environ:
+    if console.width and (console.is_terminal or "COLUMNS" in os.environ):
         return console
     return Console(stderr=stderr, color_system=style, width=240)
 

@@ -72,6 +72,7 @@ class _Watch(TorchFunctionMode):
             for part in ("weight", *(("bias",) if module.expert_bias is not None else ()))
             if module._parameters.get(part) is not None
         ]
+        self.members = {id(module) for module in model.modules()}
         self.by_id = {id(module._parameters[part]): (name, module, part) for name, module, part in self.watched}
         # Other tensors on the same memory: what state_dict() gives, and views.
         spans = ((*_memory(watched[1]._parameters[watched[2]]), watched) for watched in self.watched)
@@ -113,7 +114,7 @@ class _Watch(TorchFunctionMode):
             owner = frame.f_locals.get(first)
             if isinstance(owner, nn.Module) and any(p is tensor for p in owner._parameters.values()):
                 method = inspect.unwrap(getattr(type(owner), frame.f_code.co_name, _Watch))
-                if getattr(method, "__code__", None) is frame.f_code:
+                if getattr(method, "__code__", None) is frame.f_code and id(owner) in self.members:
                     return  # a method of the layer itself, or of the embedding that its weight is tied to
             if isinstance(owner, nn.Module) and owner is not layer and not reader:
                 reader = f"{type(owner).__name__}.{frame.f_code.co_name}"

@@ -64,7 +64,16 @@ class StoredTensor:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "StoredTensor":
-        """A tensor in memory, to be written."""
+        """A tensor in memory, to be written.
+
+        Raises:
+            ValueError: safetensors cannot hold it.
+        """
+        if name == "__metadata__" or tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
+            raise SmileError(
+                f"{name}: is a {tensor.dtype} tensor of layout {tensor.layout}; expected a name other than "
+                f"__metadata__, torch.strided, and one of {', '.join(map(str, _DTYPE_NAMES))}"
+            )
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor.detach(), "memory")
 
     @property
@@ -423,7 +432,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 def _check_regular(file: Path) -> None:
     """Refuse pipes, which would block; raises OSError where the file cannot be opened."""
-    if not file.is_file():
+    if file.exists() and not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a file of weights")
     file.open("rb").close()
 

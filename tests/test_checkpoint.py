@@ -266,3 +266,14 @@ def test_describe(tmp_path):
     assert (up["name"], up["in_features"], up["out_features"]) == ("up", 8, 12)
     assert (up["rank_of_expert"], up["rank_of_router"], up["energy"]) == (4, 5, [])
     assert up["norm"] == pytest.approx(model.up.s.detach().double().norm(dim=1).tolist())
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.ones(2, dtype=torch.complex128), torch.ones(2).to_sparse()], ids=["complex", "sparse"]
+)
+def test_a_tensor_that_safetensors_cannot_hold_is_named(buffer, tmp_path):
+    model = nn.Sequential(SmileLinear(8, 8, 2, 2, 2))
+    model.register_buffer("extra", buffer)
+    with pytest.raises(ValueError, match=rf"^extra: is a {buffer.dtype} tensor of layout {buffer.layout}; expected"):
+        save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -102,7 +102,7 @@ class RoutingPolicy:
         for name in ("lock_after", "num_experts_per_tok", "window"):
             value = getattr(self, name)
             if value is not None and not _is_integer(value, 1):
-                raise SmileError(f"{name}: is {value!r}; expected None or an integer, 1 or more")
+                raise SmileError(f"{name}: is {value!r}; expected None or an integer, 1 or more, below 2**31")
         if self.half_life is not None:
             number = isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool)
             if not number or not 0 < self.half_life < 1e15:
@@ -114,7 +114,9 @@ class RoutingPolicy:
                 object.__setattr__(self, "restart_at", tuple(self.restart_at))
             ids = self.restart_at if isinstance(self.restart_at, tuple) else ()
             if not ids or not all(_is_integer(i, 0) for i in ids):
-                raise SmileError(f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more")
+                raise SmileError(
+                    f"restart_at: is {self.restart_at!r}; expected None or token ids, 0 or more, below 2**31"
+                )
         check_top_p(self.top_p)
         if self.top_p < 1 and self.num_experts_per_tok == 1:
             raise SmileError(f"top_p: is {self.top_p} with num_experts_per_tok 1; expected 1, since one expert is kept")
@@ -198,7 +200,7 @@ def _is_text_encoder(model: torch.nn.Module) -> bool:
 
 
 def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 31
 
 
 def block_numbers(names: Iterable[str]) -> dict[str, int]:

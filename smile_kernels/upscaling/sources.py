@@ -220,6 +220,7 @@ class AdapterSource(ExpertSource):
                 )
             if not (expected or delta.whole) or (delta.weight is not None and "weight" not in expected):
                 raise SmileError(f"{self.where}: changes {name}, which the base lacks; expected an adapter of the base")
+            _check_dense(f"{self.where}: the change of {name}", delta)
             parts: dict[str, Any] = {"weight": delta.weight, "bias": delta.bias}
             given = {part: tuple(change.shape) for part, change in parts.items() if isinstance(change, Tensor)}
             if isinstance(delta.weight, LowRankDelta):
@@ -282,6 +283,26 @@ class AdapterSource(ExpertSource):
         whole = None if delta is None else delta.whole.get(part)
         one = self.base.get(name) if whole is None else whole
         return None if one is None else tuple(one.shape)
+
+
+def _check_dense(what: str, delta: ModuleDelta) -> None:
+    """Raise ValueError unless a change consists of dense tensors of real numbers, whose factors fit each other."""
+    parts = {"weight": delta.weight, "bias": delta.bias, **delta.whole}
+    if isinstance(delta.weight, LowRankDelta):
+        low = delta.weight
+        parts |= {"weight": None, "lora_B": low.b, "lora_A": low.a, "magnitude": low.magnitude}
+    for part, tensor in parts.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            found = f"{tensor.dtype} of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise SmileError(f"{what}: {part} is {found}; expected a dense tensor of floating-point numbers")
+    if isinstance(delta.weight, LowRankDelta):
+        shapes = list(low.b.shape), list(low.a.shape)
+        if low.b.dim() != 2 or low.a.dim() != 2 or low.b.shape[1] != low.a.shape[0]:
+            raise SmileError(f"{what}: lora_B {shapes[0]} does not fit lora_A {shapes[1]}; expected [O, r] and [r, D]")
+        if low.magnitude is not None and low.magnitude.numel() != len(low.b):
+            raise SmileError(f"{what}: magnitude has {low.magnitude.numel()} numbers; expected {len(low.b)}")
 
 
 def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:

@@ -223,6 +223,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: sk.load_pretrained(folder / "fused", AutoModelForCausalLM.from_pretrained(folder / "base")),
         r"tensor 'lm_head\.u' is torch\.int32; expected floating point",
     ),
+    "a config without experts for a fused model": (
+        unchanged,
+        lambda folder: load_ours(folder, config=folder / "base"),
+        r"config: has no quantization_config, which describes the experts in \S+fused; expected its own",
+    ),
     "a base that is not there": (
         unchanged,
         upscale_with("--base", "{folder}/basse"),

@@ -502,6 +502,20 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
             {"finetuned": [{"layers.0": ModuleDelta(LowRankDelta(torch.ones(5, 1), torch.ones(1, 8), 1.0))}]},
             r"finetuned\[0\]: the change of layers\.0 has shape \[5, 8\]; expected the base's, \[6, 8\]",
         ),
+        *(
+            ({"finetuned": [{"layers.0": ModuleDelta(LowRankDelta(b, a, 1.0, magnitude))}]}, message)
+            for b, a, magnitude, message in (
+                (torch.ones(6, 1), torch.ones(2, 8), None, r"layers\.0: lora_B \[6, 1\] does not fit lora_A \[2, 8\]"),
+                (torch.ones(6, 1), torch.ones(1, 8), torch.ones(3), r"layers\.0: magnitude has 3 numbers; expected 6"),
+                (
+                    torch.ones(6, 1).int(),
+                    torch.ones(1, 8),
+                    None,
+                    r"lora_B is torch\.int32 of layout .* dense",
+                ),
+                (torch.ones(6, 1), torch.ones(1, 8).to_sparse(), None, r"lora_A is \S+ of layout torch\.sparse_coo"),
+            )
+        ),
     ]
     for options, message in cases:
         options = {"model": base, "finetuned": good, "rank_of_expert": 2, "rank_of_router": 2, **options}

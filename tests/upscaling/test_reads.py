@@ -174,6 +174,26 @@ def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
     assert not model._forward_hooks
 
 
+class Referred(nn.Module):
+    """A layer that the model calls through another reference than its submodule."""
+
+    def __init__(self, bound: bool):
+        super().__init__()
+        self.layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.held = (self.layer.forward if bound else self.layer,)
+
+    def forward(self, x):
+        return self.other(self.held[0](x))
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_layer_that_is_called_through_another_reference_is_refused(bound):
+    base = Referred(bound)
+    model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
+    with pytest.raises(RuntimeError, match=r"layer: its weight is read by Linear\.forward, .*exclude=\['layer'\]"):
+        model(torch.randn(2, 8))
+
+
 @pytest.mark.parametrize("saved", ["sk.save_pretrained", "whole", "copied"])
 def test_a_loaded_model_refuses_such_reads_too(saved, tmp_path):
     """The code of the loaded model may differ from the code with which the checkpoint was fused."""
