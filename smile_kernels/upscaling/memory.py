@@ -113,6 +113,8 @@ def upscale(
             "model: is a linear layer; expected a model with linear layers (SmileLinear.from_linears fuses one)"
         )
     check_modules("model", model)
+    if compiled := [name or "it" for name, module in model.named_modules() if "_orig_mod" in module._modules]:
+        raise SmileError(f"model: {compiled[0]} is compiled; expected it before torch.compile")
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
     base = {name: tensor for name, tensor in base.items() if isinstance(tensor, Tensor)}
     chosen = select_layers(every, include, exclude)

@@ -535,3 +535,11 @@ def test_a_model_without_a_plain_linear_layer_is_refused():
     base, expert = (nn.Sequential(weight_norm(nn.Linear(4, 4))) for _ in range(2))
     with pytest.raises(ValueError, match=r"^base: has no linear layer that can have experts; expected an nn\.Linear"):
         upscale(base, [expert], rank_of_expert=2, rank_of_router=2, progress=False)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_is_refused(whole):
+    base, expert = (nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+    base = torch.compile(base, backend="eager") if whole else nn.Sequential(torch.compile(base, backend="eager"))
+    with pytest.raises(ValueError, match=rf"^model: {'it' if whole else '0'} is compiled; expected it before"):
+        upscale(base, [expert], rank_of_expert=2, rank_of_router=2, progress=False)
