@@ -339,20 +339,20 @@ class ForwardPass:
             off = x.new_zeros((*x.shape[:-1], 0), dtype=torch.float32)
             return off, off.int()
         with torch.no_grad():
-            single = self._is_single(x)
-            if single:
+            if self._is_single(x):
                 choice = self._choose_for_sequence(layer, x, scores)
-            elif scores and not self.held and policy.scope != "prompt":  # whose choice is made
-                self._remember(key, self._score(key, layer, x))
-        if not single:
-            choice = self._earlier_choice(key)
+            else:
+                if scores and not self.held and policy.scope != "prompt":  # whose choice is made
+                    self._remember(key, self._score(key, layer, x))
+                choice = self._earlier_choice(key)
         self.choices[index] = choice
         self.devices.add(x.device)
         return self._spread(choice, x)
 
     def _is_single(self, x: Tensor) -> bool:
         """Whether x has one row for all the tokens of a sequence, as a pooler's, in scope "window"."""
-        return self.policy.scope == "window" and self.tokens.length != 1 == self.tokens.shape(x)[1]
+        several = self.policy.scope == "window" and self.tokens.length not in (None, 1)
+        return several and self.tokens.shape(x)[1] == 1
 
     def _choose_for_sequence(self, layer: RoutedExperts, x: Tensor, scores: bool) -> Routing:
         """The choice [B, 1, m] of such a layer: by the mean evidence of the tokens, and its own if it scores.

@@ -75,6 +75,19 @@ def test_layers_with_one_row_a_sequence_follow_the_mean_evidence_of_its_tokens(p
         assert len(chosen) > 1, "one expert alone shows nothing"
 
 
+def test_rows_without_neighbours_are_windows_of_one_token():
+    """Of a module that is no model of transformers, whose input does not say how long a sequence is."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    model, x, got = smile(model), torch.randn(40, 16), []
+    for policy in (POLICIES["window 2+layers"], POLICIES["layers"], RoutingPolicy()):
+        set_routing(model, policy)
+        with torch.no_grad():
+            got.append(model(x))
+        torch.testing.assert_close(model(x), got[-1])
+    torch.testing.assert_close(got[0], got[1])
+    assert not torch.allclose(got[1], got[2])
+
+
 @by_name(POLICIES)
 def test_batch_of_one_equals_padded_batch(policy):
     model = bert()
