@@ -108,13 +108,7 @@ def upscale(
     check_request("finetuned", finetuned, num_experts_per_tok, remaining, routing)
     g = check_router(router, rank_of_router)
     names = check_expert_names(expert_names, len(finetuned))
-    if isinstance(model, nn.Linear):
-        raise SmileError(
-            "model: is a linear layer; expected a model with linear layers (SmileLinear.from_linears fuses one)"
-        )
-    check_modules("model", model)
-    if compiled := [name or "it" for name, module in model.named_modules() if "_orig_mod" in module._modules]:
-        raise SmileError(f"model: {compiled[0]} is compiled; expected it before torch.compile")
+    _check_model(model)
     base, every = model.state_dict(keep_vars=True), layers_of_model(model)
     base = {name: tensor for name, tensor in base.items() if isinstance(tensor, Tensor)}
     chosen = select_layers(every, include, exclude)
@@ -186,6 +180,17 @@ def _decomposed(
     """The factors and the report of each layer; one at a time on a GPU."""
     workers = 1 if any(base[layer.weight].is_cuda for layer in layers) else None
     return in_threads(lambda layer: decompose(layer, base, sources, **ranks), layers, workers)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise ValueError unless this is a plain model, of several layers."""
+    if isinstance(model, nn.Linear):
+        raise SmileError(
+            "model: is a linear layer; expected a model with linear layers (SmileLinear.from_linears fuses one)"
+        )
+    check_modules("model", model)
+    if compiled := [name or "it" for name, module in model.named_modules() if "_orig_mod" in module._modules]:
+        raise SmileError(f"model: {compiled[0]} is compiled; expected it before torch.compile")
 
 
 def _sources(

@@ -76,7 +76,7 @@ def test_layers_with_one_row_a_sequence_follow_the_mean_evidence_of_its_tokens(p
 
 
 def test_rows_without_neighbours_are_windows_of_one_token():
-    """Of a module that is no model of transformers, whose input does not say how long a sequence is."""
+    """Of a module that transformers does not know, whose input does not say how long a sequence is."""
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
     model, x, got = smile(model), torch.randn(40, 16), []
     for policy in (POLICIES["window 2+layers"], POLICIES["layers"], RoutingPolicy()):
