@@ -211,7 +211,7 @@ def check_expert_names(names: Sequence[str] | None, num_local_experts: int) -> t
         return None
     valid = not isinstance(names, str) and isinstance(names, Sequence)
     if not valid or not all(isinstance(name, str) and name.strip() and name.isprintable() for name in names):
-        raise SmileError(f"expert_names: is {names!r}; expected a list of names, one for each expert")
+        raise SmileError(f"expert_names: is {names!r}; expected a list of names in UTF-8, one for each expert")
     if len(names) != num_local_experts:
         raise SmileError(f"expert_names: has {len(names)} names; expected {num_local_experts}, one for each expert")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:

@@ -163,7 +163,13 @@ def adapter_deltas(
         deltas[located[module]] = delta
     _warn_of_missing(directory, config, deltas, base, names.model)
     _warn_of_others(directory, config, modules)
-    dora = [d for d in deltas.values() if isinstance(d.weight, LowRankDelta) and d.weight.magnitude is not None]
+    dora = {
+        name: one.weight
+        for name, one in deltas.items()
+        if isinstance(one.weight, LowRankDelta) and one.weight.magnitude is not None
+    }
+    for name, change in dora.items():
+        _check_rows(f"{directory}: {name}", change, base[f"{name}.weight"])
     if dora:
         warnings.warn(
             f"{directory}: DoRA rescales rows, so the changes of {len(dora)} layers are not of low rank; they are "
@@ -487,6 +493,16 @@ def _low_rank(
     bias = tensors.get("lora_B.bias")
     delta = LowRankDelta(b, a, scale, tensors.get("lora_magnitude_vector"))
     return delta, None if bias is None else wide(bias) * scale
+
+
+def _check_rows(what: str, change: LowRankDelta, weight: Tensor) -> None:
+    """Raise ValueError if a row that DoRA normalises is 0: that of the base, where the factors do not change it."""
+    weight = weight if weight.shape[0] == len(change.b) else weight.T  # of a Conv1D
+    empty = (wide(weight).abs().amax(1) == 0).nonzero()[:, 0].tolist()
+    if zero := [row for row in empty if not (wide(change.b[row]) @ wide(change.a)).any()]:
+        raise SmileError(
+            f"{what}: row {zero[0]} of its weight is 0, which DoRA divides by; expected other rows, or no DoRA"
+        )
 
 
 def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weight: Tensor) -> Tensor:

@@ -145,6 +145,23 @@ def lost_shard(folder: Path) -> None:
     sorted((folder / "base").glob("model-*"))[1].unlink()
 
 
+def magnitudes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors as those of DoRA, which does not change row 3."""
+    factors = {name: one * (torch.arange(len(one)) != 3)[:, None] for name, one in tensors.items() if "lora_B" in name}
+    names = {name.replace("lora_B.weight", "lora_magnitude_vector"): one for name, one in factors.items()}
+    return tensors | factors | {name: torch.ones(len(one)) for name, one in names.items()}
+
+
+def row_of_zeros(folder: Path) -> None:
+    """In every projection of the base's queries."""
+    for file in (folder / "base").glob("*.safetensors"):
+        stored = load_file(file)
+        for name, tensor in stored.items():
+            if name.endswith("q_proj.weight"):
+                tensor[3] = 0
+        save_file(stored, file, metadata={"format": "pt"})
+
+
 def as_bin(folder: Path) -> None:
     torch.save(load_file(folder / "fused" / "model.safetensors"), folder / "fused" / "pytorch_model.bin")
     (folder / "fused" / "model.safetensors").unlink()

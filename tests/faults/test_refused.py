@@ -29,8 +29,10 @@ from tests.faults.changes import (
     load,
     load_ours,
     lost_shard,
+    magnitudes,
     pickled,
     pipe,
+    row_of_zeros,
     same_tensor_in_two_files,
     settings,
     tensor_in_two_shards,
@@ -257,6 +259,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: shutil.copy(folder / "adapter" / ADAPTER_CONFIG, folder / "base"),
         fuse,
         r"base: \S+ has adapter_config\.json, an adapter that transformers would add",
+    ),
+    "an adapter of DoRA on a row of zeros": (
+        both(
+            settings("adapter", ADAPTER_CONFIG, use_dora=True),
+            adapter(magnitudes),
+            row_of_zeros,
+        ),
+        fuse,
+        r"adapter: \S+q_proj: row 3 of its weight is 0, which DoRA divides by",
     ),
     "an adapter of lora_bias without biases": (
         settings("adapter", ADAPTER_CONFIG, lora_bias=True),
