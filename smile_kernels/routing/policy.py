@@ -188,7 +188,10 @@ class RoutingPolicy:
 
 
 def _is_text_encoder(model: torch.nn.Module) -> bool:
-    """Whether this is a model of transformers of a kind that predicts masked tokens, so that every token sees all."""
+    """Whether this is a model of transformers of a kind that predicts masked tokens, so that every token sees all.
+
+    Not the kinds whose layers have other rows than the tokens: Longformer's are transposed, Funnel's are pooled.
+    """
     config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
     if config is None or can_generate is None or can_generate():
         return False
@@ -196,7 +199,8 @@ def _is_text_encoder(model: torch.nn.Module) -> bool:
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and model.main_input_name == "input_ids"
+    kinds = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - {"longformer", "funnel"}
+    return config.model_type in kinds and model.main_input_name == "input_ids"
 
 
 def _is_integer(value: object, least: int) -> bool:

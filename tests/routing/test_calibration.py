@@ -274,6 +274,8 @@ def test_text_encoders_are_recommended_a_window():
         (tf.BertForSequenceClassification, tf.BertConfig(**small), window),
         (tf.DistilBertModel, tf.DistilBertConfig(dim=16, n_heads=2, n_layers=1, hidden_dim=24, vocab_size=50), window),
         (tf.ModernBertModel, tf.ModernBertConfig(**small, pad_token_id=0), window),
+        (tf.LongformerModel, tf.LongformerConfig(**small, attention_window=4), RoutingPolicy()),
+        (tf.FunnelModel, tf.FunnelConfig(d_model=16, block_sizes=[1, 1], n_head=2, d_head=8), RoutingPolicy()),
         (tf.BertModel, tf.BertConfig(**small, is_decoder=True), RoutingPolicy()),
         (tf.BertLMHeadModel, tf.BertConfig(**small, is_decoder=True), RoutingPolicy()),
         (tf.LlamaForSequenceClassification, tf.LlamaConfig(**small), RoutingPolicy()),
