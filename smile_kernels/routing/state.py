@@ -552,7 +552,10 @@ class ForwardPass:
             return known[3]
         if choice[1].shape[:-1] == leading and choice[1].device == device:
             return choice
-        length = self.tokens.shape(x)[1]
+        batch, rows = choice[1].shape[:2]
+        # A sequence's choice serves whatever rows of it a layer gets: in latent attention, also those of cached tokens.
+        whole = self.pools and rows == 1 and len(leading) > 1 and leading[0] == batch
+        length = leading[1:].numel() if whole else self.tokens.shape(x)[1]
 
         def spread(t: Tensor) -> Tensor:
             if t.shape[1] == 1:

@@ -6,14 +6,15 @@ import pytest
 import torch
 import transformers as tf
 
-from smile_kernels import upscale
+from smile_kernels import routing_override, upscale
 from smile_kernels.errors import SmileError
 from smile_kernels.nn import smile_layers
-from smile_kernels.routing import RoutingPolicy, set_routing
+from smile_kernels.routing import RoutingPolicy, set_routing, watch_routing
 from tests.routing.definition import (
     CAUSAL,
     POLICIES,
     SEQUENCE,
+    SIZES,
     Calls,
     assert_follows,
     by_name,
@@ -21,6 +22,7 @@ from tests.routing.definition import (
     llama,
     logits,
     mistral,
+    smile,
     tokens,
 )
 from tests.test_all_or_nothing import llama as bare_llama
@@ -46,6 +48,32 @@ def test_prefill_and_decode_equal_one_causal_pass(policy, cache):
             places.add(tuple((t.data_ptr(), t.shape) for t in kv.routing_memory.sums.values()))
     torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=1e-4, atol=1e-5)
     assert len(places) == (cache == "static" and policy.scope == "causal")
+
+
+def test_latent_attention_gives_a_layer_the_cached_tokens_again():
+    """The choice of a prompt serves them, too; those of single tokens are refused."""
+    config = tf.DeepseekV3Config(
+        **SIZES | {"pad_token_id": None}, intermediate_size=24, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=2, n_group=1, topk_group=1,
+        eos_token_id=None,
+    )  # fmt: skip
+    model, chosen = smile(tf.DeepseekV3ForCausalLM(config)), set()
+    for ids in tokens(8, 5).split(1):
+        options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        set_routing(model, RoutingPolicy("prompt", lock_after=1))
+        with watch_routing(model) as counts:
+            answer = model.generate(ids, **options)
+        (expert,) = set(torch.stack([*counts.values()]).sum(0).nonzero()[:, 0].tolist())
+        set_routing(model, RoutingPolicy())
+        with routing_override(model, expert):
+            assert torch.equal(answer, model.generate(ids, **options))
+        chosen.add(expert)
+    assert len(chosen) > 1, "one expert alone shows nothing"
+    set_routing(model, RoutingPolicy("causal", accumulate=True, lock_after=1))
+    with pytest.raises(
+        RuntimeError, match=r"has input \[1, 1, 6, 8\], where a forward pass over 1 sequences of 1 tokens"
+    ):
+        model.generate(ids, **options)
 
 
 @pytest.mark.parametrize("policy", [RoutingPolicy("causal"), RoutingPolicy(accumulate=True), RoutingPolicy("prompt")])
