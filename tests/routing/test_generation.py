@@ -89,6 +89,18 @@ def test_experts_in_the_head_need_all_tokens(policy):
     assert torch.equal(answer[:, -1], logits(model, input_ids=ids)[:, -1].argmax(-1))
 
 
+def test_the_choice_of_a_prompt_serves_experts_in_the_head():
+    model = smile(bare_llama(), skip=())
+    assert "lm_head" in smile_layers(model)
+    set_routing(model, RoutingPolicy("prompt", lock_after=1))
+    ids = tokens(8, 5) % 32
+    answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(answer, model.generate(ids, max_new_tokens=3, do_sample=False, logits_to_keep=0))
+    with watch_routing(model) as counts:
+        model(input_ids=ids)
+    assert (counts["lm_head"] > 0).sum() > 1, "one expert alone shows nothing"
+
+
 @by_name(CAUSAL)
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
 def test_generation_equals_recomputation(policy, cache_implementation):
