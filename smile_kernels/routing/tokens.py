@@ -87,7 +87,13 @@ class Tokens:
                 f"routing: has scope 'window', which reads later tokens, and {root_name} is called with a KV cache; "
                 "expected use_cache=False, or scope 'prompt' or 'causal'"
             )
-        self.past = 0 if self.cache is None else self.cache.get_seq_length()
+        try:
+            self.past = 0 if self.cache is None else self.cache.get_seq_length()
+        except ValueError:
+            raise NotImplementedError(
+                f"{self.cache_name}: is of {root_name}, without attention layers, and does not count its tokens, which "
+                "routing policies and calibration need; expected a model with attention, or the published routing"
+            ) from None
         if isinstance(self.past, Tensor):
             self.past = self.past.clone()  # static caches count in place
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smile_kernels import SmileLinear
-from smile_kernels.routing import set_routing, watch_routing
-from tests.routing.definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, tokens
+from smile_kernels.routing import RoutingPolicy, set_routing, watch_routing
+from tests.routing.definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, smile, tokens
 
 TWO = {name: POLICIES[name] for name in ("sequence+layers", "causal+layers")}
 # Public methods of transformers' Cache, 5.18 to 5.24. Those that move or repeat batch rows are handled.
@@ -108,3 +108,13 @@ def test_a_pytorch_that_does_not_number_backward_passes(policy, monkeypatch):
     y = model(torch.randn(2, 3, 8, requires_grad=True))
     with pytest.raises(NotImplementedError, match="does not tell which backward pass"):
         y.sum().backward()
+
+
+def test_a_cache_that_does_not_count_its_tokens_is_refused():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50, "time_step_rank": 4}
+    config = tf.MambaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    model, ids = smile(tf.MambaForCausalLM(config)), tokens(1, 4)
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    set_routing(model, RoutingPolicy("prompt"))
+    with pytest.raises(NotImplementedError, match=r"is of MambaModel, without attention layers"):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
