@@ -111,8 +111,7 @@ def fake_delta(y, *args):
 def register(library: torch.library.Library, name: str, fake: Callable) -> Callable:
     """Register the rules of an operator of `library`; return its overload, which is the fastest to call."""
     op = getattr(getattr(torch.ops, library.ns), name).default
-    fake = functools.partial(_fake, op, fake)
-    torch.library.register_fake(op, fake, lib=library)
+    torch.library.register_fake(op, functools.partial(_fake, op, fake), lib=library)
     torch.library.register_vmap(op, functools.partial(_vmap, op), lib=library)
     for device_type in ("cpu", "cuda"):
         library.impl(name, functools.partial(_without_autocast, op, device_type), f"Autocast{device_type.upper()}")
