@@ -25,7 +25,9 @@ from .sweeps_report import draw, tables
 
 EXPERT_RANKS, ROUTER_RANKS = (4, 8, 16, 32, 64), (1, 4, 8, 16, 32)
 PER_TOKEN = (1, 2, 3)
-POLICIES = {"published": RoutingPolicy(), "sequence + layers": run.POLICIES["sequence + layers"]}
+POLICIES = {"published": RoutingPolicy()} | {
+    name: run.POLICIES[name] for name in ("sequence + layers", "window + layers")
+}
 # Every policy that needs no calibration, with one expert per token.
 EVERY = {
     name: policy

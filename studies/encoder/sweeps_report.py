@@ -123,22 +123,23 @@ def _lines(axis: Axes, rows: Sequence[dict], label: Callable[[dict], str], acros
 
 
 def draw(results: dict) -> Figure:
-    """Heat maps over the ranks under two policies; lines over the experts per token, their number and their kind."""
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    axes = figure.subplots(2, 3)
+    """Heat maps over the ranks, one for each policy; lines over the experts per token, their number and their kind."""
+    figure = Figure(figsize=(20, 10), layout="constrained")
+    above, below = figure.subfigures(2, 1)
     ranks = mean(results, "ranks")
-    shares = [row["share"] for row in ranks]
-    for axis, policy in zip(axes[0], dict.fromkeys(row["routing"] for row in ranks)):
+    shares, policies = [row["share"] for row in ranks], dict.fromkeys(row["routing"] for row in ranks)
+    for axis, policy in zip(above.subplots(1, len(policies)), policies):
         _heat_map(axis, [row for row in ranks if row["routing"] == policy], min(shares), max(shares))
-    _lines(axes[0, 2], mean(results, "per_token"), lambda row: row["routing"], "num_experts_per_tok")
-    axes[0, 2].set(xlabel="experts per token, m", title="Experts per token")
-    for axis, part, title in ((axes[1, 0], "experts", "Different tasks"), (axes[1, 1], "subtasks", "Sub-tasks, LoRA")):
+    per_token, tasks, subtasks, kinds = below.subplots(1, 4)
+    _lines(per_token, mean(results, "per_token"), lambda row: row["routing"], "num_experts_per_tok")
+    per_token.set(xlabel="experts per token, m", title="Experts per token")
+    for axis, part, title in ((tasks, "experts", "Different tasks"), (subtasks, "subtasks", "Sub-tasks, LoRA")):
         rows = [row for row in mean(results, part) if row["routing"] != "individual"]
         _lines(axis, rows, lambda row: row["routing"], "experts")
         axis.set(xlabel="number of experts", title=title)
-    kinds = [row for row in mean(results, "kinds") if row["r"] is not None]
-    _lines(axes[1, 2], kinds, lambda row: f"{row['kind']}: {row['routing']}", "r")
-    axes[1, 2].set(xlabel="rank of an expert, r", title="Full fine-tunes and LoRA adapters")
+    equal = [row for row in mean(results, "kinds") if row["r"] is not None]
+    _lines(kinds, equal, lambda row: f"{row['kind']}: {row['routing']}", "r")
+    kinds.set(xlabel="rank of an expert, r", title="Full fine-tunes and LoRA adapters")
     return figure
 
 
