@@ -50,7 +50,7 @@ class _Guard:
         if self.watch is None:
             return
         self.watch.__exit__(None, None, None)
-        if not self.watch.found:
+        if not self.watch.found and output is not None:  # None: the pass has failed, maybe before it read the weights
             self.watched.add(model.training)
         self.watch = None
         if len(self.watched) == 2:

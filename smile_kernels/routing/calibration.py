@@ -122,10 +122,8 @@ def calibrate(
                 _write(model, sequences, length, generator)
         else:
             source = "random"
-            with _naming_sizes(sequences, length):
-                batch = _random_inputs(model, sequences, length, generator)
             with _naming_inputs("random ones"), _naming_sizes(sequences, length):
-                model(**batch)
+                model(**_random_inputs(model, sequences, length, generator))
     if not any(count for _, count in shares.values()):
         raise SmileError("inputs: reach no SMILE layer; expected batches on which the model runs its SMILE layers")
 
@@ -152,7 +150,8 @@ def check_calibration(model: nn.Module) -> None:
                 "return_dict: is False in the model's config; expected True, with which transformers runs it"
             )
     else:
-        _random_inputs(model, 1, 1, torch.Generator())
+        with _naming_inputs("random ones"):
+            _random_inputs(model, 1, 1, torch.Generator())
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..errors import SmileError
 from ..functional import route
 from ..nn import RoutedExperts, routed_layers
 from ..schema import check_arguments
+from .parts import holds, parts_of, text_part
 from .policy import RoutingPolicy, block_numbers
 from .state import LayerPolicy, RootRouting
 from .tokens import Tokens
@@ -59,7 +61,8 @@ def check_routing(
         if bare:
             raise SmileError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
     if not policy.is_alone:
-        _check_parts(model, layers)
+        parts, text = parts_of(model, layers), text_part(model, layers)
+        _check_parts(model, parts if text is None else {text: parts[text]}, layers)
 
 
 def check_kept(policy: RoutingPolicy, num_experts_per_tok: int) -> None:
@@ -68,11 +71,10 @@ def check_kept(policy: RoutingPolicy, num_experts_per_tok: int) -> None:
         raise SmileError(f"top_p: is {policy.top_p} with num_experts_per_tok 1; expected 1, since one expert is kept")
 
 
-def _check_parts(model: nn.Module, layers: Mapping[str, int]) -> None:
+def _check_parts(model: nn.Module, parts: Mapping[str, list[str]], layers: Mapping[str, int]) -> None:
     """Raise ValueError unless every layer belongs to a part in which all layers have the same number of experts."""
-    parts = _parts(model, layers)
     for root, part in parts.items():
-        inner = [type(model.get_submodule(other)).__name__ for other in parts if other != root and _holds(root, other)]
+        inner = [type(model.get_submodule(other)).__name__ for other in parts if other != root and holds(root, other)]
         if inner:
             raise SmileError(
                 f"model: {part[0]} belongs to none of its parts ({', '.join(inner)}), each of which routes its own "
@@ -92,7 +94,9 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     """Set the routing policy of every SMILE layer of `model`, from the next forward pass on.
 
     Layers share evidence within a root: `model`, or the transformers models inside it if these contain all layers (the
-    language model of a wrapper; two roots for the towers of CLIP, or encoder and decoder of T5).
+    language model of a wrapper; two roots for the towers of CLIP, or encoder and decoder of T5). In a model that
+    generates text from images or sounds, the policy is its language model's, and the layers of the towers, of the
+    connectors and of the head route each token alone, by the published rule.
     Padding is read from the root's `attention_mask` ([B, past + S] or [B, 1, S, keys]), packed sequences from
     `cu_seq_lens_q`, or from `position_ids` [B, S] when there is neither mask nor cache.
 
@@ -105,8 +109,8 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     """
     check_routing(model, policy)
     layers = routed_layers(model)
-    _warn_of_early_lock(policy, layers)
-    parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
+    parts, text = _members(model, layers), text_part(model, layers)
+    _warn_of_early_lock(policy, layers if text is None else parts[text])
     for root, members in parts.items():
         held = {routing for layer in members.values() if (routing := _root_routing(layer)) is not None}
         for attached in held - {_routing_of(model, root, members)}:
@@ -120,12 +124,17 @@ def set_routing(model: nn.Module, policy: RoutingPolicy) -> None:
     # In this order: a pass with the new policy finds the new numbers, and a running one can distinguish them.
     for layer in layers.values():
         layer.set_num_experts_per_tok(policy.num_experts_per_tok)
-    for routing in roots:
-        routing.follow(policy)
+    for root, routing in zip(parts, roots):
+        routing.follow(policy if text in (None, root) else policy.alone)
     for routing, members in zip(roots, parts.values()):
-        if policy.is_published and not routing.overriding and not routing.is_running():
+        if routing.policy.is_published and not routing.overriding and not routing.is_running():
             for layer in members.values():
                 routing.release(layer)
+
+
+def _members(model: nn.Module, layers: Mapping[str, RoutedExperts]) -> dict[str, dict[str, RoutedExperts]]:
+    """The layers of each part of the model."""
+    return {root: {name: layers[name] for name in names} for root, names in parts_of(model, layers).items()}
 
 
 def _routing_of(model: nn.Module, root: str, members: Mapping[str, RoutedExperts]) -> RootRouting | None:
@@ -142,7 +151,9 @@ def _attach(model: nn.Module, root: str, members: Mapping[str, RoutedExperts]) -
             attached.release(layer)
     before = _published_policy(next(iter(members.values())))
     inside = [(name.removeprefix(root).removeprefix("."), layer) for name, layer in members.items()]
-    return RootRouting(before, model.get_submodule(root), inside)
+    config: Any = getattr(model, "config", None)
+    embeds = root == text_part(model, members) and config.get_text_config() is not config
+    return RootRouting(before, model.get_submodule(root), inside, model if root and embeds else None)
 
 
 def _published_policy(layer: RoutedExperts) -> RoutingPolicy:
@@ -172,8 +183,12 @@ def get_routing(model: nn.Module) -> RoutingPolicy:
     Raises:
         ValueError: its parts have different policies.
     """
-    attached = ((layer, _root_routing(layer)) for layer in routed_layers(model).values())
+    layers = routed_layers(model)
+    attached = ((layer, _root_routing(layer)) for layer in layers.values())
     found = {_published_policy(layer) if root is None else root.policy for layer, root in attached}
+    pooled = [policy for policy in found if not policy.is_alone]
+    if len(found) == 2 and len(pooled) == 1 and pooled[0].alone in found and text_part(model, layers) is not None:
+        return pooled[0]  # of the language model, whose towers route each token alone
     if len(found) > 1:
         raise SmileError(f"model: its SMILE layers follow {len(found)} routing policies; expected one")
     return found.pop() if found else RoutingPolicy()
@@ -191,9 +206,10 @@ def attached_roots(model: nn.Module, by_rows: bool) -> list[RootRouting]:
             of `set_routing`'s. Nothing is changed then.
     """
     layers = routed_layers(model)
+    parts = _members(model, layers)
     if by_rows:
-        _check_parts(model, {name: layer.num_local_experts for name, layer in layers.items()})
-    parts = {root: {name: layers[name] for name in names} for root, names in _parts(model, layers).items()}
+        names = {root: list(members) for root, members in parts.items()}
+        _check_parts(model, names, {name: layer.num_local_experts for name, layer in layers.items()})
     for root, members in parts.items():
         same = _routing_of(model, root, members)
         for name, layer in members.items():
@@ -246,9 +262,9 @@ def _refuse_override(attached: RootRouting) -> None:
 def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Count the tokens of each expert inside the context: {name of the SMILE layer: [N] int64 on the CPU}.
 
-    Under any policy, a token counts for its first choice; padding does not. A given `routing=` counts; calls with
-    `routing_weights=` and the first pass of scope "prompt" do not. Recomputed layers count twice; copies of the
-    model made inside the context count, too. Outputs do not change.
+    Under any policy, a token counts for its first choice; padding does not, where a part's masks are of a kind that
+    policies follow. A given `routing=` counts; calls with `routing_weights=` and the first pass of scope "prompt" do
+    not. Recomputed layers count twice; copies of the model made inside the context count, too. Outputs do not change.
 
         with watch_routing(model) as counts:
             model(**batch)
@@ -296,39 +312,14 @@ def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
 
     def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal tokens
-        names = inspect.signature(root.forward).parameters
-        tokens = Tokens(dict(zip(names, args)) | kwargs, RoutingPolicy(), type(root).__name__)
+        names, tokens = inspect.signature(root.forward).parameters, None
+        with suppress(NotImplementedError):  # masks of a kind that no policy follows
+            tokens = Tokens(dict(zip(names, args)) | kwargs, RoutingPolicy(), type(root).__name__)
 
-    roots = [model.get_submodule(root) for root in _parts(model, routed_layers(model))]
+    roots = [model.get_submodule(root) for root in parts_of(model, routed_layers(model))]
     handles = [root.register_forward_pre_hook(enter, with_kwargs=True) for root in roots]
     try:
         yield lambda: None if tokens is None else tokens.real
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _parts(model: nn.Module, names: Mapping[str, object], within: str = "") -> dict[str, list[str]]:
-    """The innermost modules with one set of tokens that contain the layers `names`: name -> names of its layers.
-
-    A module with several such parts and layers outside of them is among these, for the layers outside.
-    """
-    inside = [name for name in names if _holds(within, name)]
-    parts: list[str] = []
-    for name, module in model.get_submodule(within).named_modules(prefix=within):
-        nested = any(_holds(part, name) for part in parts)
-        if name != within and not nested and _is_transformers_model(module) and any(_holds(name, n) for n in names):
-            parts.append(name)
-    outside = [name for name in inside if not any(_holds(part, name) for part in parts)]
-    if not parts or (outside and len(parts) == 1):
-        return {within: inside}
-    found = {root: held for part in parts for root, held in _parts(model, names, part).items()}
-    return found | {within: outside} if outside else found
-
-
-def _holds(module: str, name: str) -> bool:
-    return not module or name.startswith(module + ".")
-
-
-def _is_transformers_model(module: nn.Module) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)

@@ -35,6 +35,7 @@ from ..errors import SmileError
 from ..functional import check_top_p
 from ..ops.reference import accumulate_dtype, autocasts
 from ..schema import KNOWN_KEYS_ONLY, parse
+from .parts import parts_of, text_part
 
 __all__ = [
     "Routing",
@@ -148,13 +149,19 @@ class RoutingPolicy:
         """Whether each layer chooses from a token's own scores, by the published rule and `top_p`: L is the score."""
         return self.scope == "token" and not self.accumulate and not self.calibrated
 
+    @property
+    def alone(self) -> "RoutingPolicy":
+        """The published routing to as many experts, by the same `top_p`."""
+        return RoutingPolicy(num_experts_per_tok=self.num_experts_per_tok, top_p=self.top_p)
+
     @classmethod
     def recommended(cls, model: torch.nn.Module, restart_at: Iterable[int] | None = None) -> "RoutingPolicy":
         """The best measured policy for this kind of model (docs/routing.md).
 
-        For a calibrated causal language model: scope "prompt" with the base's first quarter of the blocks, and with the
-        tokens from the last `restart_at` on. For a text encoder of transformers, such as BERT: scope "window" with 2
-        tokens to each side, accumulated. For every other model: the published routing.
+        For a calibrated causal language model, also one that reads images or sounds: scope "prompt" with the base's
+        first quarter of the blocks, and with the tokens from the last `restart_at` on. For a text encoder of
+        transformers, such as BERT: scope "window" with 2 tokens to each side, accumulated. For every other model: the
+        published routing.
 
         Args:
             model: a model with SMILE layers.
@@ -168,12 +175,10 @@ class RoutingPolicy:
         if _is_text_encoder(model):
             return cls("window", accumulate=True, window=2)
         calibrated = [n for n, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
-        can_generate = getattr(model, "can_generate", None)
-        if not calibrated or can_generate is None or not can_generate():
+        text = text_part(model, calibrated) if calibrated else None
+        if text is None:
             return cls()
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            return cls()
-        quarter = -(-(max(block_numbers(calibrated).values()) + 1) // 4)
+        quarter = -(-(max(block_numbers(parts_of(model, calibrated)[text]).values()) + 1) // 4)
         ids = None if restart_at is None else tuple(restart_at)
         return cls("prompt", lock_after=quarter, calibrated=True, restart_at=ids)
 

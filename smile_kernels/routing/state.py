@@ -85,12 +85,19 @@ class RootRouting:
     """A policy on one root module, with a state for each forward pass.
 
     `policy` may be replaced at any time: a pass uses the one it began with. Each has a serial number, which a KV cache
-    stores with its sums.
+    stores with its sums. `caller` is a model that embeds its ids, and images or sounds among them, and calls the root
+    with the result: `restart_at` is found in its ids.
     """
 
     _serials = itertools.count()
 
-    def __init__(self, policy: RoutingPolicy, root: nn.Module, layers: Sequence[tuple[str, RoutedExperts]]):
+    def __init__(
+        self,
+        policy: RoutingPolicy,
+        root: nn.Module,
+        layers: Sequence[tuple[str, RoutedExperts]],
+        caller: nn.Module | None = None,
+    ):
         self.plan = policy, next(self._serials)
         self.root_name = type(root).__name__
         self.users = len(layers)
@@ -107,6 +114,11 @@ class RootRouting:
             root.register_forward_pre_hook(self._open, with_kwargs=True),
             root.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         )
+        if caller is not None:
+            self.handles += (
+                caller.register_forward_pre_hook(self._note_ids, with_kwargs=True),
+                caller.register_forward_hook(self._forget_ids, with_kwargs=True, always_call=True),
+            )
 
     def _forget(self) -> None:
         self.current = threading.local()  # .state: the forward pass this thread is in; .override: what it asks for
@@ -156,8 +168,18 @@ class RootRouting:
             for handle in self.handles:
                 handle.remove()
 
+    def _note_ids(self, caller: nn.Module, args: tuple, kwargs: dict) -> None:
+        names = inspect.signature(caller.forward).parameters
+        self.current.ids = (dict(zip(names, args)) | kwargs).get("input_ids")
+
+    def _forget_ids(self, caller: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.current.ids = None
+
     def _open(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = dict(zip(self.argument_names, args)) | kwargs
+        ids, embedded = getattr(self.current, "ids", None), arguments.get("inputs_embeds")
+        if ids is not None and embedded is not None and ids.shape == embedded.shape[:2]:
+            arguments["input_ids"] = ids
         self.current.seen = True
         state = self.current.state = ForwardPass(self, arguments)
         if state.policy.scope == "prompt" and not state.held:

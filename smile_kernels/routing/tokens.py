@@ -100,6 +100,8 @@ class Tokens:
         mask = arguments.get("attention_mask")
         if isinstance(mask, dict):  # one for each kind of attention layer
             mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None and arguments.get("patch_attention_mask") is not None:
+            mask = arguments["patch_attention_mask"].flatten(1)  # [B, height, width] of images, in patches
         self.batch: Any = None  # sizes, where they are known; under compilation symbols
         self.length: Any = None
         for name in ("input_ids", "inputs_embeds"):
@@ -147,7 +149,13 @@ class Tokens:
                 )
             self._pack(_boundaries_from_lengths(arguments["cu_seq_lens_q"], self.length))
         elif mask is None and self.cache is None and arguments.get("position_ids") is not None:
-            self._pack(_boundaries_from_positions(arguments["position_ids"]))
+            positions = arguments["position_ids"]
+            if (
+                positions.dim() == 3 and len(positions) == 4
+            ):  # before those in time, height and width, those in the text
+                positions = positions[0]
+            if positions.dim() != 3 or len(positions) != 3:  # those of images say nothing about packing
+                self._pack(_boundaries_from_positions(positions))
 
     def _pack(self, first: Tensor) -> None:
         """first [1 or B, S] bool: the tokens that begin a sequence."""
@@ -265,12 +273,20 @@ _KNOWN = frozenset(
     (
         *("attention_mask", "encoder_attention_mask", "head_mask", "cross_attn_head_mask", "bool_masked_pos"),
         *("position_ids", "position_bias", "position_embeddings", "cache_position", "mask_time_indices"),
-        *("cu_seq_lens_q", "cu_seq_lens_k"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "patch_attention_mask", "visual_pos_masks"),
     )
 )
 
 # Arguments whose first dimension is not a batch of inputs.
-_ASIDE = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position", "labels")
+_ASIDE = (
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "cache_position",
+    "labels",
+    "visual_pos_masks",
+)
 
 
 def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:

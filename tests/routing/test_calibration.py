@@ -317,3 +317,11 @@ def test_a_quarter_of_the_blocks_votes_where_a_language_model_is_calibrated(bloc
     calibrate(model, sequences=1, length=2)
     policy = RoutingPolicy.recommended(model, restart_at=[7, 8])
     assert policy == RoutingPolicy("prompt", lock_after=voting, calibrated=True, restart_at=(7, 8))
+
+
+def test_a_config_without_the_sizes_of_its_inputs():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = smile(tf.CanineModel(tf.CanineConfig(**sizes)))
+    for call in (calibrate, sk.routing.check_calibration):
+        with pytest.raises(ValueError, match=r"inputs: the model fails on random ones \(AttributeError: .*vocab_size"):
+            call(model)

@@ -174,6 +174,16 @@ def test_a_read_that_no_source_shows_is_refused_at_the_first_pass(read):
     assert not model._forward_hooks
 
 
+def test_a_failed_pass_keeps_its_error_and_is_checked_again():
+    base = Hidden("model.layer(x) + 0 * x @ model.layer.weight.T")
+    model, _ = sk.upscale(base, [tuned(base, 1), tuned(base, 2)], **RANKS)
+    model.eval()(torch.randn(2, 8))
+    with pytest.raises(ValueError, match=r"x: has shape \[2, 7\]"):
+        model.train()(torch.randn(2, 7))
+    with pytest.raises(RuntimeError, match=REFUSED):
+        model.train()(torch.randn(2, 8))
+
+
 class Referred(nn.Module):
     """A layer that the model calls through another reference than its submodule."""
 
