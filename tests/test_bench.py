@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 
 from bench import compare, construction, models, problems, report, routing, run, streaming, vllm_engines
-from smile_kernels import SmileLinear
+from smile_kernels import SmileError, SmileLinear
 from smile_kernels.benchmark import command, measure
 from smile_kernels.benchmark.peers import BASELINE, PEERS, CannotRunError, Peer
 from smile_kernels.benchmark.problems import LAYERS, Case, Setting, layer_shape
@@ -154,6 +154,12 @@ def test_wrong_results_are_refused_and_failures_listed(monkeypatch):
     assert peers["absent"] == {"cannot_run": "its hardware is not here"}
     assert peers["broken"] == {"cannot_run": "RuntimeError: first line"}
     assert set(measure.summary(record, LIMITS)) == {BASELINE, "right"}
+
+
+def test_settings_out_of_range_are_refused_by_their_names():
+    for setting, name in ((Setting(0, 8, 4), "num_local_experts"), (Setting(3, 8, 4, 4), "num_experts_per_tok")):
+        with pytest.raises(SmileError, match=f"^{name}: is "):
+            command.bench(["48x40"], [1], setting, device="cpu", seconds=0.01)
 
 
 def test_a_wrong_gradient_is_refused(monkeypatch):

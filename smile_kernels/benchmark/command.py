@@ -94,10 +94,10 @@ def _check(
     for layer in layers:
         in_features, out_features, _ = layer_shape(layer)
         most = {
+            "num_local_experts": None,
             "rank_of_expert": min(in_features, out_features),
             "rank_of_router": in_features,
             "num_experts_per_tok": setting.num_local_experts,
-            "num_local_experts": None,
         }
         for name, limit in most.items():
             value = getattr(setting, name)
