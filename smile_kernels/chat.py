@@ -1,5 +1,6 @@
 """A conversation with a SMILE checkpoint through transformers, and the experts that serve each answer."""
 
+import io
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from .checkpoint import errors_of_tokenizer, load_pretrained, load_tokenizer
 from .errors import SmileError, check_integer, reason
 from .nn import routed_layers
+from .publishing import is_utf8
 from .routing import routing_override, watch_routing
 from .routing.tokens import limited_template
 
@@ -44,6 +46,8 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
     except (AssertionError, RuntimeError) as error:
         raise SmileError(f"device: is {device!r}; expected one that torch has here ({error})") from None
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # else a byte of another encoding ends the program
+        sys.stdin.reconfigure(errors="surrogateescape")
     tokenizer = _tokenizer(Path(folder))
     model: Any = load_pretrained(folder, dtype="auto")
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -60,7 +64,9 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
             if line == "/exit":
                 break
             command, _, name = line.partition(" ")
-            if line == "/reset":
+            if not is_utf8(line):
+                print(f"{line!a}: contains a byte that is not {sys.stdin.encoding}; ignored", file=sys.stderr)
+            elif line == "/reset":
                 turns = []
             elif command == "/expert":
                 given = int(name) if name.isdecimal() and name not in names else name.strip() or None

@@ -120,6 +120,15 @@ def test_commands(fused):
     assert "/expert" in said[0]
 
 
+def test_bytes_of_another_encoding_are_reported_and_the_next_line_is_answered(fused):
+    result = CliRunner().invoke(app, ["chat", str(fused), "--max-new-tokens", "2"], input=b"a\xff\nHi\n")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
+    assert said[0].startswith(r"'a\udcff': contains a byte that is not utf-8")
+    assert re.fullmatch(r"\[(math|code) 100%\]", said[1])
+    assert len(said) == 2
+
+
 def test_one_expert_can_be_asked(fused):
     _, said = chat(fused, "/expert code\nHi\n/expert 0\nHi\n/expert poetry\nHi\n/expert\nHi\n")
     assert [said[i] for i in (0, 1, 3)] == ["[code 100%]", "[math 100%]", "[math 100%]"], said
