@@ -97,6 +97,7 @@ class ModelNames:
         by_pattern = {pattern: one for one in transforms[1] for pattern in one.source_patterns}
         for key in self._in_order(stored):
             name, pattern = self._rename(key, *transforms)
+            name = name if pattern is None or name in self.state else key  # of a block that the model lacks
             if pattern is not None and name in self.state:
                 groups.setdefault(name, (by_pattern[pattern], {}))[1].setdefault(pattern, []).append(key)
             elif name in tensors and not torch.equal(tensors[name].load(), stored[key].load()):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import smile_kernels as sk
 from smile_kernels.cli import app
+from tests.integrations.tiny_models import build
 
 OPTIONS: dict[str, Any] = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -175,3 +176,9 @@ def pooling(folder: Path, content: str = "{}") -> None:
     """A folder of the base that is copied."""
     (folder / "base" / "1_Pooling").mkdir(exist_ok=True)
     (folder / "base" / "1_Pooling" / "config.json").write_text(content)
+
+
+def mixture(folder: Path, **changes: Any) -> None:
+    """A Mixtral of two layers, whose config has other settings."""
+    build("MixtralForCausalLM").save_pretrained(folder)
+    settings(folder.name, **changes)(folder.parent)
