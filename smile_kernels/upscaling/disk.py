@@ -127,8 +127,12 @@ class Job:
             )
         quantization = quantization_of(self.base)
         self.config = replace(config, base=quantization)
+        asked = {"remaining": remaining, "dtype": dtype, "embeddings_from": embeddings_from}
         if quantization is not None:
-            _check_quantized(remaining, dtype, embeddings_from)
+            _check_base_kept("the base is stored quantised", asked)
+        self.experts_only = config.base_model_name_or_path is not None
+        if self.experts_only:
+            _check_base_kept("experts_only stores no tensor of the base", asked | {"dtype": None})
         names = ModelNames(model_of_checkpoint(self.base))
         self.model = names.model
         _check_generation_config(self.base, self.model)
@@ -152,11 +156,11 @@ class Job:
         self.lost_settings = lost_settings(config_of_checkpoint(self.base, names.model), self.sources)
         self.embeddings_from = embeddings_from
         self.added = None if embeddings_from is None else self._added_tokens(embeddings_from, names.model)
+        mean = remaining == "average"
         for source in self.sources:
             if isinstance(source, AdapterSource):
-                source.check(self.by_name)
+                source.check(self.by_name, average=mean)
             elif isinstance(source, CheckpointSource):
-                mean = remaining == "average"
                 source.check(self.by_name, self.chosen.values(), average=mean, cast=dtype is not None)
         check_layers(self.layers, self.by_name, config.rank_of_expert, config.rank_of_router)
         check_fit("base", self.unfit, self.tensors, self.sources, strict=strict)
@@ -183,7 +187,9 @@ class Job:
 
     @functools.cached_property
     def taken(self) -> list[Layer]:
-        """The layers that get the weight of the only expert."""
+        """The layers that get the weight of the only expert: none where the base's own tensors are not stored."""
+        if self.experts_only:
+            return []
         plain = [layer for layer in self.unfit if f"{layer.stored}.weight" not in self.packed]
         return layers_to_take(plain, self.tensors, self.by_name, self.sources)
 
@@ -353,7 +359,7 @@ class Job:
             if split.intersection(keys):
                 yield self._written(self.by_name[name], changed.get(name))
         written = {layer.weight for layer in self.taken} | {layer.weight for layer in upscaled}
-        for layer in () if experts_only else self.taken:
+        for layer in self.taken:
             new = self.sources[0].bias(layer)
             if new is not None and layer.bias not in self.by_name and layer.weight in written:
                 yield self._written(StoredTensor.of(f"{layer.stored}.bias", new), None)
@@ -488,7 +494,8 @@ def upscale_checkpoints(
             `RoutingPolicy.recommended`.
         calibrate: also run `smile_kernels.calibrate`, which loads the whole model.
         dtype: dtype of the result; by default the base's, which the experts must then share.
-        experts_only: store only the experts and the path of the base.
+        experts_only: store only the experts and the path of the base, whose own tensors do not change: `remaining`
+            and `embeddings_from` are refused, and `dtype` is that of the experts.
         max_shard_size: maximum size of a file.
         device: device for the decompositions.
         workers: number of layers computed in parallel; by default the number of cores, at most 4.
@@ -649,15 +656,12 @@ def _names_of(experts: Sequence[str | Path], given: Sequence[str | None] | None)
     return names
 
 
-def _check_quantized(remaining: str, dtype: torch.dtype | None, embeddings_from: int | str | None) -> None:
-    """Raises ValueError where an argument asks for other weights than those of a quantised base."""
-    for name, given, expected in (
-        ("remaining", remaining, "base"),
-        ("dtype", dtype, None),
-        ("embeddings_from", embeddings_from, None),
-    ):
+def _check_base_kept(why: str, asked: Mapping[str, Any]) -> None:
+    """Raises ValueError where an argument asks for other weights than the base's, which are kept: `why`."""
+    for name, given in asked.items():
+        expected = "base" if name == "remaining" else None
         if given != expected:
-            raise SmileError(f"{name}: is {given!r}, and the base is stored quantised; expected {expected!r}")
+            raise SmileError(f"{name}: is {given!r}, and {why}; expected {expected!r}")
 
 
 def _check_generation_config(folder: Path, model: Any) -> None:

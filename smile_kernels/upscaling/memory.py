@@ -234,7 +234,7 @@ def _check_sources(
     """Raise ValueError unless every expert fits the base."""
     for source in sources:
         if isinstance(source, AdapterSource):
-            source.check(base)
+            source.check(base, average=average)
         elif isinstance(source, ModuleSource):
             source.check(base, chosen.values(), average=average)
             source.check_kinds(model, chosen.values())

@@ -128,7 +128,9 @@ def lost_changes(
     for name in dict.fromkeys((*shapes, *(name for source in sources for name in source.may_change))):
         known = name in shapes
         looked_up = name in embeddings and name not in held
-        if name in held or (known and id(shapes[name]) in seen and not looked_up):
+        # An adapter may save the weight of a layer whole in another shape, whose change its expert does not hold.
+        resized = [known and source.shape(name) not in (None, tuple(shapes[name].shape)) for source in sources]
+        if not any(resized) if name in held else known and id(shapes[name]) in seen and not looked_up:
             continue
         if known:
             seen.add(id(shapes[name]))
@@ -142,7 +144,10 @@ def lost_changes(
         else:
             plain, kept = base[name], result(name)
             unit = _norm(plain)
-            for source in sources:
+            for source, other in zip(sources, resized):
+                if name in held and not other:
+                    sizes.append(0.0)
+                    continue
                 tensor = source.tensor(name) if name in source.may_change else plain
                 if tensor is None or tensor.shape != kept.shape:
                     shape = "missing" if tensor is None else f"of shape {list(tensor.shape)}"

@@ -210,9 +210,16 @@ class AdapterSource(ExpertSource):
         self.deltas, self.base = deltas, base
         self.transposed = {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
-    def check(self, shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor]) -> None:
-        """Raise ValueError unless every change fits the base and is finite."""
+    def check(self, shapes: Mapping[str, Tensor] | Mapping[str, StoredTensor], *, average: bool = False) -> None:
+        """Raise ValueError unless every change fits the base and is finite, with `average` also what is saved whole."""
         for name, delta in self.deltas.items():
+            for part, tensor in delta.whole.items() if average else ():
+                base = shapes.get(f"{name}.{part}")
+                if base is not None and base.shape != tensor.shape:
+                    raise SmileError(
+                        f"{self.where}: tensor '{name}.{part}' has shape {list(tensor.shape)}; expected the base's, "
+                        f"{list(base.shape)}"
+                    )
             expected = {part: shapes[key].shape for part in ("weight", "bias") if (key := f"{name}.{part}") in shapes}
             if "weight" in expected:
                 expected.setdefault(

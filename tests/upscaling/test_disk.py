@@ -183,6 +183,13 @@ def test_checkpoints_that_do_not_fit(tmp_path, models, folders):
     upscale_checkpoints(folders[0], [folders[1], lacking], tmp_path / "part", **RANKS, include=["up"])
 
 
+@pytest.mark.parametrize(("option", "value"), [("remaining", "average"), ("embeddings_from", 0)])
+def test_experts_alone_are_not_asked_for_other_tensors_of_the_base(tmp_path, folders, option, value):
+    with pytest.raises(ValueError, match=f"^{option}: is {value!r}, and experts_only stores no tensor of the base"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, experts_only=True, **{option: value})
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_checkpoints_of_another_kind(tmp_path, folders):
     for folder, config in zip(folders, ({"model_type": "llama"}, {"model_type": "mistral"}, {}, {})):
         (folder / "config.json").write_text(json.dumps(config))

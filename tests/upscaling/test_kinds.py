@@ -109,6 +109,61 @@ def test_adapters(name, tmp_path):
         torch.testing.assert_close(output(model), want, rtol=1e-3, atol=1e-4)
 
 
+def resized_head(folder, base, rows: int = 100) -> None:
+    """An adapter of `base` that saves a head of more tokens whole."""
+    tuned = copy.deepcopy(base)
+    tuned.resize_token_embeddings(rows)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(tuned, config).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_of_more_tokens_saved_whole(tmp_path):
+    """It has no mean with the base's; where another expert changes the head, it is reported."""
+    base = build("Llama")
+    base.save_pretrained(tmp_path / "base")
+    resized_head(tmp_path / "more", base)
+    peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
+    ).save_pretrained(tmp_path / "head")
+    folders = [tmp_path / "more", tmp_path / "head"]
+    deltas = [adapter_deltas(folder, base) for folder in folders]
+
+    def on_disk(**options):
+        return sk.upscale_checkpoints(tmp_path / "base", folders, tmp_path / "out", **RANKS, **options)
+
+    def in_memory(**options):
+        return sk.upscale(base, deltas, progress=False, **RANKS, **options)[1]
+
+    for fused in (in_memory, on_disk):
+        with pytest.raises(sk.SmileError, match=r"lm_head.weight' has shape \[100, 32\]; expected .* \[96, 32\]"):
+            fused(remaining="average")
+        assert not list(tmp_path.glob("out*"))
+        lost = {one.name: one for one in fused().lost}
+        assert lost["lm_head.weight"].sizes == [1.0, 0.0]
+        assert "of shape [100, 32]" in lost["lm_head.weight"].reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_alone_leave_layers_that_cannot_have_experts_to_the_base(tmp_path):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    base = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision, image_size=32, patch_size=16))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p += 0.1 * torch.randn_like(p)
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)
+    for alone in (False, True):
+        out = tmp_path / f"out{alone}"
+        report = sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "tuned"], out, experts_only=alone, **RANKS)
+        layer = next(layer.name for layer in report.layers if layer.name.endswith("head.attention.out_proj"))
+        assert (f"{layer}.weight" in {one.name for one in report.lost}) == alone
+        want = (base if alone else tuned).get_parameter(f"{layer}.weight")
+        assert torch.equal(sk.load_pretrained(out).get_parameter(f"{layer}.weight"), want)
+
+
 def single(folder, model) -> None:
     model.save_pretrained(folder)
 
