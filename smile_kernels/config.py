@@ -153,6 +153,8 @@ class SmileConfig:
         method = config.get("quant_method") if isinstance(config, Mapping) else config
         if method != QUANT_METHOD:
             raise SmileError(f"quant_method: is {reprlib.repr(method)}; expected {QUANT_METHOD!r}")
+        if not isinstance(config, Mapping):
+            raise SmileError(f"quantization_config: is {config!r}; expected an object with the settings of its layers")
         settings = {key: value for key, value in config.items() if key != "quant_method"}
         return parse(cls, settings, "quantization_config")
 

@@ -43,6 +43,11 @@ def test_config_errors_name_the_key(change, message):
         SmileConfig.from_dict(CONFIG.to_dict() | change)
 
 
+def test_a_method_without_its_settings_is_refused():
+    with pytest.raises(SmileError, match="^quantization_config: is 'smile'; expected an object"):
+        SmileConfig.from_dict("smile")
+
+
 def test_values_that_are_not_of_json_or_of_the_config_are_named():
     inside: list = []
     inside.append(inside)
