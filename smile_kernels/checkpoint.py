@@ -5,6 +5,7 @@ complete, or contains only the experts and the path of its base.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .config import FACTORS, SmileConfig, read_config, read_smile_config, write_
 from .errors import SmileError, check_seed, reason
 from .guard import guard_weights
 from .integrations import describe_as_smile
+from .integrations.conversion import ModelNames
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, routed_layers, smile_layers, why_not_linear
 from .publishing import MANIFEST, check_folder, is_utf8, output_folder, restore, write_text
@@ -65,14 +67,16 @@ def save_pretrained(
     Args:
         model: any module with SmileLinear layers, for example from `upscale`.
         folder: new or empty; it is created atomically.
-        base: folder of the base checkpoint; if given, only the experts and this path are stored.
+        base: folder of the base checkpoint; if given, only the experts and this path are stored. The model's other
+            tensors are compared with it.
         max_shard_size: maximum size of a file.
         force: replace a folder that smile-kernels wrote.
 
     Raises:
         ValueError: no SmileLinear in the model, a layer under a name that no model has when it is loaded, as with
-            adapters of PEFT, a tensor without data, a factor with NaN or inf, or a folder that is, contains or is
-            inside `base`.
+            adapters of PEFT, a tensor without data, a factor with NaN or inf, a folder that is, contains or is
+            inside `base`, or a `base` with other tensors than the model's.
+        FileNotFoundError: `base` does not exist, or has no weights.
         FileExistsError: the folder contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
     """
@@ -84,6 +88,7 @@ def save_pretrained(
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")
         if os.path.exists(base) and not os.path.isdir(base):
             raise SmileError(f"base: {base} is not a folder; expected the base checkpoint")
+        _check_base(model, Path(base))
         config = config.of_experts(base)
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
@@ -127,6 +132,50 @@ def _savable(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_base(model: Any, folder: Path) -> None:
+    """Raise ValueError unless a checkpoint has the tensors of `model`, up to the dtype, except for its experts'."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"base: {folder}: no such folder; expected the base checkpoint")
+    where, expected = (
+        f"base: {folder}",
+        "expected the checkpoint that the model was upscaled from (None stores it, too)",
+    )
+    config = read_config(folder)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise SmileError(f"{where} is stored as {method!r}; expected a checkpoint of plain weights")
+    ours, theirs = getattr(getattr(model, "config", None), "model_type", None), config.get("model_type")
+    if ours and theirs and ours != theirs:
+        raise SmileError(f"{where} is a {theirs} and the model a {ours}; expected {expected}")
+    names = ModelNames(model)
+    stored, _ = names.map(read_tensors(folder))
+    layers = smile_layers(model)
+    factors = {f"{name}.{part}".removeprefix(".") for name in layers for part in FACTORS}
+    weights = {f"{name}.weight".removeprefix(".") for name in layers}
+    own = {name: tensor for name, tensor in names.state.items() if name not in factors and isinstance(tensor, Tensor)}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    for name, tensor in own.items():
+        if name not in stored:
+            if isinstance(tensor, nn.Parameter) and not any(re.search(pattern, name) for pattern in optional):
+                raise SmileError(f"{where} has no tensor {name!r}, and the model has; expected {expected}")
+        elif stored[name].shape not in (tensor.shape, tensor.T.shape if name in weights else tensor.shape):
+            shapes = f"{list(stored[name].shape)}, and {list(tensor.shape)} in the model"
+            raise SmileError(f"{where}: tensor {name!r} has shape {shapes}; expected {expected}")
+    compared = set()
+    for name, tensor in own.items():
+        pair = id(tensor), id(stored.get(name))
+        if name not in stored or pair in compared:
+            continue
+        compared.add(pair)
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+            found = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}"
+            raise SmileError(f"model: {name} is {found}; expected its numbers, to compare them with the base's")
+        value = stored[name].load().to(tensor.device, tensor.dtype)
+        versions = [value] + [value.T] * (name in weights)  # the layer was a Conv1D
+        if not any(torch.equal(one, tensor.detach()) for one in versions):
+            raise SmileError(f"{where}: tensor {name!r} differs from the model's; expected {expected}")
+
+
 def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
@@ -142,6 +191,8 @@ def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_s
         tensors = [StoredTensor.of(name, state[name]) for name in names if name in state]
         write_tensors(folder, tensors, stem="model" if whole else "experts", max_shard_size=max_shard_size)
         model_config = model.config.to_dict() if hasattr(model, "save_pretrained") else {}
+        if model_config and not model_config.get("architectures"):  # never saved by transformers
+            model_config["architectures"] = [type(model).__name__]
         write_config(folder, model_config, config)
     write_text(folder / "README.md", model_card(config))
 

@@ -1,6 +1,7 @@
 """Saving, loading and describing models; bad input is refused by name."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from smile_kernels import SmileError, SmileLinear, upscale
 from smile_kernels.checkpoint import load_pretrained, save_pretrained
 from smile_kernels.inspection import describe
 from smile_kernels.storage import StoredTensor, read_tensors, write_shard
-from tests.upscaling.checkpoints import stored
+from tests.integrations import tiny_models
+from tests.upscaling.checkpoints import save, stored
 
 
 class Block(nn.Module):
@@ -52,6 +54,7 @@ def test_experts_only_round_trip(tmp_path):
     model, plain = Block(smile=True), Block(smile=False)
     for name, p in plain.named_parameters():
         p.data = model.get_parameter(name).data.clone()
+    save(tmp_path / "base", plain, max_shard_size=500)
     save_pretrained(model, tmp_path / "experts", base=tmp_path / "base")
     names = set(read_tensors(tmp_path / "experts"))
     assert {"up.vh", "up.s", "up.u", "up.expert_bias", "down.router"} <= names
@@ -59,6 +62,82 @@ def test_experts_only_round_trip(tmp_path):
     loaded = load_pretrained(tmp_path / "experts", plain)
     assert loaded.up.bias is not None
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def other_norm(model: nn.Module) -> nn.Module:
+    model.model.norm.weight.data[3] += 1
+    return model
+
+
+def grown(model: nn.Module) -> nn.Module:
+    model.resize_token_embeddings(100)
+    return model
+
+
+def weight_of(layer: str) -> Callable[[nn.Module], nn.Module]:
+    def change(model: nn.Module) -> nn.Module:
+        model.get_parameter(f"{layer}.weight").data[0, 0] += 1
+        return model
+
+    return change
+
+
+BASES = {
+    "another architecture": (
+        "Qwen2ForCausalLM",
+        lambda model: model,
+        "base is a qwen2 and the model a llama; expected",
+    ),
+    "a fine-tuned version": ("LlamaForCausalLM", weight_of("model.layers.1.mlp.up_proj"), r"up_proj\.weight' differs"),
+    "another norm": (
+        "LlamaForCausalLM",
+        other_norm,
+        r"tensor 'model\.norm\.weight' differs from the model's; expected",
+    ),
+    "more tokens": (
+        "LlamaForCausalLM",
+        grown,
+        r"embed_tokens\.weight' has shape \[100, 32\], and \[96, 32\] in the model",
+    ),
+    "no blocks": (
+        "LlamaForCausalLM",
+        lambda model: model.get_input_embeddings(),
+        "base has no tensor 'model.*model has",
+    ),
+    "another Conv1D": ("GPT2LMHeadModel", weight_of("transformer.h.1.attn.c_proj"), r"c_proj\.weight' differs"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_experts_alone_are_saved_only_with_their_base(case, tmp_path):
+    """A base in another dtype, whose embedding is tied or whose layers are stored transposed, is that of the model."""
+    architecture, change, message = BASES[case]
+    plain = tiny_models.build("GPT2LMHeadModel" if architecture.startswith("GPT2") else "LlamaForCausalLM").bfloat16()
+    model, _ = upscale(plain, [tiny_models.fine_tuned(plain, 1)], rank_of_expert=4, rank_of_router=2, progress=False)
+    base = tiny_models.build(architecture).bfloat16()
+    change(base)
+    if hasattr(base, "save_pretrained") and case != "no blocks":
+        base.save_pretrained(tmp_path / "base")
+    else:
+        save(tmp_path / "base", base.get_input_embeddings())
+    with pytest.raises(SmileError, match=message):
+        save_pretrained(model.float(), tmp_path / "out", base=tmp_path / "base")
+    plain.save_pretrained(tmp_path / "own", max_shard_size="20KB")
+    save_pretrained(model, tmp_path / "out", base=tmp_path / "own")
+    loaded = load_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_experts_alone_are_not_saved_with_what_is_not_a_base(tmp_path):
+    model = llama()
+    save_pretrained(model, tmp_path / "fused")
+    for folder, error, message in (
+        ("fused", SmileError, "is stored as 'smile'; expected a checkpoint of plain weights"),
+        ("none", FileNotFoundError, "none: no such folder; expected the base checkpoint"),
+    ):
+        with pytest.raises(error, match=f"^base: .*{message}"):
+            save_pretrained(model, tmp_path / "out", base=tmp_path / folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["fused"]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

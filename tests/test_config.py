@@ -44,7 +44,7 @@ def test_config_errors_name_the_key(change, message):
 
 
 def test_a_method_without_its_settings_is_refused():
-    with pytest.raises(SmileError, match="^quantization_config: is 'smile'; expected an object"):
+    with pytest.raises(SmileError, match=r"^quantization_config: is 'smile'; expected an object"):
         SmileConfig.from_dict("smile")
 
 

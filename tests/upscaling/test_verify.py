@@ -292,7 +292,7 @@ def test_names_of_experts_are_kept(tmp_path):
     assert [verdict.name for verdict in sk.verify(model, base, experts)] == ["math", "code"]
     sk.save_pretrained(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "its own")
-    (tmp_path / "base").mkdir()
+    base.save_pretrained(tmp_path / "base")
     sk.save_pretrained(model, tmp_path / "experts", base=tmp_path / "base")
     for folder in ("ours", "its own"):
         loaded = sk.load_pretrained(tmp_path / folder)
