@@ -45,6 +45,7 @@ from ..storage import (
 )
 from ..svd import without_autocast
 from .decompose import check_router, decompose, in_threads
+from .files import check_tokenizer, lost_files
 from .layers import (
     Layer,
     check_layers,
@@ -156,6 +157,9 @@ class Job:
         self.lost_settings = lost_settings(config_of_checkpoint(self.base, names.model), self.sources)
         self.embeddings_from = embeddings_from
         self.added = None if embeddings_from is None else self._added_tokens(embeddings_from, names.model)
+        if self.added is not None:
+            check_tokenizer("embeddings_from", self.base, self.experts[self.donor])
+        self.lost_files = lost_files(self.base, self.experts, self.beside)
         mean = remaining == "average"
         for source in self.sources:
             if isinstance(source, AdapterSource):
@@ -619,7 +623,8 @@ def _write(
     folders = str(job.base.resolve()), [str(folder.resolve()) for folder in job.experts]
     lost = job.lost(reports) if rank == 0 else []
     names = job.config.expert_names or ()
-    report = UpscaleReport(reports, lost, *folders, expert_names=names, router=job.router, settings=job.lost_settings)
+    left_out: dict[str, Any] = {"settings": job.lost_settings, "files": job.lost_files}
+    report = UpscaleReport(reports, lost, *folders, expert_names=names, router=job.router, **left_out)
     if rank == 0:
         write_index(output.output, shards, stem=stem)
         job.write_sidecars(output.output, factors, report)

@@ -16,7 +16,7 @@ from ..schema import check_arguments, parse
 from ..storage import read_json
 from ..svd import Certificate
 
-__all__ = ["LayerReport", "LostChange", "LostSetting", "UpscaleReport"]
+__all__ = ["LayerReport", "LostChange", "LostFile", "LostSetting", "UpscaleReport"]
 
 # Lost changes above this share of the base's tensor give a warning; and the number that is printed.
 LARGE, SHOWN = 0.01, 10
@@ -105,6 +105,19 @@ class LostSetting:
 
 
 @dataclass(frozen=True)
+class LostFile:
+    """A file next to the weights that experts have otherwise than the base, such as tokenizer.json, and the result.
+
+    Attributes:
+        name: its path in the folder; chat_template.jinja for a chat template in any file.
+        experts: the numbers of these experts.
+    """
+
+    name: str
+    experts: list[int]
+
+
+@dataclass(frozen=True)
 class UpscaleReport:
     """Results for every layer, and changes that are not in the result. `print` shows a summary; `save` writes JSON.
 
@@ -115,6 +128,7 @@ class UpscaleReport:
         expert_names: the experts' names; empty if they have none.
         router: how the experts are scored, as in `upscale`.
         settings: what the experts' configs have otherwise than the base's, as far as a forward pass may depend on it.
+        files: files with a part in the experts' results, such as tokenizers, that are not those of the result.
     """
 
     layers: list[LayerReport]
@@ -125,6 +139,7 @@ class UpscaleReport:
     expert_names: Sequence[str] = ()
     router: str = "smile"
     settings: list[LostSetting] = field(default_factory=list)
+    files: list[LostFile] = field(default_factory=list)
 
     @check_arguments
     def save(self, path: str | Path) -> None:
@@ -162,6 +177,17 @@ class UpscaleReport:
                 f"{f' and {len(other) - 3} more' if len(other) > 3 else ''}. If one value fits all, set it in the base",
                 stacklevel=6,
             )
+        if files := [self._named(one) for one in self.files if one.name != "generation_config.json"]:
+            warnings.warn(
+                f"files of the experts are not in the result, and differ from those there: {'; '.join(files[:3])}"
+                f"{f' and {len(files) - 3} more' if len(files) > 3 else ''}. Outputs with the result's files, such as "
+                "its tokenizer, are not those of these experts",
+                stacklevel=6,
+            )
+
+    def _named(self, file: LostFile) -> str:
+        names = self.expert_names or [f"expert {i}" for i in range(1 + max(file.experts))]
+        return f"{file.name} of {', '.join(names[i] for i in file.experts)}"
 
     def __str__(self) -> str:
         done = [layer for layer in self.layers if not layer.skipped]
@@ -182,6 +208,7 @@ class UpscaleReport:
             if len(self.lost) > SHOWN:
                 lines.append(f"  and {len(self.lost) - SHOWN} more")
         lines += [f"setting of the experts that is not in the result: {setting}" for setting in self.settings[:SHOWN]]
+        lines += [f"file that is not in the result: {self._named(file)}" for file in self.files[:SHOWN]]
         return "\n".join([*lines, *([str(self.calibration)] if self.calibration else [])])
 
     def table(self) -> str:
@@ -203,6 +230,9 @@ class UpscaleReport:
         settings = Table("setting that is not in the result", "in the base", "by expert", **plain)
         for one in self.settings:
             settings.add_row(one.name, one.base, ", ".join(one.experts))
+        files = Table("file that is not in the result", "experts", **plain)
+        for file in self.files:
+            files.add_row(file.name, self._named(file).removeprefix(f"{file.name} of "))
         console = Console(width=120, color_system=None)
         with console.capture() as text:
             console.print(table)
@@ -210,6 +240,8 @@ class UpscaleReport:
                 console.print("", lost)
             if self.settings:
                 console.print("", settings)
+            if self.files:
+                console.print("", files)
         return text.get().rstrip("\n") + (f"\n{self.calibration}" if self.calibration else "")
 
 

@@ -1,0 +1,156 @@
+"""Files of the experts, such as tokenizers, that are not in the result, are listed; they are compared by value."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import smile_kernels as sk
+from smile_kernels.upscaling.report import LostFile, UpscaleReport
+from tests.integrations import tiny_models
+from tests.upscaling.checkpoints import command, finetuned, run
+
+RANKS = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A base, an expert and an adapter, each with the files of a chat model and of a sentence encoder."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    tokenizer = tiny_models.chat_tokenizer()
+    base = tiny_models.chat_model(tokenizer)
+    expert = finetuned(base)
+    with torch.no_grad():
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+            expert.get_parameter(name).copy_(base.get_parameter(name))
+    for name, model in {"base": base, "expert": expert}.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        (folder / name / "2_Dense").mkdir()
+        save_file({"linear.weight": torch.ones(4, 4)}, folder / name / "2_Dense" / "model.safetensors")
+        (folder / name / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    return folder
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return change
+
+
+def settings(name: str, **values: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+
+def exchanged(folder: Path) -> None:
+    """Two tokens have each other's ids."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    a, b = list(vocabulary)[40:42]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def template_in_config(folder: Path) -> None:
+    """As versions of transformers before 4.50 store it."""
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    settings("tokenizer_config.json", chat_template=template)(folder)
+
+
+def saved_by_another_version(folder: Path) -> None:
+    template_in_config(folder)
+    settings("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder={}, legacy=None)(
+        folder
+    )
+    settings("tokenizer.json", truncation={"max_length": 8}, padding={"pad_id": 0}, version="2.0")(folder)
+    settings("generation_config.json", transformers_version="4.1", do_sample=False)(folder)
+    settings("preprocessor_config.json", image_processor_type="ViTImageProcessorFast", data_format=None)(folder)
+    (folder / "vocab.json").write_text("{}")
+    (folder / "README.md").write_text("Fine-tuned")
+
+
+def no_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.is_dir():
+            shutil.rmtree(file)
+        elif "tok" in file.name or "template" in file.name or "preproc" in file.name:
+            file.unlink()
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "nothing": (lambda folder: None, []),
+    "ids exchanged": (exchanged, ["tokenizer.json"]),
+    "another template": (text("chat_template.jinja", "{{ messages }}"), ["chat_template.jinja"]),
+    "another template by name": (
+        text("additional_chat_templates/tool.jinja", "{{ messages }}"),
+        ["additional_chat_templates/tool.jinja"],
+    ),
+    "another template in the config": (
+        lambda folder: [template_in_config(folder), settings("tokenizer_config.json", chat_template="x")(folder)],
+        ["chat_template.jinja"],
+    ),
+    "another beginning": (settings("tokenizer_config.json", eos_token="<|user|>"), ["tokenizer_config.json"]),
+    "other images": (settings("preprocessor_config.json", image_mean=[0.1] * 3), ["preprocessor_config.json"]),
+    "another pooling": (text("1_Pooling/config.json", '{"pooling_mode": "cls"}'), ["1_Pooling/config.json"]),
+    "another dense layer": (
+        lambda folder: save_file({"linear.weight": torch.zeros(4, 4)}, folder / "2_Dense" / "model.safetensors"),
+        ["2_Dense/model.safetensors"],
+    ),
+    "another temperature": (settings("generation_config.json", temperature=0.1), ["generation_config.json"]),
+    "a damaged tokenizer": (text("tokenizer.json", "[" * 200_000), ["tokenizer.json"]),
+    "another version": (saved_by_another_version, []),
+    "no files": (no_files, []),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_files_that_an_expert_has_otherwise_are_listed(case, models, tmp_path):
+    change, listed = CHANGES[case]
+    shutil.copytree(models / "expert", tmp_path / "expert")
+    change(tmp_path / "expert")
+    experts = [models / "expert", tmp_path / "expert"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = sk.upscale_checkpoints(models / "base", experts, tmp_path / "out", expert_names=["a", "b"], **RANKS)
+    assert report.files == [LostFile(name, [1]) for name in listed]
+    said = [str(one.message) for one in caught if "files of the experts are not in the result" in str(one.message)]
+    assert bool(said) == bool(set(listed) - {"generation_config.json"})
+    for name in listed:
+        assert f"file that is not in the result: {name} of b" in str(report)
+        assert name in report.table()
+    assert UpscaleReport.load(tmp_path / "out" / "smile_report.json").files == report.files
+
+
+def test_the_command_shows_them_and_reports_of_before_are_read(models, tmp_path):
+    shutil.copytree(models / "expert", tmp_path / "expert")
+    exchanged(tmp_path / "expert")
+    shown = run(*command([models / "base", tmp_path / "expert"], tmp_path / "out"))
+    assert "file that is not in the result: tokenizer.json of expert" in shown
+    stored = json.loads((tmp_path / "out" / "smile_report.json").read_text())
+    del stored["files"]
+    (tmp_path / "old.json").write_text(json.dumps(stored))
+    assert UpscaleReport.load(tmp_path / "old.json").files == []
+
+
+def test_the_tokenizer_of_an_expert_with_added_tokens_is_the_results(models, tmp_path):
+    """Experts with the base's tokenizer have nothing otherwise; an expert without a tokenizer has no added tokens."""
+    tokenizer = tiny_models.chat_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    model = tiny_models.chat_model(tokenizer)
+    model.save_pretrained(tmp_path / "more")
+    with pytest.raises(sk.SmileError, match=r"^embeddings_from: .*more has no tokenizer, and the base has one"):
+        sk.upscale_checkpoints(models / "base", [tmp_path / "more"], tmp_path / "out", embeddings_from=0, **RANKS)
+    assert not list(tmp_path.glob("out*"))
+    tokenizer.save_pretrained(tmp_path / "more")
+    experts = [tmp_path / "more", models / "expert"]
+    report = sk.upscale_checkpoints(models / "base", experts, tmp_path / "out", embeddings_from=0, **RANKS)
+    assert report.files == []
