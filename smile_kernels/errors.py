@@ -1,10 +1,13 @@
-"""The error for invalid arguments and files, the reason that another library gives, and a check for integers."""
+"""The error for invalid arguments and files, names and reasons in the errors of others, and a check for integers."""
 
 import operator
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["SmileError", "check_integer", "check_seed", "reason"]
+__all__ = ["SmileError", "check_integer", "check_seed", "naming", "reason"]
 
 
 class SmileError(ValueError):
@@ -19,6 +22,17 @@ def reason(error: BaseException) -> str:
     """The kind and the message of an error of another library, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 500 else f'{text[:500]}...'}".removesuffix(": ")
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Give the errors of reading or closing an open file its name, which Python does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None, meaning: str = "") -> int:

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import SmileError
+from .errors import SmileError, naming
 
 try:
     import fcntl
@@ -579,7 +579,7 @@ def fingerprint(file: Path) -> str | None:
         return None
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as f:
+    with naming(file), open(file, "rb") as f:
         if size <= _BLOCKS * _BLOCK_BYTES:
             digest.update(f.read())
         else:
@@ -640,7 +640,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         file.unlink(missing_ok=True)
-        os.close(descriptor)
+        with naming(file):
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, file: Path) -> bool:

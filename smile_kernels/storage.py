@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import SmileError
+from .errors import SmileError, naming
 from .publishing import fingerprint, is_path, new_file, write_text
 
 # The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
@@ -434,7 +434,8 @@ def _check_regular(file: Path) -> None:
     """Refuse pipes, which would block; raises OSError where the file cannot be opened."""
     if file.exists() and not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a file of weights")
-    file.open("rb").close()
+    with naming(file):
+        file.open("rb").close()
 
 
 def read_text(file: Path, limit: int = 1 << 28) -> str:
@@ -451,6 +452,7 @@ def read_text(file: Path, limit: int = 1 << 28) -> str:
     if size > limit:
         raise SmileError(f"{file}: has {size:,} bytes; expected at most {limit:,}")
     try:
-        return file.read_text(encoding="utf-8")
+        with naming(file):
+            return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SmileError(f"{file}: is not UTF-8 text ({error})") from None

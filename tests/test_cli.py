@@ -1,5 +1,6 @@
 """`smile-kernels upscale`, `inspect`, `doctor` and `tune`: options, output and errors."""
 
+import errno
 import io
 import json
 import os
@@ -324,3 +325,19 @@ def test_ctrl_c_ends_a_command_with_status_130(monkeypatch):
 
     monkeypatch.setattr("smile_kernels.inspection.describe", interrupted)
     assert CliRunner().invoke(app, ["inspect", "fused"]).exit_code == 130
+
+
+def test_an_input_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """As of a failing disk, whose errors have no file's name."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def read(file, *args, **kwargs):
+        if file.name == "config.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_text(file, *args, **kwargs)
+
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", read)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"error: [Errno 5] Input/output error: '{tmp_path / 'config.json'}'" in result.output

@@ -341,7 +341,14 @@ def _module_delta(
         if (one in tensors) != (other in tensors):
             lacks = other if one in tensors else one
             raise SmileError(f"{directory}: {module} has no {lacks}; expected both factors of its change")
-    if "lora_A" in tensors and tensors["lora_A"].dim() != 2:
+    kinds = [part for part in ("lora_A", "lora_embedding_A", "trainable_tokens_delta") if part in tensors]
+    if len(kinds) > 1:
+        raise SmileError(f"{directory}: {module} has {kinds[0]} and {kinds[1]}; expected one kind of change")
+    linear = kinds == ["lora_A"] and tensors["lora_A"].dim() == 2
+    for part in () if linear else ("lora_magnitude_vector", "lora_B.bias", "alpha"):
+        if part in tensors:
+            raise SmileError(f"{directory}: {module} has {part}; expected it on a linear layer, with lora_A and lora_B")
+    if "lora_A" in tensors and not linear:
         b, a = (wide(tensors[name]).reshape(*(tensors[name].shape[:1] or (1,)), -1) for name in ("lora_B", "lora_A"))
         if b.shape[-1] != a.shape[0] or b.shape[0] * a.shape[1] != base[f"{module}.weight"].numel():
             raise SmileError(f"{directory}: {module}: its factors are not those of a linear layer; expected matrices")

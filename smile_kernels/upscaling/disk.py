@@ -88,6 +88,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
+# Files of a tokenizer, by the names that the tokenizers of transformers give them.
+_TOKENIZER = re.compile(
+    r"(tokenizer|added_tokens|special_tokens|(additional_)?chat_template|(target_|entity_)?vocab|merges|normalizer|emoji"
+    r"|byte_maps|word_pronunciation|word_shape|bpe\.codes|dict\.txt).*|.*\.(model|spm|tiktoken|tokenizer)"
+)
+
 # Folders that are copied: sentence-transformers' pooling and later modules, transformers' further chat templates.
 _FOLDERS = re.compile(r"\d+_|additional_chat_templates$")
 
@@ -173,10 +179,14 @@ class Job:
         """Add one expert's additional tokens to the base and all experts."""
         self.donor = which_expert(expert, self.config.expert_names or ())
         added = find_added_tokens(model, self.by_name, self.sources[self.donor])
-        starts = "tokenizer", "added_tokens", "special_tokens", "chat_template", "additional_chat_templates"
-        theirs = {place: file for file, place in _files_beside(self.experts[self.donor], *starts).items()}
-        ours = {place: file for file, place in self.beside.items()}
-        self.beside = {file: place for place, file in (ours | theirs).items()}
+        theirs = _files_beside(self.experts[self.donor], _TOKENIZER)
+        is_whole = any(file.name in ("tokenizer.json", "tokenizer_config.json") for file in theirs)
+        replaced = {
+            file
+            for file, place in self.beside.items()
+            if place in theirs.values() or (is_whole and _TOKENIZER.fullmatch(place.parts[0]))
+        }
+        self.beside = {file: place for file, place in self.beside.items() if file not in replaced} | theirs
         own = [name for name in added.dims if name in self.origins]
         if split := next((name for name in own if self._split(name)), None):
             raise SmileError(
@@ -690,8 +700,8 @@ def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return read().to(dtype)
 
 
-def _files_beside(folder: Path, *starts: str) -> dict[Path, Path]:
-    """The other files of a checkpoint, which are copied, and their places: tokenizers, settings, code; or by prefix.
+def _files_beside(folder: Path, kind: re.Pattern | None = None) -> dict[Path, Path]:
+    """The other files of a checkpoint, which are copied, and their places: tokenizers, settings, code; or of a kind.
 
     Raises:
         ValueError, OSError: one that cannot be copied.
@@ -699,7 +709,7 @@ def _files_beside(folder: Path, *starts: str) -> dict[Path, Path]:
     found: list[Path] = []
     for file in sorted(folder.iterdir()):
         written_anew = file.name in ("config.json", "README.md", REPORT, MANIFEST) or file.name.startswith(".")
-        if written_anew or file.name.endswith(_WEIGHTS) or not file.name.startswith(starts or ""):
+        if written_anew or file.name.endswith(_WEIGHTS) or (kind and not kind.fullmatch(file.name)):
             continue
         if not file.is_dir():
             found.append(file)

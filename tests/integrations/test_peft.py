@@ -256,6 +256,10 @@ def test_a_mixed_pool(tmp_path):
 
 A, B = "base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"
 FACTORS = {A: torch.ones(2, 6), B: torch.ones(5, 2)}
+E = {"base_model.model.0.lora_embedding_A": torch.ones(2, 5), "base_model.model.0.lora_embedding_B": torch.ones(6, 2)}
+ROWS = {"base_model.model.0.trainable_tokens_delta": torch.ones(1, 6)}
+MAGNITUDE = {"base_model.model.0.lora_magnitude_vector": torch.ones(5)}
+FOLDED = {A: torch.ones(2, 6, 1), B: torch.ones(5, 2, 1)}  # as of a convolution
 
 
 @pytest.mark.parametrize(
@@ -287,6 +291,13 @@ FACTORS = {A: torch.ones(2, 6), B: torch.ones(5, 2)}
             {"trainable_token_indices": [1, 1]},
             "trainable_token_indices: does not fit 0",
         ),
+        (FACTORS | E, {}, "0 has lora_A and lora_embedding_A; expected one kind of change"),
+        (FACTORS | ROWS, {"trainable_token_indices": [1]}, "0 has lora_A and trainable_tokens_delta"),
+        (E | ROWS, {"trainable_token_indices": [1]}, "0 has lora_embedding_A and trainable_tokens_delta"),
+        (E | MAGNITUDE, {"use_dora": True}, "0 has lora_magnitude_vector; expected it on a linear layer"),
+        (MAGNITUDE, {"use_dora": True}, "0 has lora_magnitude_vector; expected it on a linear layer"),
+        (FOLDED | MAGNITUDE, {"use_dora": True}, "0 has lora_magnitude_vector; expected it on a linear layer"),
+        (FOLDED | {"base_model.model.0.alpha": torch.ones(1)}, {}, "0 has alpha; expected it on a linear layer"),
     ],
 )
 def test_malformed_adapters_are_named(tmp_path, tensors, config, message):

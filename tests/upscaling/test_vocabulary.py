@@ -92,13 +92,20 @@ def test_in_memory_and_from_disk(kind, tmp_path):
         model.save_pretrained(tmp_path / name)
     (tmp_path / "base" / "tokenizer.json").write_text("old")
     (tmp_path / "grown" / "tokenizer.json").write_text("new")
+    (tmp_path / "grown" / "vocab.txt").write_text("new")
+    for name in ("chat_template.jinja", "spiece.model", "generation_notes.txt"):  # its template is in another file
+        (tmp_path / "base" / name).write_text("old")
     names = ["plain", "grown"]
     in_memory, first = sk.upscale(base, experts, expert_names=names, embeddings_from="grown", progress=False, **RANKS)
     assert base.get_input_embeddings().weight.shape[0] == 96
     second = sk.upscale_checkpoints(
         tmp_path / "base", [tmp_path / "plain", tmp_path / "grown"], tmp_path / "out", embeddings_from="grown", **RANKS
     )
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "new"
+    texts = {
+        file.name: file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix not in (".safetensors", "")
+    }
+    assert (texts["tokenizer.json"], texts["vocab.txt"], texts["generation_notes.txt"]) == ("new", "new", "old")
+    assert not {"chat_template.jinja", "spiece.model"} & texts.keys()
     assert [lost.name for lost in first.lost] == [lost.name for lost in second.lost] == []
     loaded = type(base).from_pretrained(tmp_path / "out")
     in_memory.save_pretrained(tmp_path / "own")
