@@ -84,8 +84,9 @@ def smile_linear(
 
     Routing is computed in float32 for every dtype of x (float64 for float64); ties go to the lower index; a NaN score
     ranks last. x, weight, bias, vh, u, expert_bias and router share one dtype: float32, bfloat16, float16 or float64.
-    First derivatives exist for every floating-point argument; with m = 1 the weight is exactly 1 and the router gets
-    no gradient.
+    Derivatives exist for every floating-point argument, in reverse and in forward mode, the choice of experts being
+    constant; with m = 1 the weight is exactly 1 and the router gets no gradient. The kernels compute first derivatives
+    in reverse mode; others are computed by the reference, which is slower.
 
     Raises:
         ValueError: shapes, dtypes or num_experts_per_tok do not fit; the message names the argument.
@@ -160,7 +161,7 @@ def smile_delta(
             [T, O] with contiguous rows of any stride.
 
     Returns:
-        [..., O] in x's dtype. First derivatives exist for every floating-point argument, including y.
+        [..., O] in x's dtype. Derivatives are as in `smile_linear`, including those for y.
 
     Raises:
         ValueError: shapes, dtypes or num_experts_per_tok do not fit, or y cannot be added to in place; the message

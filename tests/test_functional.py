@@ -23,6 +23,93 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(f, leaves)
 
 
+T, D, O, N, R, G = 4, 6, 5, 3, 2, 2
+
+
+def differentiable(form: str, m: int, backend: str):
+    """A call of the operators on float64 tensors, and the tensors."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    x, weight, bias, s = random(T, D), random(O, D), random(O), random(N, R)
+    vh, u, expert_bias, router = random(N, R, D), random(N, O, R), random(N, O), random(N, G, D)
+    options = {"num_experts_per_tok": m, "rank_of_router": G, "backend": backend}
+    ids = torch.randint(-1, N, (T, m))
+    calls = {
+        "linear": (lambda *t: smile_linear(*t, **options), (x, weight, bias, vh, s, u, expert_bias, router)),
+        "own rows": (lambda *t: smile_linear(*t, **options), (x, weight, None, vh, s, u)),
+        "routed": (
+            lambda w, *t: smile_linear(*t, routing=(w, ids), **options),
+            (random(T, m), x, weight, bias, vh, s, u, expert_bias),
+        ),
+        "delta": (lambda *t: smile_delta(*t, **options), (random(T, O), x, vh, s, u, expert_bias, router)),
+        "delta in place": (
+            lambda y, *t: smile_delta(y.clone(), *t, inplace=not torch.is_grad_enabled(), **options),
+            (random(T, O), x, vh, s, u),
+        ),
+        "parts": (
+            lambda *t: smile_linear(*t, parts=(3, 1, 1), rank_of_parts=(2, 0, 1), **options),
+            (x, weight, bias, random(3, N, R, D), random(3, N, R), u, expert_bias, random(3, N, G, D)),
+        ),
+        "route": (lambda *t: route(*t, num_experts_per_tok=m, rank_of_router=G, backend=backend)[0], (x, vh)),
+    }
+    return calls[form]
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("form", ["linear", "own rows", "routed", "delta", "parts", "route"])
+def test_second_and_forward_mode_derivatives(form, m, backend):
+    call, inputs = differentiable(form, m, backend)
+    if (form, m) != ("route", 1):  # whose weight is constant
+        assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("form", ["linear", "routed", "delta", "delta in place", "parts", "route"])
+@pytest.mark.parametrize("mode", ["inference", "frozen", "training"])
+def test_tangents_where_no_gradient_is_needed(mode, form):
+    call, inputs = differentiable(form, 2, ON_CPU[0])
+    primals = tuple(t.detach() for t in inputs if t is not None)
+    tangents = tuple(map(torch.randn_like, primals))
+    with torch.set_grad_enabled(mode == "training"):
+        taken = primals if mode == "frozen" else tuple(t.requires_grad_(mode == "training") for t in primals)
+        got = torch.func.jvp(call, taken, tangents)[1].detach()
+    step = 1e-6
+    with torch.no_grad():
+        ahead, behind = (call(*(p.detach() + sign * step * t for p, t in zip(primals, tangents))) for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_under_transforms():
+    """Products with the Hessian, also vectorised and under autocast, of a layer that routes itself."""
+    layer = sk.SmileLinear(D, O, N, R, G, 2, dtype=torch.float64)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    x, v = torch.randn(2, T, D, dtype=torch.float64)
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    want = torch.autograd.functional.hvp(loss, x, v)[1]
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1], want)
+    torch.testing.assert_close(torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x), want)
+    rows = torch.func.vmap(torch.func.hessian(lambda row: loss(row[None])))(x)
+    torch.testing.assert_close(torch.einsum("tij,tj->ti", rows, v), want)
+    step = 1e-6
+    ahead, behind = (torch.func.grad(loss)(x + sign * step * v) for sign in (1, -1))
+    torch.testing.assert_close((ahead - behind) / (2 * step), want, rtol=1e-4, atol=1e-5)
+    layer.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, tangent = torch.func.jvp(layer, (x.float(),), (v.float(),))
+    assert y.dtype == tangent.dtype == torch.bfloat16
+    exact = torch.func.jvp(layer, (x.float(),), (v.float(),))[1]
+    assert (tangent.float() - exact).norm() < 0.05 * exact.norm()
+
+
 def test_only_the_gradients_asked_for():
     p = problem("top-2")
     p.u.requires_grad_()

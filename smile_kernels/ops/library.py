@@ -16,6 +16,8 @@ A backend is a module with these as functions over 2-D x. `delta` and its backwa
 `h` [T, m, r] is V^T x of the selected experts, saved for the backward; it has no elements unless `save` is set. A
 gradient that is not needed has no elements either. `delta` routes unless weights and ids are given, and supports layers
 of several parts, with the shapes in `functional.smile_linear`; h is [T, P, m, r] then.
+Forward-mode derivatives, and a backward pass that builds a graph (`create_graph`), use the reference with the experts
+that an operator selected.
 """
 
 import functools
@@ -27,12 +29,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import SmileError
 from ..versions import warn_if_newer
-from . import registration
+from . import reference, registration
 from .excluded import why_excluded
 from .reference import autocasts
 
@@ -232,6 +234,42 @@ _linear_backward = _define(
 )
 
 
+def _gradients(call: Callable, inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor) -> list:
+    """The gradients of call(*inputs), with a graph, of the inputs that need one."""
+    wanted = [t for t, needed in zip(inputs, needs) if needed]
+    with torch.enable_grad():
+        y = _plainly(call, *inputs)
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, materialize_grads=True))
+    return [next(found) if needed else None for needed in needs]
+
+
+def _bias_of(dy: Tensor, needed: bool) -> Tensor | None:
+    """The gradient of a bias is the same for every value."""
+    return dy.new_zeros(dy.shape[-1]).requires_grad_() if needed else None
+
+
+def _reference_linear(x, weight, bias, vh, s, u, expert_bias, router, rank_of_router, ids) -> Tensor:
+    weights = reference.weights_of(x, reference.router_rows(vh, router, rank_of_router), ids)
+    return reference.apply(x, weight, bias, vh, s, u, expert_bias, weights, ids)
+
+
+def _reference_delta(y, x, vh, s, u, expert_bias, router, weights, rank_of_router, ids, parts, rank_of_parts) -> Tensor:
+    if weights is None:
+        weights = reference.weights_of(x, reference.router_rows(vh, router, rank_of_router), ids)
+    with_experts = list(registration.parts_with_experts(parts, rank_of_parts, s.shape[-1])) if parts else None
+    return reference.delta(y, x, vh, s, u, expert_bias, weights, ids, with_experts)
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _plainly(call: Callable, x: Tensor, *args) -> Tensor:
+    """call(x, *args), whose dtypes are set, without autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return call(x, *args)
+
+
 class _Route(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -246,9 +284,12 @@ class _Route(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dweights, _):
         needs = list(ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled():
+            x, router, _, ids = ctx.saved_tensors
+            found = _gradients(lambda *t: reference.weights_of(*t, ids), (x, router), needs, dweights)
+            return *found, None, None
         gradients = _route_backward(dweights, *ctx.saved_tensors, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
 
@@ -267,9 +308,12 @@ class _Apply(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         needs = list(ctx.needs_input_grad[:8])
+        if torch.is_grad_enabled():
+            x, weight, *rest, ids, _ = ctx.saved_tensors
+            inputs = x, weight, _bias_of(dy, needs[2]), *rest
+            return *_gradients(lambda *t: reference.apply(*t, ids), inputs, needs, dy), None, None
         gradients = _apply_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
 
@@ -290,9 +334,12 @@ class _Linear(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, *_):
         needs = list(ctx.needs_input_grad[:8])
+        if torch.is_grad_enabled():
+            x, weight, *rest, _, ids, _ = ctx.saved_tensors
+            inputs, g = (x, weight, _bias_of(dy, needs[2]), *rest), ctx.rank_of_router
+            return *_gradients(lambda *t: _reference_linear(*t, g, ids), inputs, needs, dy), None, None, None
         gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.rank_of_router, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None, None)
 
@@ -313,11 +360,15 @@ class _Delta(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, *_):
         needs, (g, parts, rank_of_parts, backend) = list(ctx.needs_input_grad[1:8]), ctx.options
         gradients: Sequence[Tensor | None] = [None] * 7
-        if any(needs):
+        if any(needs) and torch.is_grad_enabled():
+            *experts, weights, ids, _ = ctx.saved_tensors
+            inputs, options = (*experts, None if ctx.routes else weights), (g, ids, parts, rank_of_parts)
+            y = torch.zeros_like(dy)
+            gradients = _gradients(lambda *t: _reference_delta(y, *t, *options), inputs, needs, dy)
+        elif any(needs):
             gradients = _delta_backward(dy, *ctx.saved_tensors, g, ctx.routes, needs, parts, rank_of_parts, backend)
         return (dy, *(g if needed else None for g, needed in zip(gradients, needs)), *[None] * 6)
 
@@ -338,6 +389,9 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | No
     """x [T, D], router [N, g, D] -> weights [T, m], ids [T, m], differentiable."""
     training = _needs_gradient(x, router)
     backend = choose_backend(backend, x.device.type, x.dtype, int(router.shape[0]), training)
+    if _in_forward_mode():
+        ids = _route(x, router, num_experts_per_tok, backend)[1]
+        return _plainly(reference.weights_of, x, router, ids), ids
     if training:
         return _Route.apply(x, router, num_experts_per_tok, backend)
     if _compiled(backend, x):
@@ -349,6 +403,8 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     """The expert half under a given routing -> y [T, O], differentiable."""
     arguments = (x, weight, bias, vh, s, u, expert_bias, weights)
     training = _needs_gradient(*arguments)
+    if _in_forward_mode():
+        return _plainly(reference.apply, *arguments, ids)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[0]), training)
     if training:
         return _Apply.apply(*arguments, ids, backend)[0]
@@ -449,7 +505,7 @@ def serve_step(
 def _is_served(x, layer, steps=False) -> bool:
     """Whether the extension's operators may take x [..., D] and a layer's tensors as they are; `steps`: of policies."""
     weight, s = layer[0], layer[3]
-    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2:
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2 or _in_forward_mode():
         return False
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or autocasts(x):
         return False
@@ -463,6 +519,9 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     arguments = (x, weight, bias, vh, s, u, expert_bias, router)
     training = _needs_gradient(*arguments)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[0]), training)
+    if _in_forward_mode():
+        ids = _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[2]
+        return _plainly(_reference_linear, *arguments, rank_of_router, ids)
     if training:
         return _Linear.apply(*arguments, num_experts_per_tok, rank_of_router, backend)[0]
     if _compiled(backend, x):
@@ -477,7 +536,7 @@ def linear_of_parts(
     experts = x, vh, s, u, expert_bias, router, weights
     training = _needs_gradient(weight, bias, *experts)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[1]), training)
-    if backend == "cpu" and not training:
+    if backend == "cpu" and not training and not _in_forward_mode():
         layer, ext = (x, weight, bias, vh, s, u, expert_bias), torch.ops.smile_kernels_ext
         if ids is None:
             return ext.linear.default(*layer, router, m, g, False, parts, rank_of_parts)[0]
@@ -496,9 +555,13 @@ def delta(
     experts = x, vh, s, u, expert_bias, router, weights
     training = _needs_gradient(y, *experts)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[-2]), training)
+    arguments = y, *experts, ids, m, g, False, parts, rank_of_parts
+    if _in_forward_mode():
+        ids = _delta(*arguments, backend)[2] if ids is None else ids
+        out = _plainly(_reference_delta, y, *experts, g, ids, parts, rank_of_parts)
+        return y.copy_(out) if inplace else out
     if training:
         return _Delta.apply(y, *experts, ids, m, g, parts, rank_of_parts, backend)[0]
-    arguments = y, *experts, ids, m, g, False, parts, rank_of_parts
     compiled = backend == "cpu" and not is_traceable_wrapper_subclass(x)
     if inplace:
         if compiled:

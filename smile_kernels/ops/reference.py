@@ -3,6 +3,8 @@
 Shapes: T tokens, D in_features, O out_features, N experts, m experts per token, r rank of an expert, g of the router.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,8 @@ def autocasts(x: Tensor) -> bool:
 
 
 def router_rows(vh: Tensor, router: Tensor | None, rank_of_router: int) -> Tensor:
-    """The router's rows [N, g, D]: its own, or the first g of each expert's vh [N, >= g, D]."""
-    return vh[:, :rank_of_router] if router is None else router
+    """The router's rows [N, g, D]: its own, or the first g of each vh_i [N, >= g, D]; [P, N, g, D] of P parts."""
+    return vh[..., :rank_of_router, :] if router is None else router
 
 
 def projections(x: Tensor, router: Tensor) -> Tensor:
@@ -70,9 +72,17 @@ def apply(
     An id that is not an expert's, such as -1 for an unused slot, adds nothing for any weight.
     """
     acc = accumulate_dtype(x)
-    xa = x.to(acc)
-    y = F.linear(xa, weight.to(acc), None if bias is None else bias.to(acc))
-    r = s.shape[1]
+    y = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    return (y + _experts(x, vh, s, u, expert_bias, weights, ids)).to(x.dtype)
+
+
+def _experts(
+    x: Tensor, vh: Tensor, s: Tensor, u: Tensor, expert_bias: Tensor | None, weights: Tensor, ids: Tensor
+) -> Tensor:
+    """The sum over the selected experts, in the dtype of sums."""
+    acc = accumulate_dtype(x)
+    xa, r = x.to(acc), s.shape[1]
+    y = xa.new_zeros(*x.shape[:-1], u.shape[1])
     for i in range(s.shape[0]):
         chosen = ids == i
         w = torch.where(chosen, weights.to(acc), 0).sum(-1, keepdim=True)
@@ -80,7 +90,7 @@ def apply(
         if expert_bias is not None:
             delta = delta + expert_bias[i].to(acc)
         y = y + torch.where(chosen.any(-1, keepdim=True), w * delta, 0)
-    return y.to(x.dtype)
+    return y
 
 
 def linear(
@@ -98,3 +108,32 @@ def linear(
     """Route, then apply: x [T, D] -> y [T, O]."""
     weights, ids = route(x, router_rows(vh, router, rank_of_router), num_experts_per_tok)
     return apply(x, weight, bias, vh, s, u, expert_bias, weights, ids)
+
+
+def weights_of(x: Tensor, router: Tensor, ids: Tensor) -> Tensor:
+    """The weights of selected experts: x [T, D], router [P, N, g, D], ids [T, P, m] -> [T, P, m]; or all without P."""
+    acc = accumulate_dtype(x)
+    norms = torch.linalg.vector_norm(torch.einsum("td,...ngd->t...ng", x.to(acc), router.to(acc)), dim=-1)
+    return norms.nan_to_num(nan=torch.finfo(acc).min).gather(-1, ids.long().clamp_min(0)).softmax(-1)
+
+
+def delta(
+    y: Tensor,
+    x: Tensor,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    parts: Sequence[tuple[int, slice, int]] | None = None,
+) -> Tensor:
+    """y [T, O] + the selected experts; `parts`: those with experts, of a layer of several."""
+    if parts is None:
+        return (y.to(accumulate_dtype(x)) + _experts(x, vh, s, u, expert_bias, weights, ids)).to(x.dtype)
+    columns, end = [], 0
+    for part, o, rank in parts:
+        factors = vh[part], s[part, :, :rank], u[:, o, :rank], None if expert_bias is None else expert_bias[:, o]
+        columns += [y[:, end : o.start], delta(y[:, o], x, *factors, weights[:, part], ids[:, part])]
+        end = o.stop
+    return torch.cat([*columns, y[:, end:]], dim=1)
