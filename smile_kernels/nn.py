@@ -70,7 +70,8 @@ class SmileLinear(RoutedExperts, nn.Linear):
     """A pre-trained linear layer and N fine-tuned versions of it, as a sparse mixture of low-rank experts.
 
     It is a subclass of nn.Linear, so code that looks for linear layers, such as PEFT's `target_modules`, finds it. An
-    addition to its output or to its shared weight applies to every expert.
+    addition to its output or to its shared weight, as LoRA makes it, applies to every expert. What multiplies the
+    weight (merged IA3, OFT, BOFT or RoAd), or computes with it (DoRA, HRA, SHiRA), has no effect on the experts.
 
         y = W x + b + sum over the m selected i of w_i (U_i (s_i * V_i[:, :r]^T x) + expert_bias_i)
 

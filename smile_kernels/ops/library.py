@@ -25,6 +25,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -234,7 +235,7 @@ _linear_backward = _define(
 )
 
 
-def _gradients(call: Callable, inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor) -> list:
+def _gradients(call: Callable, inputs: Sequence[Any], needs: Sequence[bool], dy: Tensor) -> list:
     """The gradients of call(*inputs), with a graph, of the inputs that need one."""
     wanted = [t for t, needed in zip(inputs, needs) if needed]
     with torch.enable_grad():

@@ -101,7 +101,9 @@ def calibrate(
     for name, value in (("sequences", sequences), ("length", length)):
         if value < 1:
             raise SmileError(f"{name}: is {value}; expected 1 or more")
-    positions = getattr(_text_config(model), "max_position_embeddings", None) or 0
+    config = _text_config(model)
+    names = "max_position_embeddings", "max_target_positions"
+    positions = next((n for name in names if (n := getattr(config, name, None))), 0)
     length = min(length, positions) if positions > 0 else length
     generator = torch.Generator().manual_seed(seed)
 
@@ -191,8 +193,7 @@ def _experts_off(model: nn.Module, layers: Mapping[str, RoutedExperts]) -> Itera
             rows = layer.vh if layer.router is None else layer.router
             p = energy_shares(router_energies(x.to(rows.dtype), rows[:, : layer.rank_of_router]))
             voting = p.sum(-1) > 0
-            real = tokens()
-            if real is not None and real.shape == voting.shape:
+            if (real := tokens(x)) is not None:
                 voting = voting & real.to(voting.device)
             total, count = shares[name]
             shares[name] = total + p[voting].double().sum(0).cpu(), count + int(voting.sum())

@@ -60,9 +60,31 @@ def check_routing(
         bare = [name for name in layers if name not in found or found[name].router_prior is None]
         if bare:
             raise SmileError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
+    _check_order(model, policy, layers)
     if not policy.is_alone:
         parts, text = parts_of(model, layers), text_part(model, layers)
         _check_parts(model, parts if text is None else {text: parts[text]}, layers)
+
+
+def _check_order(model: nn.Module, policy: RoutingPolicy, layers: Iterable[str]) -> None:
+    """Raise ValueError for a policy over the order of tokens, or their ids, on a model that does not have these."""
+    if policy.restart_at is not None and getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise SmileError(
+            f"restart_at: is {policy.restart_at}, and {type(model).__name__} reads {model.main_input_name}; expected "
+            "None, or a model with input_ids"
+        )
+    ordered = policy.scope in ("causal", "prompt") or policy.half_life is not None or policy.restart_at is not None
+    if not ordered or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    for root in parts_of(model, layers):
+        part = model.get_submodule(root)
+        crosses = "encoder_hidden_states" in inspect.signature(part.forward).parameters
+        if crosses and getattr(part, "is_decoder", True):
+            raise SmileError(
+                f"scope: is {policy.scope!r}, half_life {policy.half_life}, restart_at {policy.restart_at}, and the "
+                f"decoder of {type(model).__name__} reads the encoder's output, whose tokens have no causal order; "
+                "expected scope 'sequence' or 'token', without half_life and restart_at"
+            )
 
 
 def check_kept(policy: RoutingPolicy, num_experts_per_tok: int) -> None:
@@ -276,18 +298,17 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     def count(name: str, layer: RoutedExperts, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if kwargs.get("routing_weights") is not None:
             return None
-        routing = kwargs.get("routing")
+        x, routing = args[0] if args else kwargs["input"], kwargs.get("routing")
         if routing is None and layer.router_policy is not None:
-            routing = layer.router_policy(layer, args[0])
+            routing = layer.router_policy(layer, x)
         if routing is None:
             rows = layer.vh if layer.router is None else layer.router
             m, g = layer.num_experts_per_tok, layer.rank_of_router
-            routing = route(args[0].to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
+            routing = route(x.to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
         if not routing[1].shape[-1]:  # no experts while the base processes a prompt
             return args, {**kwargs, "routing": routing}
         first = routing[1][..., 0]  # -1: no expert
-        real = real_tokens()
-        if real is not None and real.shape == first.shape:
+        if (real := real_tokens(x)) is not None:
             first = first[real.to(first.device)]
         if first.numel():
             counts[name] += first[first >= 0].bincount(minlength=layer.num_local_experts).cpu()
@@ -306,8 +327,11 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
-    """A function that returns, in a forward pass, which tokens are not padding: [B, S] bool; None: all, or unknown."""
+def watch_tokens(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor | None]]:
+    """A function that returns, in a forward pass, which rows of a layer's input [..., D] are not padding, [...] bool.
+
+    None: all, or not known.
+    """
     tokens: Tokens | None = None
 
     def enter(root: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -319,7 +343,7 @@ def watch_tokens(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
     roots = [model.get_submodule(root) for root in parts_of(model, routed_layers(model))]
     handles = [root.register_forward_pre_hook(enter, with_kwargs=True) for root in roots]
     try:
-        yield lambda: None if tokens is None else tokens.real
+        yield lambda x: None if tokens is None else tokens.padding_of(x)
     finally:
         for handle in handles:
             handle.remove()

@@ -173,7 +173,11 @@ class Override:
             for j, (expert, weight) in enumerate((row or {}).items()):
                 weights[i, j], ids[i, j] = weight, expert
         own = torch.tensor([[row is None] for row in rows])
-        self.tensors = {device: (weights.to(device), ids.to(device), own.to(device)) for device in devices}
+        self.of_host = weights, ids, own
+        self.tensors = {device: self._on(device) for device in devices}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(t.to(device) for t in self.of_host)
 
     def routing(self, layer: RoutedExperts, x: Tensor, own: Routing | None, tokens: Tokens | None) -> Routing:
         """(weights, ids) [..., k] for x [..., D].
@@ -187,7 +191,8 @@ class Override:
         Raises:
             ValueError: the batch has another size.
         """
-        weights, ids, kept = (self._spread(t, x, tokens) for t in self.tensors[x.device])
+        asked = self.tensors.get(x.device) or self._on(x.device)  # others are those of offloaded layers
+        weights, ids, kept = (self._spread(t, x, tokens) for t in asked)
         if not self.keeps_some:
             return weights, ids
         if own is None:

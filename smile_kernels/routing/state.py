@@ -494,6 +494,11 @@ class ForwardPass:
         prior = layer.router_prior if policy.calibrated else None
         batch, length = tokens.shape(x)
         below = self.evidence if policy.accumulate else None
+        if policy.accumulate and not self.pools and tokens.is_encoders(x):
+            raise RuntimeError(
+                f"routing: a SMILE layer of {self.root_name} reads the encoder's output, whose tokens are others than "
+                "the decoder's; expected scope 'sequence', or accumulate=False"
+            )
         rows = 1 if self.pools else length
         if below is not None and below.shape != (batch, rows, layer.num_local_experts):
             raise RuntimeError(

@@ -203,7 +203,7 @@ class Tokens:
             return self.batch, self.length
         leading = x.shape[:-1]
         batch = self.batch if self.batch is not None else (leading[0] if leading else 1)
-        if self._is_encoders(x):
+        if self.is_encoders(x):
             return leading[0], leading[1]
         if x.dim() == 2 and leading[0] != batch and self.length is not None and leading[0] == batch * self.length:
             return batch, self.length
@@ -232,11 +232,19 @@ class Tokens:
 
     def real_of(self, x: Tensor) -> Tensor | None:
         """Which rows of x are not padding, [B, S] bool; None: all. One row for a whole sequence is never padding."""
-        if self._is_encoders(x):
+        if self.is_encoders(x):
             return self.encoder_real
         return self.real if self.real is not None and self.shape(x)[1] == self.length else None
 
-    def _is_encoders(self, x: Tensor) -> bool:
+    def padding_of(self, x: Tensor) -> Tensor | None:
+        """Which rows of any input [..., D] are not padding, [...] bool; None: all, or not known."""
+        real = self.encoder_real if self.is_encoders(x) else self.real
+        if real is None or x.shape[:-1] == real.shape:
+            return real
+        return real.flatten() if x.shape[:-1] == (real.numel(),) else None
+
+    def is_encoders(self, x: Tensor) -> bool:
+        """Whether x is the encoder's output, whose tokens are others than those of the pass."""
         return self.encoder_states is not None and x is self.encoder_states
 
 

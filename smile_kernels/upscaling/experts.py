@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import FACTORS, check_expert_names
 from ..errors import SmileError
@@ -160,6 +161,11 @@ def _managed(model: nn.Module) -> dict[str, SmileLinear]:
     if len(kinds) > 1:
         raise SmileError(f"model: its layers have different experts, {sorted(map(str, kinds))}; expected the same")
     for name, layer in layers.items():
+        if is_parametrized(layer):
+            raise SmileError(
+                f"model: {name} is parametrized; expected plain parameters (torch.nn.utils.parametrize."
+                "remove_parametrizations)"
+            )
         for part, p in layer.named_parameters(recurse=False):
             if type(p.data) is not Tensor or p.is_meta:
                 kind = "on the meta device" if p.is_meta else f"a {type(p.data).__name__}"

@@ -325,3 +325,13 @@ def test_a_config_without_the_sizes_of_its_inputs():
     for call in (calibrate, sk.routing.check_calibration):
         with pytest.raises(ValueError, match=r"inputs: the model fails on random ones \(AttributeError: .*vocab_size"):
             call(model)
+
+
+def test_positions_of_a_decoder():
+    """Whisper's config calls them max_target_positions: the inputs are no longer than these."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "max_source_positions": 6}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    ids = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = smile(tf.WhisperForConditionalGeneration(tf.WhisperConfig(**sizes, **heads, **ids, max_target_positions=9)))
+    report = calibrate(model, sequences=2)
+    assert {layer.tokens for layer in report.layers if ".decoder." in layer.name and "fc1" in layer.name} == {18}

@@ -257,6 +257,20 @@ def test_experts_beside_a_base_of_another_make(policy):
     close(logits(model, input_ids=ids), own)
 
 
+def test_offloaded_layers():
+    """They are on meta when it opens, and on another device when they run."""
+    model, ids = named(llama()), tokens(3, 4)
+    want = logits(dense(model, {1: 1.0}), input_ids=ids)
+    layers = list(smile_layers(model).values())
+    held = [layer.vh for layer in layers]
+    for layer in layers:
+        layer.vh = torch.nn.Parameter(layer.vh.detach().to("meta"))
+    with routing_override(model, "code"):
+        for layer, vh in zip(layers, held):
+            layer.vh = vh
+        close(logits(model, input_ids=ids), want)
+
+
 def test_watched_counts():
     model, ids = named(llama()), tokens(3, 4)
     with watch_routing(model) as counts, routing_override(model, ["code", {}, {0: 0.1, 2: 0.9}]):

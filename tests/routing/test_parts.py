@@ -10,7 +10,7 @@ import smile_kernels as sk
 from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, routing_override, set_routing, watch_routing
 from smile_kernels.routing.tokens import Tokens
-from tests.routing.definition import CAUSAL, POLICIES, SIZES, Calls, N, assert_follows, by_name, logits, smile
+from tests.routing.definition import CAUSAL, POLICIES, SIZES, Calls, N, assert_follows, by_name, logits, smile, t5
 
 IMAGE = 49
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -150,6 +150,49 @@ def test_padding_of_patches():
     found = Tokens(arguments, POLICIES["sequence"], "M")
     assert found.real.tolist() == mask.flatten(1).tolist()
     assert found.length == 4
+
+
+def test_rows_of_an_encoder_in_cross_attention():
+    """Layers that read the encoder's output have its padding, also where both lengths are equal."""
+    model = t5()
+    ids, mask = torch.randint(1, 50, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    for length in (5, 3):
+        batch["decoder_input_ids"], batch["decoder_attention_mask"] = ids[:, :length], mask.flip(0)[:, :length]
+        with watch_routing(model) as counts:
+            logits(model, **batch)
+        for name, count in counts.items():
+            of_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+            assert int(count.sum()) == int((mask if of_encoder else batch["decoder_attention_mask"]).sum()), name
+    set_routing(model, POLICIES["layers"])
+    for length in (5, 3):
+        with pytest.raises(RuntimeError, match="reads the encoder's output, whose tokens are others"):
+            logits(model, **batch | {"decoder_input_ids": ids[:, :length], "decoder_attention_mask": mask[:, :length]})
+    for policy in (CAUSAL["causal"], RoutingPolicy("prompt"), RoutingPolicy("sequence", half_life=3)):
+        with pytest.raises(ValueError, match="the decoder of T5ForConditionalGeneration reads the encoder's output"):
+            set_routing(model, policy)
+        set_routing(model.encoder, policy)
+        set_routing(model.encoder, RoutingPolicy())
+
+
+def test_flattened_rows_and_a_layer_called_by_keyword():
+    opt = smile(
+        tf.OPTForCausalLM(tf.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32))
+    )
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with watch_routing(opt) as counts:
+        logits(opt, input_ids=torch.randint(1, 50, (2, 4)), attention_mask=mask)
+    assert {int(count.sum()) for count in counts.values()} == {6}
+    layer = opt.model.decoder.layers[0].fc1
+    with watch_routing(layer) as counts:
+        layer(input=torch.randn(3, 16))
+    assert [int(count.sum()) for count in counts.values()] == [3]
+
+
+def test_ids_that_a_model_does_not_read():
+    model = smile(tf.CLIPVisionModel(tf.CLIPVisionConfig(**VISION)))
+    with pytest.raises(ValueError, match=r"restart_at: is \(7,\), and CLIPVisionModel reads pixel_values"):
+        set_routing(model, RESTART)
 
 
 def test_watch_with_a_mask_that_no_policy_follows():

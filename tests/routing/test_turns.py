@@ -119,7 +119,7 @@ def test_packed_sequences_vote_from_their_last_turns_on(policy):
 def test_a_decoder_with_cross_attention_takes_no_sums_from_token_to_token():
     model = t5()
     for policy in (SEQUENCES["sequence, half-life"], SEQUENCES["sequence, last turn"]):
-        set_routing(model, policy)
+        set_routing(model.decoder, policy)
         with pytest.raises(NotImplementedError, match="without half_life and restart_at"):
             logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
 
@@ -254,7 +254,7 @@ def test_scope_prompt_on_encoders_packed_rows_and_decoders():
     with pytest.raises(NotImplementedError, match="packed in a row have no prompt"):
         logits(model, input_ids=tokens(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
     model = t5()
-    set_routing(model, PROMPTS["prompt"])
+    set_routing(model.decoder, PROMPTS["prompt"])
     with pytest.raises(NotImplementedError, match="cross-attention"):
         logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import smile_kernels as sk
 from smile_kernels.integrations.peft import LowRankDelta, ModuleDelta
@@ -210,6 +211,9 @@ def test_states_that_do_not_allow_it(models):
     with pytest.raises(sk.SmileError, match="holds no SmileLinear"):
         sk.add_expert(base, third)
 
+    bound = upscale(base, [first, second])
+    parametrize.register_parametrization(bound.up, "u", torch.nn.Identity())
+    refused(bound, "up is parametrized; expected plain parameters", lambda m: sk.add_expert(m, third))
     foreign = upscale(base, [first, second], router="norm", rank_of_router=None)
     foreign.up.router.data[0] *= 2
     refused(foreign, "the router of up has rows of its own", lambda m: sk.add_expert(m, third))
