@@ -148,10 +148,9 @@ def test_packed_sequences_are_told_apart(policy, how):
 def test_encoder_decoder():
     """T5: its stacks route their own tokens, and the decoder's first pass chooses for the generation."""
     model = t5()
-    set_routing(model.decoder, POLICIES["causal"])
-    with pytest.raises(NotImplementedError, match="cross-attention"):
-        logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
-    set_routing(model.decoder, RoutingPolicy())
+    for part in (model, model.decoder):
+        with pytest.raises(ValueError, match="reads the encoder's output, whose tokens have no causal order"):
+            set_routing(part, POLICIES["causal"])
     policy = POLICIES["sequence+layers"]
     set_routing(model, policy)
     ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])

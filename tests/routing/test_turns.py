@@ -117,11 +117,13 @@ def test_packed_sequences_vote_from_their_last_turns_on(policy):
 
 
 def test_a_decoder_with_cross_attention_takes_no_sums_from_token_to_token():
-    model = t5()
-    for policy in (SEQUENCES["sequence, half-life"], SEQUENCES["sequence, last turn"]):
-        set_routing(model.decoder, policy)
+    model = bert(is_decoder=True, add_cross_attention=True)
+    for policy in (SEQUENCES["sequence, half-life"], SEQUENCES["sequence, last turn"], PROMPTS["prompt"]):
+        set_routing(model, policy)
         with pytest.raises(NotImplementedError, match="without half_life and restart_at"):
-            logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
+            logits(model, input_ids=tokens(2, 6), encoder_hidden_states=torch.randn(2, 3, 16))
+        with pytest.raises(ValueError, match="whose tokens have no causal order"):
+            set_routing(t5(), policy)
 
 
 def test_restarts_need_ids():
@@ -242,7 +244,7 @@ def test_a_prompt_votes_beside_a_cache_that_holds_a_stream():
     assert torch.equal(*answers)
 
 
-def test_scope_prompt_on_encoders_packed_rows_and_decoders():
+def test_scope_prompt_on_encoders_and_packed_rows():
     model = bert()
     set_routing(model, PROMPTS["prompt"])
     ids, mask = tokens(4, 6), torch.ones(4, 6, dtype=torch.int64)
@@ -253,10 +255,6 @@ def test_scope_prompt_on_encoders_packed_rows_and_decoders():
     set_routing(model, PROMPTS["prompt"])
     with pytest.raises(NotImplementedError, match="packed in a row have no prompt"):
         logits(model, input_ids=tokens(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
-    model = t5()
-    set_routing(model.decoder, PROMPTS["prompt"])
-    with pytest.raises(NotImplementedError, match="cross-attention"):
-        logits(model, input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 3))
 
 
 def test_training_through_a_prompts_choice():
