@@ -305,13 +305,18 @@ def add_calibration(
     model = load_pretrained(source, **from_pretrained)
     report = calibrate(model, seed=seed)
     set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=turn_ids_of_checkpoint(source)))
-    layers = routed_layers(model)
-    if missing := [name for name in config.modules if name not in layers]:
-        raise SmileError(f"{source}: {missing[0]} has another name in {type(model).__name__}; expected the same")
+    layers, names = routed_layers(model), ModelNames(model)
+    stored = {
+        name: (names.parameter(f"{name}.weight") or f"{name}.weight").removesuffix(".weight") for name in config.modules
+    }
+    if missing := [name for name, own in stored.items() if own not in layers]:
+        raise SmileError(
+            f"{source}: {missing[0]} is not the name of a SMILE layer of {type(model).__name__}; expected one"
+        )
     priors = [
         StoredTensor.of(f"{name}.router_prior", prior)
-        for name in config.modules
-        if (prior := layers[name].router_prior) is not None
+        for name, own in stored.items()
+        if (prior := layers[own].router_prior) is not None
     ]
     add_tensors(folder, priors, file="router_prior.safetensors")
     modules = {name: replace(module, router_prior=True) for name, module in config.modules.items()}

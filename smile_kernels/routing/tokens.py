@@ -302,13 +302,13 @@ def _real(mask: Tensor, past: int | Tensor, length: int | None) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise SmileError(f"attention_mask: is {what}; expected a tensor [B, past + S] or [B, heads, S, keys]")
-    if mask.dim() == 4:
+    keys, of_tokens = mask.shape[-1], mask.dim() == 2
+    if of_tokens:
+        mask = mask != 0
+    else:
         mask = mask[:, 0] > -1 if mask.is_floating_point() else mask[:, 0] != 0
         mask = mask[:, 0] if mask.shape[1] == 1 else mask
-    else:
-        mask = mask != 0
-    keys = mask.shape[-1]
-    if length is None or keys < length or (isinstance(past, int) and mask.dim() == 2 and keys < past + length):
+    if length is None or keys < length or (isinstance(past, int) and of_tokens and keys < past + length):
         raise SmileError(f"attention_mask: has {keys} columns; expected one for each of {past} + {length} tokens")
     # Windowed caches hold fewer keys than there were tokens: the last ones are those of this pass.
     start = min(past, keys - length) if isinstance(past, int) else past.clamp(max=keys - length)

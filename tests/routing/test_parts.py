@@ -143,6 +143,15 @@ def test_positions_of_images():
         Tokens({"input_ids": ids, "position_ids": sideways[:2]}, policy, "M")
 
 
+def test_the_mask_of_a_window_for_one_token():
+    """A language model that its caller masks, [B, heads, 1, keys]: a windowed cache holds fewer keys than tokens."""
+    cache = tf.DynamicCache()
+    cache.update(torch.zeros(2, 1, 9, 4), torch.zeros(2, 1, 9, 4), 0)
+    mask = {"sliding_attention": torch.tensor([[[[0, 0, 1, 1]]], [[[1, 1, 1, 0]]]]).bool()}
+    arguments = {"inputs_embeds": torch.zeros(2, 1, 16), "attention_mask": mask, "past_key_values": cache}
+    assert Tokens(arguments, CAUSAL["causal"], "M").real.tolist() == [[True], [False]]
+
+
 def test_padding_of_patches():
     """The towers of Idefics get the mask of their patches [B, height, width]."""
     mask = torch.tensor([[[1, 1], [1, 0]], [[1, 1], [1, 1]]]).bool()
