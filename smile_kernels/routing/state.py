@@ -486,6 +486,8 @@ class ForwardPass:
             cache = self.tokens.cache if self.tokens.cache is not None else cache_in(output)
             if cache is not None:
                 self.memory.attach(cache)
+                if isinstance(self.tokens.past, int):
+                    self.memory.length = self.tokens.past + (self.tokens.length or 0)
 
     def _score(self, key: Key, layer: RoutedExperts, x: Tensor) -> Routing:
         """The choice at a layer that runs now; its evidence L is kept for those above."""

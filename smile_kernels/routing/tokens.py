@@ -89,11 +89,8 @@ class Tokens:
             )
         try:
             self.past = 0 if self.cache is None else self.cache.get_seq_length()
-        except ValueError:
-            raise NotImplementedError(
-                f"{self.cache_name}: is of {root_name}, without attention layers, and does not count its tokens, which "
-                "routing policies and calibration need; expected a model with attention, or the published routing"
-            ) from None
+        except ValueError:  # without attention layers, as Mamba's
+            self.past = self._counted(root_name)
         if isinstance(self.past, Tensor):
             self.past = self.past.clone()  # static caches count in place
 
@@ -156,6 +153,18 @@ class Tokens:
                 positions = positions[0]
             if positions.dim() != 3 or len(positions) != 3:  # those of images say nothing about packing
                 self._pack(_boundaries_from_positions(positions))
+
+    def _counted(self, root_name: str) -> int:
+        """The tokens in a cache that does not count them, as far as policies have followed it from the beginning."""
+        memory = getattr(self.cache, "routing_memory", None)
+        if memory is not None:
+            return memory.length
+        if self.cache.has_previous_state():
+            raise NotImplementedError(
+                f"{self.cache_name}: does not count its tokens, and was filled when {root_name} had no routing policy "
+                "that stores them; expected an empty cache"
+            )
+        return 0
 
     def _pack(self, first: Tensor) -> None:
         """first [1 or B, S] bool: the tokens that begin a sequence."""
@@ -267,6 +276,7 @@ def _cache_argument(arguments: dict, root_name: str) -> tuple[Any, str]:
         )
     for name, value in given.items():
         concerns = any(part in name for part in ("mask", "position", "cache", "past", "seq_idx", "seq_len"))
+        concerns |= name == "state"  # of RWKV
         if not concerns or name in caches or name in _KNOWN or isinstance(value, (bool, int, float, str)):
             continue
         raise NotImplementedError(

@@ -9,8 +9,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smile_kernels import SmileLinear
-from smile_kernels.routing import RoutingPolicy, set_routing, watch_routing
-from tests.routing.definition import POLICIES, SIZES, G, N, R, bert, by_name, llama, logits, smile, tokens
+from smile_kernels.routing import RoutingPolicy, calibrate, set_routing, watch_routing
+from tests.routing.definition import (
+    CAUSAL,
+    POLICIES,
+    SEQUENCE,
+    SIZES,
+    G,
+    N,
+    R,
+    bert,
+    by_name,
+    llama,
+    logits,
+    smile,
+    tokens,
+)
 
 TWO = {name: POLICIES[name] for name in ("sequence+layers", "causal+layers")}
 # Public methods of transformers' Cache, 5.18 to 5.24. Those that move or repeat batch rows are handled.
@@ -29,7 +43,7 @@ class Renamed(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(SmileLinear(8, 8, N, R, G) for _ in range(3))
 
-    def forward(self, inputs_embeds, kv_store=None, window_mask=None):
+    def forward(self, inputs_embeds, kv_store=None, window_mask=None, state=None):
         if kv_store is not None:
             kv_store.update(inputs_embeds[:, None], inputs_embeds[:, None], 0)
         h = inputs_embeds
@@ -60,6 +74,8 @@ def test_arguments_no_policy_knows_are_refused_by_name(policy):
         model(x, window_mask=torch.ones(2, 7))
     with watch_routing(model), pytest.raises(NotImplementedError, match=r"^window_mask"):
         model(x, window_mask=torch.ones(2, 7))
+    with pytest.raises(NotImplementedError, match=r"^state: is a list"):
+        model(x, state=[torch.ones(2, 8)])
     with pytest.raises(NotImplementedError, match=r"^past_key_values: is a tuple"):
         logits(llama_with(policy), input_ids=tokens(1, 3), past_key_values=((torch.ones(1, 1, 2, 8),) * 2,))
 
@@ -110,11 +126,42 @@ def test_a_pytorch_that_does_not_number_backward_passes(policy, monkeypatch):
         y.sum().backward()
 
 
-def test_a_cache_that_does_not_count_its_tokens_is_refused():
+def mamba() -> torch.nn.Module:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50, "time_step_rank": 4}
     config = tf.MambaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    model, ids = smile(tf.MambaForCausalLM(config)), tokens(1, 4)
-    model.generate(ids, max_new_tokens=2, do_sample=False)
+    return smile(tf.MambaForCausalLM(config))
+
+
+@by_name({"prompt, one block": RoutingPolicy("prompt", lock_after=1), **CAUSAL, **SEQUENCE})
+def test_a_cache_that_does_not_count_its_tokens(policy):
+    """Mamba's: the steps of a generation give what one pass over the same tokens gives."""
+    model, ids = mamba(), tokens(2, 6)
+    set_routing(model, policy)
+    answer = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    cache, steps = None, []
+    for part in (answer[:, :6], *answer[:, 6:].split(1, dim=1)):
+        with torch.no_grad():
+            out = model(part, use_cache=True, **({} if cache is None else {"cache_params": cache}))
+        cache, steps = out.cache_params, [*steps, out.logits]
+    assert torch.equal(torch.stack([step[:, -1].argmax(-1) for step in steps[:-1]], 1), answer[:, 6:])
+    if policy.scope == "causal":
+        torch.testing.assert_close(torch.cat(steps, 1), logits(model, input_ids=answer), rtol=1e-4, atol=1e-4)
+    for b in range(2):
+        alone = model.generate(ids[b : b + 1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert torch.equal(alone[0], answer[b])
+
+
+def test_a_cache_that_does_not_count_its_tokens_and_was_filled_before():
+    model, ids = mamba(), tokens(1, 4)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache_params
     set_routing(model, RoutingPolicy("prompt"))
-    with pytest.raises(NotImplementedError, match=r"is of MambaModel, without attention layers"):
-        model.generate(ids, max_new_tokens=2, do_sample=False)
+    with pytest.raises(NotImplementedError, match="does not count its tokens, and was filled when MambaModel had no"):
+        model(ids[:, :1], cache_params=cache)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache_params
+    set_routing(model, POLICIES["causal"])
+    with pytest.raises(RuntimeError, match="holds 4 tokens that MambaModel has not seen under its present routing"):
+        model(ids[:, :1], cache_params=cache)
+    calibrate(model, sequences=2, length=5)
+    assert RoutingPolicy.recommended(model) == RoutingPolicy("prompt", lock_after=1, calibrated=True)
