@@ -67,6 +67,7 @@ class _Config:
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str | None = True
     trainable_token_indices: list[_Index] | dict[str, list[_Index]] | None = None
+    ensure_weight_tying: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def adapter_deltas(
             raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
         deltas[located[module]] = delta
     _warn_of_missing(directory, config, deltas, base, names.model)
-    _warn_of_others(directory, config, modules)
+    _warn_of_others(directory, config, modules, names.model)
     dora = {
         name: one.weight
         for name, one in deltas.items()
@@ -187,7 +188,9 @@ def adapter_deltas(
     return deltas
 
 
-def _warn_of_others(directory: Path, config: _Config, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _warn_of_others(
+    directory: Path, config: _Config, modules: Mapping[str, Mapping[str, Tensor]], model: nn.Module | None
+) -> None:
     """Warn of tensors that the adapter has and its config does not name, and of tokens for which it is the reverse."""
 
     def named(setting: str, module: str) -> bool:
@@ -197,6 +200,11 @@ def _warn_of_others(directory: Path, config: _Config, modules: Mapping[str, Mapp
         return any(module == name or module.endswith(f".{name}") for name in patterns or ())
 
     adapted = [module for module, tensors in modules.items() if tensors.keys() & {"lora_A", "lora_embedding_A"}]
+    if config.ensure_weight_tying and model is not None:  # PEFT also adapts what is tied to a module that is named
+        weights = {name: id(one.weight) for name, one in model.named_modules() if hasattr(one, "weight")}
+        tied = [name for name, weight in weights.items() if list(weights.values()).count(weight) > 1]
+        if any(named("target_modules", name) for name in tied):
+            adapted = [module for module in adapted if module not in tied]
     left_out = [module for module in adapted if named("exclude_modules", module)]
     if config.target_modules:
         left_out += [module for module in adapted if not named("target_modules", module)]

@@ -123,26 +123,28 @@ def lost_changes(
         reasons: tensor name -> why it is not in the result.
         embeddings: the weights used as lookup tables, where experts of a tied layer have no effect.
     """
-    seen = {id(shapes[name]) for name in held if name in shapes}
+    seen = {id(shapes[name]): name for name in held if name in shapes}
     lost = []
     for name in dict.fromkeys((*shapes, *(name for source in sources for name in source.may_change))):
         known = name in shapes
         looked_up = name in embeddings and name not in held
         # An adapter may save the weight of a layer whole in another shape, whose change its expert does not hold.
         resized = [known and source.shape(name) not in (None, tuple(shapes[name].shape)) for source in sources]
-        if not any(resized) if name in held else known and id(shapes[name]) in seen and not looked_up:
+        tied = seen.get(id(shapes[name])) if known and not looked_up and name not in held else None
+        if (name in held and not any(resized)) or (tied and (tied in held or _alike(name, tied, sources))):
             continue
         if known:
-            seen.add(id(shapes[name]))
+            seen.setdefault(id(shapes[name]), name)
             if name.endswith("num_batches_tracked"):  # a counter, which no pass in evaluation mode reads
                 continue
-        if not any(name in source.may_change for source in sources):
+        if not any(one in source.may_change for source in sources for one in (name, tied)):
             continue
         sizes, reason = [], "an embedding" if looked_up else reasons.get(name, "not a linear layer")
+        reason = f"tied to {tied} in the base" if tied else reason
         if not known:
             sizes, reason = [float(name in source.may_change) for source in sources], NEW
         else:
-            plain, kept = base[name], result(name)
+            plain, kept = base[name], result(tied or name)
             unit = _norm(plain)
             for source, other in zip(sources, resized):
                 if name in held and not other:
@@ -158,6 +160,12 @@ def lost_changes(
         if any(sizes):
             lost.append(LostChange(name, sizes, reason))
     return sorted(lost, key=lambda one: -max(one.sizes))
+
+
+def _alike(name: str, tied: str, sources: Sequence[ExpertSource]) -> bool:
+    """Whether two tensors that are tied in the base are equal in every expert that has both."""
+    pairs = ((source.tensor(name), source.tensor(tied)) for source in sources)
+    return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
 
 # What a config says of files, training, generation and labels; what of it changes a tensor's shape shows there.

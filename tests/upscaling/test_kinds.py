@@ -109,6 +109,48 @@ def test_adapters(name, tmp_path):
         torch.testing.assert_close(output(model), want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_tied_to_a_mean_is_reported(tmp_path):
+    """The base's head is tied to its embedding; experts change one of them."""
+    base = build("tied Llama")
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False)
+    tuned = peft.get_peft_model(copy.deepcopy(base), config)
+    embedding = tuned.base_model.model.model.embed_tokens.modules_to_save["default"]
+    embedding.weight.data += 0.3 * torch.rand_like(embedding.weight)
+    tuned.save_pretrained(tmp_path / "adapter")
+    untied = build("Llama")
+    untied.load_state_dict(base.state_dict())
+    untied.lm_head.weight.data += 0.3
+    untied.model.layers[0].mlp.up_proj.weight.data += torch.randn(48, 32)
+    untied.save_pretrained(tmp_path / "untied")
+    mean, excluded = {"remaining": "average"}, {"exclude": ["lm_head"]}
+    for name, expert, options in (
+        ("adapter", adapter_deltas(tmp_path / "adapter", base), mean),
+        ("untied", untied, excluded),
+    ):
+        _, first = sk.upscale(base, [expert], progress=False, **RANKS, **options)
+        second = sk.upscale_checkpoints(
+            tmp_path / "base", [tmp_path / name], tmp_path / f"out_{name}", **RANKS, **options
+        )
+        for report in (first, second):
+            assert {one.name: one.reason for one in report.lost} == {
+                "lm_head.weight": "tied to model.embed_tokens.weight in the base"
+            }, name
+            assert report.lost[0].sizes[0] > 0.1
+
+
+def test_a_tied_head_that_peft_adapts_with_the_embedding_gives_no_warning(tmp_path):
+    base = build("tied Llama")
+    targets = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, **targets)).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deltas = adapter_deltas(tmp_path, base)
+    assert deltas.keys() >= {"lm_head", "model.embed_tokens"}
+
+
 def resized_head(folder, base, rows: int = 100) -> None:
     """An adapter of `base` that saves a head of more tokens whole."""
     tuned = copy.deepcopy(base)
