@@ -23,7 +23,7 @@ from .integrations import describe_as_smile
 from .integrations.conversion import ModelNames
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
 from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, routed_layers, smile_layers, why_not_linear
-from .publishing import MANIFEST, check_folder, is_utf8, output_folder, restore, write_text
+from .publishing import MANIFEST, check_folder, is_utf8, missing_files, output_folder, paths, restore, write_text
 from .routing import (
     CalibrationReport,
     RoutingPolicy,
@@ -275,12 +275,16 @@ def calibrate_checkpoint(
     check_seed(seed)
     target = check_folder(source)
     restore(target)
+    if missing := missing_files(target):
+        raise FileNotFoundError(
+            f"{source / missing[0]}: no such file; expected it, since the folder's manifest lists it"
+        )
     config = read_smile_config(source)
     if routing is not None:
         check_kept(routing, config.num_experts_per_tok)
     with output_folder(target, {}, force=True) as output:
         try:
-            for file in source.rglob("*"):
+            for file in paths(source):
                 if file.is_file() and file.name != MANIFEST:
                     target = output.output / file.relative_to(source)
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -570,6 +574,7 @@ def _check_tensors(
         f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()
     }
     loaded = {id(state[name]) for name in tensors if name in state}
+    factors = set(_factor_names(config))
     needed = expected if config.base_model_name_or_path is None else _factor_names(config)
     for name in needed:
         tied = name in state and id(state[name]) in loaded
@@ -578,8 +583,11 @@ def _check_tensors(
     for name, tensor in tensors.items():
         if name not in expected:
             raise SmileError(f"checkpoint: tensor {name!r} is unexpected for {type(model).__name__}")
-        if name.startswith(places) and not tensor.is_floating_point():
-            raise SmileError(f"checkpoint: tensor {name!r} is {tensor.dtype}; expected floating point")
+        narrow = name in factors and tensor.dtype.itemsize < 2
+        if name.startswith(places) and (narrow or not tensor.is_floating_point()):
+            raise SmileError(
+                f"checkpoint: tensor {name!r} is {tensor.dtype}; expected floating point of 16 bits or more"
+            )
         if tensor.shape != expected[name].shape:
             raise SmileError(
                 f"checkpoint: tensor {name!r} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}"

@@ -228,9 +228,9 @@ def check_tensors(config: SmileConfig, stored: Iterable[StoredTensor]) -> None:
         entry = config.modules.get(layer)
         if entry is None or factor not in FACTORS:
             continue
-        if not tensor.dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise SmileError(
-                f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}; expected floating-point numbers"
+                f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}; expected floating point of 16 bits or more"
             )
         n, r, g = config.num_local_experts, entry.rank_of_expert, entry.rank_of_router
         expected: dict[str, tuple[int | str, ...]] = {

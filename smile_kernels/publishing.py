@@ -46,8 +46,10 @@ __all__ = [
     "fingerprint",
     "is_path",
     "is_utf8",
+    "missing_files",
     "new_file",
     "output_folder",
+    "paths",
     "read_user_file",
     "restore",
     "user_file",
@@ -319,7 +321,7 @@ def _restored(folder: Path) -> list[Path]:
     found = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"), reverse=True)  # *-1 is the replaced one
     named = [old for old in found if re.search(r"\.old-[0-9a-f]{12}(-1)?$", old.name)]  # others are the user's
     olds = [old for old in named if _wrote(old) or _empty(old)]
-    if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not _missing_files(old)]):
+    if not folder.exists() and (whole := [old for old in olds if _wrote(old) and not missing_files(old)]):
         os.rename(whole[0], folder)
         olds.remove(whole[0])
     return olds
@@ -425,7 +427,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
     complete = (
         bool(settings)
         and _wrote(folder)
-        and not _missing_files(folder)
+        and not missing_files(folder)
         and _read_manifest(folder).get("settings") == _digest(settings)
     )
     if not complete:
@@ -454,7 +456,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
             output.work.rmdir()
         raise
     output.output.mkdir(exist_ok=True)
-    for file in _paths(output.work):  # temporary files of a killed process
+    for file in paths(output.work):  # temporary files of a killed process
         if file.is_file() and _TEMPORARY.search(file.name):
             file.unlink()
     return OutputFolder(folder, settings, writes, replaces=_wrote(folder))
@@ -462,7 +464,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
 
 def _check_work(work: Path, writes: Sequence[str]) -> None:
     """Raise FileExistsError if a work folder contains a link, or a file that matches none of the patterns `writes`."""
-    for path in _paths(work) if work.exists() else ():
+    for path in paths(work) if work.exists() else ():
         name = _TEMPORARY.sub(r"\1\2", str(path.relative_to(work)))
         known = name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
         if path.is_symlink() or not (known or path.is_dir()):
@@ -508,7 +510,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
 
 
 def _write_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
-    files = {str(f.relative_to(folder)): fingerprint(f) for f in _paths(folder) if f.is_file()}
+    files = {str(f.relative_to(folder)): fingerprint(f) for f in paths(folder) if f.is_file()}
     files.pop(MANIFEST, None)
     write_text(folder / MANIFEST, json.dumps({"settings": _digest(settings), "files": files}, indent=1) + "\n")
 
@@ -532,7 +534,7 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _paths(folder: Path) -> list[Path]:
+def paths(folder: Path) -> list[Path]:
     """Everything in a folder, sorted. A folder in it that cannot be read raises OSError; `rglob` would leave it out."""
 
     def refuse(error: OSError) -> None:
@@ -557,7 +559,7 @@ def _foreign_files(folder: Path) -> list[str]:
     known = manifest.get("files", {})
     parents = {str(parent) for name in known for parent in Path(name).parents}
     foreign = []
-    for path in _paths(folder):
+    for path in paths(folder):
         name = str(path.relative_to(folder))
         if path.is_dir() and not path.is_symlink():
             ours = name in parents
@@ -568,7 +570,7 @@ def _foreign_files(folder: Path) -> list[str]:
     return foreign
 
 
-def _missing_files(folder: Path) -> list[str]:
+def missing_files(folder: Path) -> list[str]:
     """The files of a folder's manifest that are missing."""
     return [name for name in _read_manifest(folder).get("files", {}) if not (folder / name).exists()]
 
@@ -605,7 +607,7 @@ def _remove_old(folder: Path) -> None:
 
 def _remove(folder: Path, last: str) -> None:
     """Delete a folder, of its files the one with the name `last` as the last one."""
-    for path in reversed(_paths(folder)):  # contents before folders
+    for path in reversed(paths(folder)):  # contents before folders
         if path.is_dir():
             path.rmdir()
         elif path != folder / last:

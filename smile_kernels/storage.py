@@ -69,12 +69,16 @@ class StoredTensor:
         Raises:
             ValueError: safetensors cannot hold it.
         """
+        if not isinstance(tensor, Tensor):
+            raise SmileError(f"{name}: is a {type(tensor).__name__}; expected a tensor, as safetensors holds")
         if name == "__metadata__" or tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES:
             raise SmileError(
                 f"{name}: is a {tensor.dtype} tensor of layout {tensor.layout}; expected a name other than "
                 f"__metadata__, torch.strided, and one of {', '.join(map(str, _DTYPE_NAMES))}"
             )
-        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor.detach(), "memory")
+        return cls(
+            name, tensor.dtype, tuple(tensor.shape), lambda: tensor.detach().resolve_conj().resolve_neg(), "memory"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -214,6 +214,23 @@ def pruned(model: nn.Module) -> nn.Module:
     return model
 
 
+class Keeps(Block):
+    """A state that is not a tensor, as layers of TransformerEngine have."""
+
+    def get_extra_state(self):
+        return {"scale": 5}
+
+
+def test_states_that_are_not_tensors_are_named_and_conjugated_ones_are_saved(tmp_path):
+    with pytest.raises(SmileError, match=r"^_extra_state: is a dict; expected a tensor"):
+        save_pretrained(Keeps(smile=True), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    model = Block(smile=True)
+    model.register_buffer("phase", torch.randn(3, dtype=torch.complex64).conj())
+    save_pretrained(model, tmp_path / "out")
+    assert torch.equal(read_tensors(tmp_path / "out")["phase"].load(), model.phase)
+
+
 class WritesNoExperts(Block):
     def save_pretrained(self, folder, max_shard_size):
         write_shard(folder / "model.safetensors", [StoredTensor.of("scale", self.scale)])

@@ -115,16 +115,24 @@ class ModelNames:
                 tensors[name] = tensors[alias]
         return tensors, origins
 
-    def check_complete(self, folder: str | Path, tensors: Mapping[str, StoredTensor]) -> None:
+    def check_complete(
+        self, folder: str | Path, tensors: Mapping[str, StoredTensor], described_by: str | None = None
+    ) -> None:
         """Raise ValueError unless `tensors`, by the model's names, are those of the model in `folder`.
+
+        `described_by`: the name of the model's config where it is not the folder's; shapes may then differ.
 
         A parameter may be missing if from_pretrained initialises it without a warning. Additional tensors are allowed,
         unless they belong to a block beyond the number in config.json.
         """
         if self.model is None:
             return
+        config = described_by or Path(folder) / "config.json"
         optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         for name, tensor in self.state.items():
+            stem, _, part = name.rpartition(".")
+            if part in FACTORS and f"{stem}.weight" in self.state:
+                continue
             known = not isinstance(tensor, nn.Parameter) or any(alias in tensors for alias in self.aliases(name))
             if not known and not any(re.search(pattern, name) for pattern in optional):
                 raise SmileError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
@@ -136,17 +144,18 @@ class ModelNames:
             if part == "bias" and name not in self.state and f"{stem}.weight" in self.state:
                 raise SmileError(
                     f"{tensor.file}: has a tensor {name!r}, and that layer of {type(self.model).__name__} has no bias; "
-                    f"expected the parameters of the model that {Path(folder) / 'config.json'} describes"
+                    f"expected the parameters of the model that {config} describes"
                 )
-            if name in self.state and tuple(tensor.shape) != tuple(self.state[name].shape):
+            other = name in self.state and tuple(tensor.shape) != tuple(self.state[name].shape)
+            if other and described_by is None:
                 raise SmileError(
                     f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}; expected "
-                    f"{list(self.state[name].shape)}, as {Path(folder) / 'config.json'} describes it"
+                    f"{list(self.state[name].shape)}, as {config} describes it"
                 )
             if name not in self.state and (re.sub(r"\d+", "#", name) in kinds or name.startswith(without)):
                 raise SmileError(
                     f"{tensor.file}: tensor {name!r} belongs to no block of the {type(self.model).__name__} that "
-                    f"{Path(folder) / 'config.json'} describes; expected the config of these weights"
+                    f"{config} describes; expected the config of these weights"
                 )
 
     def _in_order(self, stored: Iterable[str]) -> list[str]:

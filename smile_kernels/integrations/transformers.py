@@ -183,8 +183,11 @@ class SmileQuantizer(HfQuantizer):
                         f"{file}: contains experts of {name!r}, which quantization_config.modules lacks; expected both"
                     )
                 if part in FACTORS and (target := key.removesuffix(".weight")) in self._layers:
-                    if not tensor.dtype.is_floating_point:
-                        raise SmileError(f"{file}: tensor {tensor.name!r} is {tensor.dtype}; expected floating point")
+                    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+                        raise SmileError(
+                            f"{file}: tensor {tensor.name!r} is {tensor.dtype}; expected floating point of 16 bits or "
+                            "more"
+                        )
                     expected = getattr(self._layers[target][0], part)
                     if expected is None or tensor.shape != expected.shape:
                         described = "none" if expected is None else str(list(expected.shape))

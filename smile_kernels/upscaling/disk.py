@@ -31,7 +31,7 @@ from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_co
 from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import is_adapter
-from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
+from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, paths, write_text
 from ..routing import RoutingPolicy, check_calibration
 from ..schema import check_arguments, parse
 from ..storage import (
@@ -131,6 +131,11 @@ class Job:
             raise SmileError(
                 f"base: {base} has adapter_config.json, an adapter that transformers would add to the weights; "
                 "expected a model alone, and the adapter in a folder of its own"
+            )
+        if base_config.get("distributed_config") is not None:
+            raise SmileError(
+                f"base: {base}: config.json has distributed_config, by which transformers would split the result's "
+                "layers, and refuses it; expected none"
             )
         quantization = quantization_of(self.base)
         self.config = replace(config, base=quantization)
@@ -708,7 +713,7 @@ def _files_beside(folder: Path, kind: re.Pattern | None = None) -> dict[Path, Pa
         if not file.is_dir():
             found.append(file)
         elif _FOLDERS.match(file.name):
-            found += [file] if file.is_symlink() else [one for one in sorted(file.rglob("*")) if not _is_folder(one)]
+            found += [file] if file.is_symlink() else [one for one in paths(file) if not _is_folder(one)]
     for file in found:
         if not file.exists():
             raise FileNotFoundError(f"{file}: is a link to a missing file; expected the file, which is copied")
@@ -759,7 +764,7 @@ def check_device(device: str) -> None:
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and modification time of each file, also of those in folders that are copied."""
-    inside = [file for one in folder.iterdir() if _FOLDERS.match(one.name) for file in one.rglob("*")]
+    inside = [file for one in folder.iterdir() if _FOLDERS.match(one.name) for file in paths(one)]
     files = sorted(file for file in (*folder.iterdir(), *inside) if file.is_file())
     stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SmileError
+from ..publishing import paths
 from ..storage import read_text
 from .report import LostFile
 
@@ -62,9 +63,7 @@ def check_tokenizer(where: str, base: Path, expert: Path) -> None:
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files that may be compared, by their paths in the folder."""
     for one in sorted(folder.iterdir()):
-        for file in (
-            [one] if one.is_symlink() or not one.is_dir() else sorted(one.rglob("*")) if "_" in one.name else []
-        ):
+        for file in [one] if one.is_symlink() or not one.is_dir() else paths(one) if "_" in one.name else []:
             name = str(file.relative_to(folder))
             if (_COMPARED.fullmatch(name) or _PARTS.fullmatch(name)) and file.is_file():
                 yield name, file

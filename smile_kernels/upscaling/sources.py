@@ -169,6 +169,8 @@ class CheckpointSource(WholeSource):
         self.by_name, _ = names.map(self.stored)
         if read_config(folder).get("tie_word_embeddings") and names.model is not None:
             _fill_in_head(self.by_name, names.model)
+        if own.model is None:  # no config.json, or of an architecture that is not known: then that of the base
+            names.check_complete(f"{where}: {folder}", self.by_name, "the base's config")
         config = config_of_checkpoint(folder, names.model)
         super().__init__(f"{where}: {folder}", StoredTensors(self.by_name), self.by_name, config)
 

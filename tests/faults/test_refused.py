@@ -71,6 +71,37 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: sk.upscale_checkpoints(folder / "mixture", [folder / "mixture"], folder / "out", **OPTIONS),
         "belongs to no block of the Mixtral",
     ),
+    "a bias of no layer, in weights without a config": (
+        both(
+            lambda folder: (folder / "expert" / "config.json").unlink(),
+            tensors("expert/model.safetensors", lambda t: t | {"model.layers.0.self_attn.o_proj.bias": torch.ones(16)}),
+        ),
+        fuse,
+        r"o_proj\.bias', and that layer of LlamaForCausalLM has no bias; .* that the base's config describes",
+    ),
+    "weights without a norm, of an unknown architecture": (
+        both(
+            settings("expert", architectures=["FooForCausalLM"]),
+            tensors("expert/model.safetensors", lambda t: {name: t[name] for name in t if name != "model.norm.weight"}),
+        ),
+        fuse,
+        r"expert: tensor 'model\.norm\.weight' is missing; expected all of LlamaForCausalLM",
+    ),
+    "a base that transformers would split": (
+        settings("base", distributed_config={"enable_expert_parallel": True}),
+        fuse,
+        "base: config.json has distributed_config, by which transformers would split",
+    ),
+    "a fused folder without a file of its manifest": (
+        lambda folder: [fuse(folder), (folder / "out" / "README.md").unlink()],
+        command("calibrate", "{folder}/out"),
+        "out/README.md: no such file; expected it, since the folder's manifest lists it",
+    ),
+    "factors of eight bits": (
+        tensors("fused/model.safetensors", lambda t: t | {"lm_head.u": t["lm_head.u"].to(torch.float8_e4m3fn)}),
+        load_ours,
+        r"tensor 'lm_head\.u' is torch\.float8_e4m3fn; expected floating point of 16 bits or more",
+    ),
     "a trillion tokens": (settings("base", vocab_size=10**12), fuse, r"embed_tokens\.weight' has shape .*config\.json"),
     "negative sizes": (settings("base", hidden_size=-5), fuse, "config.json: transformers cannot build"),
     "an architecture that is a string": (settings("base", architectures="L"), fuse, "architectures is 'L'; expected a"),

@@ -1,6 +1,7 @@
 """upscale_checkpoints(): equal to `upscale` in memory; interrupted and shared runs; misuse."""
 
 import copy
+import errno
 import json
 import os
 import subprocess
@@ -187,6 +188,21 @@ def test_checkpoints_that_do_not_fit(tmp_path, models, folders):
 def test_experts_alone_are_not_asked_for_other_tensors_of_the_base(tmp_path, folders, option, value):
     with pytest.raises(ValueError, match=f"^{option}: is {value!r}, and experts_only stores no tensor of the base"):
         upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, experts_only=True, **{option: value})
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_of_the_base_that_cannot_be_read_is_not_left_out(tmp_path, folders, monkeypatch):
+    (folders[0] / "1_Pooling").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("1_Pooling"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="1_Pooling"):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
     assert not list(tmp_path.glob("out*"))
 
 
