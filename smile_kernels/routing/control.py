@@ -174,8 +174,8 @@ def _attach(model: nn.Module, root: str, members: Mapping[str, RoutedExperts]) -
     before = _published_policy(next(iter(members.values())))
     inside = [(name.removeprefix(root).removeprefix("."), layer) for name, layer in members.items()]
     config: Any = getattr(model, "config", None)
-    embeds = root == text_part(model, members) and config.get_text_config() is not config
-    return RootRouting(before, model.get_submodule(root), inside, model if root and embeds else None)
+    embeds = root and root == text_part(model, members) and config.get_text_config() is not config
+    return RootRouting(before, model.get_submodule(root), inside, model if embeds else None)
 
 
 def _published_policy(layer: RoutedExperts) -> RoutingPolicy:

@@ -34,16 +34,21 @@ def text_part(model: nn.Module, names: Iterable[str]) -> str | None:
     None: another kind of model; or one whose text has no part of its own, as in GIT, or whose text layers also read
     the states of a tower, as in Mllama.
     """
-    can_generate: Any = getattr(model, "can_generate", None)
-    if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
+    can_generate, config = getattr(model, "can_generate", None), getattr(model, "config", None)
+    if can_generate is None or not can_generate() or getattr(config, "is_encoder_decoder", False):
         return None
-    parts = parts_of(model, names)
-    embedding = cast(Any, model).get_input_embeddings()
-    at = next(name for name, module in model.named_modules() if module is embedding)
+    parts, modules = parts_of(model, names), dict(model.named_modules())
+    try:
+        embedding = cast(Any, model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # of a model that does not tell
+        return next(iter(parts)) if len(parts) == 1 else None
+    at = next((name for name, module in modules.items() if module is embedding), "")
     found = next((root for root in sorted(parts, reverse=True) if holds(root, at)), None)
-    if found is None or "cross_attention_states" in inspect.signature(model.get_submodule(found).forward).parameters:
+    if found is None or "cross_attention_states" in inspect.signature(modules[found].forward).parameters:
         return None
-    inside = (n for n, module in model.named_modules() if n and holds(found, n) and _is_transformers_model(module))
+    inside = (
+        name for name, module in modules.items() if name and holds(found, name) and _is_transformers_model(module)
+    )
     towers = [name for name in inside if not holds(name, at) and any(holds(name, n) for n in parts[found])]
     return None if towers else found
 
