@@ -3,7 +3,9 @@
 Weights and biases are read layer by layer, so that only a few layers are in memory at a time.
 """
 
+import contextlib
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +25,13 @@ from ..storage import StoredTensor, read_tensors
 from .layers import Layer, model_of_checkpoint
 
 LowRank = tuple[Tensor, Tensor, float]  # b [O, q], a [q, D], scale: W + scale * b @ a
+
+# Files of a Hub repository that are not fetched to complete a cached snapshot: weights, of which it has what it needs.
+_WEIGHTS = (
+    *("model*.safetensors", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
+    *("original/*", "onnx/*", "openvino/*"),
+)
+_PROCESSING = ("tokenizer", "vocab", "preprocessor", "processor")
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -337,7 +346,8 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
 def local_folder(argument: str, place: str | Path) -> Path:
     """The folder of a checkpoint: `place` itself, or the snapshot of a Hub repository, "org/name[@revision]".
 
-    The local cache is used first, so that cached repositories work without a network.
+    The local cache is used first, so that cached repositories work without a network. Other files than weights that a
+    cached snapshot lacks are fetched, if there is a network.
 
     Raises:
         FileNotFoundError: neither a local folder nor a repository that can be downloaded.
@@ -356,13 +366,23 @@ def local_folder(argument: str, place: str | Path) -> Path:
     options: dict[str, Any] = {"revision": hub[2], "ignore_patterns": ["*.h5", "*.msgpack", "*.onnx", "*.gguf"]}
     try:
         try:
-            return Path(huggingface_hub.snapshot_download(hub[1], local_files_only=True, **options))
+            folder = Path(huggingface_hub.snapshot_download(hub[1], local_files_only=True, **options))
         except huggingface_hub.errors.LocalEntryNotFoundError:
             return Path(huggingface_hub.snapshot_download(hub[1], **options))
     except Exception as error:  # of the network, of the Hub, or of the name
         raise FileNotFoundError(
             f"{argument}: {place}: no such folder, and not found on the Hub ({reason(error)}); expected either"
         ) from None
+    options |= {"revision": folder.name, "ignore_patterns": [*options["ignore_patterns"], *_WEIGHTS]}
+    with contextlib.suppress(Exception):  # no network
+        huggingface_hub.snapshot_download(hub[1], **options)
+    if argument == "base" and not any(file.name.startswith(_PROCESSING) for file in folder.iterdir()):
+        warnings.warn(
+            f"base: {place}: its snapshot in the local cache, {folder}, has no tokenizer and no preprocessor; if the "
+            "repository has one, fetch the whole repository",
+            stacklevel=2,
+        )
+    return folder
 
 
 def _fill_in_head(tensors: dict[str, StoredTensor], model: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -247,3 +248,31 @@ def test_ids_of_the_hub(tmp_path, monkeypatch):
     torch.testing.assert_close(output(loaded), output(tuned(base)), rtol=1e-4, atol=1e-4)
     with pytest.raises(FileNotFoundError, match=r"experts\[0\]: lab/code@v2: no such folder, and not found on the Hub"):
         sk.upscale_checkpoints("lab/base@v1", ["lab/code@v2"], tmp_path / "other", **RANKS)
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_a_cached_snapshot_without_a_tokenizer(network, tmp_path, monkeypatch):
+    """from_pretrained caches a config and weights: the other files are fetched, or a warning says that they lack."""
+    base = build("LlamaForCausalLM", **SPECIAL)
+    snapshot = tmp_path / "snapshots" / ("0" * 40)
+    base.save_pretrained(snapshot)
+    tuned(base).save_pretrained(tmp_path / "expert")
+
+    def download(repository, *, revision, ignore_patterns, local_files_only=False):
+        if not local_files_only and not network:
+            raise ConnectionError("no network")
+        if not local_files_only:
+            assert (repository, revision) == ("lab/base", snapshot.name)
+            files = ["model-00001-of-00002.safetensors", "2_Dense/model.safetensors", "tokenizer_config.json"]
+            fetched = huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=ignore_patterns)
+            assert list(fetched) == files[1:]
+            (snapshot / "tokenizer_config.json").write_text("{}")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sk.upscale_checkpoints("lab/base", [tmp_path / "expert"], tmp_path / "out", **RANKS)
+    assert (tmp_path / "out" / "tokenizer_config.json").exists() == network
+    said = [str(one.message) for one in caught if "has no tokenizer and no preprocessor" in str(one.message)]
+    assert len(said) == (not network)
