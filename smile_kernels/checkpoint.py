@@ -136,10 +136,7 @@ def _check_base(model: Any, folder: Path) -> None:
     """Raise ValueError unless a checkpoint has the tensors of `model`, up to the dtype, except for its experts'."""
     if not folder.is_dir():
         raise FileNotFoundError(f"base: {folder}: no such folder; expected the base checkpoint")
-    where, expected = (
-        f"base: {folder}",
-        "expected the checkpoint that the model was upscaled from (None stores it, too)",
-    )
+    where, expected = f"base: {folder}", "the checkpoint that the model was upscaled from (None stores it, too)"
     config = read_config(folder)
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization

@@ -86,13 +86,13 @@ BASES = {
     "another architecture": (
         "Qwen2ForCausalLM",
         lambda model: model,
-        "base is a qwen2 and the model a llama; expected",
+        "base is a qwen2 and the model a llama; expected the checkpoint",
     ),
     "a fine-tuned version": ("LlamaForCausalLM", weight_of("model.layers.1.mlp.up_proj"), r"up_proj\.weight' differs"),
     "another norm": (
         "LlamaForCausalLM",
         other_norm,
-        r"tensor 'model\.norm\.weight' differs from the model's; expected",
+        r"tensor 'model\.norm\.weight' differs from the model's; expected the checkpoint",
     ),
     "more tokens": (
         "LlamaForCausalLM",
