@@ -28,6 +28,7 @@ from smile_kernels import (
 )
 from smile_kernels.nn import smile_layers
 
+from .. import vote
 from .model import Lower, Split, Trained, Upper, by_length, encode_split, pad
 
 WORDS = ("part of speech", "first name", "town")
@@ -147,60 +148,26 @@ def follow(model: Upper, rule: Rule) -> Upper:
 
 
 class LayerVote(nn.Module):
-    """MASS's rule in SMILE layers (arXiv 2504.05342): the base processes a text, and all layers use the choice of one.
+    """The rule of `vote`, by one layer."""
 
-    At that layer r_i^2 is the mean over the text's tokens of ||x - V_i V_i^T x||^2, V_i being expert i's right singular
-    vectors, and w = softmax(-r). The experts with w_i above `threshold`, at most `most` and at least the best one, are
-    weighted by w over their sum in every layer of a second pass.
-    """
-
-    def __init__(self, model: Upper, layer: str, threshold: float = 0.2, most: int = 3):
+    def __init__(self, model: Upper, layer: str):
         super().__init__()
-        self.model, self.layer, self.threshold, self.most = model, layer, threshold, most
+        self.model, self.layer = model, layer
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        w = (-residuals(self.model, states, attention_mask)[self.layer]).softmax(-1)
-        best, ids = w.topk(min(self.most, w.shape[-1]))
-        kept = best * ((best > self.threshold) | (best == best[:, :1]))
-        weights = list(torch.zeros_like(w).scatter(-1, ids, kept / kept.sum(-1, keepdim=True)))
+        weights = vote.weights(vote.residuals(self.model, attention_mask, states)[self.layer])
         with routing_override(self.model, weights):
             return self.model(states, attention_mask=attention_mask)
 
     @classmethod
     def by_validation(cls, model: Upper, trained: Sequence[Trained], count: int = 100) -> LayerVote:
         """With the layer that selects the own expert of most validation texts."""
-        right = dict.fromkeys(smile_layers(model), 0)
-        for i, task in enumerate(trained):
-            states, mask = task.validation.gather(torch.arange(min(count, len(task.validation.labels))))
-            for name, r in residuals(model, states, mask).items():
-                right[name] += int((r.argmin(-1) == i).sum())
-        return cls(model, max(right, key=right.__getitem__))
-
-
-@torch.no_grad()
-def residuals(model: Upper, states: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """r [B, N] of `LayerVote` at each SMILE layer, when the base processes the texts."""
-    found: dict[str, Tensor] = {}
-
-    def read(name: str) -> Callable[[SmileLinear, tuple], None]:
-        def hook(layer: SmileLinear, args: tuple) -> None:
-            (x,) = args
-            inside = functional.router_scores(x, layer.vh, rank_of_router=layer.vh.shape[1]).square()
-            outside = (x.square().sum(-1, keepdim=True) - inside).clamp_min(0) * attention_mask[..., None]
-            found[name] = (outside.sum(1) / attention_mask.sum(1, keepdim=True)).sqrt()
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(read(name)) for name, layer in smile_layers(model).items()]
-    with routing_override(model, {}):
-        model(states, attention_mask=attention_mask)
-    for handle in handles:
-        handle.remove()
-    return found
+        texts = [task.validation.gather(torch.arange(min(count, len(task.validation.labels)))) for task in trained]
+        return cls(model, vote.best_layer((i, vote.residuals(model, m, states)) for i, (states, m) in enumerate(texts)))
 
 
 @torch.no_grad()

@@ -318,7 +318,8 @@ def kept(folder: Path, decides: object, make: Callable[[], dict | list]) -> dict
     """What `make` gives, as JSON has it; read from `folder` again unless what decides it or any code differs."""
     digest = hashlib.sha256(json.dumps([decides, torch.__version__, transformers.__version__]).encode())
     here, library = Path(__file__).parent, Path(smile_kernels.__file__).parent
-    for source in [*sorted(here.glob("*.py")), here.parent / "merge.py", *sorted(library.rglob("*.py"))]:
+    shared = [here.parent / name for name in ("merge.py", "vote.py")]
+    for source in [*sorted(here.glob("*.py")), *shared, *sorted(library.rglob("*.py"))]:
         digest.update(source.read_bytes())
     path = folder / f"{digest.hexdigest()[:16]}.json"
     if not path.exists():

@@ -33,7 +33,7 @@ class Case:
         training: some training examples of each task.
         prompts: some test prompts of each task, without answers.
         rank_of_expert: that of the adapters: nothing is lost to the rank.
-        made: SMILE models by g.
+        made: SMILE models by g, or by the name of another router.
     """
 
     base: Path
@@ -42,7 +42,7 @@ class Case:
     training: Sequence[Sequence[Example]]
     prompts: Sequence[Sequence[list[int]]]
     rank_of_expert: int = 16
-    made: dict[int, PreTrainedModel] = field(default_factory=dict)
+    made: dict[int | str, PreTrainedModel] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -68,13 +68,17 @@ class Case:
                     changes.setdefault(f"{name}.weight", []).append(module.get_delta_weight("default").bfloat16())
         return {name: torch.stack(of).detach() for name, of in changes.items()}
 
-    def smile(self, rank_of_router: int) -> PreTrainedModel:
-        """The fine-tunes as experts of one model, calibrated on text that it writes itself, routed as published."""
+    def smile(self, rank_of_router: int | str) -> PreTrainedModel:
+        """The fine-tunes as experts of one model, routed as published: by g rows, calibrated on text that it writes
+        itself; or by another router, "arrow" or "norm"."""
         if rank_of_router not in self.made:
-            options = {"rank_of_expert": self.rank_of_expert, "rank_of_router": rank_of_router, "progress": False}
+            named = isinstance(rank_of_router, str)
+            router = {"router": rank_of_router} if named else {"rank_of_router": rank_of_router}
+            options = {"rank_of_expert": self.rank_of_expert, "progress": False, **router}
             options["expert_names"] = [folder.name.split("-")[0] for folder in self.finetuned]  # the tasks'
             self.made[rank_of_router] = upscale(self.model, self.experts, **options)[0].eval()
-            calibrate(self.made[rank_of_router])
+            if not named:
+                calibrate(self.made[rank_of_router])
         return copy.deepcopy(self.made[rank_of_router])
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smile_kernels import RoutingPolicy, set_routing, user_turn_ids
+from smile_kernels import RoutingPolicy, routing_override, set_routing, user_turn_ids
 from smile_kernels.integrations.peft import is_adapter
 
-from .. import merge
+from .. import merge, vote
 from . import merging
 from .case import Case, Contender
 from .evaluate import own_expert
@@ -77,7 +78,9 @@ def oracle(case: Case) -> Contender:
     return contender
 
 
-def smile(rank_of_router: int = ROUTER_RANK, restarts: bool = False, **fields: object) -> Callable[[Case], Contender]:
+def smile(
+    rank_of_router: int | str = ROUTER_RANK, restarts: bool = False, **fields: object
+) -> Callable[[Case], Contender]:
     """A SMILE model under the routing policy of `fields`; with `restarts`, it restarts at each user turn."""
 
     def build(case: Case) -> Contender:
@@ -98,6 +101,34 @@ def recommended(case: Case) -> Contender:
     return _routed(model, RoutingPolicy.recommended(model, user_turn_ids(case.tokenizer)))
 
 
+class LayerVote:
+    """A SMILE model under the rule of `vote`, by one layer, for generation."""
+
+    def __init__(self, model: PreTrainedModel, layer: str):
+        self.model, self.layer = model, layer
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: object) -> Tensor:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        weights = vote.weights(vote.residuals(self.model, **batch, use_cache=False)[self.layer])
+        with routing_override(self.model, weights):
+            return self.model.generate(**batch, **options)
+
+
+def one_layer_votes(case: Case) -> Contender:
+    """The layer that selects the own expert of most validation prompts."""
+    model, tasks = case.smile(ROUTER_RANK), len(case.finetuned)
+    each = len(case.validation) // tasks
+    prompts = [torch.tensor([prompt]) for prompt, _ in case.validation]
+
+    def found() -> Iterator[tuple[int, dict[str, Tensor]]]:
+        for number, ids in enumerate(prompts):
+            yield number // each, vote.residuals(model, torch.ones_like(ids), input_ids=ids, use_cache=False)
+
+    voter = LayerVote(model, vote.best_layer(found()))
+    details = {"parameters": sum(p.numel() for p in model.parameters()), "layer": voter.layer}
+    return Contender(model, lambda i: nullcontext(voter), details)
+
+
 TOKEN, SEQUENCE, CAUSAL = ({"scope": scope, "accumulate": True} for scope in ("token", "sequence", "causal"))
 TWO_PASSES = {"scope": "prompt", "calibrated": True}
 LOCK = {"calibrated": True, "lock_after": 8}
@@ -105,7 +136,11 @@ VARIANTS: dict[str, Callable[[Case], Contender]] = {
     "published, g 4": smile(4),
     "published, g 16": smile(16),
     "published, m 2": smile(num_experts_per_tok=2),
+    "published, m 3, top_p 0.9": smile(num_experts_per_tok=3, top_p=0.9),
     "published, calibrated": smile(calibrated=True),
+    "router arrow": smile("arrow"),
+    "router norm": smile("norm"),
+    "one layer votes, two passes (MASS)": one_layer_votes,
     "token + layers": smile(**TOKEN),
     "token + layers, calibrated": smile(**TOKEN, calibrated=True),
     "sequence + layers": smile(**SEQUENCE),

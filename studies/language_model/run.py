@@ -104,9 +104,8 @@ class Study:
         decides = json.dumps([[str(f) for f in case.finetuned], torch.__version__, transformers.__version__])
         digest = hashlib.sha256(decides.encode())
         here, library = Path(__file__).parent, Path(sk.__file__).parent
-        sources = [here / f"{name}.py" for name in ("case", "evaluate", "merging", "methods")] + [
-            here.parent / "merge.py"
-        ]
+        sources = [here / f"{name}.py" for name in ("case", "evaluate", "merging", "methods")]
+        sources += [here.parent / "merge.py", here.parent / "vote.py"]
         for source in [*sources, *(sorted(library.rglob("*.py")) if method.routed else [])]:
             digest.update(source.read_bytes())
         return self.cache / "language_model" / "answers" / digest.hexdigest()[:16] / f"{method.name}.json"

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from bench import routing as trials
 from smile_kernels import RoutingPolicy, routing_override, set_routing, upscale, watch_routing
 from smile_kernels.nn import smile_layers
-from studies import data, merge, pages
+from studies import data, merge, pages, vote
 from studies import report as shared
 from studies.encoder import model as encoder
 from studies.encoder import report, routing, run, subtasks, sweeps, sweeps_report
@@ -292,7 +292,7 @@ class TestRouting:
                 lambda _, args, name=name: seen.update({name: args[0].double()})
             )
         case.base(states, attention_mask=mask)
-        found = routing.residuals(model, states, mask)
+        found = vote.residuals(model, mask, states)
         for name in names:
             vh = model.get_submodule(name).vh.double()
             for row, length in enumerate(mask.sum(1)):
@@ -300,12 +300,12 @@ class TestRouting:
                 want = [(x - x @ v.T @ v).square().sum(-1).mean().sqrt() for v in vh]
                 torch.testing.assert_close(found[name][row].double(), torch.stack(want), rtol=1e-4, atol=1e-5)
         layer = names[-1]
-        vote = routing.LayerVote(model, layer, threshold=0.33)
         w = (-found[layer]).softmax(-1)
         kept = w * ((w > 0.33) | (w == w.amax(-1, keepdim=True)))
-        with routing_override(model, list(kept / kept.sum(-1, keepdim=True))):
+        torch.testing.assert_close(torch.stack(vote.weights(found[layer], 0.33)), kept / kept.sum(-1, keepdim=True))
+        with routing_override(model, vote.weights(found[layer])):
             want = model(states, attention_mask=mask)
-        torch.testing.assert_close(vote(states, attention_mask=mask), want)
+        torch.testing.assert_close(routing.LayerVote(model, layer)(states, attention_mask=mask), want)
         assert routing.LayerVote.by_validation(model, case.trained).layer in names
 
     def test_the_parts_of_a_text_are_read_out_and_routed_on_their_own(self, case):

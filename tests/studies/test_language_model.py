@@ -16,9 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smile_kernels import get_routing
+from smile_kernels import get_routing, routing_override
+from smile_kernels.nn import smile_layers
 from smile_kernels.routing.cache import cache_in
-from studies import merge
+from studies import merge, vote
 from studies import report as shared
 from studies.language_model import evaluate, merging, methods, model, report, run, tasks
 from studies.language_model.case import Case, Contender, load
@@ -185,6 +186,22 @@ class TestEvaluate:
         with oracle.for_task(1) as forced:
             shares = evaluate.own_expert_by_block(forced, case.tokenizer, questions)
         assert shares == [[0.0, 100.0, 0.0]] * 3
+
+    def test_one_layer_votes(self, case, tokenizer):
+        """Each question is answered by the experts that its own prompt selects, alone as in a batch."""
+        contender = methods.one_layer_votes(case)
+        assert contender.details["layer"] in smile_layers(case.smile(methods.ROUTER_RANK))
+        questions = [evaluate.Question((text,), 0, "abc") for text in ("1", "What is it?", "22 and 333")]
+        with contender.for_task(0) as voter:
+            voter.model.float()
+            together = evaluate.generate(voter, tokenizer, questions)
+            assert together == [evaluate.generate(voter, tokenizer, [q])[0] for q in questions]
+            ids = torch.tensor([model.chat(tokenizer, ["1"])])
+            mask = torch.ones_like(ids)
+            found = vote.residuals(voter.model, mask, input_ids=ids, use_cache=False)[voter.layer]
+            with routing_override(voter.model, vote.weights(found)):
+                want = voter.model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+            assert torch.equal(voter.generate(ids, mask, max_new_tokens=3, do_sample=False), want)
 
     def test_teacher_forcing_asks_for_every_token(self, case, tokenizer):
         prompt = model.chat(tokenizer, ["1"])
