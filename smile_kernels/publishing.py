@@ -209,8 +209,11 @@ def user_file(variable: str, default: str, name: str) -> Path:
     return Path(folder) / "smile_kernels" / name
 
 
-def read_user_file(variable: str, default: str, name: str) -> str | None:
-    """The text of a file of `user_file`; None if there is none, or, with a warning, if the user may not read it."""
+def read_user_file(variable: str, default: str, name: str, replaces: bool = False) -> str | None:
+    """The text of a file of `user_file`; None if there is none, or, with a warning, if the user may not read it.
+
+    With `replaces`, what the caller writes there contains this text: a file that cannot be read raises SmileError.
+    """
     try:
         file = user_file(variable, default, name)
     except SmileError:
@@ -222,6 +225,10 @@ def read_user_file(variable: str, default: str, name: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if replaces:
+            raise SmileError(
+                f"{file}: cannot be read ({error.strerror}); expected a file that can, to add to it"
+            ) from None
         warnings.warn(f"{file}: is not used, since it cannot be read ({error.strerror})", stacklevel=3)
         return None
 

@@ -1,17 +1,19 @@
 """`smile-kernels doctor --verify`: failures, excluded paths, how they are enabled again, stored results."""
 
+import errno
 import json
 import os
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from smile_kernels import SmileError, SmileLinear, cli, selftest
+from smile_kernels import SmileError, SmileLinear, cli, publishing, selftest
 from smile_kernels.ops import composed, excluded, library
 from smile_kernels.worker import Outcome, Worker
 
@@ -259,6 +261,29 @@ def test_a_user_without_a_home_or_a_record_that_it_may_read(cache, monkeypatch):
     excluded.paths.cache_clear()
     with pytest.warns(UserWarning, match=r"excluded\.json: is not used, since it cannot be read"):
         assert excluded.paths("one") == {}
+
+
+@pytest.mark.parametrize("name", ["excluded.json", "triton.json"])
+def test_a_table_that_cannot_be_read_is_not_replaced(name, cache, monkeypatch):
+    tuning = pytest.importorskip("smile_kernels.ops.triton.tuning")
+    device = tuning.configs.Device("one", "sm90", 1, pdl=True, tma=True)
+    monkeypatch.setattr(tuning.configs, "device_of", lambda _: device)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(cache.parent))
+    file = publishing.user_file(*(excluded._FILE if name == "excluded.json" else tuning.configs._TABLE))
+    assert file.name == name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"other": {"a": "b"}}')
+
+    def fails(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fails)
+        with pytest.raises(
+            SmileError, match=rf"{name}: cannot be read \(Permission denied\); expected a file that can"
+        ):
+            (excluded.record if name == "excluded.json" else tuning.save)("one", {"x": "y"})
+    assert json.loads(file.read_text()) == {"other": {"a": "b"}}
 
 
 def test_the_composition_runs_whatever_was_said_of_it(cache):

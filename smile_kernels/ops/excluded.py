@@ -75,7 +75,7 @@ def why_excluded(backend: str, device_type: str, dtype: torch.dtype, training: b
 
 def record(device: str, reasons: Mapping[str, str]) -> None:
     """Set the excluded paths of a device name; {} excludes none."""
-    content = _read()
+    content = _read(replaces=True)
     content.pop(machine(device), None)
     when = time.strftime("%Y-%m-%d", time.gmtime())
     if reasons:
@@ -85,8 +85,8 @@ def record(device: str, reasons: Mapping[str, str]) -> None:
     paths.cache_clear()
 
 
-def _read() -> dict[str, dict[str, str]]:
-    text = read_user_file(*_FILE)
+def _read(replaces: bool = False) -> dict[str, dict[str, str]]:
+    text = read_user_file(*_FILE, replaces=replaces)
     if text is None:
         return {}
     try:

@@ -435,9 +435,9 @@ def tables() -> Tables:
     return stored_tables()
 
 
-def stored_tables() -> Tables:
-    """The user's table as it is stored now."""
-    text = read_user_file(*_TABLE)
+def stored_tables(replaces: bool = False) -> Tables:
+    """The user's table as it is stored now; `replaces` as in `read_user_file`."""
+    text = read_user_file(*_TABLE, replaces=replaces)
     try:
         return Tables({name: dict(choices) for name, choices in ({} if text is None else json.loads(text)).items()})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -139,7 +139,7 @@ def _seconds(run: Callable, calls: int = 20, rounds: int = 11) -> float:
 
 def save(device: torch.device, choices: dict[str, object]) -> None:
     """Add choices for `device` to the user's table, which every later process reads."""
-    path, table = configs.user_table(), configs.stored_tables()
+    path, table = configs.user_table(), configs.stored_tables(replaces=True)
     table.setdefault(configs.device_of(device).name, {}).update(choices)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
