@@ -83,6 +83,55 @@ def test_tangents_where_no_gradient_is_needed(mode, form):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["routing", "routing of rows", "routing_weights", "router", "delta", "parts"])
+def test_gradients_with_a_graph_of_inputs_that_depend_on_each_other(form):
+    """They are those without a graph: a routing from x, rows of a router from vh."""
+    _, (x, weight, bias, vh, s, u, expert_bias, _) = differentiable("linear", 2, "torch")
+    options = {"num_experts_per_tok": 2, "rank_of_router": G}
+
+    def call(x, vh):
+        given = weight, bias, vh, s, u, expert_bias
+        scores = router_scores(x, vh, rank_of_router=G)
+        if form == "delta":
+            return smile_delta(x[:, :O].tanh(), x, *given[2:], routing=select_experts(scores, 2), **options)
+        if form == "parts":
+            weights, ids = (torch.stack([t, t.flip(-1)], 1) for t in select_experts(scores, 2))
+            both = weight, bias, torch.stack([vh, 2 * vh]), torch.stack([s, s]), u, expert_bias
+            return smile_linear(x, *both, routing=(weights, ids), parts=(3, 2), **options)
+        kinds = {
+            "routing": {"routing": select_experts(scores, 2)},
+            "routing of rows": {"routing": route(x, vh, **options)},
+            "routing_weights": {"routing_weights": scores.softmax(-1)},
+            "router": {"router": vh[:, :G].tanh()},
+        }
+        return smile_linear(x, *given, **kinds[form], **options)
+
+    dy = torch.randn(T, O, dtype=torch.float64)
+    want = torch.autograd.grad(call(x, vh), (x, vh), dy)
+    with_graph = torch.autograd.grad(call(x, vh), (x, vh), dy, create_graph=True)
+    torch.testing.assert_close(with_graph, want)
+    torch.testing.assert_close(torch.func.grad(lambda *t: (call(*t) * dy).sum(), (0, 1))(x, vh), want)
+    assert torch.autograd.gradgradcheck(call, (x, vh), fast_mode=True)
+
+
+def test_gradients_of_each_sample():
+    layer = sk.SmileLinear(D, O, N, R, G, 2, expert_bias=True, router=True)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    x, values = torch.randn(T, D), dict(layer.named_parameters())
+
+    def loss(values, row):
+        return torch.func.functional_call(layer, values, (row[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    assert found.keys() == values.keys()
+    for row in range(T):
+        want = torch.autograd.grad(layer(x[row : row + 1]).square().sum(), list(values.values()))
+        for name, gradient in zip(values, want):
+            torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_under_transforms():
     """Products with the Hessian, also vectorised and under autocast, of a layer that routes itself."""
     layer = sk.SmileLinear(D, O, N, R, G, 2, dtype=torch.float64)

@@ -236,17 +236,18 @@ _linear_backward = _define(
 
 
 def _gradients(call: Callable, inputs: Sequence[Any], needs: Sequence[bool], dy: Tensor) -> list:
-    """The gradients of call(*inputs), with a graph, of the inputs that need one."""
-    wanted = [t for t, needed in zip(inputs, needs) if needed]
+    """The gradients of call(*inputs), with a graph, of the inputs that need one; inputs may depend on each other."""
     with torch.enable_grad():
-        y = _plainly(call, *inputs)
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, materialize_grads=True))
+        own = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs)]
+        wanted = [t for t, needed in zip(own, needs) if needed]
+        found = iter(torch.autograd.grad(_plainly(call, *own), wanted, dy, create_graph=True, materialize_grads=True))
     return [next(found) if needed else None for needed in needs]
 
 
-def _bias_of(dy: Tensor, needed: bool) -> Tensor | None:
-    """The gradient of a bias is the same for every value."""
-    return dy.new_zeros(dy.shape[-1]).requires_grad_() if needed else None
+def _gradients_of_layer(call: Callable, layer: Sequence[Any], needs: Sequence[bool], dy: Tensor) -> list:
+    """`_gradients` of a layer's inputs, given without its bias, the third: that gradient is the sum of dy."""
+    x, weight, *rest = _gradients(call, layer, [*needs[:2], *needs[3:]], dy) if any(needs) else [None] * len(layer)
+    return [x, weight, dy.sum(0) if needs[2] else None, *rest]
 
 
 def _reference_linear(x, weight, bias, vh, s, u, expert_bias, router, rank_of_router, ids) -> Tensor:
@@ -312,9 +313,9 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, dy, _):
         needs = list(ctx.needs_input_grad[:8])
         if torch.is_grad_enabled():
-            x, weight, *rest, ids, _ = ctx.saved_tensors
-            inputs = x, weight, _bias_of(dy, needs[2]), *rest
-            return *_gradients(lambda *t: reference.apply(*t, ids), inputs, needs, dy), None, None
+            *layer, ids, _ = ctx.saved_tensors
+            found = _gradients_of_layer(lambda x, w, *t: reference.apply(x, w, None, *t, ids), layer, needs, dy)
+            return *found, None, None
         gradients = _apply_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
 
@@ -338,9 +339,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy, *_):
         needs = list(ctx.needs_input_grad[:8])
         if torch.is_grad_enabled():
-            x, weight, *rest, _, ids, _ = ctx.saved_tensors
-            inputs, g = (x, weight, _bias_of(dy, needs[2]), *rest), ctx.rank_of_router
-            return *_gradients(lambda *t: _reference_linear(*t, g, ids), inputs, needs, dy), None, None, None
+            *layer, _, ids, _ = ctx.saved_tensors
+            g = ctx.rank_of_router
+            found = _gradients_of_layer(lambda x, w, *t: _reference_linear(x, w, None, *t, g, ids), layer, needs, dy)
+            return *found, None, None, None
         gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.rank_of_router, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None, None)
 
