@@ -132,15 +132,18 @@ def one_layer_votes(case: Case) -> Contender:
 TOKEN, SEQUENCE, CAUSAL = ({"scope": scope, "accumulate": True} for scope in ("token", "sequence", "causal"))
 TWO_PASSES = {"scope": "prompt", "calibrated": True}
 LOCK = {"calibrated": True, "lock_after": 8}
+# Other rules of routing than this package's policies, also in conversations.
+RULES: dict[str, Callable[[Case], Contender]] = {
+    "published, m 3, top_p 0.9": smile(num_experts_per_tok=3, top_p=0.9),
+    "router arrow": smile("arrow"),
+    "router norm": smile("norm"),
+    "one layer votes, two passes (MASS)": one_layer_votes,
+}
 VARIANTS: dict[str, Callable[[Case], Contender]] = {
     "published, g 4": smile(4),
     "published, g 16": smile(16),
     "published, m 2": smile(num_experts_per_tok=2),
-    "published, m 3, top_p 0.9": smile(num_experts_per_tok=3, top_p=0.9),
     "published, calibrated": smile(calibrated=True),
-    "router arrow": smile("arrow"),
-    "router norm": smile("norm"),
-    "one layer votes, two passes (MASS)": one_layer_votes,
     "token + layers": smile(**TOKEN),
     "token + layers, calibrated": smile(**TOKEN, calibrated=True),
     "sequence + layers": smile(**SEQUENCE),
@@ -181,6 +184,7 @@ METHODS = [
     Method("sequence + layers, calibrated, restarts", smile(restarts=True, **SEQUENCE, calibrated=True), timed=True),
     Method("two passes, restarts", smile(restarts=True, **TWO_PASSES), timed=True),
     Method("oracle", oracle, full=True, turns=False),
+    *(Method(name, build, essential=False, variant=True) for name, build in RULES.items()),
     *(
         Method(name, build, essential=False, variant=True, turns=False, pictured=name in PICTURED)
         for name, build in VARIANTS.items()
