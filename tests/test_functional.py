@@ -114,6 +114,26 @@ def test_gradients_with_a_graph_of_inputs_that_depend_on_each_other(form):
     assert torch.autograd.gradgradcheck(call, (x, vh), fast_mode=True)
 
 
+@pytest.mark.parametrize("form", ["linear", "routed", "delta", "parts", "route"])
+def test_products_of_torch_func(form):
+    """vjp, whose products are computed after the call, and jacrev, of some arguments and of frozen ones; vmap of them."""
+    call, inputs = differentiable(form, 2, ON_CPU[0])
+    inputs = tuple(t for t in inputs if t is not None)
+    y = call(*inputs)
+    dy = torch.randn_like(y)
+    want = torch.autograd.grad(y, inputs, dy)
+    for given in (inputs, tuple(t.detach() for t in inputs)):
+        _, product = torch.func.vjp(call, *given)
+        torch.testing.assert_close(product(dy), want)
+        _, product = torch.func.vjp(lambda x: call(x, *given[1:]), given[0])
+        torch.testing.assert_close(product(dy)[0], want[0])
+        several = torch.func.vmap(product)(torch.stack([dy, 2 * dy]))[0]
+        torch.testing.assert_close(several, torch.stack([want[0], 2 * want[0]]))
+    rows = torch.func.jacrev(call, tuple(range(len(inputs))))(*inputs)
+    for t, of in zip(want, rows):
+        torch.testing.assert_close(torch.einsum("to,to...->...", dy, of), t)
+
+
 def test_gradients_of_each_sample():
     layer = sk.SmileLinear(D, O, N, R, G, 2, expert_bias=True, router=True)
     with torch.no_grad():

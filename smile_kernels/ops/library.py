@@ -25,7 +25,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -235,21 +235,6 @@ _linear_backward = _define(
 )
 
 
-def _gradients(call: Callable, inputs: Sequence[Any], needs: Sequence[bool], dy: Tensor) -> list:
-    """The gradients of call(*inputs), with a graph, of the inputs that need one; inputs may depend on each other."""
-    with torch.enable_grad():
-        own = [t.view_as(t) if needed else t for t, needed in zip(inputs, needs)]
-        wanted = [t for t, needed in zip(own, needs) if needed]
-        found = iter(torch.autograd.grad(_plainly(call, *own), wanted, dy, create_graph=True, materialize_grads=True))
-    return [next(found) if needed else None for needed in needs]
-
-
-def _gradients_of_layer(call: Callable, layer: Sequence[Any], needs: Sequence[bool], dy: Tensor) -> list:
-    """`_gradients` of a layer's inputs, given without its bias, the third: that gradient is the sum of dy."""
-    x, weight, *rest = _gradients(call, layer, [*needs[:2], *needs[3:]], dy) if any(needs) else [None] * len(layer)
-    return [x, weight, dy.sum(0) if needs[2] else None, *rest]
-
-
 def _reference_linear(x, weight, bias, vh, s, u, expert_bias, router, rank_of_router, ids) -> Tensor:
     weights = reference.weights_of(x, reference.router_rows(vh, router, rank_of_router), ids)
     return reference.apply(x, weight, bias, vh, s, u, expert_bias, weights, ids)
@@ -262,8 +247,45 @@ def _reference_delta(y, x, vh, s, u, expert_bias, router, weights, rank_of_route
     return reference.delta(y, x, vh, s, u, expert_bias, weights, ids, with_experts)
 
 
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
+def _reference_route_backward(dweights, x, router, weights, ids, needs):
+    return reference.route_backward(dweights, x, router, reference.weights_of(x, router, ids), ids, needs)
+
+
+def _reference_linear_backward(dy, x, weight, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, needs):
+    weights = reference.weights_of(x, reference.router_rows(vh, router, rank_of_router), ids)
+    layer = x, weight, vh, s, u, expert_bias, router
+    return _REFERENCE.linear_backward(dy, *layer, weights, ids, h, rank_of_router, needs)
+
+
+_REFERENCE = SimpleNamespace(
+    apply_backward=reference.apply_backward,
+    linear_backward=functools.partial(registration.linear_backward, reference.apply_backward, reference.route_backward),
+)
+
+
+def _reference_delta_backward(
+    dy, x, vh, s, u, expert_bias, router, weights, ids, h, rank_of_router, routes, needs, parts, rank_of_parts
+):
+    if routes:
+        weights = reference.weights_of(x, reference.router_rows(vh, router, rank_of_router), ids)
+    experts, options = (x, vh, s, u, expert_bias, router), (rank_of_router, routes, needs, parts, rank_of_parts)
+    return registration.delta_backward(_REFERENCE, dy, *experts, weights, ids, h, *options)
+
+
+def _by_reference() -> bool:
+    """Whether the reference computes the output: in forward mode, and where a transform of torch.func is compiled.
+
+    A compiled Function is not told which gradients the transform needs.
+    """
+    return forward_ad._current_level >= 0 or (torch.compiler.is_compiling() and _is_transformed())
+
+
+def _is_transformed() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(one.key() == torch._C._functorch.TransformType.Grad for one in stack)
+
+
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the transforms are entered in tracing, too
 
 
 def _plainly(call: Callable, x: Tensor, *args) -> Tensor:
@@ -289,10 +311,9 @@ class _Route(torch.autograd.Function):
     def backward(ctx, dweights, _):
         needs = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
-            x, router, _, ids = ctx.saved_tensors
-            found = _gradients(lambda *t: reference.weights_of(*t, ids), (x, router), needs, dweights)
-            return *found, None, None
-        gradients = _route_backward(dweights, *ctx.saved_tensors, needs, ctx.backend)
+            gradients = _plainly(_reference_route_backward, dweights, *ctx.saved_tensors, needs)
+        else:
+            gradients = _route_backward(dweights, *ctx.saved_tensors, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
 
 
@@ -313,10 +334,9 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, dy, _):
         needs = list(ctx.needs_input_grad[:8])
         if torch.is_grad_enabled():
-            *layer, ids, _ = ctx.saved_tensors
-            found = _gradients_of_layer(lambda x, w, *t: reference.apply(x, w, None, *t, ids), layer, needs, dy)
-            return *found, None, None
-        gradients = _apply_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
+            gradients = _plainly(reference.apply_backward, dy, *ctx.saved_tensors, needs)
+        else:
+            gradients = _apply_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None)
 
 
@@ -339,11 +359,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy, *_):
         needs = list(ctx.needs_input_grad[:8])
         if torch.is_grad_enabled():
-            *layer, _, ids, _ = ctx.saved_tensors
-            g = ctx.rank_of_router
-            found = _gradients_of_layer(lambda x, w, *t: _reference_linear(x, w, None, *t, g, ids), layer, needs, dy)
-            return *found, None, None, None
-        gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.rank_of_router, needs, ctx.backend)
+            gradients = _plainly(_reference_linear_backward, dy, *ctx.saved_tensors, ctx.rank_of_router, needs)
+        else:
+            gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.rank_of_router, needs, ctx.backend)
         return (*(g if needed else None for g, needed in zip(gradients, needs)), None, None, None)
 
 
@@ -367,10 +385,8 @@ class _Delta(torch.autograd.Function):
         needs, (g, parts, rank_of_parts, backend) = list(ctx.needs_input_grad[1:8]), ctx.options
         gradients: Sequence[Tensor | None] = [None] * 7
         if any(needs) and torch.is_grad_enabled():
-            *experts, weights, ids, _ = ctx.saved_tensors
-            inputs, options = (*experts, None if ctx.routes else weights), (g, ids, parts, rank_of_parts)
-            y = torch.zeros_like(dy)
-            gradients = _gradients(lambda *t: _reference_delta(y, *t, *options), inputs, needs, dy)
+            options = g, ctx.routes, needs, parts, rank_of_parts
+            gradients = _plainly(_reference_delta_backward, dy, *ctx.saved_tensors, *options)
         elif any(needs):
             gradients = _delta_backward(dy, *ctx.saved_tensors, g, ctx.routes, needs, parts, rank_of_parts, backend)
         return (dy, *(g if needed else None for g, needed in zip(gradients, needs)), *[None] * 6)
@@ -392,7 +408,7 @@ def route(x: Tensor, router: Tensor, num_experts_per_tok: int, backend: str | No
     """x [T, D], router [N, g, D] -> weights [T, m], ids [T, m], differentiable."""
     training = _needs_gradient(x, router)
     backend = choose_backend(backend, x.device.type, x.dtype, int(router.shape[0]), training)
-    if _in_forward_mode():
+    if _by_reference():
         ids = _route(x, router, num_experts_per_tok, backend)[1]
         return _plainly(reference.weights_of, x, router, ids), ids
     if training:
@@ -406,7 +422,7 @@ def apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, backend) -> Tens
     """The expert half under a given routing -> y [T, O], differentiable."""
     arguments = (x, weight, bias, vh, s, u, expert_bias, weights)
     training = _needs_gradient(*arguments)
-    if _in_forward_mode():
+    if _by_reference():
         return _plainly(reference.apply, *arguments, ids)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[0]), training)
     if training:
@@ -508,7 +524,7 @@ def serve_step(
 def _is_served(x, layer, steps=False) -> bool:
     """Whether the extension's operators may take x [..., D] and a layer's tensors as they are; `steps`: of policies."""
     weight, s = layer[0], layer[3]
-    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2 or _in_forward_mode():
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2 or _by_reference():
         return False
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or autocasts(x):
         return False
@@ -522,7 +538,7 @@ def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, 
     arguments = (x, weight, bias, vh, s, u, expert_bias, router)
     training = _needs_gradient(*arguments)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[0]), training)
-    if _in_forward_mode():
+    if _by_reference():
         ids = _linear(*arguments, num_experts_per_tok, rank_of_router, False, backend)[2]
         return _plainly(_reference_linear, *arguments, rank_of_router, ids)
     if training:
@@ -539,7 +555,7 @@ def linear_of_parts(
     experts = x, vh, s, u, expert_bias, router, weights
     training = _needs_gradient(weight, bias, *experts)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[1]), training)
-    if backend == "cpu" and not training and not _in_forward_mode():
+    if backend == "cpu" and not training and not _by_reference():
         layer, ext = (x, weight, bias, vh, s, u, expert_bias), torch.ops.smile_kernels_ext
         if ids is None:
             return ext.linear.default(*layer, router, m, g, False, parts, rank_of_parts)[0]
@@ -559,7 +575,7 @@ def delta(
     training = _needs_gradient(y, *experts)
     backend = choose_backend(backend, x.device.type, x.dtype, int(s.shape[-2]), training)
     arguments = y, *experts, ids, m, g, False, parts, rank_of_parts
-    if _in_forward_mode():
+    if _by_reference():
         ids = _delta(*arguments, backend)[2] if ids is None else ids
         out = _plainly(_reference_delta, y, *experts, g, ids, parts, rank_of_parts)
         return y.copy_(out) if inplace else out

@@ -113,8 +113,14 @@ def linear(
 def weights_of(x: Tensor, router: Tensor, ids: Tensor) -> Tensor:
     """The weights of selected experts: x [T, D], router [P, N, g, D], ids [T, P, m] -> [T, P, m]; or all without P."""
     acc = accumulate_dtype(x)
-    norms = torch.linalg.vector_norm(torch.einsum("td,...ngd->t...ng", x.to(acc), router.to(acc)), dim=-1)
+    norms = _norms(torch.einsum("td,...ngd->t...ng", x.to(acc), router.to(acc)))
     return norms.nan_to_num(nan=torch.finfo(acc).min).gather(-1, ids.long().clamp_min(0)).softmax(-1)
+
+
+def _norms(q: Tensor) -> Tensor:
+    """||q||_2 over the last dimension, whose derivatives of any order are 0 where q is."""
+    squares = q.square().sum(-1)
+    return torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), squares)
 
 
 def delta(
@@ -137,3 +143,52 @@ def delta(
         columns += [y[:, end : o.start], delta(y[:, o], x, *factors, weights[:, part], ids[:, part])]
         end = o.stop
     return torch.cat([*columns, y[:, end:]], dim=1)
+
+
+def route_backward(
+    dweights: Tensor, x: Tensor, router: Tensor, weights: Tensor, ids: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and router, which have derivatives if `weights` is that of `weights_of`."""
+    q = projections(x, router)
+    n = _norms(q)[..., None]
+    dchosen = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    dn = torch.zeros_like(n[..., 0]).scatter_add(-1, ids.long().clamp_min(0), torch.where(ids >= 0, dchosen, 0))
+    dq = torch.where(n > 0, dn[..., None] * q / torch.where(n > 0, n, 1), 0)
+    dx = torch.einsum("tng,ngd->td", dq, router.to(q.dtype))
+    return dx.to(x.dtype), torch.einsum("tng,td->ngd", dq, x.to(q.dtype)).to(router.dtype)
+
+
+def apply_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    vh: Tensor,
+    s: Tensor,
+    u: Tensor,
+    expert_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    h: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, vh, s, u, expert_bias and weights, which have derivatives; without `h`."""
+    acc, (r, k) = accumulate_dtype(x), (s.shape[1], vh.shape[1])
+    xa, g, wa = x.to(acc), dy.to(acc), weights.to(acc)
+    dx, dw = torch.zeros_like(xa) if weight is None else g @ weight.to(acc), torch.zeros_like(wa)
+    of_experts = []
+    for i in range(s.shape[0]):
+        chosen = ids == i
+        v, si, ui = vh[i, :r].to(acc), s[i].to(acc), u[i].to(acc)
+        p = xa @ v.T
+        own = torch.where(chosen.any(-1, keepdim=True), g, 0)
+        dout = torch.where(chosen, wa, 0).sum(-1, keepdim=True) * own
+        dz = dout @ ui
+        dx = dx + (dz * si) @ v
+        out = (p * si) @ ui.T if expert_bias is None else (p * si) @ ui.T + expert_bias[i].to(acc)
+        dw = dw + torch.where(chosen, (own * out).sum(-1, keepdim=True), 0)
+        dvh = F.pad((dz * si).T @ xa, (0, 0, 0, k - r))
+        of_experts.append((dvh, (dz * p).sum(0), dout.T @ (p * si), dout.sum(0)))
+    like = vh, s, u, expert_bias
+    experts = [None if t is None else torch.stack(d).to(t.dtype) for t, d in zip(like, zip(*of_experts))]
+    dweight = None if weight is None else (g.T @ xa).to(weight.dtype)
+    return dx.to(x.dtype), dweight, g.sum(0).to(x.dtype), *experts, dw.to(weights.dtype)

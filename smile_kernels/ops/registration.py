@@ -259,8 +259,7 @@ def delta_backward(
         return one(dy, vh, s, u, expert_bias, router, weights, ids, h)
     like = x, vh, s, u, expert_bias, router, weights
     total = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if needed and t is not None else None
-        for t, needed in zip(like, needs)
+        dy.new_zeros(t.shape, dtype=t.dtype) if needed and t is not None else None for t, needed in zip(like, needs)
     ]
     dx, dvh, ds, du, dexpert_bias, drouter, dweights = total
     for part, o, own in parts_with_experts(parts, rank_of_parts, s.shape[-1]):
