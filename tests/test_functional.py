@@ -116,7 +116,7 @@ def test_gradients_with_a_graph_of_inputs_that_depend_on_each_other(form):
 
 @pytest.mark.parametrize("form", ["linear", "routed", "delta", "parts", "route"])
 def test_products_of_torch_func(form):
-    """vjp, whose products are computed after the call, and jacrev, of some arguments and of frozen ones; vmap of them."""
+    """vjp, whose products are computed after the call, and jacrev, also of frozen arguments; vmap of them."""
     call, inputs = differentiable(form, 2, ON_CPU[0])
     inputs = tuple(t for t in inputs if t is not None)
     y = call(*inputs)
@@ -125,13 +125,51 @@ def test_products_of_torch_func(form):
     for given in (inputs, tuple(t.detach() for t in inputs)):
         _, product = torch.func.vjp(call, *given)
         torch.testing.assert_close(product(dy), want)
-        _, product = torch.func.vjp(lambda x: call(x, *given[1:]), given[0])
+        _, product = torch.func.vjp(lambda x, rest=given[1:]: call(x, *rest), given[0])
         torch.testing.assert_close(product(dy)[0], want[0])
         several = torch.func.vmap(product)(torch.stack([dy, 2 * dy]))[0]
         torch.testing.assert_close(several, torch.stack([want[0], 2 * want[0]]))
     rows = torch.func.jacrev(call, tuple(range(len(inputs))))(*inputs)
     for t, of in zip(want, rows):
         torch.testing.assert_close(torch.einsum("to,to...->...", dy, of), t)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_transforms(frozen):
+    layer = sk.SmileLinear(D, O, N, R, G, 2, expert_bias=True, router=True)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_().requires_grad_(not frozen)
+    x = torch.randn(T, D)
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        compiled = torch.compile(transform(loss), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), transform(loss)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_at_zero_scores():
+    """An expert without router rows, and a token of zeros."""
+    layer = sk.SmileLinear(D, O, N, R, G, 2, router=True, dtype=torch.float64)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+        layer.router[1] = 0
+    x, v = torch.randn(2, T, D, dtype=torch.float64)
+    x[1] = 0
+
+    def gradient(x):
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    product, step = torch.func.jvp(gradient, (x,), (v,))[1], 1e-6
+    assert product.isfinite().all()
+    want = (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
+    torch.testing.assert_close(product[[0, 2, 3]], want[[0, 2, 3]], rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()), create_graph=True)
+    sum(g.square().sum() for g in found).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_gradients_of_each_sample():

@@ -122,8 +122,8 @@ class ModelNames:
 
         `described_by`: the name of the model's config where it is not the folder's; shapes may then differ.
 
-        A parameter may be missing if from_pretrained initialises it without a warning. Additional tensors are allowed,
-        unless they belong to a block beyond the number in config.json.
+        A parameter or buffer may be missing if from_pretrained initialises it without a warning. Additional tensors
+        are allowed, unless they belong to a block beyond the number in config.json.
         """
         if self.model is None:
             return
@@ -133,7 +133,8 @@ class ModelNames:
             stem, _, part = name.rpartition(".")
             if part in FACTORS and f"{stem}.weight" in self.state:
                 continue
-            known = not isinstance(tensor, nn.Parameter) or any(alias in tensors for alias in self.aliases(name))
+            counts = not isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()  # such as batches seen
+            known = counts or any(alias in tensors for alias in self.aliases(name))
             if not known and not any(re.search(pattern, name) for pattern in optional):
                 raise SmileError(f"{folder}: tensor {name!r} is missing; expected all of {type(self.model).__name__}")
         kinds = {re.sub(r"\d+", "#", name) for name in self.state}

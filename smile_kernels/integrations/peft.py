@@ -524,7 +524,8 @@ def _new_rows(directory: Path, module: str, rows: Tensor, config: _Config, weigh
     """The change of an embedding from some of its rows (`trainable_token_indices`)."""
     indices = config.trainable_token_indices
     if isinstance(indices, dict):
-        indices = next((value for key, value in indices.items() if module.split(".")[-1] == key.split(".")[-1]), None)
+        ends = [key for key in indices if f".{module}".endswith(f".{key}")]
+        indices = indices[max(ends, key=len)] if ends else None
     indices = indices if isinstance(indices, list) else []
     differ = len(set(indices)) == len(indices) == len(rows)
     if not differ or rows.shape[1:] != weight.shape[1:] or max(indices, default=0) >= len(weight):

@@ -8,7 +8,7 @@ part of the scores.
 """
 
 from .calibration import CalibrationReport, calibrate, check_calibration
-from .control import check_kept, check_routing, get_routing, set_routing, watch_routing
+from .control import check_kept, check_order, check_routing, get_routing, set_routing, watch_routing
 from .override import routing_override
 from .policy import RoutingPolicy
 from .tokens import user_turn_ids
@@ -19,6 +19,7 @@ __all__ = [
     "calibrate",
     "check_calibration",
     "check_kept",
+    "check_order",
     "check_routing",
     "get_routing",
     "routing_override",

@@ -21,6 +21,7 @@ from .tokens import Tokens
 
 __all__ = [
     "attached_roots",
+    "check_order",
     "check_routing",
     "followed_policies",
     "forget_caches",
@@ -60,13 +61,13 @@ def check_routing(
         bare = [name for name in layers if name not in found or found[name].router_prior is None]
         if bare:
             raise SmileError(f"calibrated: is True and {bare[0]} has no router_prior; expected calibrate(model) before")
-    _check_order(model, policy, layers)
+    check_order(model, policy, layers)
     if not policy.is_alone:
         parts, text = parts_of(model, layers), text_part(model, layers)
         _check_parts(model, parts if text is None else {text: parts[text]}, layers)
 
 
-def _check_order(model: nn.Module, policy: RoutingPolicy, layers: Iterable[str]) -> None:
+def check_order(model: nn.Module, policy: RoutingPolicy, layers: Iterable[str]) -> None:
     """Raise ValueError for a policy over the order of tokens, or their ids, on a model that does not have these."""
     if policy.restart_at is not None and getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise SmileError(

@@ -201,7 +201,7 @@ class Override:
                 layer.num_experts_per_tok,
                 layer.rank_of_router,
             )
-            own = route(x.to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
+            own = route(x.detach().to(rows.dtype), rows.detach(), num_experts_per_tok=m, rank_of_router=g)
         width = max(own[1].shape[-1], ids.shape[-1])
         weights, own_weights = (F.pad(t.to(own[0].dtype), (0, width - t.shape[-1])) for t in (weights, own[0]))
         ids, own_ids = (F.pad(t, (0, width - t.shape[-1]), value=-1) for t in (ids, own[1]))

@@ -90,7 +90,7 @@ class Tokens:
         try:
             self.past = 0 if self.cache is None else self.cache.get_seq_length()
         except ValueError:  # without attention layers, as Mamba's
-            self.past = self._counted(root_name)
+            self.past = self._counted(arguments, root_name)
         if isinstance(self.past, Tensor):
             self.past = self.past.clone()  # static caches count in place
 
@@ -154,8 +154,15 @@ class Tokens:
             if positions.dim() != 3 or len(positions) != 3:  # those of images say nothing about packing
                 self._pack(_boundaries_from_positions(positions))
 
-    def _counted(self, root_name: str) -> int:
-        """The tokens in a cache that does not count them, as far as policies have followed it from the beginning."""
+    def _counted(self, arguments: dict, root_name: str) -> int:
+        """The tokens in a cache that does not count them: by the mask, or by the memory of a policy that has one."""
+        if self.policy.scope == "token":
+            mask: Any = arguments.get("attention_mask")
+            embeds: Any = arguments.get("inputs_embeds")
+            given = arguments.get("input_ids") if embeds is None else embeds
+            if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(given, Tensor):
+                return mask.shape[1] - given.shape[1]
+            return 0  # not read
         memory = getattr(self.cache, "routing_memory", None)
         if memory is not None:
             return memory.length

@@ -32,7 +32,7 @@ from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import is_adapter
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, paths, write_text
-from ..routing import RoutingPolicy, check_calibration
+from ..routing import RoutingPolicy, check_calibration, check_order
 from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
@@ -243,11 +243,14 @@ class Job:
         names += [escape(str(place)) for place in self.beside.values()]
         return ["layers/[0-9]*.json", "layers/[0-9]*.safetensors", *(f"output/{name}" for name in names)]
 
-    def check_calibration(self) -> None:
-        """Raise ValueError, before any work, if the result could not be calibrated."""
-        transformers_class(read_config(self.base))
-        if self.model is not None:
+    def check_routing(self, routing: RoutingPolicy | None, calibrates: bool) -> None:
+        """Raise ValueError, before any work, if the result could not be calibrated, or not run under the policy."""
+        if calibrates:
+            transformers_class(read_config(self.base))
+        if calibrates and self.model is not None:
             check_calibration(self.model)
+        if routing is not None and self.model is not None:
+            check_order(self.model, routing, [layer.name for layer in self.layers])
 
     def check_finite(self, part: slice, progress: Callable[[str, int, int], None]) -> None:
         """Read all inputs of the output and the report, to find NaN, and numbers beyond its dtype, before the work."""
@@ -552,8 +555,7 @@ def upscale_checkpoints(
     for name, given in (("experts_only", experts_only), ("calibrate", calibrate)):
         if given and job.packed:
             raise SmileError(f"{name}: is True, and the base is stored quantised; expected False")
-    if calibrate:
-        job.check_calibration()
+    job.check_routing(routing, calibrate)
     if calibrate and routing is None:  # whose default depends on a tokenizer, which may be damaged
         turn_ids_of_checkpoint(job.base if job.added is None else job.experts[job.donor])
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}

@@ -168,10 +168,10 @@ def _alike(name: str, tied: str, sources: Sequence[ExpertSource]) -> bool:
     return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
 
-# What a config says of files, training, generation and labels; what of it changes a tensor's shape shows there.
+# What a config says of files, training and generation, and labels again; what changes a tensor's shape shows there.
 _OF_NO_PASS = re.compile(
-    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config.*|id2label.*|label2id.*"
-    r"|num_labels|problem_type|vocab_size|tie_word_embeddings|use_cache|return_dict|output_.*|chunk_size_feed_forward"
+    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config.*|label2id.*"
+    r"|num_labels|vocab_size|tie_word_embeddings|use_cache|return_dict|output_.*|chunk_size_feed_forward"
     r"|pretraining_tp|initializer_.*|init_.*|.*(dropout|dropout_prob|dropout_rate|pdrop|layerdrop|drop_path_rate)"
     r"|.*_(loss_coef|loss_coefficient|cost)|mask_(time|feature)_.*|apply_spec_augment|router_jitter_noise)"
 )
@@ -190,7 +190,9 @@ def settings_of(config: Any) -> dict[str, Any]:
             values = {name: value for name, value in values.items() if name in known}
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
+        if path.split(".")[-1] == "id2label" and isinstance(value, Mapping):
+            yield path, {str(name): label for name, label in value.items()}
+        elif isinstance(value, Mapping):
             for name, inner in value.items():
                 yield from flat(inner, f"{path}.{name}" if path else str(name))
         elif not _OF_NO_PASS.fullmatch(path):
@@ -209,7 +211,8 @@ def lost_settings(base: Any, sources: Sequence[ExpertSource]) -> list[LostSettin
     theirs = [ours if source.config is None else settings_of(source.config) for source in sources]
 
     def shown(settings: Mapping[str, Any], name: str) -> str:
-        return str(settings[name]) if settings.get(name) is not None else ""
+        text = str(settings[name]) if settings.get(name) is not None else ""
+        return text if len(text) <= 200 else f"{text[:200]}..."  # of the labels of a thousand classes
 
     return [
         LostSetting(name, shown(ours, name), [shown(settings, name) for settings in theirs])

@@ -171,7 +171,7 @@ class UpscaleReport:
                 stacklevel=6,
             )
         # Fine-tuned models often name tokens, for padding and for the end of a text; no other output depends on these.
-        if other := [str(one) for one in self.settings if not one.name.endswith("_token_id")]:
+        if other := [str(one) for one in self.settings if not one.name.endswith(("_token_id", "id2label"))]:
             warnings.warn(
                 f"the result has the base's config, from which those of the experts differ: {'; '.join(other[:3])}"
                 f"{f' and {len(other) - 3} more' if len(other) > 3 else ''}. If one value fits all, set it in the base",

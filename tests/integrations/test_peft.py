@@ -309,6 +309,22 @@ def test_malformed_adapters_are_named(tmp_path, tensors, config, message):
     assert str(tmp_path) in str(raised.value)
 
 
+def test_rows_of_two_embeddings_with_the_same_last_name(tmp_path):
+    """As PEFT reads the keys: the one with which the module's name ends, the longest."""
+    base = torch.nn.ModuleDict({name: torch.nn.ModuleDict({"embed": torch.nn.Embedding(6, 3)}) for name in ("a", "b")})
+    keys = {"a": [1, 2], "b": [4, 0]}
+    rows = {name: torch.randn(2, 3) for name in keys}
+    tensors = {f"base_model.model.{name}.embed.trainable_tokens_delta": value for name, value in rows.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    indices = {"embed": [5], **{f"{name}.embed": value for name, value in keys.items()}}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "trainable_token_indices": indices}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    deltas = adapter_deltas(tmp_path, base)
+    for name, index in keys.items():
+        new = base[name].embed.weight.detach() + deltas[f"{name}.embed"].weight
+        torch.testing.assert_close(new[index].float(), rows[name])
+
+
 def test_an_adapter_of_a_part_of_the_base_is_refused_where_several_parts_have_its_names(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 8, "patch_size": 4}

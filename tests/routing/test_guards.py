@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smile_kernels import SmileLinear
-from smile_kernels.routing import RoutingPolicy, calibrate, set_routing, watch_routing
+from smile_kernels.routing import RoutingPolicy, calibrate, routing_override, set_routing, watch_routing
 from tests.routing.definition import (
     CAUSAL,
     POLICIES,
@@ -132,7 +132,9 @@ def mamba() -> torch.nn.Module:
     return smile(tf.MambaForCausalLM(config))
 
 
-@by_name({"prompt, one block": RoutingPolicy("prompt", lock_after=1), **CAUSAL, **SEQUENCE})
+@by_name(
+    {"prompt, one block": RoutingPolicy("prompt", lock_after=1), "layers": POLICIES["layers"], **CAUSAL, **SEQUENCE}
+)
 def test_a_cache_that_does_not_count_its_tokens(policy):
     """Mamba's: the steps of a generation give what one pass over the same tokens gives."""
     model, ids = mamba(), tokens(2, 6)
@@ -149,6 +151,17 @@ def test_a_cache_that_does_not_count_its_tokens(policy):
     for b in range(2):
         alone = model.generate(ids[b : b + 1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
         assert torch.equal(alone[0], answer[b])
+
+
+def test_overrides_by_row_with_a_cache_that_does_not_count_its_tokens():
+    model, ids = mamba(), tokens(2, 5)
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with routing_override(model, [1, {0: 0.5, 2: 0.5}]), watch_routing(model) as counts:
+        answer = model.generate(ids, attention_mask=mask, **options)
+    assert {int(count.sum()) for count in counts.values()} - {0} <= {2 * 7, 2 * 7 - 2}  # without padding, or with it
+    with routing_override(model, 1):
+        assert torch.equal(model.generate(ids[:1], **options), answer[:1])
 
 
 def test_a_cache_that_does_not_count_its_tokens_and_was_filled_before():

@@ -271,6 +271,25 @@ def test_offloaded_layers():
         close(logits(model, input_ids=ids), want)
 
 
+def test_tangents_of_a_policys_own_choice():
+    """It is a constant in forward mode, as in reverse mode."""
+    model = named(bert(attn_implementation="eager"))
+    for layer in smile_layers(model).values():
+        layer.set_num_experts_per_tok(2)
+    x = torch.randn(2, 4, 16)
+    v = torch.randn_like(x)
+
+    def call(x):
+        with routing_override(model, ["code", None]):
+            return model(inputs_embeds=x).last_hidden_state
+
+    tangent = torch.func.jvp(call, (x,), (v,))[1]
+    dy = torch.randn_like(tangent)
+    x.requires_grad_()
+    (product,) = torch.autograd.grad(call(x), x, dy)
+    torch.testing.assert_close((tangent * dy).sum(), (product * v).sum(), rtol=1e-3, atol=1e-4)
+
+
 def test_watched_counts():
     model, ids = named(llama()), tokens(3, 4)
     with watch_routing(model) as counts, routing_override(model, ["code", {}, {0: 0.1, 2: 0.9}]):

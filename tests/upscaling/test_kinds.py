@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import smile_kernels as sk
@@ -417,7 +417,8 @@ def test_another_number_of_labels_with_its_head_excluded(stored, tmp_path):
         ({"rms_norm_eps": 1e-3, "hidden_act": "gelu"}, {"hidden_act": "silu", "rms_norm_eps": "1e-06"}),
         ({"rope_theta": 5e5}, {"rope_parameters.rope_theta": "10000.0"}),
         ({"pad_token_id": 7}, {"pad_token_id": "0"}),
-        ({"attention_dropout": 0.1, "use_cache": False, "id2label": {0: "good"}}, {}),
+        ({"attention_dropout": 0.1, "use_cache": False}, {}),
+        ({"id2label": {0: "LABEL_1", 1: "LABEL_0"}}, {"id2label": "{'0': 'LABEL_0', '1': 'LABEL_1'}"}),
     ],
     ids=lambda value: "-".join(value),
 )
@@ -435,10 +436,40 @@ def test_settings_that_an_expert_has_otherwise_are_listed(stored, settings, list
             _, report = sk.upscale(base, [expert], progress=False, **RANKS)
     assert {one.name: one.base for one in report.settings} == listed
     warned = [str(one.message) for one in caught if "from which those of the experts differ" in str(one.message)]
-    assert bool(warned) == any(not name.endswith("token_id") for name in listed)
+    assert bool(warned) == any(not name.endswith(("token_id", "id2label")) for name in listed)
     for one in report.settings:
         assert str(one) in str(report)
         assert one.name in report.table()
+
+
+def test_a_policy_that_a_decoder_cannot_run_is_refused_before_any_work(tmp_path):
+    sizes = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    for name in ("base", "expert"):
+        config = transformers.T5Config(**sizes)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+    folders, options = (tmp_path / "base", [tmp_path / "expert"]), {"rank_of_expert": 2, "rank_of_router": 1}
+    with pytest.raises(ValueError, match="the decoder of T5ForConditionalGeneration reads the encoder's output"):
+        sk.upscale_checkpoints(*folders, tmp_path / "out", routing=sk.RoutingPolicy("causal"), **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "expert"]
+
+
+def test_statistics_of_a_batch_norm_that_are_missing(tmp_path):
+    """from_pretrained reports them as missing, and would begin with 0 and 1."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    for name in ("base", "expert"):
+        config = transformers.ResNetConfig(**sizes)
+        transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / name)
+    file = tmp_path / "expert" / "model.safetensors"
+    tensors = load_file(file)
+    kept = {name: t for name, t in tensors.items() if "num_batches_tracked" not in name}
+    save_file(kept, file, {"format": "pt"})
+    options = {"rank_of_expert": 2, "rank_of_router": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **options)
+    save_file({name: t for name, t in kept.items() if "running_mean" not in name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"expert: tensor '.*running_mean' is missing; expected all of ResNet"):
+        sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "again", **options)
 
 
 @pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
