@@ -54,6 +54,7 @@ class ExpertVerdict:
         base_error: the same for the base's output; None if no base is given.
         errors: the same for each module by itself, on the fine-tuned model's input.
         name: the expert's name, or "".
+        not_run: the SMILE layers that the inputs do not reach, such as those of a tower without images: not compared.
     """
 
     expert: int
@@ -63,12 +64,16 @@ class ExpertVerdict:
     base_error: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     name: str = ""
+    not_run: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         where = f", first at {self.module}" if self.module else ""
         name = f" ({self.name})" if self.name else ""
         base = "" if self.base_error is None else f", of the base's {self.base_error:.2g}"
-        return f"expert {self.expert}{name}: {self.verdict}{where}; relative error of the output {self.error:.2g}{base}"
+        left = f"; not compared, since the inputs do not reach them: {len(self.not_run)} layers" if self.not_run else ""
+        left += f" such as {self.not_run[0]}" if self.not_run else ""
+        output = f"relative error of the output {self.error:.2g}{base}{left}"
+        return f"expert {self.expert}{name}: {self.verdict}{where}; {output}"
 
 
 @check_arguments
@@ -158,8 +163,8 @@ def verify(
             verdict, module, errors = _compare(fused, i, record, _Expected(expert.weight, certified, dtype), seed)
             error = _relative(_run(fused, record.inputs, seed), record.output)
         far = None if plain is None else _relative(plain, record.output)
-        names = next(iter(layers.values())).expert_names
-        verdicts.append(ExpertVerdict(i, verdict, module, error, far, errors, names[i] if names else ""))
+        names, not_run = next(iter(layers.values())).expert_names, [name for name in layers if name not in errors]
+        verdicts.append(ExpertVerdict(i, verdict, module, error, far, errors, names[i] if names else "", not_run))
     progress(2 * count, 2 * count)
     return verdicts
 
@@ -511,14 +516,16 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], seed: int) -> Tensor:
 
 @contextmanager
 def _naming(inputs: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Name inputs that the caller gave, where a model fails on them first."""
+    """Name the inputs, given or random ones, where a model fails on them first."""
     try:
         yield
     except SmileError:
         raise
     except Exception as error:
         if inputs is None:
-            raise
+            raise SmileError(
+                f"inputs: random ones: the model fails on them ({reason(error)}); expected inputs"
+            ) from error
         shapes = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in inputs.items())
         raise SmileError(f"inputs: {shapes}: the model fails on them ({reason(error)})") from error
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -299,3 +300,34 @@ def test_names_of_experts_are_kept(tmp_path):
         assert {layer.expert_names for layer in smile_layers(loaded).values()} == {("math", "code")}
     loaded = sk.load_pretrained(tmp_path / "experts", build())
     assert {layer.expert_names for layer in smile_layers(loaded).values()} == {("math", "code")}
+
+
+def test_layers_that_the_inputs_do_not_reach_are_named():
+    """A model of images runs on text alone by default: its tower is not compared."""
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    vision = {key: size for key, size in text.items() if key != "vocab_size"} | {"image_size": 8, "patch_size": 4}
+    parts = {"text_config": transformers.LlamaConfig(**text), "vision_config": transformers.CLIPVisionConfig(**vision)}
+    base = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**parts, image_token_index=49))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            p += 0.1 * torch.randn_like(p) * ("proj" in name)
+    options = {"rank_of_expert": -1, "rank_of_router": 1, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _ = sk.upscale(base, [tuned], **options)
+    (verdict,) = sk.verify(model, base, [tuned])
+    assert verdict.not_run
+    assert all(("vision" in name or "projector" in name) for name in verdict.not_run)
+    count = len(verdict.not_run)
+    assert f"not compared, since the inputs do not reach them: {count} layers such as model.vision" in str(verdict)
+    ids = torch.tensor([[1, 49, 49, 49, 49, 7, 8]])
+    (verdict,) = sk.verify(model, base, [tuned], inputs={"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)})
+    assert not verdict.not_run
+    assert "not compared" not in str(verdict)
