@@ -94,7 +94,9 @@ def sections() -> dict[Path, dict[str, str]]:
         docs / "log.md": {"easy": encoder.markdown(easy, details=True), "hard": encoder.markdown(hard, details=True)},
         docs / "language_model.md": {
             "results": language_model.markdown(language),
-            "small": language_model.markdown(small, "Right answers (exact match), %"),
+            "small": language_model.markdown(
+                small, "Right answers (exact match), %", "Right answers in the second turn of a conversation, %"
+            ),
         },
         docs / "language_models.md": {"walk": walk(read("walk"))},
         docs / "study.md": {"summary": summary(easy, hard, language, small)},

@@ -125,9 +125,9 @@ def tables(results: dict) -> list[TableRows]:
     return found
 
 
-def markdown(results: dict, title: str | None = None) -> str:
-    """The tables as Markdown, or the one of this title."""
-    shown = [table for table in tables(results) if title in (None, table[0])]
+def markdown(results: dict, *titles: str) -> str:
+    """The tables as Markdown, or those of these titles."""
+    shown = [table for table in tables(results) if not titles or table[0] in titles]
     return shared.markdown(results, results["size"]["seeds"], shown)
 
 
