@@ -48,17 +48,17 @@ class SmileBesideLinear(RoutedExperts):
             self.set_num_experts_per_tok(layer.num_experts_per_tok)
         self.router_policy, self.expert_names = layer.router_policy, layer.expert_names
 
-    def forward(self, x: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [..., D] -> y [..., O]; routing: weights and ids [..., m], as in `functional.smile_linear`."""
+    def forward(self, input: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [..., D], named `input` as in nn.Linear -> y [..., O]; routing as in `functional.smile_linear`."""
         m = self.num_experts_per_tok  # read before the policy runs, which may return None for this number
         if self.router_policy is not None and routing is None:
-            routing = self.router_policy(self, x)
-        y = self.base(x)
+            routing = self.router_policy(self, input)
+        y = self.base(input)
         # The base's output may be held by a hook and is not changed.
         apart = torch.is_grad_enabled() or bool(self.base._forward_hooks) or not y.is_contiguous()
         return smile_delta(
-            y if y.dtype == x.dtype else y.to(x.dtype),
-            x,
+            y if y.dtype == input.dtype else y.to(input.dtype),
+            input,
             self.vh,
             self.s,
             self.u,

@@ -28,6 +28,7 @@ def test_the_same_layer_in_two_parts(router, num_experts_per_tok):
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.u, layer.s, layer.vh, layer.weight))))
     for got, want in zip(results[1], results[0]):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert torch.equal(split(input=x), results[1][0])  # by nn.Linear's name
 
 
 def test_bfloat16_keeps_the_singular_values():
