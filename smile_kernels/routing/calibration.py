@@ -137,7 +137,7 @@ def calibrate(
         prior = torch.where(present, mean.clamp_min(torch.finfo(torch.float32).tiny).log(), 0)
         spread = (prior - prior[present].mean())[present] if bool(present.any()) else prior
         report.append(LayerBias(name, prior.tolist(), float(spread.square().mean().sqrt()), count))
-        priors[name] = prior.to(layer.s.device, layer.s.dtype)
+        priors[name] = prior.to("cpu" if layer.s.is_meta else layer.s.device, layer.s.dtype)  # meta: offloaded
     for name, layer in layers.items():
         layer.router_prior = priors[name]
     return CalibrationReport(source, report)
@@ -245,7 +245,7 @@ def _first_token(model: nn.Module) -> int:
 
 def _write(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> None:
     """Generate `sequences` texts of `length` tokens from the first special token, processing each token once."""
-    device = next(model.parameters()).device
+    device = _device_of(model)
     ids = torch.full((sequences, 1), _first_token(model), device=device)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
     for _ in range(length):
@@ -260,6 +260,17 @@ def _write(model: nn.Module, sequences: int, length: int, generator: torch.Gener
             )
         name = next(name for name, value in output.items() if value is cache)
         arguments = {"input_ids": following, name: cache, "use_cache": True}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """The device of a model's inputs: that of its first parameter, or where accelerate runs offloaded modules."""
+    first = next(model.parameters()).device
+    if first.type != "meta":
+        return first
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    each = (one for hook in hooks for one in getattr(hook, "hooks", (hook,)))
+    found = (getattr(one, "execution_device", None) for one in each)
+    return torch.device(next((device for device in found if device is not None), first))
 
 
 def _random_inputs(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -291,7 +302,5 @@ def _random_inputs(model: nn.Module, sequences: int, length: int, generator: tor
             f"inputs: {type(model).__name__} has no input that can be generated (main_input_name is {main!r}); "
             "expected batches of unlabelled inputs"
         )
-    return {
-        name: t.to(weight.device, weight.dtype) if t.is_floating_point() else t.to(weight.device)
-        for name, t in found.items()
-    }
+    device = _device_of(model)
+    return {name: t.to(device, weight.dtype) if t.is_floating_point() else t.to(device) for name, t in found.items()}

@@ -300,10 +300,14 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         if kwargs.get("routing_weights") is not None:
             return None
         x, routing = args[0] if args else kwargs["input"], kwargs.get("routing")
+        rows = layer.vh if layer.router is None else layer.router
+        if rows.is_meta and not x.is_meta:
+            raise SmileError(
+                f"model: {name} is offloaded, on the meta device until it runs; expected a model in memory"
+            )
         if routing is None and layer.router_policy is not None:
             routing = layer.router_policy(layer, x)
         if routing is None:
-            rows = layer.vh if layer.router is None else layer.router
             m, g = layer.num_experts_per_tok, layer.rank_of_router
             routing = route(x.to(rows.dtype), rows, num_experts_per_tok=m, rank_of_router=g)
         if not routing[1].shape[-1]:  # no experts while the base processes a prompt

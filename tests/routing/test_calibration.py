@@ -348,3 +348,22 @@ def test_positions_of_a_decoder():
     model = smile(tf.WhisperForConditionalGeneration(tf.WhisperConfig(**sizes, **heads, **ids, max_target_positions=9)))
     report = calibrate(model, sequences=2)
     assert {layer.tokens for layer in report.layers if ".decoder." in layer.name and "fc1" in layer.name} == {18}
+
+
+def test_offloaded_models():
+    """accelerate brings a layer's tensors when it runs: calibration reads them then, and watch_routing refuses."""
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = llama(), llama()
+    plain.load_state_dict(model.state_dict())
+    calibrate(plain, sequences=2, length=4)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert all(layer.vh.is_meta for layer in smile_layers(model).values())
+    calibrate(model, sequences=2, length=4)
+    for name, layer in smile_layers(plain).items():
+        assert torch.equal(model.get_submodule(name).router_prior, layer.router_prior)
+    policy, ids = RoutingPolicy.recommended(plain), tokens(1, 4)
+    for one in (plain, model):
+        set_routing(one, policy)
+    torch.testing.assert_close(logits(model, input_ids=ids), logits(plain, input_ids=ids))
+    with sk.watch_routing(model), pytest.raises(ValueError, match=r"q_proj is offloaded, on the meta device"):
+        model(ids)
