@@ -299,6 +299,8 @@ def watch_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     def count(name: str, layer: RoutedExperts, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if kwargs.get("routing_weights") is not None:
             return None
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise SmileError("model: runs under a transform of torch.func; expected none inside watch_routing")
         x, routing = args[0] if args else kwargs["input"], kwargs.get("routing")
         rows = layer.vh if layer.router is None else layer.router
         if rows.is_meta and not x.is_meta:

@@ -32,7 +32,7 @@ from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import is_adapter
 from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, paths, write_text
-from ..routing import RoutingPolicy, check_calibration, check_order
+from ..routing import RoutingPolicy, check_calibration, check_order, check_routing
 from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
@@ -618,6 +618,8 @@ def _write(
     }
     try:
         check_changed("experts", [*reports, *unfit_layers(job.unfit, job.taken)], job.taken)
+        if job.model is not None:
+            check_routing(job.model, job.config.routing, dict.fromkeys(factors, len(job.experts)), calibrating=True)
     except ValueError:
         barrier()
         if rank == 0:

@@ -198,6 +198,12 @@ def test_flattened_rows_and_a_layer_called_by_keyword():
     assert [int(count.sum()) for count in counts.values()] == [3]
 
 
+def test_no_watch_under_transforms():
+    layer = llava().lm_head
+    with watch_routing(layer), pytest.raises(ValueError, match=r"model: runs under a transform of torch\.func"):
+        torch.func.grad(lambda x: layer(x).sum())(torch.randn(2, 16))
+
+
 def test_ids_that_a_model_does_not_read():
     model = smile(tf.CLIPVisionModel(tf.CLIPVisionConfig(**VISION)))
     with pytest.raises(ValueError, match=r"restart_at: is \(7,\), and CLIPVisionModel reads pixel_values"):

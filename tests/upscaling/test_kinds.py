@@ -453,6 +453,22 @@ def test_a_policy_that_a_decoder_cannot_run_is_refused_before_any_work(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "expert"]
 
 
+@pytest.mark.filterwarnings("ignore:changes by fine-tuning are left out")
+def test_a_policy_that_the_layers_with_experts_cannot_follow_leaves_no_output(tmp_path):
+    """CLIP's projections are outside of its towers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"text_config": {**sizes, "vocab_size": 32}, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
+    for name in ("base", "expert"):
+        transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=8)).save_pretrained(tmp_path / name)
+    folders, options = (tmp_path / "base", [tmp_path / "expert"]), {"rank_of_expert": 2, "rank_of_router": 1}
+    options["routing"] = sk.RoutingPolicy("sequence")
+    with pytest.raises(ValueError, match="projection belongs to none of its parts"):
+        sk.upscale_checkpoints(*folders, tmp_path / "out", **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "expert"]
+    sk.upscale_checkpoints(*folders, tmp_path / "out", exclude=["*projection"], **options)
+    assert sk.get_routing(sk.load_pretrained(tmp_path / "out")) == options["routing"]
+
+
 def test_statistics_of_a_batch_norm_that_are_missing(tmp_path):
     """from_pretrained reports them as missing, and would begin with 0 and 1."""
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
