@@ -395,7 +395,7 @@ class TestStudy:
         for method in methods.METHODS:
             entry = results["methods"][method.name]
             assert set(entry["tasks"]) == {task.name for task in TASKS}
-            assert entry["seeds"] == (1 if method.name in methods.VARIANTS else 2)
+            assert entry["seeds"] == (1 if method.variant else 2)
             assert entry["rows"] == dict.fromkeys(entry["tasks"], 3 if method.essential else 2)
         assert (small / "plot.png").stat().st_size > 10_000
         for title, columns, rows in report.tables(results):
