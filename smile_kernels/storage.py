@@ -380,11 +380,8 @@ def write_shard(file: Path, tensors: list[StoredTensor], metadata: Mapping[str, 
 def written_by_others(folder: Path) -> Iterator[None]:
     """What other libraries raise where they cannot write to `folder`, as OSError that names it."""
     try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(folder)
-        raise
+        with naming(folder):
+            yield
     except SafetensorError as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:

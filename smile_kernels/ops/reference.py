@@ -123,17 +123,7 @@ def _norms(q: Tensor) -> Tensor:
     return torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), squares)
 
 
-def delta(
-    y: Tensor,
-    x: Tensor,
-    vh: Tensor,
-    s: Tensor,
-    u: Tensor,
-    expert_bias: Tensor | None,
-    weights: Tensor,
-    ids: Tensor,
-    parts: Sequence[tuple[int, slice, int]] | None = None,
-) -> Tensor:
+def delta(y, x, vh, s, u, expert_bias, weights, ids, parts: Sequence[tuple[int, slice, int]] | None = None) -> Tensor:
     """y [T, O] + the selected experts; `parts`: those with experts, of a layer of several."""
     if parts is None:
         return (y.to(accumulate_dtype(x)) + _experts(x, vh, s, u, expert_bias, weights, ids)).to(x.dtype)
@@ -145,9 +135,7 @@ def delta(
     return torch.cat([*columns, y[:, end:]], dim=1)
 
 
-def route_backward(
-    dweights: Tensor, x: Tensor, router: Tensor, weights: Tensor, ids: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
+def route_backward(dweights, x, router, weights, ids, needs) -> tuple[Tensor, Tensor]:
     """Gradients of x and router, which have derivatives if `weights` is that of `weights_of`."""
     q = projections(x, router)
     n = _norms(q)[..., None]
@@ -158,19 +146,7 @@ def route_backward(
     return dx.to(x.dtype), torch.einsum("tng,td->ngd", dq, x.to(q.dtype)).to(router.dtype)
 
 
-def apply_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    vh: Tensor,
-    s: Tensor,
-    u: Tensor,
-    expert_bias: Tensor | None,
-    weights: Tensor,
-    ids: Tensor,
-    h: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def apply_backward(dy, x, weight, vh, s, u, expert_bias, weights, ids, h, needs) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, vh, s, u, expert_bias and weights, which have derivatives; without `h`."""
     acc, (r, k) = accumulate_dtype(x), (s.shape[1], vh.shape[1])
     xa, g, wa = x.to(acc), dy.to(acc), weights.to(acc)
