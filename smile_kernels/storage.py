@@ -1,5 +1,6 @@
 """Checkpoint files: tensors are read, checked and written one at a time; files are written atomically."""
 
+import functools
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -211,32 +212,44 @@ def _check_shards(files: list[Path]) -> None:
 
 def read_safetensors(file: Path) -> list[StoredTensor]:
     """The tensors of one file; raises ValueError if the file is corrupt or truncated."""
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            try:
-                with safe_open(file, "pt") as f:
-                    return f.get_tensor(name).clone()
-            except RuntimeError as error:
-                raise _cannot_open(error, file) from None
-            except SafetensorError as error:
-                raise SmileError(f"{file}: changed while it was read ({error}); fetch or write it again") from None
-
-        return read
-
     _check_regular(file)
     try:
-        with safe_open(file, "pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            headers = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        with safe_open(file, "pt"), open(file, "rb") as f:  # safe_open checks the header
+            length, stamp = int.from_bytes(f.read(8), "little"), _stamp(f)
+            header = json.loads(f.read(length))
     except RuntimeError as error:
         raise _cannot_open(error, file) from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise SmileError(f"{file}: is not a whole safetensors file ({error}); fetch or write it again") from None
-    for name, (dtype, _) in headers.items():
-        if dtype not in _DTYPES:
-            raise SmileError(f"{file}: tensor {name!r} is {dtype}; expected one of {', '.join(_DTYPES)}")
-    return [StoredTensor(name, _DTYPES[dtype], shape, reader(name), file) for name, (dtype, shape) in headers.items()]
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise SmileError(f"{file}: tensor {name!r} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+
+    def stored(name: str, entry: dict[str, Any]) -> StoredTensor:
+        dtype, shape, start = _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        return StoredTensor(name, dtype, shape, functools.partial(_read_at, file, stamp, start, dtype, shape), file)
+
+    return [stored(name, entry) for name, entry in header.items()]
+
+
+def _read_at(file: Path, stamp: tuple[int, ...], start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of an uncompressed file without its header, whose reading takes time in proportion to all tensors."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    with naming(file), open(file, "rb") as f:
+        if _stamp(f) == stamp:
+            f.seek(start)
+            f.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if _stamp(f) != stamp:
+            raise SmileError(
+                f"{file}: changed while it was read (it has another size or time); fetch or write it again"
+            )
+    return tensor
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -407,8 +408,13 @@ class Job:
     def _split(self, name: str) -> tuple[str, ...]:
         """The checkpoint's tensors that contain a parameter, if it is not a separate tensor."""
         keys = self.origins.get(name, ())
-        alone = len(keys) == 1 and [keys] == [other for other in self.origins.values() if other[0] == keys[0]]
+        alone = len(keys) == 1 and self._uses[keys[0]] == 1
         return () if alone and self.stored[keys[0]].read is self.by_name[name].read else keys
+
+    @functools.cached_property
+    def _uses(self) -> Counter[str]:
+        """The number of parameters that a checkpoint's tensor is, or begins."""
+        return Counter(keys[0] for keys in self.origins.values())
 
     def _written(self, tensor: StoredTensor, changed: Callable[[], Tensor] | None) -> StoredTensor:
         read, dtype = changed or tensor.load, self._dtype(tensor.dtype)
