@@ -1,11 +1,12 @@
 """Additional tokens of one fine-tuned model: their rows of the embedding and the head."""
 
+import copy
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SmileError, check_integer
 from ..integrations.peft import LowRankDelta, ModuleDelta, wide
@@ -94,8 +95,10 @@ def find_added_tokens(
         raise SmileError(
             f"embeddings_from: {source.where} has {after} tokens and the base {before}; expected an expert with more"
         )
-    dims = {}
+    dims, of_tokens = {}, _resized(model, after)
     for one in shapes:
+        if one not in of_tokens:  # such as positions, as many as tokens
+            continue
         mine, theirs = tuple(shapes[one].shape), source.shape(one)
         changed = [d for d, (a, b) in enumerate(zip(mine, theirs or ())) if a != b]
         sizes = [(mine[d], theirs[d]) for d in changed] if theirs and len(mine) == len(theirs) else []
@@ -105,6 +108,15 @@ def find_added_tokens(
     tied = {one: dim_of[id(shapes[one])] for one in shapes if id(shapes[one]) in dim_of}
     dims |= {one: dim for one, dim in tied.items() if one not in dims}  # also where the expert's are not tied any more
     return AddedTokens(source, before, after, dims)
+
+
+def _resized(model: Any, tokens: int) -> set[str]:
+    """The tensors that transformers resizes for another number of tokens."""
+    on_meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    resized = copy.deepcopy(model, on_meta)  # type: ignore[arg-type]
+    shapes = {name: tensor.shape for name, tensor in resized.state_dict().items()}
+    resized.resize_token_embeddings(tokens, mean_resizing=False)
+    return {name for name, tensor in resized.state_dict().items() if tensor.shape != shapes.get(name)}
 
 
 def grow_source(

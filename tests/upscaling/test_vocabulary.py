@@ -210,3 +210,24 @@ def test_refused_before_work(tmp_path, folders):
     done = CliRunner().invoke(app, ["upscale", *map(str, arguments), "grown"])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 96 + NEW
+
+
+@pytest.mark.filterwarnings("ignore:the result has the base's config")
+def test_as_many_positions_as_tokens_are_not_taken_for_tokens(tmp_path):
+    """An expert with more tokens and more positions: its position table is not in the result, which says so."""
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 4}
+    base, expert = (
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=n, n_positions=n, **size, **SPECIAL)).eval()
+        for n in (96, 96 + NEW)
+    )
+    options = {**RANKS, "embeddings_from": 0}
+    with pytest.warns(UserWarning, match=r"left out of the result: .*transformer\.wpe\.weight"):
+        fused, _ = sk.upscale(base, [expert], **options, progress=False)
+    folders = [tmp_path / "base", tmp_path / "expert"]
+    for model, folder in zip((base, expert), folders):
+        model.save_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"left out of the result: .*transformer\.wpe\.weight"):
+        sk.upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **options)
+    for model in (fused, sk.load_pretrained(tmp_path / "out")):
+        assert torch.equal(model.transformer.wpe.weight, base.transformer.wpe.weight)
+        assert torch.equal(model.transformer.wte.weight[96:], expert.transformer.wte.weight[96:])
