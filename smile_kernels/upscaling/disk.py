@@ -233,7 +233,7 @@ class Job:
             "embeddings_from": self.embeddings_from,
             "dtype": str(self.dtype),
             "device": self.device,
-            "files": [_listing(folder) for folder in folders],
+            "files": [listing(folder) for folder in folders],
         }
 
     def writes(self) -> list[str]:
@@ -772,7 +772,7 @@ def check_device(device: str) -> None:
         raise SmileError(f"device: is {device!r}, which cannot compute here ({reason(error)})") from None
 
 
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
+def listing(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and modification time of each file, also of those in folders that are copied."""
     inside = [file for one in folder.iterdir() if _FOLDERS.match(one.name) for file in paths(one)]
     files = sorted(file for file in (*folder.iterdir(), *inside) if file.is_file())

@@ -29,6 +29,7 @@ from ..routing.state import LayerPolicy
 from ..schema import check_arguments, check_inputs
 from ..storage import read_tensors
 from ..svd import without_autocast
+from .disk import listing
 from .inputs import example_inputs
 from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport
@@ -121,6 +122,7 @@ def verify(
     check_seed(seed)
     _check_inputs(inputs)
     count = _count_experts(model)
+    files = None if isinstance(model, nn.Module) else listing(Path(model))
     if not isinstance(model, nn.Module):
         stored = Path(model) / REPORT
         report = report or (UpscaleReport.load(stored) if stored.is_file() else None)
@@ -155,6 +157,8 @@ def verify(
             records.append(_record(expert.load(), inputs, seed))
         gc.collect()
     fused = _load(model, dtype)
+    if not isinstance(model, nn.Module) and listing(Path(model)) != files:
+        raise SmileError(f"model: {model} was changed while it was read; expected files that do not change")
     layers = smile_layers(fused)
     verdicts = []
     for i, (expert, record) in enumerate(zip(experts, records)):

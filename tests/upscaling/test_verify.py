@@ -331,3 +331,18 @@ def test_layers_that_the_inputs_do_not_reach_are_named():
     (verdict,) = sk.verify(model, base, [tuned], inputs={"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)})
     assert not verdict.not_run
     assert "not compared" not in str(verdict)
+
+
+def test_a_folder_that_another_process_replaces_in_between(tmp_path):
+    base = build()
+    experts = [tuned(base, 1), tuned(base, 2)]
+    for kept, folder in ((experts, "out"), (experts[:1], "other")):
+        sk.save_pretrained(sk.upscale(base, kept, rank_of_expert=4, **RANKS)[0], tmp_path / folder)
+
+    def replace_it(done: int, total: int) -> None:
+        if done == 1:
+            (tmp_path / "out").rename(tmp_path / "old")
+            (tmp_path / "other").rename(tmp_path / "out")
+
+    with pytest.raises(sk.SmileError, match=r"^model: .*out was changed while it was read; expected files that do not"):
+        sk.verify(tmp_path / "out", base, experts, progress=replace_it)
