@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FACTORS, SmileConfig, read_config, read_smile_config, write_config
-from .errors import SmileError, check_seed, reason
+from .errors import SmileError, check_seed, naming, reason
 from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.conversion import ModelNames
@@ -39,11 +39,11 @@ from .storage import (
     NO_WEIGHTS,
     StoredTensor,
     add_tensors,
+    errors_of_system,
     parse_size,
     read_tensors,
     weights_fingerprint,
     write_tensors,
-    written_by_others,
 )
 
 __all__ = ["calibrate_checkpoint", "load_pretrained", "save_pretrained"]
@@ -177,7 +177,7 @@ def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_s
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
         _check_loadable(model, config)
-        with written_by_others(folder):
+        with errors_of_system(folder):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         if sum(name.endswith(".vh") for name in read_tensors(folder)) < len(config.modules):
             raise SmileError(f"model: the save_pretrained of {type(model).__name__} writes no experts; expected all")
@@ -285,7 +285,8 @@ def calibrate_checkpoint(
                 if file.is_file() and file.name != MANIFEST:
                     target = output.output / file.relative_to(source)
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, target)
+                    with naming(target):
+                        shutil.copyfile(file, target)
             report = add_calibration(output.output, routing, seed, source, **from_pretrained)
         except BaseException:
             output.discard()

@@ -30,7 +30,9 @@ def naming(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None and str(file) not in str(error):  # of a library, with its message alone
+            raise OSError(f"{file}: {error}") from error
+        if error.errno is not None and error.filename is None:
             error.filename = str(file)
         raise
 

@@ -127,7 +127,7 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
     """
     file = _target(file)
     try:
-        with _open_temporary(file) as f:
+        with naming(file), _open_temporary(file) as f:
             try:
                 yield f
                 f.flush()
@@ -142,8 +142,6 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
             raise OSError(
                 error.errno, f"disk is full ({free:,} bytes free); no half-written file is left", str(file)
             ) from None
-        if error.filename is None:
-            error.filename = str(file)
         raise
 
 
@@ -667,9 +665,8 @@ def _sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
         return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from None
-    finally:
-        os.close(descriptor)
+    with naming(folder):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

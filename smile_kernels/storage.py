@@ -214,12 +214,10 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     """The tensors of one file; raises ValueError if the file is corrupt or truncated."""
     _check_regular(file)
     try:
-        with safe_open(file, "pt"), open(file, "rb") as f:  # safe_open checks the header
+        with errors_of_system(file), safe_open(file, "pt"), open(file, "rb") as f:  # safe_open checks the header
             length, stamp = int.from_bytes(f.read(8), "little"), _stamp(f)
             header = json.loads(f.read(length))
-    except RuntimeError as error:
-        raise _cannot_open(error, file) from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise SmileError(f"{file}: is not a whole safetensors file ({error}); fetch or write it again") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
@@ -260,25 +258,19 @@ def read_metadata(file: Path) -> dict[str, str]:
         return dict(f.metadata() or {})
 
 
-def _cannot_open(error: RuntimeError, file: Path) -> Exception:
-    """What PyTorch raises where it cannot open or map a file, for want of descriptors or memory, as OSError."""
-    code = re.search(r"unable to (?:open|stat|mmap) .*\((\d+)\)", str(error))
-    return error if code is None else OSError(int(code[1]), os.strerror(int(code[1])), str(file))
-
-
 def read_pickled(file: Path) -> list[StoredTensor]:
     """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or no checkpoint."""
     _check_regular(file)
     mapped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 cannot be mapped
 
     def open_file() -> dict[str, Tensor]:
-        try:
+        with errors_of_system(file):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        except RuntimeError as error:
-            raise _cannot_open(error, file) from None
 
     try:
         state = open_file()
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"unsupported [^\n]*?(?= was not an allowed| whose module|$)", str(error), re.M | re.I)
         reason = found[0] if found else "it cannot be read as weights"
@@ -390,16 +382,18 @@ def write_shard(file: Path, tensors: list[StoredTensor], metadata: Mapping[str, 
 
 
 @contextmanager
-def written_by_others(folder: Path) -> Iterator[None]:
-    """What other libraries raise where they cannot write to `folder`, as OSError that names it."""
+def errors_of_system(file: Path) -> Iterator[None]:
+    """What PyTorch and safetensors raise where the system cannot open, map, write or close, as OSError with a name."""
     try:
-        with naming(folder):
+        with naming(file):
             yield
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        ours = r"\(os error (\d+)\)|(?:unable to (?:open|stat|mmap)|[Ee]rror closing file) .*\((\d+)\)"
+        code = re.search(ours, str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+        number = int(code[1] or code[2])
+        raise OSError(number, os.strerror(number), str(file)) from None
 
 
 def write_index(folder: Path, shards: Mapping[str, list[StoredTensor]], *, stem: str) -> None:

@@ -146,6 +146,32 @@ def test_files_that_cannot_be_opened_again(tmp_path, suffix):
         tensor.load()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Error closing file </x>: Input/output error (5)"),  # of PyTorch, where it unmaps a file
+        OSError("Input/output error (os error 5)"),  # of safetensors
+        OSError(5, "Input/output error"),
+        OSError("a message alone"),
+    ],
+    ids=["PyTorch", "safetensors", "Python", "no number"],
+)
+def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch, name, error):
+    def fail(*args, **options):
+        raise type(error)(*error.args)
+
+    safetensors.torch.save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink() if name.endswith("bin") else None
+    monkeypatch.setattr(storage, "safe_open", fail)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match=f"{name}: a message alone|Input/output error: .*{name}") as caught:
+        read_tensors(tmp_path)
+    assert not isinstance(caught.value, SmileError)
+    assert "None" not in str(caught.value)
+
+
 def test_the_header_of_many_tensors_is_read_once(tmp_path, monkeypatch):
     safetensors.torch.save_file({f"t{i}": torch.full((2,), i) for i in range(50)}, tmp_path / "model.safetensors")
     opened = []
