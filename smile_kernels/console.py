@@ -23,6 +23,15 @@ from rich.progress import (
 
 from .errors import SmileError
 
+# Arguments of the functions that commands call, and the options that set them where those have other names.
+OPTIONS = {
+    "expert_names": "expert",
+    "experts": "expert",
+    "finetuned": "expert",
+    "layer": "shape",
+    "max_shard_size": "out_shard_size",
+}
+
 
 class Commands(typer.core.TyperGroup):
     """The commands; standard output that cannot be written ends any of them, and its help, with one line."""
@@ -48,7 +57,7 @@ def user_errors() -> Iterator[None]:
     except (SmileError, OSError, ImportError) as error:
         if is_of_output(error):
             raise  # to Commands
-        say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {in_options(' '.join(str(error).split()))}")
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -64,6 +73,15 @@ def user_errors() -> Iterator[None]:
             raise typer.Exit(1) from None
         say("this is a bug: please report it with the file that `smile-kernels doctor --verify` writes")
         raise
+
+
+def in_options(message: str) -> str:
+    """A function's message about an argument in the words of the command line, where None is an option not given."""
+    message = re.sub(
+        r"^\w+(?=\[|:)|\bexperts(?=\[\d+\])", lambda argument: OPTIONS.get(argument[0], argument[0]), message
+    )
+    message = re.sub(r"\bis None(?= with |;)", "is not given", message)
+    return re.sub(r"\bexpected None( or)?\b", lambda none: "expected" if none[1] else "expected it not given", message)
 
 
 def is_of_output(error: Exception) -> bool:

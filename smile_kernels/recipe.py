@@ -153,7 +153,7 @@ def scope_or_fields(text: str) -> Any:
     from .storage import parse_json
 
     if not text.lstrip().startswith("{"):
-        return RoutingPolicy(text)
+        return RoutingPolicy.from_dict({"scope": text})
     return RoutingPolicy.from_dict(parse_json(text, "routing"))
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from smile_kernels.analysis import analyze
 from smile_kernels.cli import app
 from smile_kernels.config import read_smile_config
+from smile_kernels.console import OPTIONS
 from smile_kernels.storage import read_tensors
 from smile_kernels.upscaling import upscale_checkpoints
 from tests.integrations import tiny_models
@@ -66,7 +68,7 @@ def test_options_and_yaml_give_the_same(tmp_path, folders):
         ("base_model: 5", "base_model: is 5; expected a string"),
         ({"parameters": RANKS | {"calibrate": "no"}}, "parameters.calibrate: is 'no'; expected a boolean"),
         ({"parameters": RANKS | {"routing": "causal"}}, "parameters.routing: is 'causal'; expected an object"),
-        ({"base_model": "x", "models": [], "parameters": RANKS}, "experts: is empty"),
+        ({"base_model": "x", "models": [], "parameters": RANKS}, "expert: is empty"),
         ({"base_model": "x", "models": [{"model": "y"}], "dtype": "int8", "parameters": RANKS}, "dtype: is 'int8'"),
     ],
     ids=lambda v: "",
@@ -78,6 +80,31 @@ def test_yaml_errors(tmp_path, content, message):
     assert result.exit_code == 1
     assert re.search(message, result.output.replace("\n", " ")), result.output
     assert [f.name for f in tmp_path.iterdir()] == ["bad.yml"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--out-shard-size", "5XB"], "error: out_shard_size: is '5XB'; expected bytes"),
+        (["--expert", "/none"], "error: expert[3]: /none: no such folder"),
+        (["--expert", "a=b", "--expert", "a=c"], "error: expert: 'a' is given twice; expected different names"),
+        (["--router", "arrow"], "error: rank_of_router: is 2 with router 'arrow', which has one row; expected it not"),
+        (["--routing", "window"], "error: routing: window: is not given with scope 'window'; expected the number"),
+        (["--half-life", "-1"], "error: routing: half_life: is -1.0; expected a number of tokens above 0"),
+        (["--include", "none"], "error: include, exclude: ['none'] without [] leaves none of the"),
+    ],
+)
+def test_errors_name_options(folders, tmp_path, more, message):
+    result = CliRunner().invoke(app, command(folders, tmp_path / "out", *more))
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "None" not in result.output
+
+
+def test_every_option_has_its_name_in_errors():
+    options = {parameter.name for one in get_command(app).commands.values() for parameter in one.params}
+    assert not OPTIONS.keys() & options
+    assert set(OPTIONS.values()) <= options
 
 
 def test_streams_that_the_caller_closed(tmp_path, folders, monkeypatch):
@@ -140,7 +167,7 @@ def test_experts_have_names(tmp_path, folders):
     assert "- expert maths: `m1`" in (tmp_path / "named" / "README.md").read_text()
     twice = [f"x={folder}" for folder in folders[1:]]
     result = CliRunner().invoke(app, command([folders[0], *twice], tmp_path / "twice"))
-    assert "expert_names: 'x' is given twice" in result.output
+    assert "expert: 'x' is given twice" in result.output
     result = CliRunner().invoke(app, command([folders[0], "=y"], tmp_path / "twice"))
     assert "expert: is '=y'; expected FOLDER or NAME=FOLDER" in result.output
     assert not (tmp_path / "twice").exists()

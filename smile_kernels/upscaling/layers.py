@@ -207,8 +207,9 @@ def select_layers(
             "weight is a parameter of its own, neither computed nor pruned"
         )
     if not chosen:
+        included = "all" if include is None else include
         raise SmileError(
-            f"include, exclude: {include} without {exclude} leaves none of the {len(layers)} linear layers; "
+            f"include, exclude: {included} without {exclude or []} leaves none of the {len(layers)} linear layers; "
             "expected patterns such as '*.q_proj'"
         )
     for argument, patterns in (("include", include), ("exclude", exclude)):

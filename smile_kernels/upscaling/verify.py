@@ -8,6 +8,7 @@ import copy
 import functools
 import gc
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ def verify(
         gc.collect()
     fused = _load(model, dtype)
     if not isinstance(model, nn.Module) and listing(Path(model)) != files:
-        raise SmileError(f"model: {model} was changed while it was read; expected files that do not change")
+        raise SmileError(f"{model}: was changed while it was read; expected files that do not change")
     layers = smile_layers(fused)
     verdicts = []
     for i, (expert, record) in enumerate(zip(experts, records)):
@@ -202,7 +203,8 @@ class _Expert:
         self.given, self.base, self.dtype = given, base, dtype
         self.whole = isinstance(given, nn.Module) or (isinstance(given, Path) and not is_adapter(given))
         if not self.whole and (base is None or not isinstance(given, (Path, Mapping))):
-            raise SmileError(f"base: is {base!r}; expected the base model of the adapter {given!r}")
+            shown = str(given) if isinstance(given, Path) else reprlib.repr(given)
+            raise SmileError(f"base: is {base!r}; expected the base model of the adapter {shown}")
         if isinstance(given, Mapping) and not isinstance(base, nn.Module):
             raise SmileError(f"base: is {base!r}; expected the base as a module, for adapters in memory")
 

@@ -537,7 +537,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "a device without data": (str, upscale_with("--device", "meta"), "device: is 'meta', which cannot compute here"),
     "no workers": (str, upscale_with("--workers", "-1"), "workers: is -1; expected 1 or more"),
     "an empty base": (str, upscale_with("--base", ""), "base: is ''; expected a folder, or the id"),
-    "an empty expert": (str, upscale_with("--expert", ""), r"experts\[0\]: is ''; expected a folder, or the id"),
+    "an empty expert": (str, upscale_with("--expert", ""), r"expert\[0\]: is ''; expected a folder, or the id"),
     "an empty output": (str, upscale_with("--out", ""), "out: is ''; expected the path"),
     "a base whose name is not UTF-8": (
         lambda folder: (folder / "base").rename(folder / os.fsdecode(b"\xff")),
@@ -549,7 +549,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "an expert among the intermediate files": (
         lambda folder: shutil.copytree(folder / "expert", folder / "out.partial" / "output"),
         upscale_with("--expert", "{folder}/out.partial/output", "--force"),
-        r"out: \S+out\.partial is of \S+out, and experts\[0\] is there; expected an input apart",
+        r"out: \S+out\.partial is of \S+out, and expert\[0\] is there; expected an input apart",
     ),
     "an output in a base": (str, upscale_with("--out", "{folder}/base/out"), "is inside base"),
     "an output in a file": (

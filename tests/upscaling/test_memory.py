@@ -467,7 +467,7 @@ def test_bad_input_names_the_argument_and_changes_nothing(inplace):
         ({"rank_of_router": 0}, r"layers\.0: rank_of_router: is 0; expected 1 to 6"),
         ({"include": ["*.9"]}, r"include, exclude: \['\*\.9'\] .* leaves none of the 2 linear layers"),
         ({"exclude": ["*"]}, r"include, exclude: .* leaves none"),
-        ({"include": []}, r"include, exclude: \[\] without None leaves none of the 2 linear layers"),
+        ({"include": []}, r"include, exclude: \[\] without \[\] leaves none of the 2 linear layers"),
         (
             {"finetuned": [good[0], Mlp([8, 6], [True], torch.float32)]},
             r"finetuned\[1\]: has no tensor 'layers\.1\.weight'; expected the base's, \[4, 6\]",

@@ -344,5 +344,5 @@ def test_a_folder_that_another_process_replaces_in_between(tmp_path):
             (tmp_path / "out").rename(tmp_path / "old")
             (tmp_path / "other").rename(tmp_path / "out")
 
-    with pytest.raises(sk.SmileError, match=r"^model: .*out was changed while it was read; expected files that do not"):
+    with pytest.raises(sk.SmileError, match=r"^.*out: was changed while it was read; expected files that do not"):
         sk.verify(tmp_path / "out", base, experts, progress=replace_it)
