@@ -5,7 +5,7 @@ of the model's shape, of which only shape and dtype are used.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
         packed.setdefault(weight, []).append(tensor)
         stored[weight] = StoredTensor(weight, dtype, shape, functools.partial(torch.zeros, shape, dtype=dtype), folder)
     for weight, tensors in packed.items():
+        _check_shapes(quantization, tuple(stored[weight].shape), tensors)
         parts = {tensor.name.rpartition(".")[2] for tensor in tensors}
         for needed in _NEEDED[method]:
             if not parts.intersection(same := needed.split("|")):
@@ -107,6 +108,49 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
     if not packed:
         raise SmileError(f"base: {folder} says that it is stored as {method!r}, and has no such tensors; expected some")
     return stored, packed
+
+
+def _check_shapes(quantization: Mapping[str, Any], shape: tuple[int, ...], tensors: Iterable[StoredTensor]) -> None:
+    """Raises ValueError unless the tensors of a layer, as far as they are known, are those of such a weight."""
+    for tensor in tensors if len(shape) == 2 else ():
+        allowed = _shapes(quantization, *shape).get(tensor.name.rpartition(".")[2])
+        if allowed and tuple(tensor.shape) not in allowed:
+            raise SmileError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}; expected "
+                f"{' or '.join(str(list(one)) for one in allowed)}, of a weight {list(shape)} that is stored as "
+                f"{quantization['quant_method']!r}"
+            )
+
+
+def _shapes(quantization: Mapping[str, Any], o: int, d: int) -> dict[str, list[tuple[int, ...]]]:
+    """The possible shapes of the tensors that some methods store for a weight [O, D]."""
+    method = quantization["quant_method"]
+    if method in ("awq", "gptq"):
+        bits, size = quantization.get("bits", 4), quantization.get("group_size", 128)
+        layout = str(quantization.get("version" if method == "awq" else "checkpoint_format", "gemm")).lower()
+        known = layout in ("gemm", "gptq", "gptq_v2") and not quantization.get("dynamic")  # bits for each layer
+        if not known or bits not in (2, 3, 4, 8) or not isinstance(size, int) or size == 0:
+            return {}
+        groups = max(1, -(-d // size))
+        qweight = (d, o * bits // 32) if method == "awq" else (d * bits // 32, o)
+        return {"qweight": [qweight], "qzeros": [(groups, o * bits // 32)], "scales": [(groups, o)], "g_idx": [(d,)]}
+    if method == "torchao":
+        return {}
+    blocks = [(1, size) for size in _settings(quantization, "group_size")]
+    blocks += [(128, 128), *_settings(quantization, "weight_block_size"), *_settings(quantization, "block_structure")]
+    scales: list[tuple[int, ...]] = [(), (1,), (o,), (o, 1)]
+    scales += [(-(-o // block[0]), -(-d // block[1])) for block in blocks if _is_block(block)]
+    return {"weight": [(o, d)], "weight_scale": scales, "weight_scale_inv": scales}
+
+
+def _settings(config: Any, name: str) -> Iterator[Any]:
+    """The values of a setting in a config and in the objects inside it."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        yield from [value] if key == name else _settings(value, name)
+
+
+def _is_block(block: Any) -> bool:
+    return isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
 
 
 def metadata_of(quantised: Iterable[StoredTensor]) -> dict[str, str]:

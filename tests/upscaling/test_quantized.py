@@ -138,6 +138,48 @@ def test_a_quantised_layer_that_lacks_a_tensor_is_refused(config, part, plain, t
         sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"group_size": 16}}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "wrong"),
+    [
+        (INT8, {"weight": (32, 32), "weight_scale": (32, 1)}, {"weight_scale": (16, 1)}),
+        (INT8, {"weight": (32, 32), "weight_scale": (1,)}, {"weight": (32, 16)}),
+        (GROUPS, {"weight": (32, 32), "weight_scale": (32, 2)}, {"weight_scale": (32, 4)}),
+        (FP8, {"weight": (32, 32), "weight_scale_inv": (2, 2)}, {"weight_scale_inv": (4, 2)}),
+        (GPTQ, {"qweight": (4, 32), "scales": (2, 32), "qzeros": (2, 4)}, {"scales": (2, 16)}),
+        (GPTQ, {"qweight": (4, 32), "scales": (2, 32), "qzeros": (2, 4)}, {"qzeros": (4, 2)}),
+        (AWQ, {"qweight": (32, 4), "scales": (1, 32), "qzeros": (1, 4)}, {"scales": (32, 1)}),
+        (AWQ, {"qweight": (32, 4), "scales": (1, 32), "qzeros": (1, 4)}, {"qweight": (4, 32)}),
+    ],
+)
+def test_misshapen_tensors_of_a_quantised_base(config, tensors, wrong, plain, tmp_path):
+    layer, base = "model.layers.0.self_attn.q_proj", tmp_path / "base"
+    shutil.copytree(plain, base)
+    settings = json.loads((base / "config.json").read_text()) | {"quantization_config": config}
+    (base / "config.json").write_text(json.dumps(settings))
+    one = adapter(tmp_path / "a", plain, 2, ["k_proj"])
+    kept = {name: t for name, t in load_file(plain / "model.safetensors").items() if name != f"{layer}.weight"}
+
+    def fuse(shapes: dict[str, tuple[int, ...]]) -> None:
+        dtypes = {name: torch.float32 if "scale" in name else torch.int8 for name in shapes}
+        own = {f"{layer}.{name}": torch.ones(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+        save_file(kept | own, base / "model.safetensors", {"format": "pt"})
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+
+    (name, shape), *_ = wrong.items()
+    expected = (
+        rf"model\.safetensors: tensor '{layer}\.{name}' has shape \{list(shape)}; expected .*of a weight \[32, 32\]"
+    )
+    with pytest.raises(sk.SmileError, match=expected):
+        fuse(tensors | wrong)
+    assert not list(tmp_path.glob("out*"))
+    fuse(tensors)
+
+
 def test_experts_that_need_the_weights_of_the_base(plain, tmp_path):
     base = quantised(plain, tmp_path / "base", INT8)
     layer = "model.layers.0.self_attn.q_proj"
