@@ -651,9 +651,11 @@ def _write(
 
 
 def _has_tensors(file: Path, shard: Sequence[StoredTensor]) -> bool:
-    """Whether a file of an interrupted run is whole and has these tensors, and not also those of calibration."""
+    """Whether a file of an interrupted run is whole, finite and has these tensors, and not those of calibration."""
     try:
         stored = read_safetensors(file)
+        for tensor in stored:
+            tensor.load_with_peak()  # which raises for NaN
     except (SmileError, OSError):
         return False
     kinds = ({(t.name, t.shape, t.dtype) for t in tensors} for tensors in (stored, shard))

@@ -375,6 +375,23 @@ def test_goes_on_only_with_the_same_inputs_and_settings(tmp_path, models, folder
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
+@pytest.mark.parametrize("factor", ["up.u", "norm.weight"])
+def test_nan_in_a_finished_file_of_an_interrupted_run_is_written_again(tmp_path, folders, factor):
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "files":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS, progress=interrupted)
+    file = tmp_path / "out.partial" / "output" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors[factor].view(-1)[3] = torch.nan
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "out", **RANKS)
+    upscale_checkpoints(folders[0], folders[1:], tmp_path / "again", **RANKS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
 class Deep(nn.Module):
     """Layers large enough for more than one thread, by every method of decomposition."""
 
