@@ -39,6 +39,7 @@ from .storage import (
     NO_WEIGHTS,
     StoredTensor,
     add_tensors,
+    check_sizes,
     errors_of_system,
     parse_size,
     read_tensors,
@@ -351,6 +352,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint; raises ValueError, naming the folder, if transformers cannot load it."""
     from transformers import AutoTokenizer
 
+    check_sizes(folder)
     with errors_of_tokenizer(folder, "files cannot be loaded by transformers"):
         return AutoTokenizer.from_pretrained(folder)
 
@@ -447,6 +449,7 @@ def load_transformers(cls: Any, folder: str | Path, options: Mapping[str, Any]) 
         ValueError, OSError: the folder or an option does not fit, or tensors are missing, which transformers would set
             to random numbers.
     """
+    check_sizes(folder)
     config = options.get("config")
     if isinstance(config, (str, os.PathLike)):
         if not os.path.exists(config):  # which transformers looks for on the Hub

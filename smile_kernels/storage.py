@@ -26,6 +26,11 @@ from .publishing import fingerprint, is_path, new_file, write_text
 # The config of a complete checkpoint names this missing file as its only weight file; our quantizer removes the name.
 # Without the quantizer, transformers then raises an error instead of loading the base model with a warning.
 NO_WEIGHTS = "needs_smile_kernels.safetensors"
+# In bytes: configs and chat templates, and tokenizers and all other text. The largest in use have a tenth of it.
+_LARGEST_CONFIG, _LARGEST_TEXT = 1 << 26, 1 << 28
+_READ_WHOLE = re.compile(
+    r".*config\.json|(tokenizer|vocab|merges|added_tokens|special_tokens|chat_template).*|.*\.jinja"
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -446,19 +451,32 @@ def _check_regular(file: Path) -> None:
         file.open("rb").close()
 
 
-def read_text(file: Path, limit: int = 1 << 28) -> str:
+def check_sizes(folder: str | Path) -> None:
+    """Raises ValueError if a text file of a checkpoint that other libraries read whole is too large to be one."""
+    for file in (*Path(folder).iterdir(), *Path(folder).glob("additional_chat_templates/*")):
+        if _READ_WHOLE.fullmatch(file.name) and file.is_file():
+            _check_size(file, None)
+
+
+def _check_size(file: Path, limit: int | None) -> None:
+    limit = limit or (_LARGEST_CONFIG if file.name.endswith(("config.json", ".jinja")) else _LARGEST_TEXT)
+    size = file.stat().st_size
+    if size > limit:
+        raise SmileError(f"{file}: has {size:,} bytes; expected at most {limit:,}")
+
+
+def read_text(file: Path, limit: int | None = None) -> str:
     """The text of a file.
 
     Raises:
-        ValueError: not a regular file, more than `limit` bytes, or not UTF-8.
+        ValueError: not a regular file, more than `limit` bytes (by default those of a text file of checkpoints), or
+            not UTF-8.
     """
     if not is_path(file):
         raise SmileError(f"{str(file)!r}: is not a path that a file can have; expected one without a null character")
     if file.exists() and not file.is_file():
         raise SmileError(f"{file}: is not a regular file; expected a text file")
-    size = file.stat().st_size
-    if size > limit:
-        raise SmileError(f"{file}: has {size:,} bytes; expected at most {limit:,}")
+    _check_size(file, limit)
     try:
         with naming(file):
             return file.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smile_kernels import storage
 from smile_kernels.errors import SmileError
-from smile_kernels.storage import parse_size, read_tensors, write_shard, write_tensors
+from smile_kernels.storage import check_sizes, parse_size, read_tensors, write_shard, write_tensors
 from tests.upscaling.checkpoints import stored
 
 
@@ -211,3 +211,16 @@ def test_a_file_that_may_not_be_opened_is_not_called_damaged(tmp_path, monkeypat
     monkeypatch.setattr("pathlib.Path.open", refuse)  # root may open every file
     with pytest.raises(PermissionError, match=f"Permission denied.*{name}"):
         read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "additional_chat_templates/one.jinja"])
+def test_files_too_large_to_be_read_whole(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "model.safetensors").touch()
+    for file in (tmp_path / name, tmp_path / "model.safetensors"):
+        file.touch()
+        os.truncate(file, (1 << 28) + 1)  # a sparse file
+    with pytest.raises(SmileError, match=rf"{name}: has 268,435,457 bytes; expected at most"):
+        check_sizes(tmp_path)
+    os.truncate(tmp_path / name, 1 << 20)
+    check_sizes(tmp_path)

@@ -37,6 +37,7 @@ from ..routing import RoutingPolicy, check_calibration, check_order, check_routi
 from ..schema import check_arguments, parse
 from ..storage import (
     StoredTensor,
+    check_sizes,
     parse_size,
     plan_shards,
     read_json,
@@ -696,6 +697,7 @@ def _check_generation_config(folder: Path, model: Any) -> None:
         return
     from transformers import GenerationConfig
 
+    check_sizes(folder)
     try:
         GenerationConfig.from_pretrained(folder)
     except OSError:  # missing, or not JSON: transformers loads the model without it

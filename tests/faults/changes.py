@@ -68,6 +68,11 @@ def text(file: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / file).write_text(content)
 
 
+def larger(file: str, mebibytes: int) -> Callable[[Path], object]:
+    """A sparse file."""
+    return lambda folder: [(folder / file).touch(), os.truncate(folder / file, mebibytes << 20)]
+
+
 def text_in(part: str, file: str, content: str) -> Callable[[Path], object]:
     """A file in a new folder."""
     return lambda folder: [(folder / part).mkdir(), (folder / part / file).write_text(content)]

@@ -25,6 +25,7 @@ from tests.faults.changes import (
     fuse,
     fused,
     index,
+    larger,
     link,
     load,
     load_ours,
@@ -552,6 +553,17 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         r"out: \S+out\.partial is of \S+out, and expert\[0\] is there; expected an input apart",
     ),
     "an output in a base": (str, upscale_with("--out", "{folder}/base/out"), "is inside base"),
+    "a config of 65 MiB": (larger(CONFIG, 65), fuse, r"base/config\.json: has 68,157,440 bytes; expected at most 67,"),
+    "a generation config of 65 MiB": (
+        larger("base/generation_config.json", 65),
+        fuse,
+        r"base/generation_config\.json: has 68,157,440 bytes; expected at most 67,108,864",
+    ),
+    "a chat template of 65 MiB": (
+        larger("fused/chat_template.jinja", 65),
+        load_ours,
+        r"chat_template\.jinja: has 68,157,440 bytes; expected at most 67,108,864",
+    ),
     "an output in a file": (
         text("notes", "mine"),
         upscale_with("--out", "{folder}/notes/out"),
