@@ -100,6 +100,9 @@ _TOKENIZER = re.compile(
 _FOLDERS = re.compile(r"\d+_|additional_chat_templates$")
 
 
+_JOIN_WITHIN = timedelta(minutes=10)  # all processes of torchrun; one alone would wait for ever
+
+
 class Job:
     """An upscaling job with checked inputs: the constructor reads only headers and writes nothing."""
 
@@ -791,6 +794,7 @@ def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
         yield 0, 1, lambda: None
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     started = not dist.is_initialized()
     rank, size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
@@ -798,9 +802,13 @@ def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
         raise SmileError(f"RANK: is {rank} with WORLD_SIZE {size}; expected a smaller one, as torchrun sets it")
     if started:
         try:
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        except ValueError as error:
-            raise SmileError(f"WORLD_SIZE: is {size!r}; expected the variables that torchrun sets ({error})") from None
+            store, *place = next(rendezvous("env://", timeout=_JOIN_WITHIN))
+            dist.init_process_group("gloo", store=store, rank=place[0], world_size=place[1], timeout=timedelta(days=30))
+        except (ValueError, RuntimeError) as error:
+            raise SmileError(
+                f"WORLD_SIZE: is {size!r}; expected the variables that torchrun sets, and that many processes within "
+                f"{_JOIN_WITHIN.seconds} s ({reason(error)})"
+            ) from None
     try:
         yield dist.get_rank(), dist.get_world_size(), dist.barrier
     finally:

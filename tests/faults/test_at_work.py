@@ -4,9 +4,11 @@ import os
 import resource
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +316,20 @@ def test_a_rank_beyond_the_number_of_processes_is_refused(folder, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(sk.SmileError, match="RANK: is 5 with WORLD_SIZE 2; expected a smaller one"):
         fuse(folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_never_start_are_not_waited_for(rank, folder, monkeypatch):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("smile_kernels.upscaling.disk._JOIN_WITHIN", timedelta(seconds=1))
+    with pytest.raises(sk.SmileError, match=r"WORLD_SIZE: is '2'; expected .* that many processes within 1 s"):
+        fuse(folder)
+    assert not [*folder.glob("*out*")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")
