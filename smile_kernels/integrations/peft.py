@@ -162,6 +162,9 @@ def adapter_deltas(
         if located[module] in deltas:
             raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
         deltas[located[module]] = delta
+    for module in [located[module] for module, tensors in modules.items() if "trainable_tokens_delta" in tensors]:
+        for other in _tied_by_peft(module, names):
+            deltas.setdefault(other, deltas[module])
     _warn_of_missing(directory, config, deltas, base, names.model)
     _warn_of_others(directory, config, modules, names.model)
     dora = {
@@ -221,6 +224,14 @@ def _warn_of_others(
             "which keep the base's",
             stacklevel=4,
         )
+
+
+def _tied_by_peft(module: str, names: ModelNames) -> list[str]:
+    """The modules whose rows PEFT trains together with those of the input embedding: those of the tied weight."""
+    embedding = names.model.get_input_embeddings() if hasattr(names.model, "get_input_embeddings") else None
+    if embedding is None or dict(names.model.named_modules()).get(module) is not embedding:
+        return []
+    return [name.removesuffix(".weight") for name in names.aliases(f"{module}.weight")]
 
 
 def _in_layers(directory: Path, module: str, config: _Config) -> bool:
