@@ -6,6 +6,7 @@ base's own quantizer with experts added to its layers. `import smile_kernels` re
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,7 @@ class SmileQuantizer(HfQuantizer):
     _layers: dict[str, tuple[SmileLinear, SmileModuleConfig]]
     _fan_in_fan_out: list[SmileLinear]
     _dtypes: dict[str, torch.dtype]
+    _stored: set[str]
 
     def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> "SmileQuantizer":
         base = getattr(quantization_config, "base", None)
@@ -174,8 +176,10 @@ class SmileQuantizer(HfQuantizer):
         self._place(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         known = {renamed(f"{name}.weight")[0] for name in config.modules}
+        self._stored = set()
         for file in kwargs.get("checkpoint_files") or ():
             for tensor in (read_safetensors if str(file).endswith(".safetensors") else read_pickled)(Path(file)):
+                self._stored.add(renamed(tensor.name)[0])
                 name, _, part = tensor.name.rpartition(".")
                 key = renamed(f"{name}.weight")[0]
                 if part == "vh" and key not in known:
@@ -214,11 +218,12 @@ class SmileQuantizer(HfQuantizer):
             f"{name}.{parameter}"
             for name, layer in loaded.items()
             for parameter, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-            if not (getattr(value, "_is_hf_initialized", False) or value.is_meta)  # offloaded to disk
+            if not _is_loaded(value)
         ]
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise SmileError(f"checkpoint: {len(missing)} tensors of SMILE layers are missing or misshapen: {listed}")
+        self._check_others(model)
         self._cast_renamed(model)
         for name, layer in loaded.items():
             for factor in FACTORS:
@@ -227,7 +232,19 @@ class SmileQuantizer(HfQuantizer):
                     raise SmileError(f"checkpoint: tensor {name}.{factor} contains NaN or inf; expected finite numbers")
         self._complete(model)
         set_routing(model, SmileConfig.from_dict(self.smile.to_dict()).routing)
-        del self._layers, self._fan_in_fan_out, self._dtypes
+        del self._layers, self._fan_in_fan_out, self._dtypes, self._stored
+
+    def _check_others(self, model: Any) -> None:
+        """Raise ValueError if the checkpoint's own class lacks a tensor; that of another head is random there."""
+        optional = model._keys_to_ignore_on_load_missing or ()
+        if self._stored and type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+            for name, value in model.state_dict(keep_vars=True).items():
+                lacks = name not in self._stored and value.is_floating_point() and not _is_loaded(value)
+                if lacks and not any(re.search(pattern, name) for pattern in optional):
+                    raise SmileError(
+                        f"checkpoint: tensor {name!r} is missing; expected all of {type(model).__name__}, which "
+                        "transformers would set to random numbers"
+                    )
 
     def _complete(self, model: Any) -> None:
         """What remains once the tensors are loaded."""
@@ -268,6 +285,9 @@ class _OverQuantizedBase(SmileQuantizer):
             "(copy the checkpoint's folder instead)"
         )
 
+    def _check_others(self, model: Any) -> None:
+        pass  # the base's quantizer has replaced tensors
+
     def _place(self, model: Any) -> None:
         for target, (layer, _) in self._layers.items():
             linear = model.get_submodule(target)
@@ -292,6 +312,11 @@ class _OverQuantizedBase(SmileQuantizer):
                         )
             replace_module(model, linear, SmileBesideLinear(layer, linear).train(linear.training))
         model.config.quantization_config = self.smile
+
+
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has loaded a tensor, or offloads it to disk."""
+    return getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta
 
 
 def _over_quantizer_of(method: str) -> type[SmileQuantizer]:

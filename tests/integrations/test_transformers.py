@@ -149,6 +149,18 @@ def test_missing_tensors_are_an_error(lost, fused, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+def test_a_missing_tensor_of_another_module_is_an_error_for_the_class_of_the_checkpoint(fused, tmp_path):
+    _, model = fused("GPT2LMHeadModel")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name != "transformer.ln_f.bias"}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensor 'transformer\.ln_f\.bias' is missing; expected all of GPT2LMHead"):
+        type(model).from_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)  # its head is new
+
+
 def test_a_layer_that_is_not_linear_is_refused(fused, tmp_path):
     _, model = fused("LlamaForCausalLM")
     model.save_pretrained(tmp_path)
