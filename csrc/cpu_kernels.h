@@ -50,15 +50,16 @@ void sort_by_expert(const ExpertAt& expert_at, int64_t count, int64_t num_expert
   first[0] = 0;
 }
 
-// One product of a block of tokens with a block of rows: out[e] = rows x_e, for some entries e.
+// Products of tokens with rows: out[e] = rows x_e, for some entries e and the tiles begin to end of the rows.
 template <class T, class R> struct Product {
-  const T* rows;              // [row_count, D]
-  int64_t row_count;
+  Rows<T> rows;
+  int64_t begin, end;
   const int32_t* entries;
   int64_t count;
   int64_t entries_per_token;  // entry e multiplies token e / entries_per_token
   R* out;                     // entry e at out + e * out_stride
   int64_t out_stride;
+  int64_t ahead;              // the distance of the numbers to prefetch, where rows are not packed
 };
 
 // Rows of sums, one for each token.
@@ -177,19 +178,22 @@ template <class T> class Chunk {
 
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
   void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, int64_t entries_per_token,
-                    R* out, int64_t out_stride) {
+                    R* out, int64_t out_stride, int64_t ahead = kAhead<T>) {
     const bool packed = packs_rows(count);
-    const int64_t rows_at_once = packed ? kPanelWidth<X> : count <= kTokens ? kRows : 4 * kRows;
-    const int64_t entries_at_once = packed ? kEntriesAtOnce : 8 * kTokens;
+    const int64_t rows_at_once = packed ? kPanelWidth<X> : row_count, entries_at_once = packed ? kEntriesAtOnce : 8 * kTokens;
     for (int64_t e = 0; e < count; e += entries_at_once)
-      for (int64_t j = 0; j < row_count; j += rows_at_once)
-        products.push_back({rows + j * n.in_features, std::min(rows_at_once, row_count - j), list + e,
-                            std::min(entries_at_once, count - e), entries_per_token, out + j, out_stride});
+      for (int64_t j = 0; j < row_count; j += rows_at_once) {
+        const Rows<T> some{rows + j * n.in_features, n.in_features, std::min(rows_at_once, row_count - j)};
+        const int64_t tiles = packed ? some.apart : 4;
+        for (int64_t k = 0; k < some.apart; k += tiles)
+          products.push_back({some, k, std::min(k + tiles, some.apart), list + e, std::min(entries_at_once, count - e),
+                              entries_per_token, out + j, out_stride, ahead});
+      }
   }
 
   void run_products() {
     int64_t work = 0;
-    for (const auto& product : products) work += product.row_count * product.count;
+    for (const auto& product : products) work += (product.end - product.begin) * kRows * product.count;
     if (work == 0) return;
     parallel(parallel_for, products.size(), work * n.in_features / products.size(), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
@@ -197,14 +201,14 @@ template <class T> class Chunk {
         const auto x_at = [&](int64_t e) { return x[product.entries[e] / product.entries_per_token]; };
         const auto out_at = [&](int64_t e) { return product.out + product.entries[e] * product.out_stride; };
         if (packs_rows(product.count)) {
-          const auto row_at = [&](int64_t c) { return product.rows + c * n.in_features; };
-          packed_product(product.row_count, row_at, product.count, x_at, out_at);
+          const auto row_at = [&](int64_t c) { return product.rows.first + c * n.in_features; };
+          packed_product(product.rows.count, row_at, product.count, x_at, out_at);
           continue;
         }
         const X* xs[8 * kTokens];
         R* outs[8 * kTokens];
         for (int64_t e = 0; e < product.count; ++e) xs[e] = x_at(e), outs[e] = out_at(e);
-        dots(xs, outs, product.count, product.rows, n.in_features, product.row_count, n.in_features, false);
+        dots(xs, outs, product.count, product.rows, product.begin, product.end, n.in_features, product.ahead, false);
       }
     });
     products.clear();
@@ -218,7 +222,7 @@ template <class T> class Chunk {
   void add_router_products() {
     for (size_t i = 0; i < routed.size(); ++i)
       add_products(static_cast<const T*>(p.router) + routed[i] * p.router_expert_stride, n.rank_of_router, every_token.data(),
-                   tokens, 1, &q[i * n.rank_of_router], q_columns());
+                   tokens, 1, &q[i * n.rank_of_router], q_columns(), n.rank_of_router > kRows ? kAhead<T> : p.router_expert_stride);
   }
 
   // q = x R^T by panels of rows, which may belong to several experts.
@@ -368,7 +372,8 @@ template <class T> class Chunk {
     const X* zs[kPackFrom];
     R* outs[kPackFrom];
     for (int64_t e = 0; e < count; ++e) zs[e] = z_at(e), outs[e] = sums_at(e);
-    dots(zs, outs, count, u, r, width, rank[v], true);
+    const Rows<T> rows{u, r, width};
+    dots(zs, outs, count, rows, 0, rows.apart, rank[v], width * r, true);
   }
 
   const Forward& p;

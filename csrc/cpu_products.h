@@ -239,67 +239,79 @@ constexpr int kRows = 4;                                  // rows of a factor in
 constexpr int kTokens = SMILE_VECTORS == 16 ? 3 : 6;      // tokens in registers
 constexpr int64_t kDepth = 1024;                          // columns in one pass: kTokens rows of them stay in the L1 cache
 
-// out[t][j] (+)= sum_d x[t][d] rows[j][d] for M tokens and `rows_left` (at most kRows) rows.
+template <class T> constexpr int64_t kLine = 64 / sizeof(T);     // numbers in a cache line
+template <class T> constexpr int64_t kAhead = 1024 / sizeof(T);  // from a number that is multiplied to one prefetched
+
+// The rows of a factor, read in kRows streams that are `apart` rows from each other: memory serves several places at once
+// faster than one. Tile k is row k of each stream; the last stream may be shorter.
+template <class T> struct Rows {
+  const T* first;
+  int64_t stride, count;
+  int64_t apart = (count + kRows - 1) / kRows;
+  int in_tile(int64_t k) const { return int((count - k + apart - 1) / apart); }
+};
+
+// out[t][i * apart] (+)= sum_d x[t][d] row[i][d] for M tokens and the `in_tile` rows of a tile.
 template <int M, class X, class T, class R>
-SMILE_INLINE void dot_tile(const X* const* x, R* const* out, const T* rows, int64_t row_stride, int rows_left,
-                           int64_t depth, bool accumulate) {
+SMILE_INLINE void dot_tile(const X* const* x, R* const* out, int64_t apart, const T* const* row, int in_tile,
+                           int64_t depth, int64_t ahead, bool accumulate) {
   using Operand = Operand<X>;
-  const T* row[kRows];
-  for (int j = 0; j < kRows; ++j) row[j] = rows + (j < rows_left ? j : 0) * row_stride;
-  // Hardware prefetches within a row; here the next rows are prefetched, if they fit in the L1 cache.
-  const bool prefetches = kRows * row_stride * int64_t(sizeof(T)) <= 1 << 15;
   Vector<R> sum[M][kRows] = {};
   int64_t d = 0;
   for (; d + Operand::lanes <= depth; d += Operand::lanes) {
     typename Operand::type b[kRows];
-    for (int j = 0; j < kRows; ++j) b[j] = Operand::load(row[j] + d);
-    for (int j = 0; prefetches && j < kRows; ++j) __builtin_prefetch(row[j] + d + kRows * row_stride);
+    for (int i = 0; i < kRows; ++i) b[i] = Operand::load(row[i] + d);
+    if (d % kLine<T> == 0)
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + d + ahead);
     for (int t = 0; t < M; ++t) {
       const auto a = Operand::load(x[t] + d);
-      for (int j = 0; j < kRows; ++j) sum[t][j] = Operand::multiply_add(a, b[j], sum[t][j]);
+      for (int i = 0; i < kRows; ++i) sum[t][i] = Operand::multiply_add(a, b[i], sum[t][i]);
     }
   }
   if (const int left = int(depth - d)) {
     typename Operand::type b[kRows];
-    for (int j = 0; j < kRows; ++j) b[j] = load_first<X>(row[j] + d, left);
+    for (int i = 0; i < kRows; ++i) b[i] = load_first<X>(row[i] + d, left);
     for (int t = 0; t < M; ++t) {
       const auto a = load_first<X>(x[t] + d, left);
-      for (int j = 0; j < kRows; ++j) sum[t][j] = Operand::multiply_add(a, b[j], sum[t][j]);
+      for (int i = 0; i < kRows; ++i) sum[t][i] = Operand::multiply_add(a, b[i], sum[t][i]);
     }
   }
   for (int t = 0; t < M; ++t) {
     R total[kRows];
     sum_lanes<R>(sum[t], total);
-    if (accumulate)
-      for (int j = 0; j < rows_left; ++j) out[t][j] += total[j];
-    else
-      for (int j = 0; j < rows_left; ++j) out[t][j] = total[j];
+    for (int i = 0; i < in_tile; ++i) out[t][i * apart] = accumulate ? out[t][i * apart] + total[i] : total[i];
   }
 }
 
 template <int M, class X, class T, class R>
-void dot_tiles(int m, const X* const* x, R* const* out, const T* rows, int64_t row_stride, int64_t row_count,
-               int64_t depth, bool accumulate) {
+void dot_tiles(int m, const X* const* x, R* const* out, const Rows<T>& rows, int64_t begin, int64_t end, int64_t d,
+               int64_t depth, int64_t ahead, bool accumulate) {
   if constexpr (M > 1)
-    if (m < M) return dot_tiles<M - 1>(m, x, out, rows, row_stride, row_count, depth, accumulate);
+    if (m < M) return dot_tiles<M - 1>(m, x, out, rows, begin, end, d, depth, ahead, accumulate);
   R* outs[M];
-  for (int64_t j = 0; j < row_count; j += kRows) {
-    for (int t = 0; t < M; ++t) outs[t] = out[t] + j;
-    dot_tile<M>(x, outs, rows + j * row_stride, row_stride, int(std::min<int64_t>(kRows, row_count - j)), depth, accumulate);
+  for (int64_t k = begin; k < end; ++k) {
+    const int in_tile = rows.in_tile(k);
+    const T* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = rows.first + (k + (i < in_tile ? i : 0) * rows.apart) * rows.stride + d;
+    for (int t = 0; t < M; ++t) outs[t] = out[t] + k;
+    dot_tile<M>(x, outs, rows.apart, row, in_tile, depth, ahead, accumulate);
   }
 }
 
-// out[t][j] (+)= sum_d x[t][d] rows[j][d] for `count` pointers x and out.
+// out[t][j] (+)= sum_d x[t][d] rows[j][d] for `count` pointers x and out, and the rows j of the tiles begin to end.
+// Numbers at the distance `ahead` from those multiplied are prefetched.
 template <class X, class T, class R>
-void dots(const X* const* x, R* const* out, int64_t count, const T* rows, int64_t row_stride, int64_t row_count,
-          int64_t depth, bool accumulate) {
-  for (int64_t d = 0; d < depth; d += kDepth)
-    for (int64_t t = 0; t < count; t += kTokens) {
-      const int m = int(std::min<int64_t>(kTokens, count - t));
-      const X* xs[kTokens];
-      for (int i = 0; i < m; ++i) xs[i] = x[t + i] + d;
-      dot_tiles<kTokens>(m, xs, out + t, rows + d, row_stride, row_count, std::min(kDepth, depth - d), accumulate || d > 0);
-    }
+void dots(const X* const* x, R* const* out, int64_t count, const Rows<T>& rows, int64_t begin, int64_t end,
+          int64_t length, int64_t ahead, bool accumulate) {
+  const int64_t at_once = count > kTokens || length <= kDepth ? end - begin : 1;  // rows that are read once are read to their ends
+  for (int64_t k = begin; k < end; k += at_once)
+    for (int64_t d = 0; d < length; d += kDepth)
+      for (int64_t t = 0; t < count; t += kTokens) {
+        const int m = int(std::min<int64_t>(kTokens, count - t));
+        const X* xs[kTokens];
+        for (int i = 0; i < m; ++i) xs[i] = x[t + i] + d;
+        dot_tiles<kTokens>(m, xs, out + t, rows, k, k + at_once, d, std::min(kDepth, length - d), ahead, accumulate || d > 0);
+      }
 }
 
 // ---- products with packed rows ----
