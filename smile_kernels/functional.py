@@ -88,6 +88,11 @@ def smile_linear(
     constant; with m = 1 the weight is exactly 1 and the router gets no gradient. The kernels compute first derivatives
     in reverse mode; others are computed by the reference, which is slower.
 
+    Under torch.compile, second derivatives exist by transforms of torch.func inside the compiled function. Of a
+    compiled call itself PyTorch refuses them where a backend uses AOTAutograd, as inductor does. With backend="eager"
+    it runs the backward pass of a layer without recording it: a derivative of that pass lacks the layer's terms without
+    an error.
+
     Raises:
         ValueError: shapes, dtypes or num_experts_per_tok do not fit; the message names the argument.
         RuntimeError: the requested backend cannot run here; the message says why.

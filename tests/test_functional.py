@@ -67,6 +67,28 @@ def test_second_and_forward_mode_derivatives(form, m, backend):
     assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_second_derivatives_under_compile_are_as_documented(backend):
+    """Right by torch.func; of a compiled call PyTorch refuses them, or, where the backend is eager, has none."""
+    call, (x, *layer) = differentiable("linear", 2, ON_CPU[0])
+
+    def penalty(x):
+        return call(x, *layer).pow(3).sum()
+
+    def of_gradient(x):
+        return torch.func.grad(lambda x: torch.func.grad(penalty)(x).pow(2).sum())(x)
+
+    want = of_gradient(x.detach())
+    torch.testing.assert_close(torch.compile(of_gradient, backend=backend)(x.detach()), want)
+    compiled = torch.compile(call, backend=backend)
+    (gradient,) = torch.autograd.grad(compiled(x, *layer).sum(), x, create_graph=True)
+    if backend == "eager":
+        assert not gradient.requires_grad
+    else:
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            torch.autograd.grad(gradient.pow(2).sum(), x)
+
+
 @pytest.mark.parametrize("form", ["linear", "routed", "delta", "delta in place", "parts", "route"])
 @pytest.mark.parametrize("mode", ["inference", "frozen", "training"])
 def test_tangents_where_no_gradient_is_needed(mode, form):
