@@ -60,9 +60,14 @@ int32_t device_type(const Tensor& t) {
 }
 
 struct Shape {
-  int64_t dim = 0, size[4] = {};
+  int64_t dim = 0, size[8] = {};
   Shape(std::initializer_list<int64_t> sizes) {
     for (int64_t each : sizes) size[dim++] = each;
+  }
+  Shape then(std::initializer_list<int64_t> more) const {
+    Shape whole = *this;
+    for (int64_t each : more) whole.size[whole.dim++] = each;
+    return whole;
   }
   // The same with the number of parts inserted before dimension `at`, if the layer has parts.
   Shape with(const std::vector<int64_t>& parts, int64_t at) const {
@@ -90,7 +95,7 @@ void check(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype,
 
 // A contiguous tensor on the device of `like`; the shim's allocation costs a tenth of a call of aten::new_empty.
 Tensor empty(const Tensor& like, ScalarType dtype, Shape shape) {
-  int64_t strides[4], stride = 1;
+  int64_t strides[8], stride = 1;
   for (int64_t d = shape.dim; d-- > 0; stride *= shape.size[d]) strides[d] = stride;
   const auto raw_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
@@ -260,19 +265,27 @@ struct Call {
   std::optional<Tensor> weights, ids, h, y;
 
   std::vector<int64_t> parts, ranks;
+  Shape rows{};  // the leading dimensions of x [..., D], whose product is T
 
   Call(const Tensor& x_, const MaybeIntegers& parts_, const MaybeIntegers& ranks_)
       : x(x_), parts(parts_.value_or(std::vector<int64_t>{})), ranks(ranks_.value_or(std::vector<int64_t>{})) {
-    STD_TORCH_CHECK(x.dim() == 2, "x: has ", x.dim(), " dimensions; expected [tokens, in_features]");
+    STD_TORCH_CHECK(x.dim() >= 1 && x.dim() <= 5, "x: has ", x.dim(), " dimensions; expected 1 to 5, [..., in_features]");
     p.parts = {parts.empty() ? 1 : int64_t(parts.size()), parts.empty() ? nullptr : parts.data(), ranks.empty() ? nullptr : ranks.data()};
     STD_TORCH_CHECK(ranks.empty() || ranks.size() == parts.size(), "rank_of_parts: has ", ranks.size(), " numbers; expected ",
                     parts.size(), ", one for each part");
-    x = kernel_input(x);
-    p.n.tokens = x.size(0);
-    p.n.in_features = x.size(1);
+    const bool is_matrix = x.dim() == 2;
+    x = is_matrix ? kernel_input(x) : packed(x);
+    p.n.tokens = 1;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) p.n.tokens *= rows.size[rows.dim++] = x.size(d);
+    p.n.in_features = x.size(rows.dim);
     p.x = x.const_data_ptr();
-    p.x_stride[0] = x.stride(0);
-    p.x_stride[1] = x.stride(1);
+    p.x_stride[0] = is_matrix ? x.stride(0) : p.n.in_features;
+    p.x_stride[1] = is_matrix ? x.stride(1) : 1;
+  }
+
+  // [..., P, size, ...]: of each row of x, and of each part if the layer has parts.
+  Shape of_rows(std::initializer_list<int64_t> sizes) const {
+    return (parts.empty() ? rows : rows.then({p.parts.count})).then(sizes);
   }
 
   const void* keep(const Tensor& t) {
@@ -290,8 +303,8 @@ struct Call {
                     " dimensions; expected [N, rows, in_features] with at least ", rank, " rows");
     STD_TORCH_CHECK(rank <= p.n.in_features, "rank_of_router: is ", rank, "; expected 1 to ", p.n.in_features,
                     ", in_features");
-    const int64_t experts = router.size(at), rows = router.size(at + 1);
-    check(name, router, x, x.scalar_type(), Shape{experts, rows, p.n.in_features}.with(parts, 0));
+    const int64_t experts = router.size(at), rows_of_expert = router.size(at + 1);
+    check(name, router, x, x.scalar_type(), Shape{experts, rows_of_expert, p.n.in_features}.with(parts, 0));
     p.n.num_experts = experts;
     p.n.rank_of_router = rank;
     p.n.num_experts_per_tok = num_experts_per_tok;
@@ -300,16 +313,21 @@ struct Call {
     const bool evenly = router.stride(at + 2) == 1 && router.stride(at + 1) == p.n.in_features &&
                         (at == 0 || router.stride(0) == experts * router.stride(1));
     p.router = evenly ? router.const_data_ptr() : keep(router);
-    p.router_expert_stride = evenly ? router.stride(at) : rows * p.n.in_features;
-    weights = empty(x, real_of(x), Shape{p.n.tokens, num_experts_per_tok}.with(parts, 1));
-    ids = empty(x, ScalarType::Int, Shape{p.n.tokens, num_experts_per_tok}.with(parts, 1));
+    p.router_expert_stride = evenly ? router.stride(at) : rows_of_expert * p.n.in_features;
+  }
+
+  // Where the router's choice is written.
+  void set_choice() {
+    const int64_t num_experts_per_tok = p.n.num_experts_per_tok;
+    weights = empty(x, real_of(x), of_rows({num_experts_per_tok}));
+    ids = empty(x, ScalarType::Int, of_rows({num_experts_per_tok}));
     p.weights = weights->mutable_data_ptr();
     p.ids = static_cast<int32_t*>(ids->mutable_data_ptr());
   }
 
   void set_routing(const Tensor& weights_, const Tensor& ids_) {
-    p.n.num_experts_per_tok = ids_.dim() == first() + 2 ? ids_.size(first() + 1) : 0;
-    const Shape expected = Shape{p.n.tokens, p.n.num_experts_per_tok}.with(parts, 1);
+    p.n.num_experts_per_tok = ids_.dim() > 0 ? ids_.size(ids_.dim() - 1) : 0;
+    const Shape expected = of_rows({p.n.num_experts_per_tok});
     check("ids", ids_, x, ScalarType::Int, expected);
     check("weights", weights_, x, real_of(x), expected);
     p.weights = const_cast<void*>(keep(weights_));
@@ -349,7 +367,7 @@ struct Call {
       p.expert_bias_stride = bias_rows ? expert_bias->stride(0) : out_features;
     }
     if (save || kAlwaysNeedsH) {
-      h = empty(x, real_of(x), Shape{p.n.tokens, p.n.num_experts_per_tok, rank}.with(parts, 1));
+      h = empty(x, real_of(x), of_rows({p.n.num_experts_per_tok, rank}));
       // No kernel writes h where an id is not an expert, or where a part has fewer ranks.
       if (save && (p.router == nullptr || !ranks.empty())) torch::stable::zero_(*h);
       p.h = h->mutable_data_ptr();
@@ -363,7 +381,7 @@ struct Call {
     if (computes_base_product(p.n, weight)) {
       p.weight = keep(weight);
       p.bias = bias ? keep(*bias) : nullptr;
-      set_output(empty(x, x.scalar_type(), {p.n.tokens, p.n.out_features}));
+      set_output(empty(x, x.scalar_type(), rows.then({p.n.out_features})));
     } else {
       set_output(base_product(x, weight, bias));
     }
@@ -372,10 +390,12 @@ struct Call {
   // The tensor that the experts are added to, in place.
   void set_output(const Tensor& y_) {
     y = y_;
-    check("y", *y, x, x.scalar_type(), {p.n.tokens, p.n.out_features});
-    STD_TORCH_CHECK(y->stride(1) == 1, "y: has outputs at a stride of ", y->stride(1), "; expected 1");
+    check("y", *y, x, x.scalar_type(), rows.then({p.n.out_features}));
+    const bool is_matrix = y->dim() == 2;
+    STD_TORCH_CHECK(is_matrix ? y->stride(1) == 1 : y->is_contiguous(), "y: has outputs at a stride of ",
+                    y->stride(y->dim() - 1), "; expected 1, and a contiguous tensor of other than 2 dimensions");
     p.y = y->mutable_data_ptr();
-    p.y_stride = y->stride(0);
+    p.y_stride = is_matrix ? y->stride(0) : p.n.out_features;
   }
 
   Tensor saved(bool save) const { return save ? *h : empty(x, real_of(x), {0}); }
@@ -384,6 +404,7 @@ struct Call {
 std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router, int64_t num_experts_per_tok) {
   Call call(x, std::nullopt, std::nullopt);
   call.set_router("router", router, router.dim() == 3 ? router.size(1) : 0, num_experts_per_tok);
+  call.set_choice();
   run(call.x, call.p);
   return {*call.weights, *call.ids};
 }
@@ -408,6 +429,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear(
   Call call(x, parts, rank_of_parts);
   call.p.tied_router = !router;
   call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
+  call.set_choice();
   call.set_experts(vh, s, u, expert_bias, save);
   call.set_base(weight, bias);
   run(call.x, call.p);
@@ -427,6 +449,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_in_place(
   } else {
     call.p.tied_router = !router;
     call.set_router(router ? "router" : "vh", router ? *router : vh, rank_of_router, num_experts_per_tok);
+    call.set_choice();
   }
   call.set_experts(vh, s, u, expert_bias, save);
   call.set_output(y);

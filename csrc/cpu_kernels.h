@@ -102,8 +102,7 @@ template <class T> class Chunk {
   void run() {
     for (begin = 0; begin < n.tokens; begin += tokens_at_once) {
       tokens = std::min(tokens_at_once, n.tokens - begin);
-      weights = static_cast<R*>(p.weights) + begin * slots;
-      ids = p.ids + begin * slots;
+      if (!p.energies) weights = static_cast<R*>(p.weights) + begin * slots, ids = p.ids + begin * slots;
       packs = tokens >= kPackFrom * kTokens;
       read_x();
       if (p.weight) add_base_product();
@@ -387,8 +386,8 @@ template <class T> class Chunk {
   int64_t tokens_at_once;
   int64_t begin, tokens;   // this chunk
   bool packs;              // it has tokens enough to pack rows
-  R* weights;
-  int32_t* ids;
+  R* weights = nullptr;
+  int32_t* ids = nullptr;
   std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * slots, r]
   std::unique_ptr<R[]> base, q, h;     // [tokens, O], [tokens, routed, g], [tokens * slots, r]
   std::vector<const X*> x;

@@ -480,24 +480,15 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
     """
     if not _is_served(x, layer):
         return None
-    weight, s, shape = layer[0], layer[3], x.shape
+    ext = torch.ops.smile_kernels_ext
     try:
-        tokens = x if x.dim() == 2 else x.reshape(-1, shape[-1])
         if routing is None:
-            ext = torch.ops.smile_kernels_ext.linear
-            y = ext.default(tokens, *layer, num_experts_per_tok, rank_of_router, False)[0]
-        else:
-            weights, ids = routing
-            m = ids.shape[-1]
-            if weights.shape != ids.shape or ids.shape[:-1] != shape[:-1] or weights.dtype != s.dtype:
-                return None
-            if m == 0:
-                return F.linear(x, weight, layer[1])
-            ext = torch.ops.smile_kernels_ext.apply
-            y = ext.default(tokens, *layer[:-1], weights.reshape(-1, m), ids.reshape(-1, m), False)[0]
+            return ext.linear.default(x, *layer, num_experts_per_tok, rank_of_router, False)[0]
+        if routing[1].numel() == 0:
+            return F.linear(x, layer[0], layer[1]) if routing[1].shape == (*x.shape[:-1], 0) else None
+        return ext.apply.default(x, *layer[:-1], *routing, False)[0]
     except (RuntimeError, SmileError):  # of the operator, or of its rules for meta tensors and vmap
         return None
-    return y if x.dim() == 2 else y.view(*shape[:-1], weight.shape[0])
 
 
 def serve_step(
@@ -512,13 +503,11 @@ def serve_step(
     """
     if not _is_served(x, layer, steps=True) or (options[3] > 2 and x.device.type != "cpu"):
         return None
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     ext = torch.ops.smile_kernels_ext.evidence_linear
     try:
-        y, weights, ids, evidence = ext.default(tokens, *layer, prior, real, factors, sums, past, below, *options)
+        return ext.default(x, *layer, prior, real, factors, sums, past, below, *options)
     except (RuntimeError, SmileError):
         return None
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], layer[0].shape[0]), weights, ids, evidence
 
 
 def _is_served(x, layer, steps=False) -> bool:
@@ -526,11 +515,11 @@ def _is_served(x, layer, steps=False) -> bool:
     weight, s = layer[0], layer[3]
     if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2 or _by_reference():
         return False
-    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or autocasts(x):
+    kind, dtype = x.device.type, x.dtype
+    backend = choose_backend(None, kind, dtype, s.shape[0], False)
+    if not _compiled(backend, x) or (steps and not _takes_steps(backend, kind, dtype)):
         return False
-    kind = x.device.type
-    backend = choose_backend(None, kind, x.dtype, s.shape[0], False)
-    return _compiled(backend, x) and (not steps or _takes_steps(backend, kind, x.dtype))
+    return dtype == weight.dtype and x.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled(kind)
 
 
 def linear(x, weight, bias, vh, s, u, expert_bias, router, num_experts_per_tok, rank_of_router, backend) -> Tensor:

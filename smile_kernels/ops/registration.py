@@ -22,7 +22,7 @@ def fake_route(x, router, num_experts_per_tok):
 
 
 def fake_evidence(x, router, prior, real, factors, before, below, m, rank_of_router, sequences, scope, accumulates):
-    rows, n = 1 if scope == 2 else x.shape[0] // sequences, router.shape[0]
+    rows, n = 1 if scope == 2 else x.shape[:-1].numel() // sequences, router.shape[0]
     shapes = (sequences, rows, m), (sequences, rows, n)
     weights, logs = (x.new_empty(shape, dtype=accumulate_dtype(x)) for shape in shapes)
     return weights, torch.empty_like(weights, dtype=torch.int32), logs, torch.empty_like(logs)
@@ -51,12 +51,12 @@ def fake_evidence_linear(
 ):
     options = m, rank_of_router, sequences, scope, accumulates
     step = fake_evidence(x, vh, prior, real, factors, None, below, *options)
-    return x.new_empty((x.shape[0], weight.shape[0])), *step[:3]
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), *step[:3]
 
 
 def fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save, parts=(), rank_of_parts=()):
     h = (*ids.shape, s.shape[-1]) if save else (0,)
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(h, dtype=accumulate_dtype(x))
 
 
 def fake_linear(
@@ -74,7 +74,7 @@ def fake_linear(
     parts=(),
     rank_of_parts=(),
 ):
-    shape = (x.shape[0], *([len(parts)] if parts else []), num_experts_per_tok)
+    shape = (*x.shape[:-1], *([len(parts)] if parts else []), num_experts_per_tok)
     weights, ids = x.new_empty(shape, dtype=accumulate_dtype(x)), x.new_empty(shape, dtype=torch.int32)
     y, h = fake_apply(x, weight, bias, vh, s, u, expert_bias, weights, ids, save)
     return y, weights, ids, h

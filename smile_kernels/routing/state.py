@@ -400,10 +400,10 @@ class ForwardPass:
 
     def serve(self, index: int, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
         """The output of layer `index`, which is then not called for its choice; None: not supported."""
-        if self._is_single(x):
+        policy, key = self.policy, (index, self.calls.get(index, 0))
+        if policy.scope == "window" and self._is_single(x):
             return None
-        key = index, self.calls.get(index, 0)
-        if not self.held and self._scores(key):
+        if not self.held and (policy.lock_after is None or self._scores(key)):
             y = self._serve_step(key, layer, x, tensors)
         else:
             choice = self._earlier_choice(key)
@@ -428,7 +428,7 @@ class ForwardPass:
         sums, past, factors = None, tokens.past, tokens.last_votes(length) if self.pools else tokens.factors
         if self.memory is not None and policy.scope == "causal":
             sums = self.memory.running(key, (batch, length, layer.num_local_experts), past, tensors[3])
-        prior = layer.router_prior if policy.calibrated else None
+        prior = layer._buffers["router_prior"] if policy.calibrated else None  # an attribute would take longer
         real = None if tokens.real is None else tokens.real_of(x)
         below = self.evidence if policy.accumulate else None
         m = policy.num_experts_per_tok or layer.own_num_experts_per_tok()

@@ -50,6 +50,16 @@ def check_forward(ops, problem: Problem) -> None:
     assert_close("h of apply", h_apply, exact, error)
     assert ops.linear(*p.arguments(), m, p.rank_of_router, False)[3].numel() == 0
 
+    leading, (x, *layer) = (1, p.x.shape[0], 1), p.arguments()
+    x, given = x.reshape(*leading, -1), [t.reshape(*leading, m) for t in (weights, ids)]
+    y_linear, *choice = ops.linear(x, *layer, m, p.rank_of_router, True)
+    y_apply, *of_apply = ops.apply(x, *layer[:6], *given, True)
+    for got, want in zip((*choice, *of_apply), (*given, *(t.reshape(*leading, m, r) for t in (h, h_apply)))):
+        assert torch.equal(got, want), "the leading dimensions of x matter"
+    for got in (y_linear, y_apply):
+        assert got.shape == (*leading, layer[0].shape[0])
+        assert_close("y of rows", got.reshape(y.shape), *expectations(p, ids, weights=weights)["y"])
+
     base = torch.nn.functional.linear(p.x, p.weight, p.bias)
     experts = p.x, p.vh, p.s, p.u, p.expert_bias, p.router
     for routing in ((None, None), (weights, ids)):

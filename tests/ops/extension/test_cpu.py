@@ -201,6 +201,20 @@ def test_what_does_not_fit_is_named(change):
         linear(p)
 
 
+def test_other_leading_dimensions_are_refused():
+    p = Problem.random(6, 16, 24, 4, 4, 4, 2)
+    (x, *layer), routing = p.arguments(), linear(p)[1:3]
+    with pytest.raises(RuntimeError, match=r"ids: has shape \[6, 2\]; expected \[2, 3, 2\]"):
+        COMPILED.apply(x.view(2, 3, 16), *layer[:6], *routing, False)
+    with pytest.raises(RuntimeError, match="x: has 6 dimensions; expected 1 to 5"):
+        COMPILED.linear(x.view(1, 1, 1, 2, 3, 16), *layer, 2, 4, False)
+    with pytest.raises(RuntimeError, match="x: has 0 dimensions"):
+        COMPILED.linear(x[0, 0], *layer, 2, 4, False)
+    y = COMPILED.linear(x[0], *layer, 2, 4, False)[0]
+    assert y.shape == (24,)
+    assert torch.equal(y, linear(p)[0][0])
+
+
 def test_ids_out_of_range_are_refused():
     p = Problem.random(4, 24, 16, 3, 4, 2, 2)
     for bad in (3, -2):
