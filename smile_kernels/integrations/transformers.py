@@ -236,15 +236,20 @@ class SmileQuantizer(HfQuantizer):
 
     def _check_others(self, model: Any) -> None:
         """Raise ValueError if the checkpoint's own class lacks a tensor; that of another head is random there."""
+        if not self._stored or type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+            return
         optional = model._keys_to_ignore_on_load_missing or ()
-        if self._stored and type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
-            for name, value in model.state_dict(keep_vars=True).items():
-                lacks = name not in self._stored and value.is_floating_point() and not _is_loaded(value)
-                if lacks and not any(re.search(pattern, name) for pattern in optional):
-                    raise SmileError(
-                        f"checkpoint: tensor {name!r} is missing; expected all of {type(model).__name__}, which "
-                        "transformers would set to random numbers"
-                    )
+        missing = [
+            name
+            for name, value in model.state_dict(keep_vars=True).items()
+            if name not in self._stored and value.is_floating_point() and not _is_loaded(value)
+            if not any(re.search(pattern, name) for pattern in optional)
+        ]
+        if missing:
+            raise SmileError(
+                f"{model.config.name_or_path or 'checkpoint'}: has no tensor {missing[0]!r} of the "
+                f"{type(model).__name__} in its config.json ({len(missing)} are missing); expected all"
+            )
 
     def _complete(self, model: Any) -> None:
         """What remains once the tensors are loaded."""
