@@ -335,7 +335,8 @@ def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:
     stored = read_tensors(folder)
     for name in stored:
         stem, _, part = name.rpartition(".")
-        if part in FACTORS and (f"{stem}.weight" in stored or f"{stem}.u" in stored):
+        # A router of a mixture may have a weight and an expert_bias of its own.
+        if part in FACTORS and (f"{stem}.u" in stored or (part in ("vh", "s", "u") and f"{stem}.weight" in stored)):
             raise SmileError(
                 f"{where}: {folder} contains {name!r}, as a SMILE model does; expected a checkpoint of plain weights"
             )

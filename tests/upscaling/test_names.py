@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import smile_kernels as sk
 from smile_kernels.integrations.peft import adapter_deltas
+from smile_kernels.upscaling.sources import read_plain
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -276,3 +277,12 @@ def test_a_cached_snapshot_without_a_tokenizer(network, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "tokenizer_config.json").exists() == network
     said = [str(one.message) for one in caught if "has no tokenizer and no preprocessor" in str(one.message)]
     assert len(said) == (not network)
+
+
+def test_a_router_of_a_mixture_with_an_expert_bias_of_its_own_is_no_smile_layer(tmp_path):
+    tensors = {"gate.weight": torch.randn(4, 8), "gate.expert_bias": torch.randn(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_plain("base", tmp_path).keys() == tensors.keys()
+    save_file(tensors | {"gate.u": torch.randn(2, 4, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"base: .* contains 'gate\.expert_bias', as a SMILE model does"):
+        read_plain("base", tmp_path)
