@@ -8,13 +8,14 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -220,7 +221,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     _check_regular(file)
     try:
         with errors_of_system(file), safe_open(file, "pt"), open(file, "rb") as f:  # safe_open checks the header
-            length, stamp = int.from_bytes(f.read(8), "little"), _stamp(f)
+            length, stamp = int.from_bytes(f.read(8), "little"), _stamp(os.fstat(f.fileno()))
             header = json.loads(f.read(length))
     except (SafetensorError, ValueError) as error:
         raise SmileError(f"{file}: is not a whole safetensors file ({error}); fetch or write it again") from None
@@ -240,18 +241,17 @@ def _read_at(file: Path, stamp: tuple[int, ...], start: int, dtype: torch.dtype,
     """A tensor of an uncompressed file without its header, whose reading takes time in proportion to all tensors."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     with naming(file), open(file, "rb") as f:
-        if _stamp(f) == stamp:
+        if _stamp(os.fstat(f.fileno())) == stamp:
             f.seek(start)
             f.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        if _stamp(f) != stamp:
+        if _stamp(os.fstat(f.fileno())) != stamp:
             raise SmileError(
                 f"{file}: changed while it was read (it has another size or time); fetch or write it again"
             )
     return tensor
 
 
-def _stamp(file: IO[bytes]) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -266,6 +266,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 def read_pickled(file: Path) -> list[StoredTensor]:
     """The tensors of one PyTorch file, opened as weights only; raises ValueError if it is damaged or no checkpoint."""
     _check_regular(file)
+    stamp = _stamp(os.stat(file))
     mapped = zipfile.is_zipfile(file)  # files from before PyTorch 1.6 cannot be mapped
 
     def open_file() -> dict[str, Tensor]:
@@ -306,12 +307,32 @@ def read_pickled(file: Path) -> list[StoredTensor]:
         except Exception as error:  # any exception of an unpickler for bytes of another kind
             raise SmileError(f"{file}: changed while it was read ({error}); fetch or write it again") from None
 
+    with errors_of_system(file):
+        starts = _starts(file, state) if mapped else {}
+
     def reader(name: str) -> Callable[[], Tensor]:
         if not mapped:
             return lambda: state[name].clone()
-        return lambda: read_again(name)
+        if name not in starts:
+            return lambda: read_again(name)
+        place = file, stamp, starts[name], state[name].dtype, tuple(state[name].shape)
+        return functools.partial(_read_at, *place)
 
     return [StoredTensor(name, t.dtype, tuple(t.shape), reader(name), file) for name, t in state.items()]
+
+
+def _starts(file: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Where the data of mapped tensors begins in their file; {} where storages and records are not the same."""
+    records: Any = torch._C.PyTorchFileReader(str(file))
+    if records.has_record("byteorder") and records.get_record("byteorder").decode() != sys.byteorder:
+        return {}
+    names = [name for name in records.get_all_records() if name.startswith("data/")]
+    offsets = sorted(map(records.get_record_offset, names))
+    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in state.values()})
+    if not offsets or [one - addresses[0] for one in addresses] != [one - offsets[0] for one in offsets]:
+        return {}
+    plain = {name: t for name, t in state.items() if t.is_contiguous() and not t.is_conj() and not t.is_neg()}
+    return {name: t.data_ptr() - addresses[0] + offsets[0] for name, t in plain.items() if t.numel()}
 
 
 def write_tensors(
