@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import warnings
 from collections import Counter
@@ -32,7 +31,7 @@ from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_co
 from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import is_adapter
-from ..publishing import LONGEST_NAME, MANIFEST, OutputFolder, check_folder, new_file, output_folder, paths, write_text
+from ..publishing import MANIFEST, OutputFolder, check_folder, new_file, output_folder, write_text
 from ..routing import RoutingPolicy, check_calibration, check_order, check_routing
 from ..schema import check_arguments, parse
 from ..storage import (
@@ -47,7 +46,7 @@ from ..storage import (
 )
 from ..svd import without_autocast
 from .decompose import check_router, decompose, in_threads
-from .files import check_tokenizer, lost_files
+from .files import TOKENIZER, check_tokenizer, files_beside, listing, lost_files
 from .layers import (
     Layer,
     check_layers,
@@ -85,20 +84,6 @@ from .vocabulary import AddedTokens, find_added_tokens, grow_source, which_exper
 __all__ = ["upscale_checkpoints"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-# Weights and their indices: all other files of the base folder are copied.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-
-
-# Files of a tokenizer, by the names that the tokenizers of transformers give them.
-_TOKENIZER = re.compile(
-    r"(tokenizer|added_tokens|special_tokens|(additional_)?chat_template|(target_|entity_)?vocab|merges|normalizer|emoji"
-    r"|byte_maps|word_pronunciation|word_shape|bpe\.codes|dict\.txt).*|.*\.(model|spm|tiktoken|tokenizer)"
-)
-
-# Folders that are copied: sentence-transformers' pooling and later modules, transformers' further chat templates.
-_FOLDERS = re.compile(r"\d+_|additional_chat_templates$")
-
 
 _JOIN_WITHIN = timedelta(minutes=10)  # all processes of torchrun; one alone would wait for ever
 
@@ -155,7 +140,7 @@ class Job:
         _check_generation_config(self.base, self.model)
         self.stored, self.packed = open_base(self.base, names)
         self.metadata = metadata_of(one for tensors in self.packed.values() for one in tensors)
-        self.beside = _files_beside(self.base)
+        self.beside = files_beside(self.base, {Path(tensor.file) for _, tensor in self._stored()})
         self.by_name, self.origins = names.map(self.stored)
         names.check_complete(self.base, self.by_name)
         self.tensors = StoredTensors(self.by_name)
@@ -189,12 +174,12 @@ class Job:
         """Add one expert's additional tokens to the base and all experts."""
         self.donor = which_expert(expert, self.config.expert_names or ())
         added = find_added_tokens(model, self.by_name, self.sources[self.donor])
-        theirs = _files_beside(self.experts[self.donor], _TOKENIZER)
+        theirs = files_beside(self.experts[self.donor], kind=TOKENIZER)
         is_whole = any(file.name in ("tokenizer.json", "tokenizer_config.json") for file in theirs)
         replaced = {
             file
             for file, place in self.beside.items()
-            if place in theirs.values() or (is_whole and _TOKENIZER.fullmatch(place.parts[0]))
+            if place in theirs.values() or (is_whole and TOKENIZER.fullmatch(place.parts[0]))
         }
         self.beside = {file: place for file, place in self.beside.items() if file not in replaced} | theirs
         own = [name for name in added.dims if name in self.origins]
@@ -505,7 +490,8 @@ def upscale_checkpoints(
     """Fuse a base checkpoint and its fine-tuned versions on disk into the folder `out`.
 
     Args:
-        base: checkpoint of the pre-trained model: a folder or a Hub id, optionally with @revision.
+        base: checkpoint of the pre-trained model: a folder or a Hub id, optionally with @revision. Its other files,
+            such as tokenizers and code, are copied; a warning names those that are not.
             A quantised base (compressed-tensors, awq, gptq, fp8, torchao) supports LoRA adapters as experts; its
             tensors are copied unchanged.
         experts: checkpoints of the fine-tuned models, or PEFT adapters of the base; folders or Hub ids.
@@ -716,41 +702,6 @@ def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return read().to(dtype)
 
 
-def _files_beside(folder: Path, kind: re.Pattern | None = None) -> dict[Path, Path]:
-    """The other files of a checkpoint, which are copied, and their places: tokenizers, settings, code; or of a kind.
-
-    Raises:
-        ValueError, OSError: one that cannot be copied.
-    """
-    found: list[Path] = []
-    for file in sorted(folder.iterdir()):
-        written_anew = file.name in ("config.json", "README.md", REPORT, MANIFEST) or file.name.startswith(".")
-        if written_anew or file.name.endswith(_WEIGHTS) or (kind and not kind.fullmatch(file.name)):
-            continue
-        if not file.is_dir():
-            found.append(file)
-        elif _FOLDERS.match(file.name):
-            found += [file] if file.is_symlink() else [one for one in paths(file) if not _is_folder(one)]
-    for file in found:
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: is a link to a missing file; expected the file, which is copied")
-        if not file.is_file():
-            raise SmileError(f"{file}: is not a regular file; expected one, since it is copied")
-        if len(os.fsencode(file.name)) > LONGEST_NAME:
-            raise SmileError(
-                f"{file}: has a name of more than {LONGEST_NAME} bytes, and is copied; expected a shorter one"
-            )
-        if not os.access(file, os.R_OK):
-            raise PermissionError(
-                errno.EACCES, "cannot be read; expected a file that can, since it is copied", str(file)
-            )
-    return {file: file.relative_to(folder) for file in found}
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
 def _check_unchanged(before: Sequence[Any], now: Sequence[Any]) -> None:
     """Raise ValueError if a file of the base or of an expert was changed since the job began."""
     for i, (files, current) in enumerate(zip(before, now)):
@@ -777,14 +728,6 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SmileError(f"device: is {device!r}, which cannot compute here ({reason(error)})") from None
-
-
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of each file, also of those in folders that are copied."""
-    inside = [file for one in folder.iterdir() if _FOLDERS.match(one.name) for file in paths(one)]
-    files = sorted(file for file in (*folder.iterdir(), *inside) if file.is_file())
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 @contextmanager

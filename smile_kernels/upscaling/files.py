@@ -1,24 +1,48 @@
-"""Files next to the weights that determine an expert's results, such as its tokenizer, and are not in the result."""
+"""Files next to the weights, such as tokenizers: the base's, which are copied, and those of experts, which are not."""
 
+import errno
 import filecmp
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import REPORT
 from ..errors import SmileError
-from ..publishing import paths
+from ..publishing import LONGEST_NAME, MANIFEST, paths
 from ..storage import read_text
 from .report import LostFile
 
-__all__ = ["check_tokenizer", "lost_files"]
+__all__ = ["TOKENIZER", "check_tokenizer", "files_beside", "listing", "lost_files"]
+
+# Files of a tokenizer, by the names that the tokenizers of transformers give them.
+TOKENIZER = re.compile(
+    r"(tokenizer|added_tokens|special_tokens|(additional_)?chat_template|(target_|entity_)?vocab|merges|normalizer|emoji"
+    r"|byte_maps|word_pronunciation|word_shape|bpe\.codes|dict\.txt).*|.*\.(model|spm|tiktoken|tokenizer)"
+)
+# Weights and what trainers store, by their suffixes and usual names: these files of the base are not copied.
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ot|index\.json)")
+_USUAL = re.compile(
+    r"(((open_clip_|diffusion_)?pytorch_|open_clip_|tf_|flax_|rust_|adapter_)?model|consolidated|experts|router_prior"
+    r"|training_args|optimizer|scheduler|scaler|rng_state|random_states).*|.*\.index\.json"
+)
+_LARGEST = 1 << 28  # bytes of a file of this kind that has another name, and is copied
+
+# Folders that are copied whatever they contain: sentence-transformers' pooling and later modules, transformers' further
+# chat templates, Bark's voices. Others are if they have files of a tokenizer or a processor, and no weights.
+_FOLDERS = re.compile(r"\d+_.*|additional_chat_templates|speaker_embeddings")
+_PROCESSOR = re.compile(r".*processor_config\.json")
+# Folders of trainers, and of other formats of the same weights, which are left out without a warning.
+_OTHER_FOLDERS = re.compile(r"\..*|__pycache__|(checkpoint-|global_step)\d+|runs|logs|onnx|openvino|coreml|original")
 
 # A tokenizer in parts, which tokenizer.json replaces; and the other files that are compared.
 _PARTS = re.compile(r"vocab\.\w+|merges\.txt|added_tokens\.json|[\w.-]+\.(model|spm|tiktoken|codes)")
 _COMPARED = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|chat_template\.(jinja|json)|additional_chat_templates/.*"
-    r"|generation_config\.json|(\w+_)?(pre)?processor_config\.json"
+    r"(\w+/)?(tokenizer|tokenizer_config|(\w+_)?(pre)?processor_config)\.json"
+    r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json"
     r"|modules\.json|sentence_\w+_config\.json|config_sentence_transformers\.json|\d+_[^/]*/.*"
 )
 # Settings without an effect on a result: versions, names of classes, padding and truncation, which a call determines.
@@ -26,6 +50,85 @@ _NO_EFFECT = re.compile(r"_.*|version|transformers_version|\w+_class|\w+_type|pa
 # Of tokenizer_config.json, whose other settings repeat tokenizer.json.
 _OF_TOKENIZER = re.compile(r"(add|do|split)_\w+|(bos|eos|unk|cls|sep|mask)_token")
 _TEMPLATE = "chat_template.jinja"
+
+
+def files_beside(folder: Path, read: Collection[Path] = (), *, kind: re.Pattern | None = None) -> dict[Path, Path]:
+    """The files of a checkpoint that are copied, and their places: tokenizers, settings, code; or of a kind.
+
+    A warning names what else is left out than weights and what trainers store.
+
+    Args:
+        folder: the checkpoint.
+        read: its weight files.
+        kind: the names that are meant; by default all.
+
+    Raises:
+        ValueError, OSError: one that cannot be copied.
+    """
+    found: list[Path] = []
+    left_out: list[str] = []
+    for file in sorted(folder.iterdir()):
+        written_anew = file.name in ("config.json", "README.md", REPORT, MANIFEST) or file.name.startswith(".")
+        if written_anew or file in read or (kind and not kind.fullmatch(file.name)):
+            continue
+        if file.is_dir() and _is_copied(file):
+            found += [file] if file.is_symlink() else [one for one in paths(file) if not _is_folder(one)]
+        elif not (file.is_dir() or _WEIGHTS.fullmatch(file.name)) or _is_small_data(file):
+            found.append(file)
+        elif not (_OTHER_FOLDERS if file.is_dir() else _USUAL).fullmatch(file.name):
+            left_out.append(file.name + os.sep * file.is_dir())
+    if left_out and kind is None:
+        more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+        warnings.warn(
+            f"base: {folder}: not copied to the result: {', '.join(left_out[:10])}{more}. If the model needs them, "
+            "copy them there",
+            stacklevel=3,
+        )
+    for file in found:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: is a link to a missing file; expected the file, which is copied")
+        if not file.is_file():
+            raise SmileError(f"{file}: is not a regular file; expected one, since it is copied")
+        if len(os.fsencode(file.name)) > LONGEST_NAME:
+            raise SmileError(
+                f"{file}: has a name of more than {LONGEST_NAME} bytes, and is copied; expected a shorter one"
+            )
+        if not os.access(file, os.R_OK):
+            raise PermissionError(
+                errno.EACCES, "cannot be read; expected a file that can, since it is copied", str(file)
+            )
+    return {file: file.relative_to(folder) for file in found}
+
+
+def _is_small_data(file: Path) -> bool:
+    """Whether a file with a suffix of weights is other data of the model, such as the voices of a speech model."""
+    if file.is_dir() or file.suffix == ".safetensors" or _USUAL.fullmatch(file.name):
+        return False
+    return not file.is_file() or file.stat().st_size <= _LARGEST
+
+
+def _is_copied(folder: Path) -> bool:
+    """Whether a folder of a checkpoint is one of those that are copied."""
+    if _FOLDERS.fullmatch(folder.name):
+        return True
+    if folder.is_symlink() or _OTHER_FOLDERS.fullmatch(folder.name) or not os.access(folder, os.R_OK | os.X_OK):
+        return False
+    if not any(TOKENIZER.fullmatch(one.name) or _PROCESSOR.fullmatch(one.name) for one in folder.iterdir()):
+        return False
+    files = [file for file in paths(folder) if file.is_file()]
+    return not any(_WEIGHTS.fullmatch(file.name) or file.stat().st_size > _LARGEST for file in files)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of each file, also of those in folders that are copied."""
+    inside = [file for one in folder.iterdir() if one.is_dir() and _is_copied(one) for file in paths(one)]
+    files = sorted(file for file in (*folder.iterdir(), *inside) if file.is_file())
+    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def lost_files(base: Path, experts: Sequence[Path], result: Mapping[Path, Path]) -> list[LostFile]:
@@ -63,7 +166,7 @@ def check_tokenizer(where: str, base: Path, expert: Path) -> None:
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files that may be compared, by their paths in the folder."""
     for one in sorted(folder.iterdir()):
-        for file in [one] if one.is_symlink() or not one.is_dir() else paths(one) if "_" in one.name else []:
+        for file in [one] if one.is_symlink() or not one.is_dir() else paths(one) if _is_copied(one) else []:
             name = str(file.relative_to(folder))
             if (_COMPARED.fullmatch(name) or _PARTS.fullmatch(name)) and file.is_file():
                 yield name, file

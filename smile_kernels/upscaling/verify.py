@@ -30,7 +30,7 @@ from ..routing.state import LayerPolicy
 from ..schema import check_arguments, check_inputs
 from ..storage import read_tensors
 from ..svd import without_autocast
-from .disk import listing
+from .files import listing
 from .inputs import example_inputs
 from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport

@@ -130,6 +130,31 @@ def test_files_that_an_expert_has_otherwise_are_listed(case, models, tmp_path):
     assert UpscaleReport.load(tmp_path / "out" / "smile_report.json").files == report.files
 
 
+def test_files_of_the_base_that_are_no_weights_are_copied_and_others_named(models, tmp_path):
+    """A tokenizer in a folder of its own, the voices of a speech model, other weights, an unfinished training."""
+    base = tmp_path / "base"
+    shutil.copytree(models / "base", base)
+    copied = ["spk_dict.pt", "voice.bin", "qformer_tokenizer/tokenizer.json", "speaker_embeddings/a.npy"]
+    known = ["training_args.bin", "optimizer.pt", "pytorch_model.bin", "tf_model.h5", "original/consolidated.00.pth"]
+    known += ["checkpoint-5/tokenizer.json", "checkpoint-5/rng_state.pth", ".cache/tokenizer.json"]
+    named = ["other.safetensors", "assets/", "huge.bin", "link/", "text_encoder/"]
+    for name in [*copied, *known, "assets/a.wav", "text_encoder/tokenizer.json", "text_encoder/model.safetensors"]:
+        text(name, "{}")(base)
+    save_file({"a": torch.ones(1)}, base / "other.safetensors")
+    with open(base / "huge.bin", "wb") as file:
+        file.truncate((1 << 28) + 1)
+    (base / "link").symlink_to(models / "base")
+    shutil.copytree(models / "expert", tmp_path / "expert")
+    text("qformer_tokenizer/tokenizer.json", "[1]")(tmp_path / "expert")
+    with pytest.warns(UserWarning, match=r"base: \S+: not copied to the result: ") as caught:
+        report = sk.upscale_checkpoints(base, [tmp_path / "expert"], tmp_path / "out", **RANKS)
+    assert report.files == [LostFile("qformer_tokenizer/tokenizer.json", [0])]
+    assert all((tmp_path / "out" / name).read_text() == "{}" for name in copied)
+    assert not any((tmp_path / "out" / name).exists() for name in [*known, *named])
+    [said] = [str(one.message) for one in caught if "not copied" in str(one.message)]
+    assert f"result: {', '.join(sorted(named))}. If the model needs them" in said
+
+
 def test_the_command_shows_them_and_reports_of_before_are_read(models, tmp_path):
     shutil.copytree(models / "expert", tmp_path / "expert")
     exchanged(tmp_path / "expert")
