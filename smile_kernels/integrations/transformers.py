@@ -218,7 +218,7 @@ class SmileQuantizer(HfQuantizer):
             f"{name}.{parameter}"
             for name, layer in loaded.items()
             for parameter, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-            if not _is_loaded(value)
+            if not self._has_loaded(model, f"{name}.{parameter}", value)
         ]
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -242,7 +242,7 @@ class SmileQuantizer(HfQuantizer):
         missing = [
             name
             for name, value in model.state_dict(keep_vars=True).items()
-            if name not in self._stored and value.is_floating_point() and not _is_loaded(value)
+            if name not in self._stored and value.is_floating_point() and not self._has_loaded(model, name, value)
             if not any(re.search(pattern, name) for pattern in optional)
         ]
         if missing:
@@ -250,6 +250,11 @@ class SmileQuantizer(HfQuantizer):
                 f"{model.config.name_or_path or 'checkpoint'}: has no tensor {missing[0]!r} of the "
                 f"{type(model).__name__} in its config.json ({len(missing)} are missing); expected all"
             )
+
+    def _has_loaded(self, model: Any, name: str, tensor: torch.Tensor) -> bool:
+        """Whether transformers has loaded a tensor, or offloads it, or the one that it is tied to, to disk."""
+        offloads = tensor.is_meta and not self._stored.isdisjoint((name, model.all_tied_weights_keys.get(name)))
+        return offloads or getattr(tensor, "_is_hf_initialized", False)
 
     def _complete(self, model: Any) -> None:
         """What remains once the tensors are loaded."""
@@ -317,11 +322,6 @@ class _OverQuantizedBase(SmileQuantizer):
                         )
             replace_module(model, linear, SmileBesideLinear(layer, linear).train(linear.training))
         model.config.quantization_config = self.smile
-
-
-def _is_loaded(tensor: torch.Tensor) -> bool:
-    """Whether transformers has loaded a tensor, or offloads it to disk."""
-    return getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta
 
 
 def _over_quantizer_of(method: str) -> type[SmileQuantizer]:

@@ -28,7 +28,6 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -476,7 +475,7 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
 
     x [..., D], layer the tensors of `linear`, routing (weights, ids) [..., m] or None. The operator checks its
     arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an id out of range, is not
-    supported. m = 0: only the shared layer.
+    supported.
     """
     if not _is_served(x, layer):
         return None
@@ -484,8 +483,6 @@ def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | No
     try:
         if routing is None:
             return ext.linear.default(x, *layer, num_experts_per_tok, rank_of_router, False)[0]
-        if routing[1].numel() == 0:
-            return F.linear(x, layer[0], layer[1]) if routing[1].shape == (*x.shape[:-1], 0) else None
         return ext.apply.default(x, *layer[:-1], *routing, False)[0]
     except (RuntimeError, SmileError):  # of the operator, or of its rules for meta tensors and vmap
         return None

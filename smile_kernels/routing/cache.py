@@ -1,7 +1,5 @@
 """The state of a routing policy for later forward passes over the same KV cache."""
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 
 import torch
@@ -66,8 +64,8 @@ class Memory:
                     f"cache: {type(cache).__name__} has no method {gone[0]}, by which its rows would be followed; "
                     "expected a Cache as transformers 5.18 to 5.24 have it"
                 )
-            for name, follow in _FOLLOWERS.items():
-                setattr(cache, name, types.MethodType(functools.partial(_then, name, follow), cache))
+            for name in _FOLLOWERS:
+                setattr(cache, name, _Followed(cache, name))
         if getattr(cache, "routing_memory", None) is not self:
             cache.routing_memory = self
 
@@ -80,7 +78,8 @@ class Memory:
             raise RuntimeError(
                 "routing: a SMILE layer that did not run on the prompt runs now; expected the same layers"
             )
-        return found
+        weights, ids = found
+        return found if _lasts(weights) else (weights.clone(), ids.clone())
 
     def before(self, key: Key, batch: int, past: int | Tensor) -> Tensor | None:
         """The running sums [B, N] at the last token in the cache; None if there is none."""
@@ -108,7 +107,7 @@ class Memory:
         shape: B, S and N of this pass, whose sums it writes from `past` on; like: a tensor with their dtype and device.
         """
         buffer, self.length = self.sums.get(key), past + shape[1]
-        if buffer is not None and buffer.shape[0] == shape[0] and buffer.shape[1] >= self.length:
+        if buffer is not None and buffer.shape[0] == shape[0] and buffer.shape[1] >= self.length and _lasts(buffer):
             return buffer
         self._found(key, shape[0])
         return self._buffer(key, shape, past, like)
@@ -134,8 +133,9 @@ class Memory:
             raise RuntimeError(f"cache: has {buffer.shape[0]} sequences; expected {batch}, as in the input")
         elif isinstance(past, int) and past + length > buffer.shape[1]:
             more = max(past + length, 2 * buffer.shape[1]) - buffer.shape[1]
-            buffer = torch.cat([buffer, buffer.new_zeros(batch, more, *buffer.shape[2:])], dim=1)
-            self.sums[key] = buffer
+            buffer = self.sums[key] = torch.cat([buffer, buffer.new_zeros(batch, more, *buffer.shape[2:])], dim=1)
+        if not _lasts(buffer):
+            buffer = self.sums[key] = buffer.clone()
         return buffer
 
     def history(self, ids: Tensor, count: int, past: int | Tensor) -> Tensor:
@@ -152,13 +152,23 @@ class Memory:
         self.sums = {key: change(sums) for key, sums in self.sums.items()}
 
 
-def _then(name: str, follow, cache, *args, **kwargs):
-    """A method of a cache that also updates its routing memory."""
-    getattr(type(cache), name)(cache, *args, **kwargs)
-    follow(cache.routing_memory, *args, **kwargs)
+def _lasts(tensor: Tensor) -> bool:
+    """Whether a tensor can be written, and saved for a gradient: outside of inference_mode, those made in it cannot."""
+    return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
-_FOLLOWERS = {
+class _Followed:
+    """A method of a cache that also updates its routing memory; it is pickled with the cache."""
+
+    def __init__(self, cache, name: str):
+        self.cache, self.name = cache, name
+
+    def __call__(self, *args, **kwargs) -> None:
+        getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+        _FOLLOWERS[self.name](self.cache.routing_memory, *args, **kwargs)
+
+
+_FOLLOWERS: dict[str, Callable[..., None]] = {
     "reorder_cache": lambda memory, beam_idx: memory.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device))),
     "batch_repeat_interleave": lambda memory, repeats: memory.map_rows(lambda t: t.repeat_interleave(repeats, dim=0)),
     "batch_select_indices": lambda memory, indices: memory.map_rows(lambda t: t[indices]),

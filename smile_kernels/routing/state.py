@@ -6,6 +6,7 @@ import gc
 import inspect
 import itertools
 import operator
+import secrets
 import sys
 import threading
 import types
@@ -84,12 +85,10 @@ def _route_alone(layer: RoutedExperts, x: Tensor, num_experts_per_tok: int, top_
 class RootRouting:
     """A policy on one root module, with a state for each forward pass.
 
-    `policy` may be replaced at any time: a pass uses the one it began with. Each has a serial number, which a KV cache
-    stores with its sums. `caller` is a model that embeds its ids, and images or sounds among them, and calls the root
-    with the result: `restart_at` is found in its ids.
+    `policy` may be replaced at any time: a pass uses the one it began with. Each has a random number, which a KV cache
+    stores with its sums, also in a file. `caller` is a model that embeds its ids, and images or sounds among them, and
+    calls the root with the result: `restart_at` is found in its ids.
     """
-
-    _serials = itertools.count()
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class RootRouting:
         layers: Sequence[tuple[str, RoutedExperts]],
         caller: nn.Module | None = None,
     ):
-        self.plan = policy, next(self._serials)
+        self.plan = policy, secrets.randbits(62)
         self.root_name = type(root).__name__
         self.users = len(layers)
         blocks = block_numbers(name for name, _ in layers)
@@ -158,7 +157,7 @@ class RootRouting:
 
     def follow(self, policy: RoutingPolicy) -> None:
         """Use `policy` in passes that begin from now on."""
-        self.plan = policy, next(self._serials)
+        self.plan = policy, secrets.randbits(62)
 
     def release(self, layer: RoutedExperts) -> None:
         """Detaches `layer`; the last one removes the hooks."""
@@ -313,7 +312,8 @@ class ForwardPass:
         if self.policy.is_alone and (self.override is None or self.override.rows is None):
             return  # nothing depends on whose tokens there are
         self.tokens = Tokens(arguments, self.policy, self.root_name)
-        caches = root.takes_cache or self.tokens.cache is not None
+        creates_one = root.takes_cache and arguments.get("use_cache") is not False
+        caches = creates_one or self.tokens.cache is not None
         if self.policy.scope not in ("token", "window") and self.tokens.starts is None and caches:
             self.memory = Memory.beside(self.tokens, serial, self.root_name)
         self.held = self.memory is not None and len(self.memory.choices) > 0

@@ -150,13 +150,16 @@ def test_missing_tensors_are_an_error(lost, fused, tmp_path):
 
 
 def test_a_missing_tensor_of_another_module_is_an_error_for_the_class_of_the_checkpoint(fused, tmp_path):
-    _, model = fused("GPT2LMHeadModel")
+    _, model = fused("GPT2LMHeadModel")  # whose head is tied
     model.save_pretrained(tmp_path)
+    on_disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    torch.testing.assert_close(output(type(model).from_pretrained(tmp_path, **on_disk)), output(model))
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name != "transformer.ln_f.bias"}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"no tensor 'transformer\.ln_f\.bias' of the GPT2LMHeadModel"):
-        type(model).from_pretrained(tmp_path)
+    for options in ({}, on_disk):
+        with pytest.raises(ValueError, match=r"no tensor 'transformer\.ln_f\.bias' of the GPT2LMHeadModel"):
+            type(model).from_pretrained(tmp_path, **options)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)  # its head is new
 

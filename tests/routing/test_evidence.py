@@ -1,5 +1,6 @@
 """The operator `evidence`, one step of a policy, compared with loops in float64 and with the composition."""
 
+import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from smile_kernels.ops import extension, library
 from smile_kernels.routing import RoutingPolicy, set_routing
 from smile_kernels.routing.policy import energy_shares, log_evidence, router_energies, running_sums
 from smile_kernels.testing import Problem, assert_close
-from tests.routing.definition import POLICIES, by_name, llama, logits, tokens
+from tests.routing.definition import POLICIES, SIZES, by_name, llama, logits, tokens
 
 pytestmark = pytest.mark.skipif(extension.unavailable("cpu") is not None, reason="needs the CPU extension")
 
@@ -219,6 +220,13 @@ def test_inference_under_vmap_autocast_and_without_data(scope):
         set_routing(model, RoutingPolicy(scope, accumulate=True))
     want = torch.stack([model(inputs_embeds=one) for one in x])
     torch.testing.assert_close(torch.vmap(lambda one: model(inputs_embeds=one))(x), want)
+    if scope is not None:  # a root that would create a KV cache, if it were not told not to
+        lm, embedded = llama(), torch.randn(3, 2, 5, SIZES["hidden_size"])
+        set_routing(lm, RoutingPolicy(scope, accumulate=True))
+        call = functools.partial(logits, lm, use_cache=False)
+        each = torch.stack([call(inputs_embeds=one) for one in embedded])
+        mapped = torch.vmap(lambda one: call(inputs_embeds=one))(embedded)
+        torch.testing.assert_close(mapped, each, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(inputs_embeds=x[0]).dtype == torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -1,6 +1,7 @@
 """Routing policies with KV caches: prompts, decoding, beams, cropping, continuation."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -198,6 +199,41 @@ def test_a_cropped_cache_goes_on_from_what_is_left():
     got = logits(model, input_ids=other, past_key_values=kv)
     want = logits(model, input_ids=torch.cat([ids[:, :5], other], dim=1), use_cache=False)
     torch.testing.assert_close(got, want[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+@by_name(CAUSAL | SEQUENCE)
+def test_a_cache_goes_through_a_file(policy):
+    """Its memory does, too, and follows the rows of the loaded cache; another policy of the same kind refuses it."""
+    model, ids = llama(), tokens(2, 9)
+    set_routing(model, policy)
+    kv = tf.DynamicCache(config=model.config)
+    logits(model, input_ids=ids[:, :6], past_key_values=kv)
+    other = pickle.loads(pickle.dumps(kv))
+    rows = torch.tensor([1, 0])
+    kv.reorder_cache(rows)
+    want = logits(model, input_ids=ids[rows, 6:], past_key_values=kv)
+    other.reorder_cache(rows)
+    assert torch.equal(logits(model, input_ids=ids[rows, 6:], past_key_values=other), want)
+    set_routing(model, policy)
+    with pytest.raises(RuntimeError, match="has not seen under its present routing policy"):
+        logits(model, input_ids=ids[rows, 6:], past_key_values=pickle.loads(pickle.dumps(other)))
+
+
+@by_name(CAUSAL | SEQUENCE)
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(policy):
+    model, ids = llama(), tokens(2, 9)
+    set_routing(model, policy)
+    parts = [(torch.inference_mode(), ids[:, :5]), (torch.no_grad(), ids[:, 5:6]), (torch.enable_grad(), ids[:, 6:])]
+    results = []
+    for modes in (True, False):
+        kv, got = tf.DynamicCache(config=model.config), []
+        for mode, part in parts:
+            with mode if modes else torch.no_grad():
+                got.append(model(input_ids=part, past_key_values=kv).logits)
+        results.append(got)
+    assert results[0][2].requires_grad
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_the_policy_has_not_seen_is_refused():
