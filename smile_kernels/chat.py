@@ -105,6 +105,8 @@ def _lines(interactive: bool) -> Iterator[str]:
         try:
             line = begun + input("> " if interactive else "")
         except EOFError:
+            if begun.strip():
+                yield begun.strip()
             return
         begun = line.removesuffix("\\") + "\n" if line.endswith("\\") else ""
         if not begun:

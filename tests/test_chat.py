@@ -84,6 +84,12 @@ def test_each_line_is_answered_within_its_conversation(fused, tokenizer):
     assert all(re.fullmatch(r"\[(math|code) 100%\]", line) for line in served), "the prompt's choice serves it all"
 
 
+def test_a_line_that_would_continue_is_answered_at_the_end_of_the_input(fused, tokenizer):
+    answers, served = chat(fused, "Hi\\\nyou \\\n")
+    assert printable("".join(answers)) == printable(expected(fused, tokenizer, "Hi\nyou"))
+    assert len(served) == 1
+
+
 def test_the_shares_are_those_of_the_answer(fused, tokenizer, tmp_path):
     """With the published routing tokens are independent, so question and answer in one pass have the same routing."""
     folder = tmp_path / "published"
