@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import FACTORS, SmileConfig, read_config, read_smile_config, write_config
+from .config import (
+    FACTORS,
+    SmileConfig,
+    config_of_checkpoint,
+    read_config,
+    read_smile_config,
+    settings_of,
+    write_config,
+)
 from .errors import SmileError, check_seed, naming, reason
 from .guard import guard_weights
 from .integrations import describe_as_smile
@@ -76,7 +84,7 @@ def save_pretrained(
     Raises:
         ValueError: no SmileLinear in the model, a layer under a name that no model has when it is loaded, as with
             adapters of PEFT, a tensor without data, a factor with NaN or inf, a folder that is, contains or is
-            inside `base`, or a `base` with other tensors than the model's.
+            inside `base`, or a `base` with other tensors or settings than the model's.
         FileNotFoundError: `base` does not exist, or has no weights.
         FileExistsError: the folder contains files that may not be replaced, or another process is writing it.
         OSError: the disk is full.
@@ -90,6 +98,7 @@ def save_pretrained(
         if os.path.exists(base) and not os.path.isdir(base):
             raise SmileError(f"base: {base} is not a folder; expected the base checkpoint")
         _check_base(model, Path(base))
+        _check_settings(f"base: {base}", config_of_checkpoint(base, model), getattr(model, "config", None))
         config = config.of_experts(base)
     target = check_folder(folder, inputs={"base": base} if base is not None else None)
     parse_size(max_shard_size)
@@ -174,6 +183,19 @@ def _check_base(model: Any, folder: Path) -> None:
             raise SmileError(f"{where}: tensor {name!r} differs from the model's; expected {expected}")
 
 
+def _check_settings(where: str, base: Any, own: Any) -> None:
+    """Raise ValueError if a pass of the base depends on another setting than the config of the experts has."""
+    if not (hasattr(base, "to_dict") and hasattr(own, "to_dict")):
+        return
+    theirs, ours = settings_of(base), settings_of(own)
+    for name in sorted(ours.keys() | theirs):
+        if ours.get(name) != theirs.get(name) and not name.endswith(("_token_id", "id2label")):
+            raise SmileError(
+                f"{where}: its config has {name} {theirs.get(name)!r}, and that of the experts {ours.get(name)!r}; "
+                "expected the same"
+            )
+
+
 def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_size: int | str) -> None:
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
@@ -223,7 +245,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
 
     Raises:
         ValueError: not a SMILE checkpoint; missing tensors, wrong shapes, or NaN in the tensors of the experts; with
-            `model` also unexpected tensors, and NaN in any tensor.
+            `model` also unexpected tensors, and NaN in any tensor; a base whose weights or settings have changed.
         FileNotFoundError: the folder, its weights or the base of an experts-only checkpoint does not exist.
     """
     stored, config = read_tensors(folder), read_config(folder)
@@ -245,7 +267,7 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
             num_experts_per_tok=config.get("num_experts_per_tok", 1),
         )
     if model is None:
-        model = _base_model(config, smile, from_pretrained)
+        model = _base_model(Path(folder), smile, from_pretrained)
     _attach(model, smile, tensors)
     return model
 
@@ -482,8 +504,9 @@ def load_transformers(cls: Any, folder: str | Path, options: Mapping[str, Any]) 
     return model
 
 
-def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
-    """The transformers model before its layers are replaced."""
+def _base_model(folder: Path, smile: SmileConfig, from_pretrained: dict[str, Any]) -> nn.Module:
+    """The transformers model before the layers of the checkpoint in a folder are replaced."""
+    config = read_config(folder)
     cls = transformers_class(config)
     if smile.base_model_name_or_path is not None:
         if not os.path.isdir(smile.base_model_name_or_path):
@@ -501,7 +524,11 @@ def _base_model(config: Mapping[str, Any], smile: SmileConfig, from_pretrained: 
                 f"base_model_name_or_path: {smile.base_model_name_or_path} has other weights than when the experts "
                 "were written; expected the same, or the base model as `model`"
             )
-        return load_transformers(cls, smile.base_model_name_or_path, from_pretrained)
+        model: Any = load_transformers(cls, smile.base_model_name_or_path, from_pretrained)
+        if "config" not in from_pretrained:
+            where = f"base_model_name_or_path: {smile.base_model_name_or_path}"
+            _check_settings(where, *(config_of_checkpoint(f, model) for f in (smile.base_model_name_or_path, folder)))
+        return model
     # fusion_bench derives its configs from the plain ones: smile_mistral from mistral.
     plain = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "torch_dtype")}
     try:

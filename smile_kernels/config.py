@@ -1,5 +1,6 @@
 """SMILE settings of a checkpoint, stored in its config.json under `quantization_config`."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import SmileError, check_integer
+from .errors import SmileError, check_integer, reason
 from .nn import SmileLinear, is_conv1d
 from .publishing import write_text
 from .routing import RoutingPolicy, check_kept
@@ -25,6 +26,13 @@ QUANT_METHOD = "smile"
 # Numbers of a config of which transformers makes lists of that length: names of labels, types of layers.
 _COUNT, _LONGEST = re.compile(r"num_labels|n_layers?|(.*_)?layers"), 1_000_000
 FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
+# What a config says of files, training and generation, and labels again; what changes a tensor's shape shows there.
+_OF_NO_PASS = re.compile(
+    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config.*|label2id.*"
+    r"|num_labels|vocab_size|tie_word_embeddings|use_cache|return_dict|output_.*|chunk_size_feed_forward"
+    r"|pretraining_tp|initializer_.*|init_.*|.*(dropout|dropout_prob|dropout_rate|pdrop|layerdrop|drop_path_rate)"
+    r"|.*_(loss_coef|loss_coefficient|cost)|mask_(time|feature)_.*|apply_spec_augment|router_jitter_noise)"
+)
 
 
 @dataclass(frozen=True)
@@ -317,3 +325,42 @@ def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(part, Mapping) and "model_type" in part
     }
     return {**config, **parts, "transformers_weights": NO_WEIGHTS}
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings that a forward pass in evaluation mode may depend on, by their path.
+
+    Args:
+        config: a config of transformers, whose own settings count, or the content of a config.json.
+    """
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    if not isinstance(config, Mapping):
+        with contextlib.suppress(Exception):  # a kind of config that has no defaults
+            known = type(config)().to_dict()
+            values = {name: value for name, value in values.items() if name in known}
+
+    def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if path.split(".")[-1] == "id2label" and isinstance(value, Mapping):
+            yield path, {str(name): label for name, label in value.items()}
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield from flat(inner, f"{path}.{name}" if path else str(name))
+        elif not _OF_NO_PASS.fullmatch(path):
+            yield path, list(value) if isinstance(value, tuple) else value
+
+    return dict(flat(values, ""))
+
+
+def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:
+    """A checkpoint's config, as that of `model` is, or as its file has it; None where it has none."""
+    stored = read_config(folder)
+    kind: Any = type(getattr(model, "config", None))
+    if not stored or not hasattr(kind, "from_dict"):
+        return stored or None
+    try:
+        return kind.from_pretrained(folder)  # which also reads the spelling of infinity
+    except Exception as error:  # any exception of a config for wrong values
+        raise SmileError(
+            f"{Path(folder) / 'config.json'}: transformers cannot make a {kind.__name__} of it "
+            f"({reason(error)}); expected a config as the base's"
+        ) from None

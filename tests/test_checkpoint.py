@@ -1,6 +1,7 @@
 """Saving, loading and describing models; bad input is refused by name."""
 
 import copy
+import json
 from collections.abc import Callable
 
 import pytest
@@ -126,6 +127,26 @@ def test_experts_alone_are_saved_only_with_their_base(case, tmp_path):
     save_pretrained(model, tmp_path / "out", base=tmp_path / "own")
     loaded = load_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_experts_alone_are_loaded_only_on_a_base_with_their_settings(tmp_path):
+    """Settings on which no pass depends may change."""
+    model = tiny_models.build("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "base")
+    fused, _ = upscale(model, [tiny_models.fine_tuned(model, 1)], rank_of_expert=4, rank_of_router=2, progress=False)
+    save_pretrained(fused, tmp_path / "out", base=tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"eos_token_id": 9, "use_cache": False}))
+    load_pretrained(tmp_path / "out")
+    rope = config["rope_parameters"] | {"rope_theta": 3.0}
+    file.write_text(json.dumps(config | {"rope_parameters": rope}))
+    message = r"its config has rope_parameters\.rope_theta 3\.0, and that of the experts 10000\.0; expected the same"
+    with pytest.raises(SmileError, match=f"^base_model_name_or_path: .*base: {message}"):
+        load_pretrained(tmp_path / "out")
+    with pytest.raises(SmileError, match=f"^base: .*base: {message}"):
+        save_pretrained(fused, tmp_path / "new", base=tmp_path / "base")
+    assert not (tmp_path / "new").exists()
 
 
 def test_experts_alone_are_not_saved_with_what_is_not_a_base(tmp_path):

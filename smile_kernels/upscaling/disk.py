@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint import REPORT, add_calibration, model_card, transformers_class, turn_ids_of_checkpoint
-from ..config import SmileConfig, SmileModuleConfig, check_expert_names, read_config, write_config
+from ..config import SmileConfig, SmileModuleConfig, check_expert_names, config_of_checkpoint, read_config, write_config
 from ..errors import SmileError, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import is_adapter
@@ -75,7 +75,6 @@ from .sources import (
     ExpertSource,
     StoredTensors,
     check_request,
-    config_of_checkpoint,
     local_folder,
     open_source,
 )

@@ -1,14 +1,13 @@
 """Everything that is not upscaled: layers that cannot have experts, and other tensors; which changes are lost."""
 
-import contextlib
 import itertools
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import settings_of
 from ..errors import SmileError
 from ..storage import StoredTensor
 from .layers import Layer
@@ -166,39 +165,6 @@ def _alike(name: str, tied: str, sources: Sequence[ExpertSource]) -> bool:
     """Whether two tensors that are tied in the base are equal in every expert that has both."""
     pairs = ((source.tensor(name), source.tensor(tied)) for source in sources)
     return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
-
-
-# What a config says of files, training and generation, and labels again; what changes a tensor's shape shows there.
-_OF_NO_PASS = re.compile(
-    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config.*|label2id.*"
-    r"|num_labels|vocab_size|tie_word_embeddings|use_cache|return_dict|output_.*|chunk_size_feed_forward"
-    r"|pretraining_tp|initializer_.*|init_.*|.*(dropout|dropout_prob|dropout_rate|pdrop|layerdrop|drop_path_rate)"
-    r"|.*_(loss_coef|loss_coefficient|cost)|mask_(time|feature)_.*|apply_spec_augment|router_jitter_noise)"
-)
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """The settings that a forward pass in evaluation mode may depend on, by their path.
-
-    Args:
-        config: a config of transformers, whose own settings count, or the content of a config.json.
-    """
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    if not isinstance(config, Mapping):
-        with contextlib.suppress(Exception):  # a kind of config that has no defaults
-            known = type(config)().to_dict()
-            values = {name: value for name, value in values.items() if name in known}
-
-    def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if path.split(".")[-1] == "id2label" and isinstance(value, Mapping):
-            yield path, {str(name): label for name, label in value.items()}
-        elif isinstance(value, Mapping):
-            for name, inner in value.items():
-                yield from flat(inner, f"{path}.{name}" if path else str(name))
-        elif not _OF_NO_PASS.fullmatch(path):
-            yield path, list(value) if isinstance(value, tuple) else value
-
-    return dict(flat(values, ""))
 
 
 def lost_settings(base: Any, sources: Sequence[ExpertSource]) -> list[LostSetting]:

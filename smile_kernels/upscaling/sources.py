@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FACTORS, read_config
+from ..config import FACTORS, config_of_checkpoint, read_config
 from ..errors import SmileError, check_integer, reason
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
@@ -182,21 +182,6 @@ class CheckpointSource(WholeSource):
             names.check_complete(f"{where}: {folder}", self.by_name, "the base's config")
         config = config_of_checkpoint(folder, names.model)
         super().__init__(f"{where}: {folder}", StoredTensors(self.by_name), self.by_name, config)
-
-
-def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:
-    """A checkpoint's config, as that of `model` is, or as its file has it; None where it has none."""
-    stored = read_config(folder)
-    kind: Any = type(getattr(model, "config", None))
-    if not stored or not hasattr(kind, "from_dict"):
-        return stored or None
-    try:
-        return kind.from_pretrained(folder)  # which also reads the spelling of infinity
-    except Exception as error:  # any exception of a config for wrong values
-        raise SmileError(
-            f"{Path(folder) / 'config.json'}: transformers cannot make a {kind.__name__} of it "
-            f"({reason(error)}); expected a config as the base's"
-        ) from None
 
 
 class AdapterSource(ExpertSource):
