@@ -43,6 +43,16 @@ _NEEDED = {
     "gptq": ("qweight", "scales"),
     "torchao": ("_weight_qdata", "_weight_scale|_weight_scale_and_zero"),
 }
+# The same for formats of compressed-tensors, and the dtypes of its packed weights.
+_NEEDED_PACKED = {
+    "pack-quantized": ("weight|weight_shape",),
+    "nvfp4-pack-quantized": ("weight|weight_global_scale",),
+}
+_PACKED_DTYPES = {
+    "pack-quantized": torch.int32,
+    "nvfp4-pack-quantized": torch.uint8,
+    "mxfp4-pack-quantized": torch.uint8,
+}
 
 
 def quantization_of(folder: str | Path) -> dict[str, Any] | None:
@@ -99,7 +109,7 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
     for weight, tensors in packed.items():
         _check_shapes(quantization, tuple(stored[weight].shape), tensors)
         parts = {tensor.name.rpartition(".")[2] for tensor in tensors}
-        for needed in _NEEDED[method]:
+        for needed in (*_NEEDED[method], *_NEEDED_PACKED.get(_format(quantization), ())):
             if not parts.intersection(same := needed.split("|")):
                 raise SmileError(
                     f"base: {folder} has no {' or '.join(same)} of {weight.removesuffix('.weight')!r}; expected every "
@@ -113,13 +123,38 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
 def _check_shapes(quantization: Mapping[str, Any], shape: tuple[int, ...], tensors: Iterable[StoredTensor]) -> None:
     """Raises ValueError unless the tensors of a layer, as far as they are known, are those of such a weight."""
     for tensor in tensors if len(shape) == 2 else ():
-        allowed = _shapes(quantization, *shape).get(tensor.name.rpartition(".")[2])
+        part = tensor.name.rpartition(".")[2]
+        allowed = _shapes(quantization, *shape).get(part)
+        found, expected = "", ""
         if allowed and tuple(tensor.shape) not in allowed:
+            found, expected = f"has shape {list(tensor.shape)}", " or ".join(str(list(one)) for one in allowed)
+        elif part == "weight_shape" and (stored := tensor.load().tolist()) != list(shape):
+            found, expected = f"is {stored}", str(list(shape))
+        elif (dtypes := _dtypes(quantization, part)) and tensor.dtype not in dtypes:
+            found, expected = f"is {tensor.dtype}", " or ".join(map(str, dtypes))
+        if found:
             raise SmileError(
-                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}; expected "
-                f"{' or '.join(str(list(one)) for one in allowed)}, of a weight {list(shape)} that is stored as "
-                f"{quantization['quant_method']!r}"
+                f"{tensor.file}: tensor {tensor.name!r} {found}; expected {expected}, of a weight {list(shape)} that "
+                f"is stored as {quantization['quant_method']!r}"
             )
+
+
+def _format(quantization: Mapping[str, Any]) -> str:
+    """The format of compressed-tensors in which all layers are stored; "" for several, or none."""
+    formats = {one for one in _settings(quantization, "format") if isinstance(one, str)}
+    return formats.pop() if len(formats) == 1 else ""
+
+
+def _dtypes(quantization: Mapping[str, Any], part: str) -> tuple[torch.dtype, ...]:
+    """The possible dtypes of a tensor that a method stores; none where they are not known."""
+    if part in ("qweight", "qzeros"):
+        return (torch.int32,)
+    if part == "weight_packed" and (dtype := _PACKED_DTYPES.get(_format(quantization))):
+        return (dtype,)
+    if part in ("scales", "weight_scale", "weight_scale_inv", "weight_global_scale"):
+        exponents = (torch.uint8, torch.float8_e8m0fnu)  # of microscaling formats
+        return (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, *exponents)
+    return ()
 
 
 def _shapes(quantization: Mapping[str, Any], o: int, d: int) -> dict[str, list[tuple[int, ...]]]:
@@ -140,7 +175,14 @@ def _shapes(quantization: Mapping[str, Any], o: int, d: int) -> dict[str, list[t
     blocks += [(128, 128), *_settings(quantization, "weight_block_size"), *_settings(quantization, "block_structure")]
     scales: list[tuple[int, ...]] = [(), (1,), (o,), (o, 1)]
     scales += [(-(-o // block[0]), -(-d // block[1])) for block in blocks if _is_block(block)]
-    return {"weight": [(o, d)], "weight_scale": scales, "weight_scale_inv": scales}
+    packed: list[tuple[int, ...]] = []
+    if _format(quantization) == "pack-quantized":
+        counts = [bits for weights in _settings(quantization, "weights") for bits in _settings(weights, "num_bits")]
+        packed = [(o, -(-d // (32 // bits))) for bits in counts if isinstance(bits, int) and 0 < bits <= 8]
+    elif _format(quantization) in _PACKED_DTYPES:
+        packed = [(o, d // 2)]
+    scaled = {"weight_scale": scales, "weight_scale_inv": scales}
+    return {"weight": [(o, d)], "weight_packed": packed, "weight_shape": [(2,)], **scaled}
 
 
 def _settings(config: Any, name: str) -> Iterator[Any]:

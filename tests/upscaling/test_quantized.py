@@ -140,6 +140,8 @@ def test_a_quantised_layer_that_lacks_a_tensor_is_refused(config, part, plain, t
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}
+NVFP4_SHAPES = {"weight_packed": (32, 16), "weight_scale": (32, 1), "weight_global_scale": (1,)}
 GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"group_size": 16}}}}
 
 
@@ -149,6 +151,7 @@ GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"w
         (INT8, {"weight": (32, 32), "weight_scale": (32, 1)}, {"weight_scale": (16, 1)}),
         (INT8, {"weight": (32, 32), "weight_scale": (1,)}, {"weight": (32, 16)}),
         (GROUPS, {"weight": (32, 32), "weight_scale": (32, 2)}, {"weight_scale": (32, 4)}),
+        (NVFP4, NVFP4_SHAPES, {"weight_packed": (16, 16)}),
         (FP8, {"weight": (32, 32), "weight_scale_inv": (2, 2)}, {"weight_scale_inv": (4, 2)}),
         (GPTQ, {"qweight": (4, 32), "scales": (2, 32), "qzeros": (2, 4)}, {"scales": (2, 16)}),
         (GPTQ, {"qweight": (4, 32), "scales": (2, 32), "qzeros": (2, 4)}, {"qzeros": (4, 2)}),
@@ -166,6 +169,7 @@ def test_misshapen_tensors_of_a_quantised_base(config, tensors, wrong, plain, tm
 
     def fuse(shapes: dict[str, tuple[int, ...]]) -> None:
         dtypes = {name: torch.float32 if "scale" in name else torch.int8 for name in shapes}
+        dtypes |= {"qweight": torch.int32, "qzeros": torch.int32, "weight_packed": torch.uint8}
         own = {f"{layer}.{name}": torch.ones(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
         save_file(kept | own, base / "model.safetensors", {"format": "pt"})
         sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
@@ -178,6 +182,34 @@ def test_misshapen_tensors_of_a_quantised_base(config, tensors, wrong, plain, tm
         fuse(tensors | wrong)
     assert not list(tmp_path.glob("out*"))
     fuse(tensors)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("packed", lambda t: t[:3], r"has shape \[3, 8\]; expected \[32, 8\], of a weight \[32, 32\]"),
+        ("packed", lambda t: torch.cat([t, t], 1), r"has shape \[32, 16\]; expected \[32, 8\]"),
+        ("packed", lambda t: t.T.contiguous(), r"has shape \[8, 32\]; expected \[32, 8\]"),
+        ("packed", torch.Tensor.flatten, r"has shape \[256\]; expected \[32, 8\]"),
+        ("packed", torch.Tensor.long, r"is torch\.int64; expected torch\.int32"),
+        ("shape", lambda t: t - 1, r"is \[31, 31\]; expected \[32, 32\]"),
+        ("scale", torch.Tensor.int, r"is torch\.int32; expected torch\.bfloat16 or"),
+        ("shape", None, "has no weight or weight_shape of"),
+    ],
+)
+def test_packed_weights_of_another_shape_or_dtype_are_refused(part, change, message, plain, tmp_path):
+    layer = "model.layers.0.self_attn.q_proj"
+    base = quantised(plain, tmp_path / "base", INT8_WEIGHTS)
+    tensors = load_file(base / "model.safetensors")
+    if change is None:
+        del tensors[f"{layer}.weight_{part}"]
+    else:
+        tensors[f"{layer}.weight_{part}"] = change(tensors[f"{layer}.weight_{part}"])
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    one = adapter(tmp_path / "a", plain, 2, ["k_proj"])
+    with pytest.raises(sk.SmileError, match=message):
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_experts_that_need_the_weights_of_the_base(plain, tmp_path):
