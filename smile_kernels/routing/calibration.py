@@ -6,6 +6,7 @@ A router's shares differ between experts and layers independent of the task; cal
 from the evidence (`policy.py`). An expert that did not change a layer has no share there, and its entry is 0.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,14 +144,22 @@ def calibrate(
     return CalibrationReport(source, report)
 
 
+@torch.no_grad()
 def check_calibration(model: nn.Module) -> None:
-    """Raises what `calibrate` would raise on a model of this kind without `inputs`."""
+    """Raises what `calibrate` would raise on a model of this kind without `inputs`; runs it if it is on meta."""
     if _writes(model):
         _first_token(model)
         if getattr(model.config, "return_dict", True) is False:
             raise SmileError(
                 "return_dict: is False in the model's config; expected True, with which transformers runs it"
             )
+        if next(model.parameters()).is_meta:
+            model = copy.deepcopy(model).eval()
+            try:
+                output = model(**_beginning(model, 1))
+            except Exception:  # an operation that has no meta implementation, or that reads numbers
+                return
+            _cache_of(model, output)
     else:
         with _naming_inputs("random ones"):
             _random_inputs(model, 1, 1, torch.Generator())
@@ -245,21 +254,32 @@ def _first_token(model: nn.Module) -> int:
 
 def _write(model: nn.Module, sequences: int, length: int, generator: torch.Generator) -> None:
     """Generate `sequences` texts of `length` tokens from the first special token, processing each token once."""
-    device = _device_of(model)
-    ids = torch.full((sequences, 1), _first_token(model), device=device)
-    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
+    arguments = _beginning(model, sequences)
+    device = arguments["input_ids"].device
     for _ in range(length):
         output = model(**arguments)
         odds = output.logits[:, -1].float().softmax(-1).cpu()
         following = torch.multinomial(odds, 1, generator=generator).to(device)
-        cache = cache_in(output)
-        if cache is None:
-            raise SmileError(
-                f"inputs: {type(model).__name__} returns no KV cache, which generation needs; expected batches of "
-                "unlabelled inputs"
-            )
+        cache = _cache_of(model, output)
         name = next(name for name, value in output.items() if value is cache)
         arguments = {"input_ids": following, name: cache, "use_cache": True}
+
+
+def _beginning(model: nn.Module, sequences: int) -> dict[str, Any]:
+    """The arguments with which texts begin."""
+    ids = torch.full((sequences, 1), _first_token(model), device=_device_of(model))
+    return {"input_ids": ids, "use_cache": True}
+
+
+def _cache_of(model: nn.Module, output: Any) -> Any:
+    """The KV cache in an output; raises ValueError if there is none."""
+    cache = cache_in(output)
+    if cache is None:
+        raise SmileError(
+            f"inputs: {type(model).__name__} returns no KV cache, which the generation of texts for calibration needs; "
+            "expected batches of unlabelled inputs, or no calibration"
+        )
+    return cache
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -283,6 +303,8 @@ def _random_inputs(model: nn.Module, sequences: int, length: int, generator: tor
     found: dict[str, Tensor] = {}
     if main == "input_ids":
         ids = torch.randint(0, text.vocab_size, (sequences, length), generator=generator)
+        if (pad := getattr(text, "pad_token_id", None)) is not None:  # of which transformers warns without a mask
+            ids = torch.where(ids == pad, (ids + 1) % text.vocab_size, ids)
         found["input_ids"] = ids
         if getattr(config, "is_encoder_decoder", False):
             found["decoder_input_ids"] = ids.roll(1, 0)

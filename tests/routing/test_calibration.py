@@ -340,6 +340,13 @@ def test_a_config_without_the_sizes_of_its_inputs():
             call(model)
 
 
+def test_random_ids_contain_no_padding():
+    """Funnel's config has no bos_token_id, which transformers' warning of padding without a mask compares."""
+    sizes = {"vocab_size": 8, "block_sizes": [1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24}
+    model = smile(tf.FunnelForMaskedLM(tf.FunnelConfig(**sizes, num_decoder_layers=1, pad_token_id=3)))
+    assert calibrate(model).source == "random"
+
+
 def test_positions_of_a_decoder():
     """Whisper's config calls them max_target_positions: the inputs are no longer than these."""
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "max_source_positions": 6}

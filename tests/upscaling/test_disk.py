@@ -206,6 +206,18 @@ def test_a_folder_of_the_base_that_cannot_be_read_is_not_left_out(tmp_path, fold
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_language_model_without_a_kv_cache_is_not_calibrated(tmp_path):
+    """Known before the work, without the model's weights."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    for name, model in (("base", base), ("expert", finetuned(base))):
+        model.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="inputs: OpenAIGPTLMHeadModel returns no KV cache"):
+        upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS, calibrate=True)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_checkpoints_of_another_kind(tmp_path, folders):
     for folder, config in zip(folders, ({"model_type": "llama"}, {"model_type": "mistral"}, {}, {})):
         (folder / "config.json").write_text(json.dumps(config))
