@@ -352,7 +352,11 @@ struct Call {
     check("u", u, x, dtype, {experts, out_features, rank});
     if (expert_bias) check("expert_bias", *expert_bias, x, dtype, {experts, out_features});
     int64_t of_parts = parts.empty() ? out_features : 0;
-    for (int64_t each : parts) of_parts += each;
+    for (int64_t each : parts) {
+      STD_TORCH_CHECK(each >= 1 && each <= out_features, "parts: contains ", each, "; expected 1 to ", out_features,
+                      ", the outputs of u");
+      of_parts += each;
+    }
     STD_TORCH_CHECK(of_parts == out_features, "parts: have ", of_parts, " outputs together; expected those of u, ", out_features);
     for (int64_t each : ranks)
       STD_TORCH_CHECK(each >= 0 && each <= rank, "rank_of_parts: contains ", each, "; expected 0 to ", rank);
@@ -497,7 +501,7 @@ struct Step {
     p.tokens = call.p.n.tokens / sequences;
     const int64_t n = p.num_experts = call.p.n.num_experts, m = p.num_experts_per_tok = call.p.n.num_experts_per_tok;
     p.scope = static_cast<smile::Scope>(std::min<int64_t>(scope, 3));
-    p.window = scope - 2;
+    p.window = std::min(scope - 2, p.tokens);
     p.accumulates = accumulates;
     rows = p.scope == smile::Scope::sequence ? 1 : p.tokens;
     if (real) {
@@ -575,7 +579,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evidence_linear(
     const int64_t capacity = sums->dim() == 3 ? sums->size(1) : 0;
     check("sums", *sums, call.x, real_of(x), {sequences, capacity, n});
     STD_TORCH_CHECK(sums->is_contiguous(), "sums: expected a contiguous tensor");
-    STD_TORCH_CHECK(past >= 0 && past + step.p.tokens <= capacity, "past: is ", past, " before ", step.p.tokens,
+    STD_TORCH_CHECK(past >= 0 && past <= capacity - step.p.tokens, "past: is ", past, " before ", step.p.tokens,
                     " tokens; expected space for them in sums, which has ", capacity, " positions");
     const int64_t bytes = n * (real_of(x) == ScalarType::Double ? 8 : 4);
     char* data = static_cast<char*>(sums->mutable_data_ptr());

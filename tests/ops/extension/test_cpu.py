@@ -264,6 +264,20 @@ def test_opcheck_of_parts():
         ops.linear(x, *{**layer, "u": layer["u"][:, :5], "expert_bias": None}.values(), 2, 2, False, *parts)
     with pytest.raises(RuntimeError, match="rank_of_parts: contains 5; expected 0 to 4"):
         ops.linear(x, *layer.values(), 2, 2, False, (5, 3), (4, 5))
+    for wrong in ((-1, 9), (2**62, 8 - 2**62), (0, 8)):
+        with pytest.raises(
+            RuntimeError, match=f"parts: contains {min(wrong, key=lambda o: 0 < o < 9)}; expected 1 to 8"
+        ):
+            ops.linear(x, *layer.values(), 2, 2, False, wrong, (4, 2))
+
+
+@pytest.mark.parametrize("past", [-1, 3, 2**63 - 2, 2**63 - 1])
+def test_sums_are_written_within_their_buffer(past):
+    p = Problem.random(4, 24, 16, 3, 4, 2, 2)
+    sums = torch.zeros(2, 4, 3)
+    with pytest.raises(RuntimeError, match=f"past: is {past} before 2 tokens; expected space for them in sums"):
+        COMPILED.evidence_linear(*p.arguments(), None, None, None, sums, past, None, 2, 2, 2, 1, True)
+    assert not sums.any()
 
 
 def test_same_bits_of_parts_on_any_number_of_threads():
