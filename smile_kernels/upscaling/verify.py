@@ -27,6 +27,7 @@ from ..integrations.peft import ModuleDelta, is_adapter, wide
 from ..nn import SmileLinear, is_conv1d, smile_layers
 from ..routing import RoutingPolicy
 from ..routing.state import LayerPolicy
+from ..routing.tokens import is_cache
 from ..schema import check_arguments, check_inputs
 from ..storage import read_tensors
 from ..svd import without_autocast
@@ -602,7 +603,12 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _copied(values: Any) -> Any:
-    return tree_map(lambda one: one.detach().clone() if isinstance(one, Tensor) else one, values)
+    def copied(one: Any) -> Any:
+        if isinstance(one, Tensor):
+            return one.detach().clone()
+        return copy.deepcopy(one) if is_cache(one) else one  # which later modules fill
+
+    return tree_map(copied, values)
 
 
 def _first_of(output: Any) -> Tensor | None:

@@ -302,6 +302,18 @@ def test_names_of_experts_are_kept(tmp_path):
     assert {layer.expert_names for layer in smile_layers(loaded).values()} == {("math", "code")}
 
 
+def test_a_module_that_counts_the_tokens_of_a_kv_cache():
+    """Later layers fill the cache that it was given."""
+    sizes = {"vocab_size": 96, "hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "max_position_embeddings": 32}
+    feed = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 1}
+    base = transformers.ProphetNetForConditionalGeneration(transformers.ProphetNetConfig(**sizes, **heads, **feed))
+    expert = tuned(base, 1)
+    model, _ = sk.upscale(base, [expert], rank_of_expert=-1, rank_of_router=2, progress=False)
+    verdict = sk.verify(model, base, [expert])[0]
+    assert verdict.errors["prophetnet.decoder.position_embeddings"] == 0
+
+
 def test_layers_that_the_inputs_do_not_reach_are_named():
     """A model of images runs on text alone by default: its tower is not compared."""
     text = {
