@@ -134,13 +134,18 @@ def test_files_of_the_base_that_are_no_weights_are_copied_and_others_named(model
     """A tokenizer in a folder of its own, the voices of a speech model, other weights, an unfinished training."""
     base = tmp_path / "base"
     shutil.copytree(models / "base", base)
-    copied = ["spk_dict.pt", "voice.bin", "qformer_tokenizer/tokenizer.json", "speaker_embeddings/a.npy"]
+    copied = [
+        "spk_dict.pt",
+        "voice.bin",
+        "adapter.fra.safetensors",
+        "qformer_tokenizer/tokenizer.json",
+        "speaker_embeddings/a.npy",
+    ]
     known = ["training_args.bin", "optimizer.pt", "pytorch_model.bin", "tf_model.h5", "original/consolidated.00.pth"]
     known += ["checkpoint-5/tokenizer.json", "checkpoint-5/rng_state.pth", ".cache/tokenizer.json"]
-    named = ["other.safetensors", "assets/", "huge.bin", "link/", "text_encoder/"]
+    named = ["assets/", "huge.bin", "link/", "text_encoder/"]
     for name in [*copied, *known, "assets/a.wav", "text_encoder/tokenizer.json", "text_encoder/model.safetensors"]:
         text(name, "{}")(base)
-    save_file({"a": torch.ones(1)}, base / "other.safetensors")
     with open(base / "huge.bin", "wb") as file:
         file.truncate((1 << 28) + 1)
     (base / "link").symlink_to(models / "base")
