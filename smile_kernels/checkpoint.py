@@ -165,7 +165,7 @@ def _check_base(model: Any, folder: Path) -> None:
         if name not in stored:
             if isinstance(tensor, nn.Parameter) and not any(re.search(pattern, name) for pattern in optional):
                 raise SmileError(f"{where} has no tensor {name!r}, and the model has; expected {expected}")
-        elif stored[name].shape not in (tensor.shape, tensor.T.shape if name in weights else tensor.shape):
+        elif stored[name].shape not in (tensor.shape, tensor.shape[::-1] if name in weights else tensor.shape):
             shapes = f"{list(stored[name].shape)}, and {list(tensor.shape)} in the model"
             raise SmileError(f"{where}: tensor {name!r} has shape {shapes}; expected {expected}")
     compared = set()
@@ -178,7 +178,7 @@ def _check_base(model: Any, folder: Path) -> None:
             found = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}"
             raise SmileError(f"model: {name} is {found}; expected its numbers, to compare them with the base's")
         value = stored[name].load().to(tensor.device, tensor.dtype)
-        versions = [value] + [value.T] * (name in weights)  # the layer was a Conv1D
+        versions = [value, value.T] if name in weights else [value]  # the layer was a Conv1D
         if not any(torch.equal(one, tensor.detach()) for one in versions):
             raise SmileError(f"{where}: tensor {name!r} differs from the model's; expected {expected}")
 
@@ -200,8 +200,13 @@ def _write_checkpoint(model: Any, folder: Path, config: SmileConfig, max_shard_s
     whole = config.base_model_name_or_path is None
     if whole and hasattr(model, "save_pretrained"):
         _check_loadable(model, config)
-        with errors_of_system(folder):
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        try:
+            with errors_of_system(folder):
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
+        except SmileError:
+            raise
+        except ValueError as error:  # such as a generation config of which it would only warn elsewhere
+            raise SmileError(f"model: transformers cannot save it ({reason(error)}); expected what it can") from error
         if sum(name.endswith(".vh") for name in read_tensors(folder)) < len(config.modules):
             raise SmileError(f"model: the save_pretrained of {type(model).__name__} writes no experts; expected all")
         write_config(folder, read_config(folder), config)

@@ -246,7 +246,8 @@ def _read_at(file: Path, stamp: tuple[int, ...], start: int, dtype: torch.dtype,
             f.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if _stamp(os.fstat(f.fileno())) != stamp:
             raise SmileError(
-                f"{file}: changed while it was read (it has another size or time); fetch or write it again"
+                f"{file}: changed while it was read (it is another file, or has another size or time); fetch or write "
+                "it again"
             )
     return tensor
 

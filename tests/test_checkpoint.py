@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -134,7 +135,9 @@ def test_experts_alone_are_loaded_only_on_a_base_with_their_settings(tmp_path):
     model = tiny_models.build("LlamaForCausalLM")
     model.save_pretrained(tmp_path / "base")
     fused, _ = upscale(model, [tiny_models.fine_tuned(model, 1)], rank_of_expert=4, rank_of_router=2, progress=False)
-    save_pretrained(fused, tmp_path / "out", base=tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_pretrained(fused, tmp_path / "out", base=tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"eos_token_id": 9, "use_cache": False}))
@@ -147,6 +150,16 @@ def test_experts_alone_are_loaded_only_on_a_base_with_their_settings(tmp_path):
     with pytest.raises(SmileError, match=f"^base: .*base: {message}"):
         save_pretrained(fused, tmp_path / "new", base=tmp_path / "base")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_generation_config_that_transformers_does_not_save(tmp_path):
+    model = llama()
+    model.generation_config.temperature = 0.3
+    with pytest.raises(
+        SmileError, match=r"^model: transformers cannot save it \(ValueError: .*temperature.*\); expected"
+    ):
+        save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_experts_alone_are_not_saved_with_what_is_not_a_base(tmp_path):

@@ -453,8 +453,8 @@ class Job:
             base_config["dtype"] = str(self.dtype).removeprefix("torch.")
             base_config.pop("torch_dtype", None)
         write_config(folder, base_config, config)
-        folders = [expert.name for expert in self.experts]
-        write_text(folder / "README.md", model_card(config, base=self.base.name, experts=folders))
+        base, *experts = (Path(os.path.abspath(one)).name for one in (self.base, *self.experts))
+        write_text(folder / "README.md", model_card(config, base=base, experts=experts))
         report.save(folder / REPORT)
 
 

@@ -206,6 +206,14 @@ def test_a_folder_of_the_base_that_cannot_be_read_is_not_left_out(tmp_path, fold
     assert not list(tmp_path.glob("out*"))
 
 
+def test_the_model_card_names_the_folders_that_were_given_as_the_current_one(tmp_path, folders, monkeypatch):
+    monkeypatch.chdir(folders[1])
+    upscale_checkpoints(folders[0], ["."], tmp_path / "out", **RANKS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- base: `{folders[0].name}`" in card
+    assert f": `{folders[1].name}`" in card
+
+
 def test_a_language_model_without_a_kv_cache_is_not_calibrated(tmp_path):
     """Known before the work, without the model's weights."""
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
