@@ -273,6 +273,11 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None, **from_p
         )
     if model is None:
         model = _base_model(Path(folder), smile, from_pretrained)
+    if smile.base_model_name_or_path is not None:
+        stored_as = _names_of_layers(model, smile)
+        places = {f"{name}.{part}": f"{own}.{part}" for name, own in stored_as.items() for part in FACTORS}
+        tensors = {places.get(name, name): tensor for name, tensor in tensors.items()}
+        smile = replace(smile, modules={stored_as[name]: entry for name, entry in smile.modules.items()})
     _attach(model, smile, tensors)
     return model
 
@@ -335,10 +340,7 @@ def add_calibration(
     model = load_pretrained(source, **from_pretrained)
     report = calibrate(model, seed=seed)
     set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=turn_ids_of_checkpoint(source)))
-    layers, names = routed_layers(model), ModelNames(model)
-    stored = {
-        name: (names.parameter(f"{name}.weight") or f"{name}.weight").removesuffix(".weight") for name in config.modules
-    }
+    layers, stored = routed_layers(model), _names_of_layers(model, config)
     if missing := [name for name, own in stored.items() if own not in layers]:
         raise SmileError(
             f"{source}: {missing[0]} is not the name of a SMILE layer of {type(model).__name__}; expected one"
@@ -352,6 +354,14 @@ def add_calibration(
     modules = {name: replace(module, router_prior=True) for name, module in config.modules.items()}
     write_config(folder, read_config(folder), replace(config, modules=modules, routing=get_routing(model)))
     return report
+
+
+def _names_of_layers(model: nn.Module, config: SmileConfig) -> dict[str, str]:
+    """The names of SMILE layers as they are stored -> those in the model, which versions of transformers rename."""
+    names = ModelNames(model)
+    return {
+        name: (names.parameter(f"{name}.weight") or f"{name}.weight").removesuffix(".weight") for name in config.modules
+    }
 
 
 def turn_ids_of_checkpoint(folder: Path) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from smile_kernels import SmileError, SmileLinear, upscale
+from smile_kernels import SmileError, SmileLinear, upscale, upscale_checkpoints
 from smile_kernels.checkpoint import load_pretrained, save_pretrained
 from smile_kernels.inspection import describe
 from smile_kernels.storage import StoredTensor, read_tensors, write_shard
@@ -150,6 +150,21 @@ def test_experts_alone_are_loaded_only_on_a_base_with_their_settings(tmp_path):
     with pytest.raises(SmileError, match=f"^base: .*base: {message}"):
         save_pretrained(fused, tmp_path / "new", base=tmp_path / "base")
     assert not (tmp_path / "new").exists()
+
+
+def test_experts_alone_of_a_model_that_transformers_stores_under_other_names(tmp_path):
+    """As disk stores them; versions of transformers rename the layers of a ViT."""
+    base = tiny_models.build("ViTForImageClassification")
+    expert = tiny_models.fine_tuned(base, 1)
+    for name, model in (("base", base), ("expert", expert)):
+        model.save_pretrained(tmp_path / name)
+    options = {"rank_of_expert": 2, "rank_of_router": 2, "workers": 1}
+    for only in (False, True):
+        folder = tmp_path / f"out{only}"
+        upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], folder, **options, experts_only=only)
+    whole, alone = (load_pretrained(tmp_path / f"out{only}").state_dict() for only in (False, True))
+    assert whole.keys() == alone.keys()
+    assert all(torch.equal(whole[name], alone[name]) for name in whole)
 
 
 def test_a_generation_config_that_transformers_does_not_save(tmp_path):
