@@ -102,7 +102,8 @@ def files_beside(folder: Path, read: Collection[Path] = (), *, kind: re.Pattern 
 
 def _is_small_data(file: Path) -> bool:
     """Whether a file with a suffix of weights is other data, such as the voices or adapters of a speech model."""
-    if file.is_dir() or _USUAL.fullmatch(file.name):
+    weights = file.suffix == ".safetensors" and not file.name.startswith("adapter.")  # vLLM loads every such file
+    if file.is_dir() or weights or _USUAL.fullmatch(file.name):
         return False
     return not file.is_file() or file.stat().st_size <= _LARGEST
 

@@ -143,9 +143,10 @@ def test_files_of_the_base_that_are_no_weights_are_copied_and_others_named(model
     ]
     known = ["training_args.bin", "optimizer.pt", "pytorch_model.bin", "tf_model.h5", "original/consolidated.00.pth"]
     known += ["checkpoint-5/tokenizer.json", "checkpoint-5/rng_state.pth", ".cache/tokenizer.json"]
-    named = ["assets/", "huge.bin", "link/", "text_encoder/"]
+    named = ["other.safetensors", "assets/", "huge.bin", "link/", "text_encoder/"]
     for name in [*copied, *known, "assets/a.wav", "text_encoder/tokenizer.json", "text_encoder/model.safetensors"]:
         text(name, "{}")(base)
+    save_file({"a": torch.ones(1)}, base / "other.safetensors")
     with open(base / "huge.bin", "wb") as file:
         file.truncate((1 << 28) + 1)
     (base / "link").symlink_to(models / "base")
