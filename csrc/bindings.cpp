@@ -69,14 +69,6 @@ struct Shape {
     for (int64_t each : more) whole.size[whole.dim++] = each;
     return whole;
   }
-  // The same with the number of parts inserted before dimension `at`, if the layer has parts.
-  Shape with(const std::vector<int64_t>& parts, int64_t at) const {
-    Shape whole = *this;
-    if (parts.empty()) return whole;
-    for (int64_t d = whole.dim++; d > at; --d) whole.size[d] = whole.size[d - 1];
-    whole.size[at] = int64_t(parts.size());
-    return whole;
-  }
 };
 
 // Checks shape, dtype and device of a tensor against x.
@@ -283,6 +275,11 @@ struct Call {
     p.x_stride[1] = is_matrix ? x.stride(1) : 1;
   }
 
+  // [P, size, ...] if the layer has parts, else [size, ...].
+  Shape of_parts(std::initializer_list<int64_t> sizes) const {
+    return (parts.empty() ? Shape{} : Shape{p.parts.count}).then(sizes);
+  }
+
   // [..., P, size, ...]: of each row of x, and of each part if the layer has parts.
   Shape of_rows(std::initializer_list<int64_t> sizes) const {
     return (parts.empty() ? rows : rows.then({p.parts.count})).then(sizes);
@@ -304,7 +301,7 @@ struct Call {
     STD_TORCH_CHECK(rank <= p.n.in_features, "rank_of_router: is ", rank, "; expected 1 to ", p.n.in_features,
                     ", in_features");
     const int64_t experts = router.size(at), rows_of_expert = router.size(at + 1);
-    check(name, router, x, x.scalar_type(), Shape{experts, rows_of_expert, p.n.in_features}.with(parts, 0));
+    check(name, router, x, x.scalar_type(), of_parts({experts, rows_of_expert, p.n.in_features}));
     p.n.num_experts = experts;
     p.n.rank_of_router = rank;
     p.n.num_experts_per_tok = num_experts_per_tok;
@@ -347,17 +344,17 @@ struct Call {
     const int64_t rank = p.n.rank_of_expert = s.size(at + 1);
     p.n.vh_rows = vh.size(at + 1);
     STD_TORCH_CHECK(p.n.vh_rows >= rank, "vh: has ", p.n.vh_rows, " rows; expected at least ", rank);
-    check("vh", vh, x, dtype, Shape{experts, p.n.vh_rows, p.n.in_features}.with(parts, 0));
-    check("s", s, x, real_of(x), Shape{experts, rank}.with(parts, 0));
+    check("vh", vh, x, dtype, of_parts({experts, p.n.vh_rows, p.n.in_features}));
+    check("s", s, x, real_of(x), of_parts({experts, rank}));
     check("u", u, x, dtype, {experts, out_features, rank});
     if (expert_bias) check("expert_bias", *expert_bias, x, dtype, {experts, out_features});
-    int64_t of_parts = parts.empty() ? out_features : 0;
+    int64_t outputs = parts.empty() ? out_features : 0;
     for (int64_t each : parts) {
       STD_TORCH_CHECK(each >= 1 && each <= out_features, "parts: contains ", each, "; expected 1 to ", out_features,
                       ", the outputs of u");
-      of_parts += each;
+      outputs += each;
     }
-    STD_TORCH_CHECK(of_parts == out_features, "parts: have ", of_parts, " outputs together; expected those of u, ", out_features);
+    STD_TORCH_CHECK(outputs == out_features, "parts: have ", outputs, " outputs together; expected those of u, ", out_features);
     for (int64_t each : ranks)
       STD_TORCH_CHECK(each >= 0 && each <= rank, "rank_of_parts: contains ", each, "; expected 0 to ", rank);
     p.vh = keep(vh);

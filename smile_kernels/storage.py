@@ -240,11 +240,10 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 def _read_at(file: Path, stamp: tuple[int, ...], start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor of an uncompressed file without its header, whose reading takes time in proportion to all tensors."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
     with naming(file), open(file, "rb") as f:
-        if _stamp(os.fstat(f.fileno())) == stamp:
-            f.seek(start)
-            f.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        if _stamp(os.fstat(f.fileno())) != stamp:
+        f.seek(start)
+        if f.readinto(data) != data.nbytes or _stamp(os.fstat(f.fileno())) != stamp:
             raise SmileError(
                 f"{file}: changed while it was read (it is another file, or has another size or time); fetch or write "
                 "it again"
