@@ -212,7 +212,8 @@ void run_backward(const Tensor& x, const smile::RouteBackward& p) {
 #else
 constexpr bool kAlwaysNeedsH = false;
 bool computes_base_product(const smile::Sizes& n, const Tensor& weight) {
-  return smile::cpu_is_small(n) && weight.is_contiguous();  // at::linear takes a transposed one without a copy
+  // at::linear takes a transposed weight without a copy
+  return smile::cpu_computes_base(dtype_of(weight), n) && weight.is_contiguous();
 }
 
 Tensor kernel_input(const Tensor& x) { return x; }

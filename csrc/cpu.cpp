@@ -85,11 +85,12 @@ namespace smile {
 
 // The kernels of one instruction set.
 struct Kernels {
+  int64_t (*most_tokens)(DType);
   void (*forward)(DType, const Forward&, ParallelFor);
   void (*backward_of_apply)(DType, const Backward&, ParallelFor);
   void (*backward_of_route)(DType, const RouteBackward&, ParallelFor);
 };
-#define SMILE_KERNELS(isa) Kernels{isa::forward, isa::backward_of_apply, isa::backward_of_route}
+#define SMILE_KERNELS(isa) Kernels{isa::most_tokens, isa::forward, isa::backward_of_apply, isa::backward_of_route}
 
 #if defined(SMILE_HAS_AMX)
 // The processor has bfloat16 tiles, and the kernel lets this process use them.
@@ -128,6 +129,8 @@ static const Kernels& kernels() {
   static const Kernels chosen = widest();
   return chosen;
 }
+
+bool cpu_computes_base(DType dtype, const Sizes& n) { return n.tokens <= kernels().most_tokens(dtype); }
 
 void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for) { kernels().forward(dtype, p, parallel_for); }
 

@@ -3,8 +3,8 @@
 // how many registers hold one; SMILE_BFLOAT16_DOT, whether there is an instruction for bfloat16 dot products;
 // SMILE_BFLOAT16_TILES, whether AMX multiplies tiles of them.
 //
-// A chunk of tokens goes through: float copy of x (where needed) -> products with the router's rows, and with W where
-// the tokens are few -> top-m -> entries sorted by expert -> the other rows of the selected experts -> expand into y.
+// A chunk of tokens goes through: float copy of x (where needed) -> products with W, unless PyTorch's is faster, and with
+// the router's rows -> top-m -> entries sorted by expert -> the other rows of the selected experts -> expand into y.
 // Every step is split over threads by its outputs, so no two threads write the same number and the result does not depend
 // on the number of threads.
 
@@ -72,24 +72,41 @@ template <class R> struct Sums {
 // Entries that a packed product takes at once: their x stay in the second-level cache.
 constexpr int64_t kEntriesAtOnce = 32 * kTokens;
 
+// The number of tokens up to which these kernels compute the base product too. A few are bound by reading W, as at::linear is
+// after its overhead; up to a panel of them, packing x is faster than packing W; and 16-bit numbers that the processor does
+// not multiply are converted here with vectors. Measured: bench/NOTES.md.
+template <class T> constexpr int64_t most_tokens_of_base() {
+  using X = typename MultiplyAs<T>::type;
+  if (SMILE_VECTOR_BYTES == 16 || !std::is_same<X, typename RealOf<T>::type>::value) return 8;
+  return std::is_same<T, X>::value ? kMostPacked : std::numeric_limits<int64_t>::max();
+}
+
 // "Expert" v of a layer is number v % N of part v / N.
 template <class T> class Chunk {
   using R = typename RealOf<T>::type;
   using X = typename MultiplyAs<T>::type;
+  static constexpr bool kInPlace = std::is_same<T, R>::value;  // y holds sums, others are rounded once
 
  public:
   Chunk(const Forward& p, ParallelFor parallel_for)
       : p(p), n(p.n), parallel_for(parallel_for), num_parts(p.parts.count), experts(num_parts * n.num_experts),
         slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
+    // By the tokens of the whole call, so that the same router's rows and x have the same scores in every chunk and operator.
+    const bool packs_x = std::is_same<X, R>::value && n.tokens > kDotsUpTo;
+    packs_rows = n.tokens >= kPackFrom * kTokens;
+    packs_x_for_base = p.weight && packs_x;
+    packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked;
     find_ranks();
     if (p.y) cut_outputs();
-    const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.y ? slots * n.rank_of_expert : 0);
-    tokens_at_once = std::min(n.tokens, std::max<int64_t>(kTokens, std::min<int64_t>(1024, (1 << 20) / std::max<int64_t>(1, per_token))));
+    const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.weight ? n.out_features : 0) +
+                              (p.y ? slots * n.rank_of_expert : 0);
+    const int64_t least = p.weight ? kPanelWidth<X> : kTokens, most = std::max<int64_t>(least, (1 << 20) / std::max<int64_t>(1, per_token));
+    tokens_at_once = std::min({n.tokens, int64_t(1024), most > least ? most / least * least : most});
     const int64_t entries_at_once = tokens_at_once * slots;
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
     if (p.router) q.reset(new R[tokens_at_once * q_columns()]);
-    if (p.weight) base.reset(new R[tokens_at_once * n.out_features]);
+    if (p.weight && !kInPlace) base.reset(new R[tokens_at_once * n.out_features]);
     if (p.y) h.reset(new R[entries_at_once * n.rank_of_expert]);
     if (p.y) z.reset(new X[entries_at_once * n.rank_of_expert]);
     x.resize(tokens_at_once);
@@ -103,12 +120,11 @@ template <class T> class Chunk {
     for (begin = 0; begin < n.tokens; begin += tokens_at_once) {
       tokens = std::min(tokens_at_once, n.tokens - begin);
       if (!p.energies) weights = static_cast<R*>(p.weights) + begin * slots, ids = p.ids + begin * slots;
-      packs = tokens >= kPackFrom * kTokens;
       read_x();
-      if (p.weight) add_base_product();
-      if (p.router && !packs) add_router_products();
+      if (packs_x_for_base || packs_x_for_router) multiply_packed_x();
+      if (p.weight && !packs_x_for_base) add_base_product();
+      if (p.router && !packs_x_for_router) packs_rows ? run_packed_router_product() : add_router_products();
       run_products();
-      if (p.router && packs) run_packed_router_product();
       if (p.router) choose_experts();
       if (!p.y) continue;
       sort_by_expert([&](int64_t e) { return expert_of(e); }, tokens * slots, experts, first, entries);
@@ -173,12 +189,12 @@ template <class T> class Chunk {
   }
 
   // Whether to pack the rows that as many entries are multiplied with. The speed of tiles depends little on the count.
-  bool packs_rows(int64_t count) const { return packs && count >= (kTiles<X> ? 1 : 4 * kTokens); }
+  bool packs_rows_for(int64_t count) const { return packs_rows && count >= (kTiles<X> ? 1 : 4 * kTokens); }
 
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
   void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, int64_t entries_per_token,
                     R* out, int64_t out_stride, int64_t ahead = kAhead<T>) {
-    const bool packed = packs_rows(count);
+    const bool packed = packs_rows_for(count);
     const int64_t rows_at_once = packed ? kPanelWidth<X> : row_count, entries_at_once = packed ? kEntriesAtOnce : 8 * kTokens;
     for (int64_t e = 0; e < count; e += entries_at_once)
       for (int64_t j = 0; j < row_count; j += rows_at_once) {
@@ -199,7 +215,7 @@ template <class T> class Chunk {
         const auto& product = products[i];
         const auto x_at = [&](int64_t e) { return x[product.entries[e] / product.entries_per_token]; };
         const auto out_at = [&](int64_t e) { return product.out + product.entries[e] * product.out_stride; };
-        if (packs_rows(product.count)) {
+        if (packs_rows_for(product.count)) {
           const auto row_at = [&](int64_t c) { return product.rows.first + c * n.in_features; };
           packed_product(product.rows.count, row_at, product.count, x_at, out_at);
           continue;
@@ -213,9 +229,12 @@ template <class T> class Chunk {
     products.clear();
   }
 
+  // Where x W^T is summed: in y, or in `base`.
+  R* base_sums() const { return kInPlace ? static_cast<R*>(p.y) + begin * p.y_stride : base.get(); }
+  int64_t base_stride() const { return kInPlace ? p.y_stride : n.out_features; }
+
   void add_base_product() {
-    add_products(static_cast<const T*>(p.weight), n.out_features, every_token.data(), tokens, 1, base.get(),
-                 n.out_features);
+    add_products(static_cast<const T*>(p.weight), n.out_features, every_token.data(), tokens, 1, base_sums(), base_stride());
   }
 
   void add_router_products() {
@@ -224,18 +243,79 @@ template <class T> class Chunk {
                    tokens, 1, &q[i * n.rank_of_router], q_columns(), n.rank_of_router > kRows ? kAhead<T> : p.router_expert_stride);
   }
 
+  // Row j of all experts' router rows, one after the other.
+  const T* router_row(int64_t j) const {
+    const int64_t g = n.rank_of_router;
+    return static_cast<const T*>(p.router) + routed[j / g] * p.router_expert_stride + j % g * n.in_features;
+  }
+
+  // x W^T, q = x R^T, or both, by panels of x.
+  void multiply_packed_x() {
+    const int64_t panels = (tokens + kPanelWidth<X> - 1) / kPanelWidth<X>, pieces = (n.in_features + kPanelDepth - 1) / kPanelDepth;
+    const Buffer<R> x_panels(panels * panel_size());
+    parallel(parallel_for, panels * pieces, kPanelWidth<X> * kPanelDepth, [&](int64_t from, int64_t to) {
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t t0 = item / pieces * kPanelWidth<X>, d = item % pieces * kPanelDepth, width = width_from(t0);
+        const X* row[kPanelWidth<X>];
+        for (int64_t t = 0; t < width; ++t) row[t] = x[t0 + t] + d;
+        R* panel = x_panels.get() + item / pieces * panel_size() + d * panel_vectors<X>(width) * kLanes<R>;
+        pack<X>(row, width, std::min(kPanelDepth, n.in_features - d), panel);
+      }
+    });
+    const T* weight = static_cast<const T*>(p.weight);
+    if (packs_x_for_base) multiply_rows(x_panels.get(), n.out_features, [&](int64_t j) { return weight + j * n.in_features; }, base_sums(), base_stride());
+    if (packs_x_for_router) multiply_rows(x_panels.get(), q_columns(), [&](int64_t j) { return router_row(j); }, q.get(), q_columns());
+  }
+
+  int64_t panel_size() const { return n.in_features * kPanelWidth<X>; }
+  int64_t width_from(int64_t t0) const { return std::min(kPanelWidth<X>, tokens - t0); }
+
+  // out[t][j] = the product of x[t] with row j.
+  template <class RowAt>
+  void multiply_rows(const R* x_panels, int64_t row_count, const RowAt& row_at, R* out, int64_t out_stride) {
+    const int64_t blocks = (row_count + kRowsAtOnce - 1) / kRowsAtOnce;
+    parallel(parallel_for, blocks, kRowsAtOnce * tokens * n.in_features, [&](int64_t from, int64_t to) {
+      const Buffer<R> sums(kRowsAtOnce * kPanelWidth<X>), turned(kPanelWidth<X> * kRowsAtOnce), reals(kRowsAtOnce * kPanelDepth);
+      for (int64_t j0 = from * kRowsAtOnce; j0 < std::min(row_count, to * kRowsAtOnce); j0 += kRowsAtOnce)
+        for (int64_t t0 = 0; t0 < tokens; t0 += kPanelWidth<X>) {
+          const int64_t rows = std::min(kRowsAtOnce, row_count - j0), width = width_from(t0);
+          const int64_t stride = panel_vectors<X>(width) * kLanes<R>;
+          const R* panel = x_panels + t0 / kPanelWidth<X> * panel_size();
+          const auto row = [&](int64_t c) { return row_at(std::min(j0 + c, row_count - 1)); };
+          if constexpr (kInPlace)
+            row_product(rows, row, panel, width, n.in_features, sums.get(), false);
+          else
+            multiply_converted(rows, row, panel, width, sums.get(), reals.get());
+          const R* sums_of_row[kRowsAtOnce];
+          for (int64_t c = 0; c < rows; ++c) sums_of_row[c] = sums.get() + c * stride;
+          pack<R>(sums_of_row, rows, width, turned.get());
+          for (int64_t t = 0; t < width; ++t)
+            std::copy_n(turned.get() + t * panel_vectors<R>(rows) * kLanes<R>, rows, out + (t0 + t) * out_stride + j0);
+        }
+    });
+  }
+
+  // The same for a block of rows of 16-bit numbers, converted piece by piece in `reals`.
+  template <class RowAt>
+  void multiply_converted(int64_t rows, const RowAt& row, const R* panel, int64_t width, R* sums, R* reals) {
+    for (int64_t d = 0; d < n.in_features; d += kPanelDepth) {
+      const int64_t depth = std::min(kPanelDepth, n.in_features - d);
+      for (int64_t c = 0; c < rows; ++c)
+        for (int64_t k = 0; k < depth; ++k) reals[c * kPanelDepth + k] = to_real(row(c)[d + k]);
+      row_product(rows, [&](int64_t c) { return reals + std::min(c, rows - 1) * kPanelDepth; },
+                  panel + d * panel_vectors<X>(width) * kLanes<R>, width, depth, sums, d > 0);
+    }
+  }
+
   // q = x R^T by panels of rows, which may belong to several experts.
   void run_packed_router_product() {
     constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = kEntriesAtOnce;
-    const int64_t g = n.rank_of_router, rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
+    const int64_t rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
     const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce;
     parallel(parallel_for, panels * pieces, kWidth * std::min(tokens, kAtOnce) * n.in_features, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
         const int64_t j0 = item % panels * kWidth, t0 = item / panels * kAtOnce;
-        const auto row_at = [&](int64_t c) {
-          return static_cast<const T*>(p.router) + routed[(j0 + c) / g] * p.router_expert_stride + (j0 + c) % g * n.in_features;
-        };
-        packed_product(std::min(kWidth, rows - j0), row_at, std::min(kAtOnce, tokens - t0),
+        packed_product(std::min(kWidth, rows - j0), [&](int64_t c) { return router_row(j0 + c); }, std::min(kAtOnce, tokens - t0),
                        [&](int64_t t) { return x[t0 + t]; }, [&](int64_t t) { return &q[(t0 + t) * rows + j0]; });
       }
     });
@@ -317,9 +397,11 @@ template <class T> class Chunk {
         if (!p.weight && !has_experts(part)) continue;
         const int64_t t0 = item / count * kAtOnce, t1 = std::min(tokens, t0 + kAtOnce);
         T* y = static_cast<T*>(p.y) + begin * p.y_stride + o;
-        const bool in_y = std::is_same<T, R>::value && !p.weight && width == panel_vectors<X>(width) * kLanes<R>;
+        const bool in_y = kInPlace && width == panel_vectors<X>(width) * kLanes<R>;
         const Sums<R> sums = in_y ? Sums<R>{reinterpret_cast<R*>(y + t0 * p.y_stride), p.y_stride} : Sums<R>{buffer.get(), kWidth};
         for (int64_t t = t0; t < t1 && !in_y; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums[t - t0]);
+        for (int64_t t = t0; t < t1 && p.bias; ++t)
+          for (int64_t c = 0; c < width; ++c) sums[t - t0][c] += to_real(static_cast<const T*>(p.bias)[o + c]);
         for (int64_t i = 0; i < n.num_experts; ++i)
           expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, panel.get());
         for (int64_t t = t0; t < t1 && !in_y; ++t)
@@ -328,16 +410,14 @@ template <class T> class Chunk {
     });
   }
 
-  // sums = x W^T + b for `width` outputs from o on.
+  // sums = x W^T for `width` outputs from o on, with b if y holds it.
   void begin_sums(int64_t t, int64_t o, int64_t width, const T* y, R* sums) {
-    if (!p.weight) {
-      for (int64_t at = 0; at < kPanelWidth<X>; at += 64 / sizeof(T)) __builtin_prefetch(y + width + at, 1);
-      for (int64_t c = 0; c < width; ++c) sums[c] = to_real(y[c]);
+    if (base) {
+      std::copy_n(&base[t * n.out_features + o], width, sums);
       return;
     }
-    std::copy_n(&base[t * n.out_features + o], width, sums);
-    if (p.bias)
-      for (int64_t c = 0; c < width; ++c) sums[c] += to_real(static_cast<const T*>(p.bias)[o + c]);
+    for (int64_t at = 0; at < kPanelWidth<X>; at += 64 / sizeof(T)) __builtin_prefetch(y + width + at, 1);
+    for (int64_t c = 0; c < width; ++c) sums[c] = to_real(y[c]);
   }
 
   // Adds expert v, number i of its part, to the sums of its tokens among t0 to t1.
@@ -380,16 +460,16 @@ template <class T> class Chunk {
   const ParallelFor parallel_for;
   const int64_t num_parts, experts, slots;  // P, P N, P m
   bool copies_x;                            // x is not plain rows of R
+  bool packs_rows, packs_x_for_base, packs_x_for_router;
   std::vector<int64_t> rank, routed, first_q;  // of each expert; experts with scores; a part's first among them
   struct Block { int64_t part, o, width; };
   std::vector<Block> blocks;
   int64_t tokens_at_once;
   int64_t begin, tokens;   // this chunk
-  bool packs;              // it has tokens enough to pack rows
   R* weights = nullptr;
   int32_t* ids = nullptr;
   std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * slots, r]
-  std::unique_ptr<R[]> base, q, h;     // [tokens, O], [tokens, routed, g], [tokens * slots, r]
+  std::unique_ptr<R[]> base, q, h;     // [tokens, O] unless in place, [tokens, routed, g], [tokens * slots, r]
   std::vector<const X*> x;
   std::vector<int32_t> every_token, entries;
   std::vector<int64_t> first;
@@ -397,6 +477,12 @@ template <class T> class Chunk {
 };
 
 #include "cpu_backward.h"
+
+inline int64_t most_tokens(DType dtype) {
+  int64_t most = 0;
+  with_type(dtype, [&](auto type) { most = most_tokens_of_base<decltype(type)>(); });
+  return most;
+}
 
 inline void forward(DType dtype, const Forward& p, ParallelFor parallel_for) {
   if (p.n.tokens > 0) with_type(dtype, [&](auto type) { Chunk<decltype(type)>(p, parallel_for).run(); });

@@ -354,10 +354,10 @@ template <class X> constexpr int64_t packed_depth(int64_t depth) {
   return (depth + numbers * each - 1) / (numbers * each) * each;
 }
 
-// Vectors of a panel with `width` rows: 1, 2 or kPanel. Tiles take all of them.
+// Vectors of a panel with `width` rows, 1 to kPanel. Tiles take all of them.
 template <class X> constexpr int panel_vectors(int64_t width) {
   constexpr int64_t lanes = kLanes<typename Packed<X>::R>;
-  return kTiles<X> || width > 2 * lanes ? kPanel : width > lanes ? 2 : 1;
+  return kTiles<X> ? kPanel : int((width + lanes - 1) / lanes);
 }
 
 // panel[k][c] = rows[c][k] for `width` rows, at most kPanelWidth; the last vector repeats the last of them. Vectors past
@@ -533,6 +533,68 @@ void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width,
   switch (panel_vectors<X>(width)) {
     case 1: return few_products<1, X>(count, x_at, panel, depth, out_at, accumulate);
     case 2: return few_products<2, X>(count, x_at, panel, depth, out_at, accumulate);
+    case 3: return few_products<3, X>(count, x_at, panel, depth, out_at, accumulate);
     default: return few_products<kPanel, X>(count, x_at, panel, depth, out_at, accumulate);
+  }
+}
+
+// ---- products of packed x with rows as they are stored ----
+//
+// x are packed into panels of vectors over x, and each number of a row is multiplied with them. Rows that are more than
+// the x are read once and not copied, whereas packing them takes as long as multiplying them with sixteen x.
+
+constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
+constexpr int64_t kChainOfRows = 64;  // numbers summed in a row: sums of few have smaller rounding errors
+constexpr int64_t kDotsUpTo = SMILE_VECTORS == 16 ? 9 : 12;  // number of x up to which `dots` is faster
+constexpr int64_t kMostPacked = 64;   // number of x from which packing rows is faster
+
+// Rows in registers, where a panel has V vectors.
+constexpr int rows_of_tile(int V) { return SMILE_VECTORS == 16 ? 12 / V : V < 3 ? 12 : 24 / V; }
+
+// out[i][V vectors] (+)= sum_k row[i][k] panel[k] for M rows. A row is prefetched four lines ahead, at its end the `next` one.
+template <int M, int V, class R>
+SMILE_INLINE void row_tile(const R* const* row, const R* const* next, const R* panel, int64_t depth, R* out, bool accumulate) {
+  constexpr int lanes = kLanes<R>;
+  for (int64_t from = 0; from < depth; from += kChainOfRows) {
+    const int64_t to = std::min(depth, from + kChainOfRows);
+    Vector<R> sum[M][V] = {};
+    for (int64_t k = from; k < to;) {
+      const int64_t ahead = k + 4 * kLine<R>, end = std::min(k + kLine<R>, to);
+      SMILE_UNROLL for (int i = 0; i < M; ++i) __builtin_prefetch(ahead < depth ? row[i] + ahead : next[i] + ahead - depth);
+      for (; k < end; ++k, panel += V * lanes) {
+        Vector<R> x[V];
+        SMILE_UNROLL for (int v = 0; v < V; ++v) x[v] = load(panel + v * lanes);
+        SMILE_UNROLL for (int i = 0; i < M; ++i)
+          SMILE_UNROLL for (int v = 0; v < V; ++v) sum[i][v] += row[i][k] * x[v];
+      }
+    }
+    SMILE_UNROLL for (int i = 0; i < M; ++i)
+      SMILE_UNROLL for (int v = 0; v < V; ++v) {
+        R* at = out + (i * V + v) * lanes;
+        if (accumulate || from > 0) sum[i][v] += load(at);
+        std::memcpy(at, &sum[i][v], sizeof(sum[i][v]));
+      }
+  }
+}
+
+template <int V, class R, class At>
+void row_tiles(int64_t count, const At& row_at, const R* panel, int64_t depth, R* out, bool accumulate) {
+  constexpr int M = rows_of_tile(V);
+  for (int64_t c = 0; c < count; c += M) {
+    const R *row[M], *next[M];
+    for (int i = 0; i < M; ++i) row[i] = row_at(c + i), next[i] = row_at(c + M + i);
+    row_tile<M, V>(row, next, panel, depth, out + c * V * kLanes<R>, accumulate);
+  }
+}
+
+// out[c] (+)= row_at(c) panel for `count` rows, at most kRowsAtOnce, and a panel of `width` x. row_at is called for later
+// rows too, and out has room for kRowsAtOnce rows of the panel's vectors.
+template <class R, class At>
+void row_product(int64_t count, const At& row_at, const R* panel, int64_t width, int64_t depth, R* out, bool accumulate) {
+  switch (panel_vectors<R>(width)) {
+    case 1: return row_tiles<1>(count, row_at, panel, depth, out, accumulate);
+    case 2: return row_tiles<2>(count, row_at, panel, depth, out, accumulate);
+    case 3: return row_tiles<3>(count, row_at, panel, depth, out, accumulate);
+    default: return row_tiles<kPanel>(count, row_at, panel, depth, out, accumulate);
   }
 }

@@ -137,9 +137,8 @@ struct Evidence {
 };
 void cpu_evidence(bool is_double, const Evidence& p, ParallelFor parallel_for);
 
-// For so few tokens these kernels compute the base product too: it is bound by reading W, and a separate call of PyTorch
-// is no faster and adds its own overhead, which is noticeable for a small layer.
-inline bool cpu_is_small(const Sizes& n) { return n.tokens <= 8; }
+// Whether these kernels compute the base product faster than PyTorch; with more tokens they may not have any.
+bool cpu_computes_base(DType dtype, const Sizes& n);
 
 // ---- CUDA: float32, bfloat16, float16; every launcher only enqueues on the stream (a cudaStream_t) ----
 
