@@ -102,7 +102,7 @@ Tensor dispatch(const char* name, std::initializer_list<StableIValue> arguments)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// at::linear: the base product has the same bits as nn.Linear.
+// at::linear: here the base product has the same bits as nn.Linear.
 Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   return dispatch("aten::linear", {from(x), from(weight), from(bias)});

@@ -267,11 +267,14 @@ def floor_us(record: Record, limits: Record) -> float:
     """The minimum time of a record's work here: the larger of bytes over bandwidth and FLOPs over the matmul rate.
 
     The bandwidth is that of the largest measured buffer that is not larger than the work: in a loop, all peers read a
-    small layer from the caches.
+    small layer from the caches. Numbers of 16 bits can be multiplied as float32, where that is faster.
     """
     fitting = [rate for size, rate in limits["bandwidth"] if size <= record["bytes"]]
     bandwidth = fitting[-1] if fitting else limits["bandwidth"][0][1]
-    return max(record["bytes"] / bandwidth, record["flops"] / limits["matmul"][record["dtype"]]) * 1e6
+    rate = limits["matmul"][record["dtype"]]
+    if record["dtype"] in ("bfloat16", "float16"):
+        rate = max(rate, limits["matmul"].get("float32", 0))
+    return max(record["bytes"] / bandwidth, record["flops"] / rate) * 1e6
 
 
 def summary(record: Record, limits: Record) -> dict[str, dict[str, float]]:

@@ -17,6 +17,15 @@ SHAPES = [
     (8, 19, 203, 70, 2, 1, 5),
     (100, 20, 112, 3, 40, 8, 1),
 ]
+# For the CPU: x that fill one to four vectors of a panel or not, several panels, and several chunks.
+SHAPES_OF_PANELS = [
+    (12, 70, 49, 3, 5, 4, 1),
+    (16, 300, 97, 3, 5, 4, 2),
+    (30, 33, 48, 5, 6, 3, 1),
+    (48, 129, 50, 4, 7, 5, 1),
+    (64, 515, 61, 3, 20, 8, 2),
+    (1100, 21, 53, 3, 4, 2, 1),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -10,7 +10,7 @@ import smile_kernels as sk
 from smile_kernels.ops import extension
 from smile_kernels.testing import Problem, assert_close, expectations
 from tests.ops.extension.builds import SANITIZERS, cpu_library, run_sanitized
-from tests.ops.extension.cases import DTYPES, SHAPES, check_backward, check_forward
+from tests.ops.extension.cases import DTYPES, SHAPES, SHAPES_OF_PANELS, check_backward, check_forward
 from tests.problems import problems_of_parts, side_by_side
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -32,7 +32,7 @@ def linear(problem: Problem, save: bool = False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + SHAPES_OF_PANELS, ids=str)
 @pytest.mark.parametrize("bare", [False, True], ids=["biases", "no-bias"])
 def test_forward_matches_reference(shape, dtype, bare):
     bias = dict(bias=not bare, expert_bias=not bare, router=bare)
@@ -139,8 +139,9 @@ def test_values_at_the_ends_of_the_range(dtype):
         assert torch.equal(got[6:], before[6:]), "a bad row changed its neighbours"
 
 
-def test_same_bits_on_any_number_of_threads():
-    p = Problem.random(70, 768, 768, 8, 32, 16, 2)
+@pytest.mark.parametrize("tokens", [7, 40, 70])
+def test_same_bits_on_any_number_of_threads(tokens):
+    p = Problem.random(tokens, 768, 768, 8, 32, 16, 2)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
@@ -149,7 +150,8 @@ def test_same_bits_on_any_number_of_threads():
     torch.set_num_threads(before)
     for y, h in results[1:]:
         assert torch.equal(h, results[0][1])
-        # The base product is PyTorch's, whose order of summation may depend on the number of threads.
+        # For many tokens the base product is PyTorch's, whose order of summation may depend on the number of threads.
+        assert tokens > 64 or torch.equal(y, results[0][0])
         assert_close("y", y, results[0][0].double(), 1e-6)
 
 
@@ -212,7 +214,7 @@ def test_other_leading_dimensions_are_refused():
         COMPILED.linear(x[0, 0], *layer, 2, 4, False)
     y = COMPILED.linear(x[0], *layer, 2, 4, False)[0]
     assert y.shape == (24,)
-    assert torch.equal(y, linear(p)[0][0])
+    assert_close("y", y, linear(p)[0][0].double(), 1e-6)
 
 
 def test_ids_out_of_range_are_refused():
