@@ -4,6 +4,7 @@ The factors of a LoRA adapter do not depend on the base's weights. A layer's ten
 of the model's shape, of which only shape and dtype are used.
 """
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -82,6 +83,7 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
     quantization = quantization_of(folder)
     if quantization is None:
         return read_plain("base", folder), {}
+    _check_settings(folder, quantization)
     method, dtype = quantization["quant_method"], _dtype(folder)
     if names.model is None:
         raise SmileError(
@@ -118,6 +120,22 @@ def open_base(folder: Path, names: ModelNames) -> tuple[dict[str, StoredTensor],
     if not packed:
         raise SmileError(f"base: {folder} says that it is stored as {method!r}, and has no such tensors; expected some")
     return stored, packed
+
+
+def _check_settings(folder: Path, quantization: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings that transformers, or the library of the method where installed, does not load."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        AutoQuantizationConfig.from_dict(copy.deepcopy(dict(quantization)))
+    except ImportError:  # a base for vLLM alone
+        return
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise SmileError(
+            f"{folder / 'config.json'}: quantization_config is refused by transformers ({said:.300}); expected one that "
+            "the base loads with"
+        ) from error
 
 
 def _check_shapes(quantization: Mapping[str, Any], shape: tuple[int, ...], tensors: Iterable[StoredTensor]) -> None:

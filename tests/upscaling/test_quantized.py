@@ -138,11 +138,32 @@ def test_a_quantised_layer_that_lacks_a_tensor_is_refused(config, part, plain, t
         sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        INT8_WEIGHTS | {"format": None},
+        INT8_WEIGHTS | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": EIGHT_BITS | {"strategy": "x"}}}},
+        AWQ | {"version": "other"},
+        {"quant_method": "gptq", "bits": 5},
+        {"quant_method": "fp8", "weight_block_size": ["16", 16]},
+    ],
+    ids=lambda config: config["quant_method"],
+)
+def test_settings_that_the_base_does_not_load_with_are_refused(config, plain, tmp_path):
+    base, one = quantised(plain, tmp_path / "base", INT8), adapter(tmp_path / "a", plain, 2, ["q_proj"])
+    settings = json.loads((base / "config.json").read_text()) | {"quantization_config": config}
+    (base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(sk.SmileError, match="config.json: quantization_config is refused by transformers"):
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+    assert not (tmp_path / "out").exists()
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
 NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}
 NVFP4_SHAPES = {"weight_packed": (32, 16), "weight_scale": (32, 1), "weight_global_scale": (1,)}
-GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"group_size": 16}}}}
+GROUP = {"targets": ["Linear"], "weights": {"strategy": "group", "group_size": 16}}
+GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
 
 
 @pytest.mark.parametrize(
