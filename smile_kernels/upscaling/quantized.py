@@ -133,8 +133,8 @@ def _check_settings(folder: Path, quantization: Mapping[str, Any]) -> None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise SmileError(
-            f"{folder / 'config.json'}: quantization_config is refused by transformers ({said:.300}); expected one that "
-            "the base loads with"
+            f"{folder / 'config.json'}: quantization_config is refused by transformers ({said:.300}); expected one "
+            "that the base loads with"
         ) from error
 
 
