@@ -22,6 +22,7 @@ that an operator selected.
 
 import functools
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -389,6 +390,11 @@ class _Delta(torch.autograd.Function):
         elif any(needs):
             gradients = _delta_backward(dy, *ctx.saved_tensors, g, ctx.routes, needs, parts, rank_of_parts, backend)
         return (dy, *(g if needed else None for g, needed in zip(gradients, needs)), *[None] * 6)
+
+
+# `apply` asks for it in each call, and finding it takes longer than running an operator on few tokens.
+for _function in (_Route, _Apply, _Linear, _Delta):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
