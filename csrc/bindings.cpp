@@ -271,6 +271,7 @@ struct Call {
     p.n.tokens = 1;
     for (int64_t d = 0; d + 1 < x.dim(); ++d) p.n.tokens *= rows.size[rows.dim++] = x.size(d);
     p.n.in_features = x.size(rows.dim);
+    STD_TORCH_CHECK(p.n.in_features >= 1, "x: has 0 features; expected 1 or more");
     p.x = x.const_data_ptr();
     p.x_stride[0] = is_matrix ? x.stride(0) : p.n.in_features;
     p.x_stride[1] = is_matrix ? x.stride(1) : 1;
@@ -339,6 +340,8 @@ struct Call {
                     "vh, s, u: expected [N, rows, in_features], [N, r], [N, out_features, r]");
     const auto dtype = x.scalar_type();
     const int64_t experts = s.size(at), out_features = p.n.out_features = u.size(1);
+    STD_TORCH_CHECK(experts >= 1 && out_features >= 1, "u: has ", experts, " experts and ", out_features,
+                    " outputs; expected 1 or more");
     STD_TORCH_CHECK(p.router == nullptr || p.n.num_experts == experts, "router: has ", p.n.num_experts,
                     " experts; expected those of s, ", experts);
     p.n.num_experts = experts;
@@ -645,6 +648,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> apply
 
   smile::Backward p{};
   p.n = {x.size(0), x.size(1), u.size(1), s.size(0), ids.size(1), s.size(1), 0, vh.size(1)};
+  STD_TORCH_CHECK(p.n.in_features >= 1 && p.n.out_features >= 1 && p.n.num_experts >= 1, "u: has ", p.n.num_experts,
+                  " experts and ", p.n.out_features, " outputs of ", p.n.in_features, " features; expected 1 or more");
   check_device_limits(x, p.n);
   check("dy", dy, x, x.scalar_type(), {p.n.tokens, p.n.out_features});
   if (weight) check("weight", *weight, x, x.scalar_type(), {p.n.out_features, p.n.in_features});

@@ -73,7 +73,7 @@ template <class R> struct Sums {
 constexpr int64_t kEntriesAtOnce = 32 * kTokens;
 
 // The number of tokens up to which these kernels compute the base product too. A few are bound by reading W, as at::linear is
-// after its overhead; up to a panel of them, packing x is faster than packing W; and 16-bit numbers that the processor does
+// after its overhead; up to two panels of them, packing x is faster than packing W; and 16-bit numbers that the processor does
 // not multiply are converted here with vectors. Measured: bench/NOTES.md.
 template <class T> constexpr int64_t most_tokens_of_base() {
   using X = typename MultiplyAs<T>::type;
@@ -275,17 +275,21 @@ template <class T> class Chunk {
   void multiply_rows(const R* x_panels, int64_t row_count, const RowAt& row_at, R* out, int64_t out_stride) {
     const int64_t blocks = (row_count + kRowsAtOnce - 1) / kRowsAtOnce;
     parallel(parallel_for, blocks, kRowsAtOnce * tokens * n.in_features, [&](int64_t from, int64_t to) {
-      const Buffer<R> sums(kRowsAtOnce * kPanelWidth<X>), turned(kPanelWidth<X> * kRowsAtOnce), reals(kRowsAtOnce * kPanelDepth);
+      const int64_t size = kRowsAtOnce * kPanelWidth<X>;
+      const Buffer<R> sums(size), later(size), turned(size), reals(kInPlace ? 0 : kRowsAtOnce * kPanelDepth);
       for (int64_t j0 = from * kRowsAtOnce; j0 < std::min(row_count, to * kRowsAtOnce); j0 += kRowsAtOnce)
         for (int64_t t0 = 0; t0 < tokens; t0 += kPanelWidth<X>) {
           const int64_t rows = std::min(kRowsAtOnce, row_count - j0), width = width_from(t0);
           const int64_t stride = panel_vectors<X>(width) * kLanes<R>;
           const R* panel = x_panels + t0 / kPanelWidth<X> * panel_size();
           const auto row = [&](int64_t c) { return row_at(std::min(j0 + c, row_count - 1)); };
-          if constexpr (kInPlace)
-            row_product(rows, row, panel, width, n.in_features, sums.get(), false);
-          else
-            multiply_converted(rows, row, panel, width, sums.get(), reals.get());
+          // Sums over more columns are added to one another, not continued: their rounding errors are smaller.
+          for (int64_t d = 0; d < n.in_features; d += kDepth) {
+            const int64_t depth = std::min(kDepth, n.in_features - d);
+            R* part = d == 0 ? sums.get() : later.get();
+            multiply_piece(rows, [&](int64_t c) { return row(c) + d; }, panel + d * stride, width, depth, part, reals.get());
+            for (int64_t i = 0; i < rows * stride && d > 0; ++i) sums.get()[i] += part[i];
+          }
           const R* sums_of_row[kRowsAtOnce];
           for (int64_t c = 0; c < rows; ++c) sums_of_row[c] = sums.get() + c * stride;
           pack<R>(sums_of_row, rows, width, turned.get());
@@ -295,15 +299,19 @@ template <class T> class Chunk {
     });
   }
 
-  // The same for a block of rows of 16-bit numbers, converted piece by piece in `reals`.
+  // sums = `depth` columns of a block of rows times a panel; rows of 16-bit numbers are converted in `reals`.
   template <class RowAt>
-  void multiply_converted(int64_t rows, const RowAt& row, const R* panel, int64_t width, R* sums, R* reals) {
-    for (int64_t d = 0; d < n.in_features; d += kPanelDepth) {
-      const int64_t depth = std::min(kPanelDepth, n.in_features - d);
-      for (int64_t c = 0; c < rows; ++c)
-        for (int64_t k = 0; k < depth; ++k) reals[c * kPanelDepth + k] = to_real(row(c)[d + k]);
-      row_product(rows, [&](int64_t c) { return reals + std::min(c, rows - 1) * kPanelDepth; },
-                  panel + d * panel_vectors<X>(width) * kLanes<R>, width, depth, sums, d > 0);
+  void multiply_piece(int64_t rows, const RowAt& row, const R* panel, int64_t width, int64_t depth, R* sums, R* reals) {
+    if constexpr (kInPlace) {
+      row_product(rows, row, panel, width, depth, sums, false);
+    } else {
+      for (int64_t d = 0; d < depth; d += kPanelDepth) {
+        const int64_t count = std::min(kPanelDepth, depth - d);
+        for (int64_t c = 0; c < rows; ++c)
+          for (int64_t k = 0; k < count; ++k) reals[c * kPanelDepth + k] = to_real(row(c)[d + k]);
+        row_product(rows, [&](int64_t c) { return reals + std::min(c, rows - 1) * kPanelDepth; },
+                    panel + d * panel_vectors<X>(width) * kLanes<R>, width, count, sums, d > 0);
+      }
     }
   }
 
@@ -340,7 +348,7 @@ template <class T> class Chunk {
   void add_shrink_products() {
     for (int64_t v = 0; v < experts; ++v)
       add_products(static_cast<const T*>(p.vh) + (v * n.vh_rows + known_rows(v)) * n.in_features, rank[v] - known_rows(v),
-                   &entries[first[v]], first[v + 1] - first[v], slots, &h[known_rows(v)], n.rank_of_expert);
+                   entries.data() + first[v], first[v + 1] - first[v], slots, &h[known_rows(v)], n.rank_of_expert);
   }
 
   void choose_experts() {

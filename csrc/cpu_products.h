@@ -546,7 +546,7 @@ void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width,
 constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
 constexpr int64_t kChainOfRows = 64;  // numbers summed in a row: sums of few have smaller rounding errors
 constexpr int64_t kDotsUpTo = SMILE_VECTORS == 16 ? 9 : 12;  // number of x up to which `dots` is faster
-constexpr int64_t kMostPacked = 64;   // number of x from which packing rows is faster
+constexpr int64_t kMostPacked = SMILE_VECTORS == 16 ? 64 : 128;  // number of x beyond which packing rows is faster
 
 // Rows in registers, where a panel has V vectors.
 constexpr int rows_of_tile(int V) { return SMILE_VECTORS == 16 ? 12 / V : V < 3 ? 12 : 24 / V; }

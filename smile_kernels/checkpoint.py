@@ -184,12 +184,20 @@ def _check_base(model: Any, folder: Path) -> None:
 
 
 def _check_settings(where: str, base: Any, own: Any) -> None:
-    """Raise ValueError if a pass of the base depends on another setting than the config of the experts has."""
+    """Raise ValueError if a pass of the base depends on another setting than the config of the experts has.
+
+    Generation alone reads most ids of tokens; positions may depend on that of padding, and a decoder begins with its
+    own. transformers sets problem_type, on which the loss depends, in the first pass with labels.
+    """
     if not (hasattr(base, "to_dict") and hasattr(own, "to_dict")):
         return
     theirs, ours = settings_of(base), settings_of(own)
     for name in sorted(ours.keys() | theirs):
-        if ours.get(name) != theirs.get(name) and not name.endswith(("_token_id", "id2label")):
+        last = name.rpartition(".")[2]
+        free = last in ("id2label", "problem_type") or last.endswith("_token_id")
+        if last in ("pad_token_id", "decoder_start_token_id"):
+            free = None in (ours.get(name), theirs.get(name))
+        if ours.get(name) != theirs.get(name) and not free:
             raise SmileError(
                 f"{where}: its config has {name} {theirs.get(name)!r}, and that of the experts {ours.get(name)!r}; "
                 "expected the same"

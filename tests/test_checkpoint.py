@@ -133,15 +133,20 @@ def test_experts_alone_are_saved_only_with_their_base(case, tmp_path):
 def test_experts_alone_are_loaded_only_on_a_base_with_their_settings(tmp_path):
     """Settings on which no pass depends may change."""
     model = tiny_models.build("LlamaForCausalLM")
+    model.config.pad_token_id = 1
     model.save_pretrained(tmp_path / "base")
     fused, _ = upscale(model, [tiny_models.fine_tuned(model, 1)], rank_of_expert=4, rank_of_router=2, progress=False)
+    fused.config.problem_type = "regression"  # as a first pass with labels does
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_pretrained(fused, tmp_path / "out", base=tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"eos_token_id": 9, "use_cache": False}))
+    file.write_text(json.dumps(config | {"eos_token_id": 9, "use_cache": False, "pad_token_id": None}))
     load_pretrained(tmp_path / "out")
+    file.write_text(json.dumps(config | {"pad_token_id": 5}))  # from which some models count positions
+    with pytest.raises(SmileError, match="its config has pad_token_id 5, and that of the experts 1; expected the same"):
+        load_pretrained(tmp_path / "out")
     rope = config["rope_parameters"] | {"rope_theta": 3.0}
     file.write_text(json.dumps(config | {"rope_parameters": rope}))
     message = r"its config has rope_parameters\.rope_theta 3\.0, and that of the experts 10000\.0; expected the same"

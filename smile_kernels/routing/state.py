@@ -328,7 +328,9 @@ class ForwardPass:
             self.tokens.find_factors(history)
         plain = self.tokens.starts is None and self.tokens.encoder_states is None and isinstance(self.tokens.past, int)
         one_step = self.policy.scope != "prompt" and self.policy.top_p == 1 and plain
+        # Steps of one operator write sums into buffers, which vmap and the other transforms do not see.
         aside = self.override is not None or torch.compiler.is_compiling()
+        aside = aside or torch._C._functorch.peek_interpreter_stack() is not None
         self.is_direct = (self.held or one_step) and not aside
 
     def route_alone(self, layer: RoutedExperts, x: Tensor) -> Routing | None:

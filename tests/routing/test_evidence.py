@@ -220,12 +220,12 @@ def test_inference_under_vmap_autocast_and_without_data(scope):
         set_routing(model, RoutingPolicy(scope, accumulate=True))
     want = torch.stack([model(inputs_embeds=one) for one in x])
     torch.testing.assert_close(torch.vmap(lambda one: model(inputs_embeds=one))(x), want)
-    if scope is not None:  # a root that would create a KV cache, if it were not told not to
+    for use_cache in (False, True) if scope is not None else ():
         lm, embedded = llama(), torch.randn(3, 2, 5, SIZES["hidden_size"])
         set_routing(lm, RoutingPolicy(scope, accumulate=True))
-        call = functools.partial(logits, lm, use_cache=False)
+        call = functools.partial(logits, lm, use_cache=use_cache)
         each = torch.stack([call(inputs_embeds=one) for one in embedded])
-        mapped = torch.vmap(lambda one: call(inputs_embeds=one))(embedded)
+        mapped = torch.vmap(lambda one, call=call: call(inputs_embeds=one))(embedded)
         torch.testing.assert_close(mapped, each, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(inputs_embeds=x[0]).dtype == torch.bfloat16

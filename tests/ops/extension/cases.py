@@ -24,6 +24,7 @@ SHAPES_OF_PANELS = [
     (30, 33, 48, 5, 6, 3, 1),
     (48, 129, 50, 4, 7, 5, 1),
     (64, 515, 61, 3, 20, 8, 2),
+    (128, 40, 70, 3, 5, 4, 1),
     (1100, 21, 53, 3, 4, 2, 1),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -139,7 +139,7 @@ def test_values_at_the_ends_of_the_range(dtype):
         assert torch.equal(got[6:], before[6:]), "a bad row changed its neighbours"
 
 
-@pytest.mark.parametrize("tokens", [7, 40, 70])
+@pytest.mark.parametrize("tokens", [7, 40, 100, 150])
 def test_same_bits_on_any_number_of_threads(tokens):
     p = Problem.random(tokens, 768, 768, 8, 32, 16, 2)
     before = torch.get_num_threads()
@@ -201,6 +201,30 @@ def test_what_does_not_fit_is_named(change):
         setattr(p, change, getattr(p, change)[..., :-1])
     with pytest.raises(RuntimeError, match=change.split()[0] if change not in ("x", "weight") else "router|weight"):
         linear(p)
+
+
+def test_layers_without_features_outputs_or_experts_are_refused():
+    p = Problem.random(13, 6, 5, 3, 2, 2, 1)
+    (x, weight, bias, vh, s, u, _, _), (weights, ids) = p.arguments(), linear(p)[1:3]
+    for given, message in (
+        ((x[:, :0], weight[:, :0], bias, vh[..., :0], s, u), "x: has 0 features"),
+        ((x, weight[:0], bias[:0], vh, s, u[:, :0]), "u: has 3 experts and 0 outputs"),
+        ((x, weight, bias, vh[:0], s[:0], u[:0]), "u: has 0 experts and 5 outputs"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            COMPILED.apply(*given, None, weights, ids, False)
+        dy, h = torch.zeros(13, given[5].shape[1]), torch.zeros(13, 1, 2)
+        x_, w_, _, *experts = given
+        with pytest.raises(RuntimeError, match="expected 1 or more"):
+            COMPILED.apply_backward(dy, x_, w_, *experts, None, weights, ids, h, 0xFF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_one_sign_over_many_columns(dtype):
+    """Their rounding errors add up; those of plain PyTorch are the measure, as everywhere."""
+    p = Problem.random(16, 28672, 50, 2, 3, 2, 1, dtype=dtype)
+    p.x, p.weight, p.vh = p.x.abs(), p.weight.abs(), p.vh.abs()
+    check_forward(extension, p)
 
 
 def test_other_leading_dimensions_are_refused():
