@@ -187,14 +187,14 @@ def _check_settings(where: str, base: Any, own: Any) -> None:
     """Raise ValueError if a pass of the base depends on another setting than the config of the experts has.
 
     Generation alone reads most ids of tokens; positions may depend on that of padding, and a decoder begins with its
-    own. transformers sets problem_type, on which the loss depends, in the first pass with labels.
+    own.
     """
     if not (hasattr(base, "to_dict") and hasattr(own, "to_dict")):
         return
     theirs, ours = settings_of(base), settings_of(own)
     for name in sorted(ours.keys() | theirs):
         last = name.rpartition(".")[2]
-        free = last in ("id2label", "problem_type") or last.endswith("_token_id")
+        free = last == "id2label" or last.endswith("_token_id")
         if last in ("pad_token_id", "decoder_start_token_id"):
             free = None in (ours.get(name), theirs.get(name))
         if ours.get(name) != theirs.get(name) and not free:

@@ -15,7 +15,7 @@ ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__path__[0])
 
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS", "-O0")
 EMULATION = ("-DSMILE_CUDA", "-DSMILE_EMULATION", "-Dsmile_kernels_ext=smile_kernels_emulated", f"-I{HERE}")
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{TORCH / 'include'}")
 CUDA_SOURCES = ("project.cu", "route.cu", "decode.cu", "forward.cu", "backward.cu")

@@ -15,6 +15,9 @@ def check_cpu(shapes: list[tuple[int, ...]]) -> None:
             problem = Problem.random(*shape, dtype=dtype, router=shape[0] % 2 == 0, bias=shape[0] % 5 != 0)
             problem.x = torch.cat([problem.x, problem.x], 1)[:, 1 : shape[1] + 1]  # rows start between cache lines
             cases.check_forward(torch.ops.smile_kernels_ext, problem)
+            x, weight, bias, vh, s, u, *_ = problem.arguments()
+            none = x.new_empty((shape[0], 0), dtype=s.dtype), x.new_empty((shape[0], 0), dtype=torch.int32)
+            torch.ops.smile_kernels_ext.apply(x, weight, bias, vh, s, u, None, *none, False)
             # float32 is checked with bounds that need fused multiply-adds, which -O0 lacks; float16 goes the same way.
             if shape[0] > 1 and dtype != torch.float32:
                 cases.check_backward(torch.ops.smile_kernels_ext, problem)
