@@ -399,7 +399,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     check_sizes(folder)
     with errors_of_tokenizer(folder, "files cannot be loaded by transformers"):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks on standard input
 
 
 @contextmanager

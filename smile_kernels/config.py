@@ -28,7 +28,7 @@ _COUNT, _LONGEST = re.compile(r"num_labels|n_layers?|(.*_)?layers"), 1_000_000
 FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
 # What a config says of files, losses, training, generation, and labels again; what changes a tensor shows in its shape.
 _OF_NO_PASS = re.compile(
-    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config.*|label2id.*"
+    r"(.*\.)?(_.*|architectures|auto_map|(torch_)?dtype|transformers_(version|weights)|quantization_config.*|label2id.*"
     r"|num_labels|vocab_size|tie_word_embeddings|use_cache|return_dict|output_.*|chunk_size_feed_forward"
     r"|pretraining_tp|initializer_.*|init_.*|.*(dropout|dropout_prob|dropout_rate|pdrop|layerdrop|drop_path_rate)"
     r"|problem_type|ctc_.*|.*_(loss_coef|loss_coefficient|cost)|mask_(time|feature)_.*|apply_spec_augment"

@@ -169,11 +169,11 @@ def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
     assert b"/reset starts a new conversation" in seen
 
 
-CASES = ("no tokenizer", "no template", "bad template", "endless template", "bad tokenizer", "no folder", "a file")
+CASES = ("no tokenizer", "no template", "bad template", "endless template", "bad tokenizer", "own code", "no folder")
 ENDLESS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 
 
-@pytest.mark.parametrize("case", [*CASES, "plain", "vision", "device", "length"])
+@pytest.mark.parametrize("case", [*CASES, "plain", "vision", "device", "length", "a file"])
 def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     folder, options, message = tmp_path / "folder", [], ""
     if case == "no tokenizer":
@@ -185,6 +185,13 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
         bare.chat_template = None
         bare.save_pretrained(folder)
         message = "its tokenizer has no chat template; expected"
+    elif case == "own code":
+        shutil.copytree(fused, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+        message = "folder: the tokenizer's files cannot be loaded by transformers (ValueError: "
     elif case in ("bad template", "endless template", "bad tokenizer"):
         shutil.copytree(fused, folder)
         if case == "bad template":

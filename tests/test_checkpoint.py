@@ -173,6 +173,18 @@ def test_experts_alone_of_a_model_that_transformers_stores_under_other_names(tmp
     assert all(torch.equal(whole[name], alone[name]) for name in whole)
 
 
+def test_experts_alone_of_a_model_of_parts_that_was_loaded_whole(tmp_path):
+    base = tiny_models.build("CLIPModel")
+    for name, model in (("base", base), ("expert", tiny_models.fine_tuned(base, 1))):
+        model.save_pretrained(tmp_path / name)
+    options = {"rank_of_expert": 2, "rank_of_router": 2, "workers": 1}
+    upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "whole", **options)
+    model = load_pretrained(tmp_path / "whole")
+    save_pretrained(model, tmp_path / "out", base=tmp_path / "base")
+    want = model.state_dict()
+    assert all(torch.equal(t, want[name]) for name, t in load_pretrained(tmp_path / "out").state_dict().items())
+
+
 def test_a_generation_config_that_transformers_does_not_save(tmp_path):
     model = llama()
     model.generation_config.temperature = 0.3

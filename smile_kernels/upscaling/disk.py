@@ -300,6 +300,7 @@ class Job:
         whole = (source.by_name for source in self.sources if isinstance(source, CheckpointSource))
         dtypes = (tensors[layer.weight].dtype for tensors in (self.by_name, *whole))
         common = functools.reduce(torch.promote_types, dtypes)
+        dtype = self._dtype(common)
         factors, report = decompose(
             layer,
             self.tensors,
@@ -308,10 +309,9 @@ class Job:
             rank_of_router=self.config.rank_of_router,
             router=self.router,
             device=self.device,
-            dtype=common,
+            dtype=torch.promote_types(common, dtype),
         )
         if not report.skipped:
-            dtype = self._dtype(common)
             s_dtype = torch.promote_types(dtype, torch.float32)
             tensors = [
                 StoredTensor.of(f"{layer.stored}.{name}", factor.to("cpu", s_dtype if name == "s" else dtype))

@@ -126,11 +126,16 @@ def _check_settings(folder: Path, quantization: Mapping[str, Any]) -> None:
     """Raises ValueError for settings that transformers, or the library of the method where installed, does not load."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
+    if quantization["quant_method"] == "compressed-tensors" and not quantization.get("config_groups"):
+        raise SmileError(
+            f"{folder / 'config.json'}: quantization_config has config_groups {quantization.get('config_groups')!r}; "
+            "expected the layers that are stored so"
+        )
     try:
         AutoQuantizationConfig.from_dict(copy.deepcopy(dict(quantization)))
     except ImportError:  # a base for vLLM alone
         return
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of a library: an assertion, a bad pattern, ...
         said = " ".join(str(error).split())
         raise SmileError(
             f"{folder / 'config.json'}: quantization_config is refused by transformers ({said:.300}); expected one "

@@ -260,7 +260,10 @@ class _Expert:
 
 def _count_experts(model: _Model) -> int:
     if not isinstance(model, nn.Module):
-        return read_smile_config(model).num_local_experts
+        config = read_smile_config(model)
+        if config.base:
+            raise SmileError(f"model: {model} has a base that is stored quantised; expected one of plain weights")
+        return config.num_local_experts
     layers = smile_layers(model)
     if not layers:
         raise SmileError("model: contains no SmileLinear; expected a model made by upscale()")

@@ -184,6 +184,17 @@ def test_checkpoints_that_do_not_fit(tmp_path, models, folders):
     upscale_checkpoints(folders[0], [folders[1], lacking], tmp_path / "part", **RANKS, include=["up"])
 
 
+def test_factors_of_a_wider_dtype_are_not_rounded_to_that_of_the_inputs(tmp_path, models):
+    inputs = [save(tmp_path / f"half{i}", copy.deepcopy(model).half()) for i, model in enumerate(models[:2])]
+    upscale_checkpoints(
+        inputs[0], inputs[1:], tmp_path / "out", rank_of_expert=-1, rank_of_router=2, dtype=torch.float32
+    )
+    stored = {name: tensor.load() for name, tensor in read_tensors(tmp_path / "out").items()}
+    delta = models[1].half().up.weight.double() - models[0].half().up.weight.double()
+    vh, s, u = (stored[f"up.{part}"][0].double() for part in ("vh", "s", "u"))
+    assert (u @ (s[:, None] * vh) - delta).norm() < 1e-5 * delta.norm()
+
+
 @pytest.mark.parametrize(("option", "value"), [("remaining", "average"), ("embeddings_from", 0)])
 def test_experts_alone_are_not_asked_for_other_tensors_of_the_base(tmp_path, folders, option, value):
     with pytest.raises(ValueError, match=f"^{option}: is {value!r}, and experts_only stores no tensor of the base"):
