@@ -454,6 +454,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
     if complete:
         return OutputFolder(folder, settings, complete=True)
     output.work.mkdir(exist_ok=True)
+    _give_access(output.work, folder)
     try:
         write_text(output.work / SETTINGS, json.dumps({**settings, _WRITES: writes}, indent=1) + "\n")
     except OSError:
@@ -461,10 +462,22 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
             output.work.rmdir()
         raise
     output.output.mkdir(exist_ok=True)
+    _give_access(output.output, folder)
     for file in paths(output.work):  # temporary files of a killed process
         if file.is_file() and _TEMPORARY.search(file.name):
             file.unlink()
     return OutputFolder(folder, settings, writes, replaces=_wrote(folder))
+
+
+def _give_access(made: Path, replaced: Path) -> None:
+    """Let those, and only those, read a new folder who may read the one that it replaces, if there is one."""
+    if not replaced.is_dir():
+        return
+    access = replaced.stat()
+    with contextlib.suppress(OSError):  # a group of others, or a file system without modes
+        if access.st_gid != made.stat().st_gid:
+            os.chown(made, -1, access.st_gid)
+        os.chmod(made, stat.S_IMODE(access.st_mode) | stat.S_IRWXU)
 
 
 def _check_work(work: Path, writes: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+import stat
 import sys
 import warnings
 from collections.abc import Mapping
@@ -349,6 +350,20 @@ def test_force_replaces_only_what_it_wrote(tmp_path, change):
     with pytest.raises(FileExistsError, match="which smile-kernels did not write"):
         write_output(out, {**SETTINGS, "rank": 16}, force=True)
     assert (out / MANIFEST).exists()
+
+
+def test_a_replaced_folder_s_mode_is_kept(tmp_path):
+    """Also while the new one is written, next to it."""
+    for text in ("old", "new"):
+        with output_folder(tmp_path / "out", {}, force=True) as output:
+            modes = {stat.S_IMODE(folder.stat().st_mode) for folder in (output.work, output.output)}
+            (output.output / "a").write_text(text)
+            output.publish()
+        if text == "old":
+            (tmp_path / "out").chmod(0o2710)
+    assert modes == {0o2710}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o2710
+    assert (tmp_path / "out" / "a").read_text() == "new"
 
 
 def test_force_refuses_a_folder_without_a_manifest(tmp_path):

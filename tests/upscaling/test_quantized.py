@@ -157,7 +157,7 @@ def test_settings_that_the_base_does_not_load_with_are_refused(config, plain, tm
     settings = json.loads((base / "config.json").read_text()) | {"quantization_config": config}
     (base / "config.json").write_text(json.dumps(settings))
     with pytest.raises(
-        sk.SmileError, match="json: quantization_config (is refused by transformers|has config_groups {})"
+        sk.SmileError, match=r"json: quantization_config (is refused by transformers|has config_groups {})"
     ):
         sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
     assert not (tmp_path / "out").exists()
