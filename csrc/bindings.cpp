@@ -102,7 +102,7 @@ Tensor dispatch(const char* name, std::initializer_list<StableIValue> arguments)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// at::linear: here the base product has the same bits as nn.Linear.
+// at::linear, with the same bits as nn.Linear.
 Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   return dispatch("aten::linear", {from(x), from(weight), from(bias)});
@@ -212,8 +212,7 @@ void run_backward(const Tensor& x, const smile::RouteBackward& p) {
 #else
 constexpr bool kAlwaysNeedsH = false;
 bool computes_base_product(const smile::Sizes& n, const Tensor& weight) {
-  // at::linear takes a transposed weight without a copy
-  return smile::cpu_computes_base(dtype_of(weight), n) && weight.is_contiguous();
+  return smile::cpu_computes_base(dtype_of(weight), n) && weight.is_contiguous();  // at::linear takes any without a copy
 }
 
 Tensor kernel_input(const Tensor& x) { return x; }

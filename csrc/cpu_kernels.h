@@ -101,8 +101,8 @@ template <class T> class Chunk {
     if (p.y) cut_outputs();
     const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.weight ? n.out_features : 0) +
                               (p.y ? slots * n.rank_of_expert : 0);
-    const int64_t least = p.weight ? kPanelWidth<X> : kTokens, most = std::max<int64_t>(least, (1 << 20) / std::max<int64_t>(1, per_token));
-    tokens_at_once = std::min({n.tokens, int64_t(1024), most > least ? most / least * least : most});
+    const int64_t least = p.weight ? kPanelWidth<X> : kTokens, most = (1 << 20) / std::max<int64_t>(1, per_token);
+    tokens_at_once = std::min({n.tokens, int64_t(1024), std::max(least, most / least * least)});
     const int64_t entries_at_once = tokens_at_once * slots;
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
     if (p.router) q.reset(new R[tokens_at_once * q_columns()]);
@@ -262,9 +262,10 @@ template <class T> class Chunk {
         pack<X>(row, width, std::min(kPanelDepth, n.in_features - d), panel);
       }
     });
-    const T* weight = static_cast<const T*>(p.weight);
-    if (packs_x_for_base) multiply_rows(x_panels.get(), n.out_features, [&](int64_t j) { return weight + j * n.in_features; }, base_sums(), base_stride());
-    if (packs_x_for_router) multiply_rows(x_panels.get(), q_columns(), [&](int64_t j) { return router_row(j); }, q.get(), q_columns());
+    const auto weight_row = [&](int64_t j) { return static_cast<const T*>(p.weight) + j * n.in_features; };
+    const auto rows_of_router = [&](int64_t j) { return router_row(j); };
+    if (packs_x_for_base) multiply_rows(x_panels.get(), n.out_features, weight_row, base_sums(), base_stride());
+    if (packs_x_for_router) multiply_rows(x_panels.get(), q_columns(), rows_of_router, q.get(), q_columns());
   }
 
   int64_t panel_size() const { return n.in_features * kPanelWidth<X>; }

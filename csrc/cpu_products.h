@@ -541,7 +541,7 @@ void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width,
 // ---- products of packed x with rows as they are stored ----
 //
 // x are packed into panels of vectors over x, and each number of a row is multiplied with them. Rows that are more than
-// the x are read once and not copied, whereas packing them takes as long as multiplying them with sixteen x.
+// the x are read once and not copied, whereas packing them takes as long as multiplying them with many x.
 
 constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
 constexpr int64_t kChainOfRows = 64;  // numbers summed in a row: sums of few have smaller rounding errors

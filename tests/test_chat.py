@@ -221,8 +221,9 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
         folder, options, message = fused, ["--device", "nowhere"], "device: is 'nowhere'; expected"
     elif case == "length":
         folder, options, message = fused, ["--max-new-tokens", "0"], "max_new_tokens: is 0; expected 1 or more"
-    result = CliRunner().invoke(app, ["chat", str(folder), *options], input="Hi\n")
+    result = CliRunner().invoke(app, ["chat", str(folder), *options], input="y\nHi\n")
     assert result.exit_code == 1, result.output
+    assert not (tmp_path / "ran").exists()  # a tokenizer's own code is not run for a "y" in the input
     assert "error: " in result.stderr
     assert message in result.stderr
     assert result.stdout == ""
