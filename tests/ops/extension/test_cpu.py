@@ -219,12 +219,12 @@ def test_layers_without_features_outputs_or_experts_are_refused():
             COMPILED.apply_backward(dy, x_, w_, *experts, None, weights, ids, h, 0xFF)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sums_of_one_sign_over_many_columns(dtype):
+def test_sums_of_one_sign_over_many_columns():
     """Their rounding errors add up; those of plain PyTorch are the measure, as everywhere."""
-    p = Problem.random(16, 28672, 50, 2, 3, 2, 1, dtype=dtype)
-    p.x, p.weight, p.vh = p.x.abs(), p.weight.abs(), p.vh.abs()
-    check_forward(extension, p)
+    p = Problem.random(64, 28672, 50, 2, 3, 2, 1)
+    p.x, p.weight = p.x.relu(), p.weight + p.weight.std()
+    y, weights, ids, _ = linear(p)
+    assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
 
 
 def test_other_leading_dimensions_are_refused():
