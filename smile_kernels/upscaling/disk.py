@@ -221,7 +221,7 @@ class Job:
             "embeddings_from": self.embeddings_from,
             "dtype": str(self.dtype),
             "device": self.device,
-            "files": [listing(folder) for folder in folders],
+            "files": [listing(folder, self.beside) for folder in folders],
         }
 
     def writes(self) -> list[str]:

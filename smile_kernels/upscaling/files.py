@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..checkpoint import REPORT
@@ -38,12 +39,27 @@ _PROCESSOR = re.compile(r".*processor_config\.json")
 # Folders of trainers, and of other formats of the same weights, which are left out without a warning.
 _OTHER_FOLDERS = re.compile(r"\..*|__pycache__|(checkpoint-|global_step)\d+|runs|logs|onnx|openvino|coreml|original")
 
+# Logs, and what editors and downloads leave: may change at any time, and has no part in a model.
+_PASSING = re.compile(r"\..*|.*(\.(log|out|swp|tmp)|~)|events\.out\.tfevents\..*")
+# What is read but not copied, except for the state of a training.
+_READ = re.compile(
+    r"(?!training_args|optimizer|scheduler|scaler|rng_state|random_states).*\.(safetensors|bin|index\.json)"
+    rf"|.*config\.json|{REPORT}"
+)
+# About a model: documents, results of a training.
+_ABOUT = re.compile(
+    r"(.*/)?((licen[cs]e|notice|use_policy|requirements|trainer_)[^/]*|([^/]+_)?results\.json"
+    r"|[^/]+\.(md|pdf|png|jpe?g|gif|svg|jsonl|ipynb))",
+    re.IGNORECASE,
+)
+
 # A tokenizer in parts, which tokenizer.json replaces; and the other files that are compared.
 _PARTS = re.compile(r"vocab\.\w+|merges\.txt|added_tokens\.json|[\w.-]+\.(model|spm|tiktoken|codes)")
 _COMPARED = re.compile(
-    r"(\w+/)?(tokenizer|tokenizer_config|(\w+_)?(pre)?processor_config)\.json"
+    r"(.*/)?(tokenizer|tokenizer_config|(\w+_)?(pre)?processor_config)\.json"
     r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json"
     r"|modules\.json|sentence_\w+_config\.json|config_sentence_transformers\.json|\d+_[^/]*/.*"
+    r"|speaker_embeddings/.*|adapter\..*\.safetensors"
 )
 # Settings without an effect on a result: versions, names of classes, padding and truncation, which a call determines.
 _NO_EFFECT = re.compile(r"_.*|version|transformers_version|\w+_class|\w+_type|padding|truncation|pad_token\w*")
@@ -55,7 +71,7 @@ _TEMPLATE = "chat_template.jinja"
 def files_beside(folder: Path, read: Collection[Path] = (), *, kind: re.Pattern | None = None) -> dict[Path, Path]:
     """The files of a checkpoint that are copied, and their places: tokenizers, settings, code; or of a kind.
 
-    A warning names what else is left out than weights and what trainers store.
+    A warning names what else is left out than weights, logs and what trainers store.
 
     Args:
         folder: the checkpoint.
@@ -68,11 +84,13 @@ def files_beside(folder: Path, read: Collection[Path] = (), *, kind: re.Pattern 
     found: list[Path] = []
     left_out: list[str] = []
     for file in sorted(folder.iterdir()):
-        written_anew = file.name in ("config.json", "README.md", REPORT, MANIFEST) or file.name.startswith(".")
-        if written_anew or file in read or (kind and not kind.fullmatch(file.name)):
+        written_anew = file.name in ("config.json", "README.md", REPORT, MANIFEST)
+        if written_anew or _passes(file.name) or file in read or (kind and not kind.fullmatch(file.name)):
             continue
         if file.is_dir() and _is_copied(file):
-            found += [file] if file.is_symlink() else [one for one in paths(file) if not _is_folder(one)]
+            inside = [] if file.is_symlink() else paths(file)
+            found += [one for one in inside if not (_is_folder(one) or _passes(one.relative_to(folder)))]
+            found += [file] if file.is_symlink() else []
         elif not (file.is_dir() or _WEIGHTS.fullmatch(file.name)) or _is_small_data(file):
             found.append(file)
         elif not (_OTHER_FOLDERS if file.is_dir() else _USUAL).fullmatch(file.name):
@@ -124,11 +142,22 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of each file, also of those in folders that are copied."""
-    inside = [file for one in folder.iterdir() if one.is_dir() and _is_copied(one) for file in paths(one)]
-    files = sorted(file for file in (*folder.iterdir(), *inside) if file.is_file())
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
+def _passes(name: str | Path) -> bool:
+    """Whether a file, or a folder that contains it, has no part in a model."""
+    return any(_PASSING.fullmatch(part) for part in Path(name).parts)
+
+
+def listing(folder: Path, result: Mapping[Path, Path] = MappingProxyType({})) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of each file of a folder that is read, compared or copied.
+
+    Args:
+        folder: a checkpoint.
+        result: as in `lost_files`.
+    """
+    copied = {str(place) for file, place in result.items() if file == folder / place}
+    files = dict(_files(folder, copied | _alike(result)))
+    files |= {one.name: one for one in folder.iterdir() if _READ.fullmatch(one.name) and one.is_file()}
+    stats = [(name, files[name].stat()) for name in sorted(files)]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
@@ -139,17 +168,26 @@ def lost_files(base: Path, experts: Sequence[Path], result: Mapping[Path, Path])
         base, experts: the folders.
         result: the files that are copied to the result -> their places there.
     """
-    others = [{str(place): file for file, place in result.items()}, dict(_files(base))]
+    others = [{str(place): file for file, place in result.items()}, dict(_files(base, _alike(result)))]
     found: dict[str, list[int]] = {}
     for i, folder in enumerate(experts):
-        own = dict(_files(folder))
-        compared = [name for name in own if _COMPARED.fullmatch(name) or "tokenizer.json" not in own]
+        own = dict(_files(folder, _alike(result)))
         if (template := _template(own)) is not None and all(_template(other) != template for other in others):
             found.setdefault(_TEMPLATE, []).append(i)
-        for name in compared:
-            if not name.startswith("chat_template.") and all(_differs(own[name], other.get(name)) for other in others):
+        for name, file in own.items():
+            whole = str(Path(name).with_name("tokenizer.json")) in own
+            part = _PARTS.fullmatch(file.name) or TOKENIZER.fullmatch(file.name)
+            repeated = whole and part and not _COMPARED.fullmatch(name)
+            if name.startswith("chat_template.") or repeated:
+                continue
+            if all(_differs(file, other.get(name)) for other in others):
                 found.setdefault(name, []).append(i)
     return [LostFile(name, found[name]) for name in sorted(found)]
+
+
+def _alike(result: Mapping[Path, Path]) -> set[str]:
+    """The files of the result that experts may have otherwise."""
+    return {name for place in result.values() if not _ABOUT.fullmatch(name := str(place))}
 
 
 def check_tokenizer(where: str, base: Path, expert: Path) -> None:
@@ -164,13 +202,15 @@ def check_tokenizer(where: str, base: Path, expert: Path) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files that may be compared, by their paths in the folder."""
+def _files(folder: Path, more: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
+    """The files that may be compared, by their paths in the folder, and those of the names `more`."""
     for one in sorted(folder.iterdir()):
         for file in [one] if one.is_symlink() or not one.is_dir() else paths(one) if _is_copied(one) else []:
             name = str(file.relative_to(folder))
-            if (_COMPARED.fullmatch(name) or _PARTS.fullmatch(name)) and file.is_file():
+            compared = (_COMPARED.fullmatch(name) or _PARTS.fullmatch(file.name)) and not _passes(name)
+            if compared and name not in more and file.is_file():
                 yield name, file
+    yield from ((name, folder / name) for name in sorted(more) if (folder / name).is_file())
 
 
 def _template(files: Mapping[str, Path]) -> Any:

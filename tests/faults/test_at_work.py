@@ -19,14 +19,31 @@ from safetensors.torch import load_file, save_file
 import smile_kernels as sk
 from smile_kernels import checkpoint
 from smile_kernels.upscaling.layers import _limited_modules
-from tests.faults.changes import ADAPTER_CONFIG, OPTIONS, adapter, command, fuse, load, pooling, settings, tensors
+from tests.faults.changes import (
+    ADAPTER_CONFIG,
+    OPTIONS,
+    adapter,
+    command,
+    fuse,
+    load,
+    pooling,
+    settings,
+    tensors,
+    text_in,
+)
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "a file instead of another": lambda folder: shutil.copy(
         folder / "expert" / "model.safetensors", sorted((folder / "base").glob("model-*"))[0]
     ),
     "a file cut short": lambda folder: os.truncate(sorted((folder / "base").glob("model-*"))[-1], 100),
-    "a file more": lambda folder: (folder / "expert" / "notes").write_text("mine"),
+    "a tokenizer more": lambda folder: (folder / "expert" / "tokenizer.json").write_text("{}"),
+    "a tokenizer of the base": lambda folder: (folder / "base" / "tokenizer.json").write_text("{}"),
+    "an expert's file of the name of one that is copied": text_in("expert/1_Pooling", "config.json", "{}"),
+    "weights more": lambda folder: shutil.copy(
+        folder / "expert" / "model.safetensors", folder / "expert" / "more.safetensors"
+    ),
+    "a config": lambda folder: settings("expert", rope_theta=5)(folder),
     "a file in a folder that is copied": lambda folder: pooling(folder, "changed"),
     "a folder removed": lambda folder: shutil.rmtree(folder / "expert"),
 }
@@ -42,6 +59,25 @@ def test_inputs_that_change_during_the_work_are_named(change, folder):
     with pytest.raises((sk.SmileError, OSError), match=r"base|expert"):
         fuse(folder, progress=changed)
     assert not (folder / "out").exists()
+
+
+def test_files_without_a_part_in_the_model_may_change_during_the_work(folder):
+    """Logs that grow, and what an editor, a file manager, a training or a user leaves."""
+    names = [".DS_Store", ".notes.swp", "train.log", "events.out.tfevents.1.host", "README.md", "optimizer.bin"]
+    for part in ("base", "expert", "adapter"):
+        (folder / part / "train.log").write_text("1")
+
+    def changed(stage: str, done: int, total: int) -> None:
+        for name in names:
+            for part in ("base", "expert", "adapter"):
+                (folder / part / name).write_text(f"{stage} {done}")
+        (folder / "expert" / "notes").write_text("mine")
+        (folder / "base" / "later.txt").write_text("mine")
+        (folder / "base" / "1_Pooling" / ".DS_Store").write_text(f"{stage} {done}")
+
+    pooling(folder)
+    fuse(folder, progress=changed)
+    assert not {*names} & {file.name for file in (folder / "out").rglob("*")} - {"README.md"}
 
 
 def test_a_copied_file_that_changed_is_copied_again(folder):

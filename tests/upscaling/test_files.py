@@ -18,6 +18,12 @@ from tests.upscaling.checkpoints import command, finetuned, run
 RANKS = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
 
 
+DATA = (
+    *("voices.npz", "speaker_embeddings/a.npy", "adapter.fra.safetensors", "text-tokenizer/vocab.json"),
+    *("spk_dict.pt", "text-tokenizer/tokenizer_config.json", "modeling_own.py", "labels.txt"),
+)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """A base, an expert and an adapter, each with the files of a chat model and of a sentence encoder."""
@@ -35,6 +41,8 @@ def models(tmp_path_factory) -> Path:
         (folder / name / "2_Dense").mkdir()
         save_file({"linear.weight": torch.ones(4, 4)}, folder / name / "2_Dense" / "model.safetensors")
         (folder / name / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+        for data in (*DATA, "LICENSE", "eval_results.json", "special_tokens_map.json", "text-tokenizer/merges.txt"):
+            text(data, "{}")(folder / name)
     return folder
 
 
@@ -75,7 +83,8 @@ def saved_by_another_version(folder: Path) -> None:
     settings("generation_config.json", transformers_version="4.1", do_sample=False)(folder)
     settings("preprocessor_config.json", image_processor_type="ViTImageProcessorFast", data_format=None)(folder)
     (folder / "vocab.json").write_text("{}")
-    (folder / "README.md").write_text("Fine-tuned")
+    for name in ("README.md", "LICENSE", "eval_results.json", "special_tokens_map.json", "notes", "train.log"):
+        (folder / name).write_text("Fine-tuned")
 
 
 def no_files(folder: Path) -> None:
@@ -109,6 +118,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a damaged tokenizer": (text("tokenizer.json", "[" * 200_000), ["tokenizer.json"]),
     "another version": (saved_by_another_version, []),
     "no files": (no_files, []),
+    **{f"another {name}": (text(name, "[1]"), [name]) for name in DATA},
+    **{
+        f"a new {name}": (text(name, "[1]"), [name])
+        for name in ("speaker_embeddings/b.npy", "adapter.deu.safetensors", "text-tokenizer/added_tokens.json")
+    },
 }
 
 
@@ -143,8 +157,16 @@ def test_files_of_the_base_that_are_no_weights_are_copied_and_others_named(model
     ]
     known = ["training_args.bin", "optimizer.pt", "pytorch_model.bin", "tf_model.h5", "original/consolidated.00.pth"]
     known += ["checkpoint-5/tokenizer.json", "checkpoint-5/rng_state.pth", ".cache/tokenizer.json"]
+    passing = ["train.log", "nohup.out", ".x.swp", "events.out.tfevents.1.a", "speaker_embeddings/.DS_Store"]
     named = ["other.safetensors", "assets/", "huge.bin", "link/", "text_encoder/"]
-    for name in [*copied, *known, "assets/a.wav", "text_encoder/tokenizer.json", "text_encoder/model.safetensors"]:
+    for name in [
+        *copied,
+        *known,
+        *passing,
+        "assets/a.wav",
+        "text_encoder/tokenizer.json",
+        "text_encoder/model.safetensors",
+    ]:
         text(name, "{}")(base)
     save_file({"a": torch.ones(1)}, base / "other.safetensors")
     with open(base / "huge.bin", "wb") as file:
@@ -156,7 +178,7 @@ def test_files_of_the_base_that_are_no_weights_are_copied_and_others_named(model
         report = sk.upscale_checkpoints(base, [tmp_path / "expert"], tmp_path / "out", **RANKS)
     assert report.files == [LostFile("qformer_tokenizer/tokenizer.json", [0])]
     assert all((tmp_path / "out" / name).read_text() == "{}" for name in copied)
-    assert not any((tmp_path / "out" / name).exists() for name in [*known, *named])
+    assert not any((tmp_path / "out" / name).exists() for name in [*known, *named, *passing])
     [said] = [str(one.message) for one in caught if "not copied" in str(one.message)]
     assert f"result: {', '.join(sorted(named))}. If the model needs them" in said
 
