@@ -563,7 +563,7 @@ def paths(folder: Path) -> list[Path]:
 
 
 def _empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def _wrote(folder: Path) -> bool:
@@ -572,7 +572,9 @@ def _wrote(folder: Path) -> bool:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """The files of a folder that are not in its manifest or have changed."""
+    """The files of a folder that are not in its manifest or have changed; a link to a folder is itself one."""
+    if folder.is_symlink():
+        return [folder.name]
     manifest = _read_manifest(folder)
     known = manifest.get("files", {})
     parents = {str(parent) for name in known for parent in Path(name).parents}

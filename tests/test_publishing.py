@@ -402,6 +402,42 @@ def test_a_user_s_copy_of_an_output_is_kept(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("target", ["an output", "empty", "missing"])
+def test_a_link_of_the_name_of_a_replaced_folder_is_not_followed(tmp_path, target):
+    out, other, link = tmp_path / "out", tmp_path / "other", tmp_path / ".out.old-0123456789ab"
+    if target == "an output":
+        write_output(other, SETTINGS)
+    elif target == "empty":
+        other.mkdir()
+    before = contents(other)
+    link.symlink_to(other)
+    restore(out)
+    assert not out.exists()
+    for rank in (8, 16):
+        write_output(out, {**SETTINGS, "rank": rank}, force=True)
+    assert contents(other) == before
+    assert link.is_symlink()
+    assert other.is_dir() == (target != "missing")
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_an_output_that_became_a_link_during_the_work_is_not_followed(tmp_path, empty):
+    out, other = tmp_path / "out", tmp_path / "other"
+    write_output(out, SETTINGS)
+    with output_folder(out, {**SETTINGS, "rank": 16}, force=True) as output:
+        write_text(output.output / "weights", "1")
+        out.rename(other)
+        if empty:
+            shutil.rmtree(other)
+            other.mkdir()
+        out.symlink_to(other)
+        before = contents(other)
+        with pytest.raises(FileExistsError, match="out: contains out, which smile-kernels did not write"):
+            output.publish()
+    assert contents(other) == before
+    assert (output.output / "weights").read_text() == "1"
+
+
 def test_two_processes_cannot_write_one_folder(tmp_path):
     out = tmp_path / "out"
     with output_folder(out, SETTINGS, force=False), pytest.raises(FileExistsError, match="another process"):
