@@ -231,6 +231,10 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
         add(f"verify(inputs={value})", lambda v=value: sk.verify(fused, model, models, inputs=v), "inputs")
     add("calibrate(wrong inputs)", lambda: sk.calibrate(fused, [{"input": torch.ones(T, D + 1)}]), "inputs")
     abroad = copy.deepcopy(model).to("meta")
+    add("verify(base=a fused model)", lambda: sk.verify(fused, fused, models), "base: has a SMILE layer")
+    add(
+        "verify(finetuned=a fused model)", lambda: sk.verify(fused, model, [fused, *models[1:]]), r"experts\[0\]: has a"
+    )
     add("verify(base on meta)", lambda: sk.verify(fused, abroad, models), "meta")
     for value in (None, 3, "x", [model]):
         add(f"split_base({value!r})", lambda v=value: split_base(v), "model")

@@ -146,6 +146,7 @@ def verify(
     for name, place in {"base": base, **{f"experts[{i}]": expert.given for i, expert in enumerate(experts)}}.items():
         if kind and (other := _kind(place)) and other != kind:
             raise SmileError(f"{name}: is a {other}; expected a {kind} as the model")
+        _check_plain(name, place)
     records, plain = [], None
     if base is not None:
         start = _load(base, dtype)
@@ -278,6 +279,14 @@ def _local(argument: str, place: Any) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"{argument}: {place}: no such folder; expected a checkpoint")
     return folder
+
+
+def _check_plain(argument: str, place: Any) -> None:
+    """Raise ValueError if the base or a fine-tuned model has SMILE layers, or is stored quantised."""
+    if isinstance(place, Path) and not is_adapter(place):
+        read_plain(argument, place)
+    elif isinstance(place, nn.Module) and (layers := smile_layers(unwrapped(place))):
+        raise SmileError(f"{argument}: has a SMILE layer, {next(iter(layers))}; expected a model of plain layers")
 
 
 def _kind(place: Any) -> Any:

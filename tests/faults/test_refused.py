@@ -447,6 +447,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         lambda folder: sk.verify(folder / "fused", folder / "base", [folder / "expert"]),
         r"fused: tensor 'lm_head\.u' is torch\.int32; expected floating point",
     ),
+    "a fused model as the expert to compare with": (
+        unchanged,
+        command("verify", "{folder}/fused", "--base", "{folder}/base", "--expert", "{folder}/fused"),
+        r"expert\[0\]: \S*fused is stored as 'smile'; expected a checkpoint of plain weights",
+    ),
     "no fine-tuned models to compare": (
         unchanged,
         lambda folder: sk.verify(folder / "fused", finetuned=[]),
