@@ -30,10 +30,20 @@ INT8 = {
     "ignore": ["lm_head"],
 }
 AWQ = {"quant_method": "awq", "bits": 4}
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+TORCHAO = {
+    "quant_method": "torchao",
+    "quant_type": {"default": {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {}}},
+}
 INT8_WEIGHTS = INT8 | {
     "format": "pack-quantized",
     "config_groups": {"group_0": {key: INT8["config_groups"]["group_0"][key] for key in ("targets", "weights")}},
 }
+
+
+def with_group(**settings) -> dict:
+    """INT8 with other settings of its layers."""
+    return INT8 | {"config_groups": {"group_0": INT8["config_groups"]["group_0"] | settings}}
 
 
 def quantised(plain: Path, to: Path, config: dict) -> Path:
@@ -148,22 +158,39 @@ def test_a_quantised_layer_that_lacks_a_tensor_is_refused(config, part, plain, t
         {"quant_method": "fp8", "weight_block_size": ["16", 16]},
         {"quant_method": "torchao", "quant_type": "int8_weight_only"},
         {"quant_method": "torchao", "quant_type": {}},
-        INT8_WEIGHTS | {"config_groups": {}},
     ],
     ids=lambda config: config["quant_method"],
 )
 def test_settings_that_the_base_does_not_load_with_are_refused(config, plain, tmp_path):
+    refuse_settings(config, r"is refused by transformers \(\w+: .+\); expected one that", plain, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (INT8_WEIGHTS | {"config_groups": {}}, r"has config_groups {}; expected the layers"),
+        (with_group(targets=["re:*"]), r"has 're:\*', not a regular expression \(nothing to repeat .*\); expected one"),
+        (INT8 | {"ignore": ["lm_head", "re:("]}, r"has 're:\(', not a regular expression"),
+        (AWQ | {"dynamic": {"-:[": {}}}, r"has '-:\[', not a regular expression"),
+        (TORCHAO | {"modules_to_not_convert": 5}, r"has modules_to_not_convert 5; expected a list of names of layers"),
+        (TORCHAO | {"modules_to_not_convert": "lm_head"}, r"has modules_to_not_convert 'lm_head'; expected a list"),
+        (FP8 | {"ignored_layers": [5]}, r"has ignored_layers \[5\]; expected a list"),
+        (with_group(targets="Linear"), r"has targets 'Linear'; expected a list"),
+    ],
+)
+def test_settings_that_no_library_is_asked_about(config, message, plain, tmp_path):
+    refuse_settings(config, message, plain, tmp_path)
+
+
+def refuse_settings(config: dict, message: str, plain: Path, tmp_path: Path) -> None:
     base, one = quantised(plain, tmp_path / "base", INT8), adapter(tmp_path / "a", plain, 2, ["q_proj"])
     settings = json.loads((base / "config.json").read_text()) | {"quantization_config": config}
     (base / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        sk.SmileError, match=r"json: quantization_config (is refused by transformers|has config_groups {})"
-    ):
+    with pytest.raises(sk.SmileError, match=rf"config\.json: quantization_config {message}"):
         sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
 NVFP4 = {
     "quant_method": "compressed-tensors",
@@ -171,6 +198,8 @@ NVFP4 = {
     "config_groups": {"g": {"targets": ["Linear"]}},
 }
 NVFP4_SHAPES = {"weight_packed": (32, 16), "weight_scale": (32, 1), "weight_global_scale": (1,)}
+PER_TENSOR = EIGHT_BITS | {"strategy": "tensor"}
+STATIC = with_group(input_activations=PER_TENSOR)
 GROUP = {"targets": ["Linear"], "weights": {"strategy": "group", "group_size": 16}}
 GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}}
 
@@ -179,7 +208,7 @@ GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"group_0": GRO
     ("config", "tensors", "wrong"),
     [
         (INT8, {"weight": (32, 32), "weight_scale": (32, 1)}, {"weight_scale": (16, 1)}),
-        (INT8, {"weight": (32, 32), "weight_scale": (1,)}, {"weight": (32, 16)}),
+        (with_group(weights=PER_TENSOR), {"weight": (32, 32), "weight_scale": (1,)}, {"weight": (32, 16)}),
         (GROUPS, {"weight": (32, 32), "weight_scale": (32, 2)}, {"weight_scale": (32, 4)}),
         (NVFP4, NVFP4_SHAPES, {"weight_packed": (16, 16)}),
         (FP8, {"weight": (32, 32), "weight_scale_inv": (2, 2)}, {"weight_scale_inv": (4, 2)}),
@@ -240,6 +269,104 @@ def test_packed_weights_of_another_shape_or_dtype_are_refused(part, change, mess
     with pytest.raises(sk.SmileError, match=message):
         sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
     assert not list(tmp_path.glob("out*"))
+
+
+TORCHAO_TYPES = {
+    "Float8Tensor": ([1, 32], {"qdata": (32, 32), "scale": (32, 1)}),
+    "IntxUnpackedToInt8Tensor": ([1, 16], {"qdata": (32, 32), "scale": (32, 2), "zero_point": (32, 2)}),
+    "Int4Tensor": ([1, 16], {"qdata": (32, 16), "scale": (2, 32), "zero_point": (2, 32)}),
+    "Int4TilePackedTo4dTensor": ([1, 32], {"qdata": (4, 8, 32, 4), "scale_and_zero": (32, 32, 2)}),
+    "NVFP4Tensor": (16, {"qdata": (32, 16), "scale": (32, 16), "per_tensor_scale": ()}),
+}
+TORCHAO_DTYPES = {
+    "Float8Tensor": torch.float8_e4m3fn,
+    "Int4TilePackedTo4dTensor": torch.int32,
+    "NVFP4Tensor": torch.uint8,
+}
+
+
+@pytest.mark.parametrize("kind", TORCHAO_TYPES)
+def test_misshapen_tensors_of_torchao(kind, plain, tmp_path):
+    weight, (block, shapes) = "model.layers.0.self_attn.q_proj.weight", TORCHAO_TYPES[kind]
+    dtypes = dict.fromkeys(shapes, torch.float32) | {"qdata": TORCHAO_DTYPES.get(kind, torch.int8)}
+    base, one = tmp_path / "base", adapter(tmp_path / "a", plain, 2, ["k_proj"])
+    shutil.copytree(plain, base)
+    settings = json.loads((base / "config.json").read_text()) | {"quantization_config": TORCHAO}
+    (base / "config.json").write_text(json.dumps(settings))
+    described = {"_type": kind, "_data": {"block_size": block, "is_swizzled_scales": True}}
+    plain_type = dict.fromkeys(load_file(plain / "model.safetensors"), '{"_type": "Tensor"}')
+
+    def fuse(description: object, **changed: torch.Tensor | None) -> None:
+        tensors = {name: tensor for name, tensor in load_file(plain / "model.safetensors").items() if name != weight}
+        own = {name: torch.ones(shape).to(dtypes[name]) for name, shape in shapes.items()} | changed
+        prefix = f"{weight.removesuffix('weight')}_weight_"
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in own.items() if tensor is not None}
+        metadata = plain_type | {weight: json.dumps(description), "tensor_names": json.dumps(list(plain_type))}
+        save_file(tensors, base / "model.safetensors", metadata)
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+
+    def refused(
+        message: str, description: object = described | {"_tensor_data_names": list(shapes)}, **changed
+    ) -> None:
+        with pytest.raises(sk.SmileError, match=message):
+            fuse(description, **changed)
+        assert not list(tmp_path.glob("out*"))
+
+    for name, shape in shapes.items():
+        named = rf"model\.safetensors: tensor 'model\.layers\.0\.self_attn\.q_proj\._weight_{name}' "
+        for other in ((3, *shape[1:]), (*shape, 1), (1, 1)):
+            found = rf"has shape \[{', '.join(map(str, other))}\]; expected \[{', '.join(map(str, shape))}\]"
+            refused(rf"{named}{found}.*, of a weight \[32, 32\] ", **{name: torch.ones(other).to(dtypes[name])})
+        refused(rf"base: \S+ has no _weight_{name} of 'model\.layers\.0\.self_attn\.q_proj'", **{name: None})
+        if name != "zero_point":
+            refused(rf"{named}is torch\.int64; expected torch\.", **{name: torch.ones(shape, dtype=torch.int64)})
+    refused(rf"its metadata has .*Tensor.* for '{weight}'; expected torchao's description", {"_type": "Tensor"})
+    fuse(described | {"_tensor_data_names": list(shapes)})
+
+
+KV_CACHE = INT8 | {"kv_cache_scheme": EIGHT_BITS | {"type": "float", "strategy": "tensor", "dynamic": False}}
+IN_GROUPS = EIGHT_BITS | {"symmetric": False, "strategy": "group", "group_size": 16}
+ASYMMETRIC = INT8_WEIGHTS | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": IN_GROUPS}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "setting"),
+    [
+        (KV_CACHE, {"k_scale": lambda o, d: (1,), "v_scale": lambda o, d: (1,)}, "kv_cache_scheme"),
+        (STATIC, {"input_scale": lambda o, d: (1,)}, "config_groups"),
+        (
+            ASYMMETRIC,
+            {"weight_scale": lambda o, d: (o, d // 16), "weight_zero_point": lambda o, d: (o // 4, d // 16)},
+            "config_groups",
+        ),
+    ],
+)
+def test_tensors_that_the_settings_of_compressed_tensors_ask_for(config, added, setting, plain, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    base, one = quantised(plain, tmp_path / "base", config), adapter(tmp_path / "a", plain, 2, ["k_proj"])
+    whole = load_file(base / "model.safetensors")
+    for weight, tensor in load_file(plain / "model.safetensors").items():
+        layer = weight.removesuffix(".weight")
+        module = layer.rpartition(".")[0] if setting == "kv_cache_scheme" else layer
+        for part, shape in added.items() if weight.endswith("_proj.weight") and ".self_attn." in weight else ():
+            dtype = torch.int32 if part == "weight_zero_point" else torch.float32
+            whole[f"{module}.{part}"] = torch.ones(shape(*tensor.shape), dtype=dtype)
+    if setting == "config_groups":  # of the attention alone
+        mlp = {name: tensor for name, tensor in load_file(plain / "model.safetensors").items() if ".mlp." in name}
+        whole = {name: tensor for name, tensor in whole.items() if ".mlp." not in name} | mlp
+
+    def fuse(tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+
+    last = f"model.layers.1.self_attn.{'v_scale' if setting == 'kv_cache_scheme' else f'o_proj.{list(added)[-1]}'}"
+    expected = rf"by {setting} of the quantization_config in config\.json"
+    with pytest.raises(sk.SmileError, match=rf"base: \S+ has no tensor '{last}'; expected it, {expected}"):
+        fuse({name: tensor for name, tensor in whole.items() if name != last})
+    with pytest.raises(sk.SmileError, match=rf"tensor '{last}' has shape \[3, 1\]; expected \[.*\], {expected}"):
+        fuse(whole | {last: torch.ones(3, 1, dtype=whole[last].dtype)})
+    assert not list(tmp_path.glob("out*"))
+    fuse(whole)
 
 
 def test_experts_that_need_the_weights_of_the_base(plain, tmp_path):
