@@ -30,7 +30,16 @@ from .guard import guard_weights
 from .integrations import describe_as_smile
 from .integrations.conversion import ModelNames
 from .integrations.fusion_bench import convert_state_dict, holds_fusion_bench_layers
-from .nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear, routed_layers, smile_layers, why_not_linear
+from .nn import (
+    SmileLinear,
+    all_or_nothing,
+    is_conv1d,
+    replace_linear,
+    routed_layers,
+    smile_layers,
+    whole_layers,
+    why_not_linear,
+)
 from .publishing import MANIFEST, check_folder, is_utf8, missing_files, output_folder, paths, restore, write_text
 from .routing import (
     CalibrationReport,
@@ -91,7 +100,7 @@ def save_pretrained(
     """
     routing = get_routing(model)
     model = _savable(model)
-    config = replace(SmileConfig.from_layers(smile_layers(model)), routing=routing)
+    config = replace(SmileConfig.from_layers(whole_layers(model)), routing=routing)
     if base is not None:
         if not str(base).strip() or "\0" in str(base) or not is_utf8(base):
             raise SmileError(f"base: is {str(base)!r}; expected the path of the base checkpoint, in UTF-8")

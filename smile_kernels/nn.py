@@ -599,6 +599,24 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
 
 
+def whole_layers(model: nn.Module) -> dict[str, SmileLinear]:
+    """The SMILE layers of a model, at least one, all with the weight of the base.
+
+    Raises:
+        ValueError: none, a merged one, or one that holds the experts only.
+    """
+    for name, layer in routed_layers(model).items():
+        if not isinstance(layer, SmileLinear):
+            raise SmileError(
+                f"model: {name or 'it'} holds the experts only, over a base that is quantised or apart (split_base); "
+                "expected SMILE layers with the base's weight, as before split_base or with a base of plain weights"
+            )
+    layers = smile_layers(model)
+    if not layers:
+        raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model from upscale")
+    return layers
+
+
 @contextmanager
 def all_or_nothing(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
     """Restore the modules, parameters, hooks and config of a model if the block raises.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .config import FACTORS
 from .errors import SmileError, check_integer, reason
-from .nn import SmileLinear, smile_layers
+from .nn import SmileLinear, whole_layers
 from .publishing import check_outputs, write_plot, write_text
 from .routing import RoutingPolicy, calibrate, check_calibration, check_routing, get_routing, set_routing
 from .routing.control import refuse_override
@@ -178,9 +178,7 @@ def sweep(
             not fit the model, or a file that cannot be written, before `score` is called; or a `score` that returns
             something else than numbers, or other tasks than before.
     """
-    layers = smile_layers(model)
-    if not layers:
-        raise SmileError(f"model: {type(model).__name__} has no SmileLinear; expected a model from upscale")
+    layers = whole_layers(model)
     for name, layer in layers.items():
         if layer.router is not None:
             raise SmileError(

@@ -352,7 +352,7 @@ def test_save_refuses_to_overwrite(tmp_path):
         save_pretrained(Block(smile=True), tmp_path / "model")
     save_pretrained(Block(smile=True), tmp_path / "model", force=True)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "notes.txt"]
-    with pytest.raises(ValueError, match="contains no SmileLinear"):
+    with pytest.raises(ValueError, match="has no SmileLinear"):
         save_pretrained(Block(smile=False), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -9,9 +9,8 @@ A tool that quantises `nn.Linear` (torchao, bitsandbytes) then applies only to t
 import torch
 from torch import Tensor, nn
 
-from ..errors import SmileError
 from ..functional import smile_delta
-from ..nn import RoutedExperts, SmileLinear, all_or_nothing, replace_module, smile_layers
+from ..nn import RoutedExperts, SmileLinear, all_or_nothing, replace_module, smile_layers, whole_layers
 from ..schema import check_arguments
 from ..versions import warn_if_newer
 
@@ -81,9 +80,7 @@ def split_base(model: nn.Module) -> nn.Module:
         ValueError: the model contains no SmileLinear. Nothing is changed then.
     """
     warn_if_newer("torchao")
-    layers = smile_layers(model)
-    if not layers:
-        raise SmileError(f"model: {type(model).__name__} contains no SmileLinear; expected a model with SMILE layers")
+    layers = smile_layers(model) or whole_layers(model)  # which raises
     with all_or_nothing(model):
         for name, layer in layers.items():
             split = SmileBesideLinear(layer).train(layer.training)

@@ -43,6 +43,7 @@ from ..nn import (
     replace_linear,
     replace_module,
     smile_layers,
+    whole_layers,
     why_not_linear,
 )
 from ..routing import get_routing, set_routing
@@ -347,7 +348,7 @@ def describe_as_smile(model: Any) -> None:
 
 def _described(model: Any) -> SmileQuantizationConfig:
     """The config of a model's layers, and its policy, under their names in `save_pretrained`."""
-    config = SmileConfig.from_layers(smile_layers(model))
+    config = SmileConfig.from_layers(whole_layers(model))
     policy = replace(get_routing(model), num_experts_per_tok=None)  # which the layers have
     described = SmileQuantizationConfig(**replace(config, routing=policy, modules={}).to_dict())
     described.modules = _as_stored(model, config.modules)

@@ -13,7 +13,7 @@ from ..errors import SmileError
 from ..integrations import describe_as_smile
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter
-from ..nn import SmileLinear, all_or_nothing, is_conv1d, smile_layers
+from ..nn import SmileLinear, all_or_nothing, is_conv1d, whole_layers
 from ..routing.control import followed_policies, forget_caches, refuse_override
 from ..schema import check_arguments
 from ..svd import without_autocast
@@ -154,9 +154,9 @@ class _Tensors:
 
 def _managed(model: nn.Module) -> dict[str, SmileLinear]:
     """The SMILE layers of a model whose experts may change."""
-    layers = smile_layers(model)
-    if not layers or "" in layers:
-        raise SmileError(f"model: {type(model).__name__} holds no SmileLinear; expected a model with SMILE layers")
+    layers = whole_layers(model)
+    if "" in layers:
+        raise SmileError(f"model: is a {type(model).__name__} itself; expected a model with SMILE layers")
     kinds = {(layer.num_local_experts, layer.expert_names) for layer in layers.values()}
     if len(kinds) > 1:
         raise SmileError(f"model: its layers have different experts, {sorted(map(str, kinds))}; expected the same")

@@ -24,7 +24,7 @@ from ..config import read_config, read_smile_config
 from ..errors import SmileError, check_seed, reason
 from ..integrations.conversion import ModelNames
 from ..integrations.peft import ModuleDelta, is_adapter, wide
-from ..nn import SmileLinear, is_conv1d, smile_layers
+from ..nn import SmileLinear, is_conv1d, routed_layers, smile_layers, whole_layers
 from ..routing import RoutingPolicy
 from ..routing.state import LayerPolicy
 from ..routing.tokens import is_cache
@@ -265,10 +265,7 @@ def _count_experts(model: _Model) -> int:
         if config.base:
             raise SmileError(f"model: {model} has a base that is stored quantised; expected one of plain weights")
         return config.num_local_experts
-    layers = smile_layers(model)
-    if not layers:
-        raise SmileError("model: contains no SmileLinear; expected a model made by upscale()")
-    return next(iter(layers.values())).num_local_experts
+    return next(iter(whole_layers(model).values())).num_local_experts
 
 
 def _local(argument: str, place: Any) -> Any:
@@ -285,7 +282,7 @@ def _check_plain(argument: str, place: Any) -> None:
     """Raise ValueError if the base or a fine-tuned model has SMILE layers, or is stored quantised."""
     if isinstance(place, Path) and not is_adapter(place):
         read_plain(argument, place)
-    elif isinstance(place, nn.Module) and (layers := smile_layers(unwrapped(place))):
+    elif isinstance(place, nn.Module) and (layers := routed_layers(unwrapped(place))):
         raise SmileError(f"{argument}: has a SMILE layer, {next(iter(layers))}; expected a model of plain layers")
 
 

@@ -1,6 +1,7 @@
 """SMILE experts with a quantised shared weight."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import smile_kernels as sk
 from smile_kernels import RoutingPolicy, SmileLinear, calibrate, set_routing
 from smile_kernels.config import read_smile_config
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
-from smile_kernels.nn import routed_layers, smile_layers
+from smile_kernels.nn import replace_module, routed_layers, smile_layers
 from smile_kernels.upscaling import verify
 from tests.integrations.tiny_models import build, fine_tuned, fuse, output, transformers
 from tests.upscaling.test_quantized import AWQ, INT8, INT8_WEIGHTS, RANKS, adapter, quantised
@@ -46,8 +47,37 @@ def test_bfloat16_keeps_the_singular_values():
 
 
 def test_a_dense_model_is_refused():
-    with pytest.raises(ValueError, match="model: Linear contains no SmileLinear"):
+    with pytest.raises(ValueError, match="model: Linear has no SmileLinear"):
         split_base(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("layers", ["all", "one"])
+def test_what_needs_the_weights_of_the_base_is_refused_without_them(layers, tmp_path):
+    base = build("LlamaForCausalLM")
+    experts = [fine_tuned(base, seed) for seed in (1, 2)]
+    model, _ = sk.upscale(base, experts, rank_of_expert=4, rank_of_router=2, progress=False)
+    whole = copy.deepcopy(model)
+    name = next(iter(smile_layers(model)))
+    if layers == "all":
+        split_base(model)
+    else:
+        replace_module(model, smile_layers(model)[name], SmileBesideLinear(smile_layers(model)[name]))
+    message = rf"^model: {re.escape(name)} holds the experts only, over a base that .*; expected SMILE layers with the"
+    for refused in (
+        lambda: sk.add_expert(model, experts[0]),
+        lambda: sk.replace_expert(model, 0, experts[0]),
+        lambda: sk.remove_expert(model, 0),
+        lambda: sk.sweep(model, lambda model: 0.0),
+        lambda: sk.save_pretrained(model, tmp_path / "out"),
+        lambda: model.save_pretrained(tmp_path / "out"),
+        lambda: verify(model, base, experts),
+        *([lambda: split_base(model)] if layers == "all" else []),
+    ):
+        with pytest.raises(sk.SmileError, match=message):
+            refused()
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    with pytest.raises(sk.SmileError, match=rf"^base: has a SMILE layer, {re.escape(name)}"):
+        verify(whole, model, experts)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -196,5 +226,10 @@ def test_what_a_quantised_base_does_not_support(plain, tmp_path):
     model = load(tmp_path / "int4")
     with pytest.raises(sk.SmileError, match="its base is stored quantised, and is not saved again"):
         model.save_pretrained(tmp_path / "again")
-    with pytest.raises(sk.SmileError, match="model: contains no SmileLinear"):
-        sk.save_pretrained(model, tmp_path / "again")
+    only = r"model: model\.layers\.0\.\S+ holds the experts only, over a base that is quantised or apart"
+    for refused in (
+        lambda: sk.save_pretrained(model, tmp_path / "again"),
+        lambda: sk.add_expert(model, one, name="more"),
+    ):
+        with pytest.raises(sk.SmileError, match=only):
+            refused()

@@ -208,7 +208,7 @@ def test_states_that_do_not_allow_it(models):
         layer.router_prior = torch.zeros(2)
     sk.set_routing(both, sk.RoutingPolicy(accumulate=True, calibrated=True))
     refused(both, "follows a calibrated routing policy", lambda m: sk.replace_expert(m, 0, third))
-    with pytest.raises(sk.SmileError, match="holds no SmileLinear"):
+    with pytest.raises(sk.SmileError, match="has no SmileLinear"):
         sk.add_expert(base, third)
 
     bound = upscale(base, [first, second])
