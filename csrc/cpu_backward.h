@@ -52,25 +52,20 @@ template <class T> class GroupedProducts {
                R* out) const {
     const int64_t panels = (rank + kWidth - 1) / kWidth;
     parallel(parallel_for, n.num_experts * panels, n.tokens * m * kWidth * depth / n.num_experts, [&](int64_t from, int64_t to) {
-      const Buffer<R> panel(kPanelDepth * kWidth), sums(largest() * kWidth);
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / panels, c0 = item % panels * kWidth, width = std::min(kWidth, rank - c0);
         const int32_t* list = entries.data() + first[i];
         const int64_t count = first[i + 1] - first[i];
+        if (count == 0) continue;
         const T* own = factor + i * expert_stride;
-        for (int64_t d = 0; count && d < depth; d += kPanelDepth) {
-          const int64_t length = std::min(kPanelDepth, depth - d);
-          if (by_columns) {
-            lay_out(length, [&](int64_t k) { return own + (d + k) * rank + c0; }, width, panel.get());
-          } else {
-            const T* row[kWidth];
-            for (int64_t c = 0; c < width; ++c) row[c] = own + (c0 + c) * depth + d;
-            pack<R>(row, width, length, panel.get());
-          }
-          panel_product<R>(count, [&](int64_t e) { return x[list[e] / m] + d; }, panel.get(), width, length,
-                           [&](int64_t e) { return sums.get() + e * kWidth; }, d > 0);
-        }
-        for (int64_t e = 0; e < count; ++e) std::copy_n(sums.get() + e * kWidth, width, out + list[e] * rank + c0);
+        const auto lay = [&](int64_t d, int64_t length, R* panel) {
+          if (by_columns) return lay_out(length, [&](int64_t k) { return own + (d + k) * rank + c0; }, width, panel);
+          const T* row[kWidth];
+          for (int64_t c = 0; c < width; ++c) row[c] = own + (c0 + c) * depth + d;
+          pack<R>(row, width, length, panel);
+        };
+        product_by_panels<R>(depth, width, count, lay, [&](int64_t e, int64_t d) { return x[list[e] / m] + d; },
+                             [&](int64_t e) { return out + list[e] * rank + c0; });
       }
     });
   }
@@ -106,19 +101,19 @@ template <class T> class GroupedProducts {
                   int64_t out_rows, bool transposed) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
     parallel(parallel_for, n.num_experts * blocks, kWidth * n.tokens * m * rank / n.num_experts, [&](int64_t from, int64_t to) {
-      const Buffer<R> panel(kPanelDepth * kWidth), turned(kWidth * kWidth), sums(rank * kWidth), of_rank(rank * kPanelDepth);
+      const Buffer<R> turned(kWidth * kWidth), sums(rank * kWidth), of_rank(rank * kPanelDepth);
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / blocks, c0 = item % blocks * kWidth, width = std::min(kWidth, columns - c0);
-        std::fill_n(sums.get(), rank * kWidth, R(0));
-        for (int64_t e0 = first[i]; e0 < first[i + 1]; e0 += kPanelDepth) {
-          const int32_t* list = entries.data() + e0;
-          const int64_t count = std::min<int64_t>(kPanelDepth, first[i + 1] - e0);
+        if (first[i] == first[i + 1]) std::fill_n(sums.get(), rank * kWidth, R(0));
+        const auto lay = [&](int64_t e0, int64_t count, R* panel) {
+          const int32_t* list = entries.data() + first[i] + e0;
           for (int64_t e = 0; e < count; ++e)
-            for (int64_t k = 0; k < rank; ++k) of_rank.get()[k * count + e] = coefficients[list[e] * rank + k];
-          lay_out(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel.get());
-          panel_product<R>(rank, [&](int64_t k) { return of_rank.get() + k * count; }, panel.get(), width, count,
-                           [&](int64_t k) { return sums.get() + k * kWidth; }, true);
-        }
+            for (int64_t k = 0; k < rank; ++k) of_rank.get()[k * kPanelDepth + e] = coefficients[list[e] * rank + k];
+          lay_out(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel);
+        };
+        product_by_panels<R>(first[i + 1] - first[i], width, rank, lay,
+                             [&](int64_t k, int64_t) { return of_rank.get() + k * kPanelDepth; },
+                             [&](int64_t k) { return sums.get() + k * kWidth; });
         T* own = out + i * expert_stride;
         if (transposed) {
           write_transposed(sums.get(), rank, width, own + c0 * rank, turned.get());
@@ -138,12 +133,6 @@ template <class T> class GroupedProducts {
   std::vector<int32_t> entries;
 
  private:
-  int64_t largest() const {
-    int64_t most = 0;
-    for (int64_t i = 0; i < n.num_experts; ++i) most = std::max(most, first[i + 1] - first[i]);
-    return most;
-  }
-
   // out[c][k] = sums[k][c]
   static void write_transposed(const R* sums, int64_t rank, int64_t width, T* out, R* turned) {
     for (int64_t k0 = 0; k0 < rank; k0 += kWidth) {

@@ -77,7 +77,7 @@ constexpr int64_t kEntriesAtOnce = 32 * kTokens;
 // not multiply are converted here with vectors. Measured: bench/NOTES.md.
 template <class T> constexpr int64_t most_tokens_of_base() {
   using X = typename MultiplyAs<T>::type;
-  if (SMILE_VECTOR_BYTES == 16 || !std::is_same<X, typename RealOf<T>::type>::value) return 8;
+  if (SMILE_VECTOR_BYTES == 16 || kTiles<X>) return 8;
   return std::is_same<T, X>::value ? kMostPacked : std::numeric_limits<int64_t>::max();
 }
 
@@ -93,7 +93,7 @@ template <class T> class Chunk {
         slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
     // By the tokens of the whole call, so that the same router's rows and x have the same scores in every chunk and operator.
-    const bool packs_x = std::is_same<X, R>::value && n.tokens > kDotsUpTo;
+    const bool packs_x = !kTiles<X> && n.tokens > kDotsUpTo;
     packs_rows = n.tokens >= kPackFrom * kTokens;
     packs_x_for_base = p.weight && packs_x;
     packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked;
@@ -258,60 +258,76 @@ template <class T> class Chunk {
         const int64_t t0 = item / pieces * kPanelWidth<X>, d = item % pieces * kPanelDepth, width = width_from(t0);
         const X* row[kPanelWidth<X>];
         for (int64_t t = 0; t < width; ++t) row[t] = x[t0 + t] + d;
-        R* panel = x_panels.get() + item / pieces * panel_size() + d * panel_vectors<X>(width) * kLanes<R>;
-        pack<X>(row, width, std::min(kPanelDepth, n.in_features - d), panel);
+        R* panel = x_panels.get() + item / pieces * panel_size();
+        pack<X>(row, width, std::min(kPanelDepth, n.in_features - d), column_of_panel(panel, width, d));
       }
     });
     const auto weight_row = [&](int64_t j) { return static_cast<const T*>(p.weight) + j * n.in_features; };
     const auto rows_of_router = [&](int64_t j) { return router_row(j); };
-    if (packs_x_for_base) multiply_rows(x_panels.get(), n.out_features, weight_row, base_sums(), base_stride());
-    if (packs_x_for_router) multiply_rows(x_panels.get(), q_columns(), rows_of_router, q.get(), q_columns());
+    const auto blocks_of = [](int64_t rows) { return (rows + kRowsAtOnce - 1) / kRowsAtOnce; };
+    const int64_t of_weight = packs_x_for_base ? blocks_of(n.out_features) : 0, of_router = packs_x_for_router ? blocks_of(q_columns()) : 0;
+    parallel(parallel_for, of_weight + of_router, kRowsAtOnce * tokens * n.in_features, [&](int64_t from, int64_t to) {
+      const RowScratch scratch;
+      for (int64_t block = from; block < to; ++block)
+        if (block < of_weight)
+          multiply_rows(x_panels.get(), block, n.out_features, weight_row, base_sums(), base_stride(), scratch);
+        else
+          multiply_rows(x_panels.get(), block - of_weight, q_columns(), rows_of_router, q.get(), q_columns(), scratch);
+    });
   }
 
-  int64_t panel_size() const { return n.in_features * kPanelWidth<X>; }
+  int64_t panel_size() const { return packed_depth<X>(n.in_features) * kPanelWidth<X>; }
   int64_t width_from(int64_t t0) const { return std::min(kPanelWidth<X>, tokens - t0); }
+  template <class At> At* column_of_panel(At* panel, int64_t width, int64_t d) const {
+    return panel + d / Packed<X>::numbers * panel_vectors<X>(width) * kLanes<R>;
+  }
 
-  // out[t][j] = the product of x[t] with row j.
+  // Sums of a block of rows and a panel of x, and rows of 16-bit numbers as real numbers.
+  static constexpr bool kConvertsRows = !std::is_same<T, X>::value;
+  struct RowScratch {
+    Buffer<R> sums{kRowsAtOnce * kPanelWidth<X>}, later{kRowsAtOnce * kPanelWidth<X>}, turned{kRowsAtOnce * kPanelWidth<X>};
+    Buffer<R> reals{kConvertsRows ? kRowsAtOnce * kPanelDepth : 0};
+  };
+
+  // out[t][j] = the product of x[t] with row j, for the rows of a block.
   template <class RowAt>
-  void multiply_rows(const R* x_panels, int64_t row_count, const RowAt& row_at, R* out, int64_t out_stride) {
-    const int64_t blocks = (row_count + kRowsAtOnce - 1) / kRowsAtOnce;
-    parallel(parallel_for, blocks, kRowsAtOnce * tokens * n.in_features, [&](int64_t from, int64_t to) {
-      const int64_t size = kRowsAtOnce * kPanelWidth<X>;
-      const Buffer<R> sums(size), later(size), turned(size), reals(kInPlace ? 0 : kRowsAtOnce * kPanelDepth);
-      for (int64_t j0 = from * kRowsAtOnce; j0 < std::min(row_count, to * kRowsAtOnce); j0 += kRowsAtOnce)
-        for (int64_t t0 = 0; t0 < tokens; t0 += kPanelWidth<X>) {
-          const int64_t rows = std::min(kRowsAtOnce, row_count - j0), width = width_from(t0);
-          const int64_t stride = panel_vectors<X>(width) * kLanes<R>;
-          const R* panel = x_panels + t0 / kPanelWidth<X> * panel_size();
-          const auto row = [&](int64_t c) { return row_at(std::min(j0 + c, row_count - 1)); };
-          // Sums over more columns are added to one another, not continued: their rounding errors are smaller.
-          for (int64_t d = 0; d < n.in_features; d += kDepth) {
-            const int64_t depth = std::min(kDepth, n.in_features - d);
-            R* part = d == 0 ? sums.get() : later.get();
-            multiply_piece(rows, [&](int64_t c) { return row(c) + d; }, panel + d * stride, width, depth, part, reals.get());
-            for (int64_t i = 0; i < rows * stride && d > 0; ++i) sums.get()[i] += part[i];
-          }
-          const R* sums_of_row[kRowsAtOnce];
-          for (int64_t c = 0; c < rows; ++c) sums_of_row[c] = sums.get() + c * stride;
-          pack<R>(sums_of_row, rows, width, turned.get());
-          for (int64_t t = 0; t < width; ++t)
-            std::copy_n(turned.get() + t * panel_vectors<R>(rows) * kLanes<R>, rows, out + (t0 + t) * out_stride + j0);
-        }
-    });
+  void multiply_rows(const R* x_panels, int64_t block, int64_t row_count, const RowAt& row_at, R* out, int64_t out_stride,
+                     const RowScratch& scratch) {
+    const int64_t j0 = block * kRowsAtOnce, rows = std::min(kRowsAtOnce, row_count - j0);
+    const auto row = [&](int64_t c) { return row_at(std::min(j0 + c, row_count - 1)); };
+    for (int64_t t0 = 0; t0 < tokens; t0 += kPanelWidth<X>) {
+      const int64_t width = width_from(t0), stride = panel_vectors<X>(width) * kLanes<R>;
+      const R* panel = x_panels + t0 / kPanelWidth<X> * panel_size();
+      R* sums = scratch.sums.get();
+      // Sums over more columns are added to one another, not continued: their rounding errors are smaller.
+      for (int64_t d = 0; d < n.in_features; d += kDepth) {
+        const int64_t depth = std::min(kDepth, n.in_features - d);
+        R* part = d == 0 ? sums : scratch.later.get();
+        multiply_piece(rows, [&](int64_t c) { return row(c) + d; }, column_of_panel(panel, width, d), width, depth, part,
+                       scratch.reals.get());
+        for (int64_t i = 0; i < rows * stride && d > 0; ++i) sums[i] += part[i];
+      }
+      const R* sums_of_row[kRowsAtOnce];
+      for (int64_t c = 0; c < rows; ++c) sums_of_row[c] = sums + c * stride;
+      R* turned = scratch.turned.get();
+      pack<R>(sums_of_row, rows, width, turned);
+      for (int64_t t = 0; t < width; ++t)
+        std::copy_n(turned + t * panel_vectors<R>(rows) * kLanes<R>, rows, out + (t0 + t) * out_stride + j0);
+    }
   }
 
   // sums = `depth` columns of a block of rows times a panel; rows of 16-bit numbers are converted in `reals`.
   template <class RowAt>
   void multiply_piece(int64_t rows, const RowAt& row, const R* panel, int64_t width, int64_t depth, R* sums, R* reals) {
-    if constexpr (kInPlace) {
-      row_product(rows, row, panel, width, depth, sums, false);
+    if constexpr (!kConvertsRows) {
+      row_product<X>(rows, row, panel, width, depth, sums, false);
     } else {
       for (int64_t d = 0; d < depth; d += kPanelDepth) {
         const int64_t count = std::min(kPanelDepth, depth - d);
         for (int64_t c = 0; c < rows; ++c)
           for (int64_t k = 0; k < count; ++k) reals[c * kPanelDepth + k] = to_real(row(c)[d + k]);
-        row_product(rows, [&](int64_t c) { return reals + std::min(c, rows - 1) * kPanelDepth; },
-                    panel + d * panel_vectors<X>(width) * kLanes<R>, width, count, sums, d > 0);
+        row_product<X>(rows, [&](int64_t c) { return reals + std::min(c, rows - 1) * kPanelDepth; },
+                       column_of_panel(panel, width, d), width, count, sums, d > 0);
       }
     }
   }
@@ -333,17 +349,12 @@ template <class T> class Chunk {
   // out[e] = the product of x[e] with `width` rows, at most those of a panel.
   template <class RowAt, class XAt, class OutAt>
   void packed_product(int64_t width, const RowAt& row_at, int64_t count, const XAt& x_at, const OutAt& out_at) {
-    constexpr int64_t kWidth = kPanelWidth<X>;
-    const Buffer<R> panel(packed_depth<X>(kPanelDepth) * kWidth), sums(count * kWidth);
-    for (int64_t d = 0; d < n.in_features; d += kPanelDepth) {
-      const int64_t depth = std::min(kPanelDepth, n.in_features - d);
-      const T* row[kWidth];
+    const auto lay = [&](int64_t d, int64_t length, R* panel) {
+      const T* row[kPanelWidth<X>];
       for (int64_t c = 0; c < width; ++c) row[c] = row_at(c) + d;
-      pack<X>(row, width, depth, panel.get());
-      panel_product<X>(count, [&](int64_t e) { return x_at(e) + d; }, panel.get(), width, depth,
-                       [&](int64_t e) { return sums.get() + e * kWidth; }, d > 0);
-    }
-    for (int64_t e = 0; e < count; ++e) std::copy_n(sums.get() + e * kWidth, width, out_at(e));
+      pack<X>(row, width, length, panel);
+    };
+    product_by_panels<X>(n.in_features, width, count, lay, [&](int64_t e, int64_t d) { return x_at(e) + d; }, out_at);
   }
 
   void add_shrink_products() {

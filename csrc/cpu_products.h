@@ -538,34 +538,67 @@ void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width,
   }
 }
 
+// out_at(e)[0 : width] = the product of x_e with a factor of `depth` columns and `width` rows, at most those of a panel, for `count`
+// x. lay(d, length, panel) makes a panel of the columns from d on, and x_at(e, d) is x_e from d on.
+// Sums over more than kDepth columns are added to one another, not continued: their rounding errors are smaller.
+template <class X, class Lay, class XAt, class OutAt>
+void product_by_panels(int64_t depth, int64_t width, int64_t count, const Lay& lay, const XAt& x_at, const OutAt& out_at) {
+  using R = typename Packed<X>::R;
+  constexpr int64_t kWidth = kPanelWidth<X>;
+  const Buffer<R> panel(packed_depth<X>(std::min(depth, kPanelDepth)) * kWidth), sums(count * kWidth);
+  for (int64_t d = 0; d < depth; d += kPanelDepth) {
+    const int64_t length = std::min(kPanelDepth, depth - d), end = d + length;
+    lay(d, length, panel.get());
+    panel_product<X>(count, [&](int64_t e) { return x_at(e, d); }, panel.get(), width, length,
+                     [&](int64_t e) { return sums.get() + e * kWidth; }, d % kDepth > 0);
+    if (end % kDepth > 0 && end < depth) continue;
+    for (int64_t e = 0; e < count; ++e) {
+      R *out = out_at(e), *part = sums.get() + e * kWidth;
+      for (int64_t c = 0; c < width; ++c) out[c] = d < kDepth ? part[c] : out[c] + part[c];
+    }
+  }
+}
+
 // ---- products of packed x with rows as they are stored ----
 //
 // x are packed into panels of vectors over x, and each number of a row is multiplied with them. Rows that are more than
 // the x are read once and not copied, whereas packing them takes as long as multiplying them with many x.
 
 constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
-constexpr int64_t kChainOfRows = 64;  // numbers summed in a row: sums of few have smaller rounding errors
+// Numbers summed in a row: sums of few have smaller rounding errors.
+template <class X> constexpr int64_t kChainOfRows = std::is_same<X, bfloat16>::value ? kPanelDepth : 64;
 constexpr int64_t kDotsUpTo = SMILE_VECTORS == 16 ? 9 : 12;  // number of x up to which `dots` is faster
 constexpr int64_t kMostPacked = SMILE_VECTORS == 16 ? 64 : 128;  // number of x beyond which packing rows is faster
 
 // Rows in registers, where a panel has V vectors.
 constexpr int rows_of_tile(int V) { return SMILE_VECTORS == 16 ? 12 / V : V < 3 ? 12 : 24 / V; }
 
+// sum[i][V vectors] += row[i][k] x[k], where x[k] are the vectors of a panel.
+template <int M, int V, class X, class R>
+SMILE_INLINE void row_step(const X* const* row, int64_t k, const R* panel, Vector<R> (&sum)[M][V]) {
+  Vector<R> x[V];
+  SMILE_UNROLL for (int v = 0; v < V; ++v) x[v] = load(panel + v * kLanes<R>);
+  SMILE_UNROLL for (int i = 0; i < M; ++i)
+    SMILE_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = Packed<X>::multiply_add(row[i] + k, x[v], sum[i][v]);
+}
+
 // out[i][V vectors] (+)= sum_k row[i][k] panel[k] for M rows. A row is prefetched four lines ahead, at its end the `next` one.
-template <int M, int V, class R>
-SMILE_INLINE void row_tile(const R* const* row, const R* const* next, const R* panel, int64_t depth, R* out, bool accumulate) {
-  constexpr int lanes = kLanes<R>;
-  for (int64_t from = 0; from < depth; from += kChainOfRows) {
-    const int64_t to = std::min(depth, from + kChainOfRows);
+template <int M, int V, class X, class R>
+SMILE_INLINE void row_tile(const X* const* row, const X* const* next, const R* panel, int64_t depth, R* out, bool accumulate) {
+  constexpr int64_t lanes = kLanes<R>, numbers = Packed<X>::numbers;
+  for (int64_t from = 0; from < depth; from += kChainOfRows<X>) {
+    const int64_t to = std::min(depth, from + kChainOfRows<X>);
     Vector<R> sum[M][V] = {};
     for (int64_t k = from; k < to;) {
-      const int64_t ahead = k + 4 * kLine<R>, end = std::min(k + kLine<R>, to);
+      const int64_t ahead = k + 4 * kLine<X>, end = std::min(k + kLine<X>, to);
       SMILE_UNROLL for (int i = 0; i < M; ++i) __builtin_prefetch(ahead < depth ? row[i] + ahead : next[i] + ahead - depth);
-      for (; k < end; ++k, panel += V * lanes) {
-        Vector<R> x[V];
-        SMILE_UNROLL for (int v = 0; v < V; ++v) x[v] = load(panel + v * lanes);
-        SMILE_UNROLL for (int i = 0; i < M; ++i)
-          SMILE_UNROLL for (int v = 0; v < V; ++v) sum[i][v] += row[i][k] * x[v];
+      for (; k + numbers <= end; k += numbers, panel += V * lanes) row_step<M, V>(row, k, panel, sum);
+      if (k < end) {  // the last of an odd number
+        X last[M][numbers] = {};
+        const X* lasts[M];
+        for (int i = 0; i < M; ++i) last[i][0] = row[i][k], lasts[i] = last[i];
+        row_step<M, V>(lasts, 0, panel, sum);
+        k = end;
       }
     }
     SMILE_UNROLL for (int i = 0; i < M; ++i)
@@ -577,11 +610,11 @@ SMILE_INLINE void row_tile(const R* const* row, const R* const* next, const R* p
   }
 }
 
-template <int V, class R, class At>
+template <class X, int V, class R, class At>
 void row_tiles(int64_t count, const At& row_at, const R* panel, int64_t depth, R* out, bool accumulate) {
   constexpr int M = rows_of_tile(V);
   for (int64_t c = 0; c < count; c += M) {
-    const R *row[M], *next[M];
+    const X *row[M], *next[M];
     for (int i = 0; i < M; ++i) row[i] = row_at(c + i), next[i] = row_at(c + M + i);
     row_tile<M, V>(row, next, panel, depth, out + c * V * kLanes<R>, accumulate);
   }
@@ -589,12 +622,12 @@ void row_tiles(int64_t count, const At& row_at, const R* panel, int64_t depth, R
 
 // out[c] (+)= row_at(c) panel for `count` rows, at most kRowsAtOnce, and a panel of `width` x. row_at is called for later
 // rows too, and out has room for kRowsAtOnce rows of the panel's vectors.
-template <class R, class At>
+template <class X, class R, class At>
 void row_product(int64_t count, const At& row_at, const R* panel, int64_t width, int64_t depth, R* out, bool accumulate) {
-  switch (panel_vectors<R>(width)) {
-    case 1: return row_tiles<1>(count, row_at, panel, depth, out, accumulate);
-    case 2: return row_tiles<2>(count, row_at, panel, depth, out, accumulate);
-    case 3: return row_tiles<3>(count, row_at, panel, depth, out, accumulate);
-    default: return row_tiles<kPanel>(count, row_at, panel, depth, out, accumulate);
+  switch (panel_vectors<X>(width)) {
+    case 1: return row_tiles<X, 1>(count, row_at, panel, depth, out, accumulate);
+    case 2: return row_tiles<X, 2>(count, row_at, panel, depth, out, accumulate);
+    case 3: return row_tiles<X, 3>(count, row_at, panel, depth, out, accumulate);
+    default: return row_tiles<X, kPanel>(count, row_at, panel, depth, out, accumulate);
   }
 }

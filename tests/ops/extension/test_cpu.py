@@ -227,6 +227,17 @@ def test_sums_of_one_sign_over_many_columns():
     assert_close("y", y, *expectations(p, ids, weights=weights)["y"])
 
 
+@pytest.mark.parametrize("tokens", [8, 64, 200])
+def test_shrink_products_of_one_sign_over_many_columns(tokens):
+    p = Problem.random(tokens, 28672, 8, 2, 6, 2, 2)
+    p.x, p.vh = p.x.relu(), p.vh + p.vh.std()
+    _, _, ids, h = linear(p, save=True)
+    own = ids.long()[..., None].expand(-1, -1, 6)
+    plain = torch.nn.functional.linear(p.x, p.vh.flatten(0, 1)).view(tokens, 2, 6).gather(1, own)
+    want = torch.einsum("td,nrd->tnr", p.x.double(), p.vh.double()).gather(1, own)
+    assert_close("h", h, want, (plain - want).abs().max())
+
+
 def test_other_leading_dimensions_are_refused():
     p = Problem.random(6, 16, 24, 4, 4, 4, 2)
     (x, *layer), routing = p.arguments(), linear(p)[1:3]
