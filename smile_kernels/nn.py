@@ -549,6 +549,8 @@ def _check_mergeable(layers: Sequence[nn.Linear]) -> None:
     for i, layer in enumerate(layers):
         if type(layer) not in (SmileLinear, nn.Linear):
             raise SmileError(f"layers: number {i} is a {type(layer).__name__}; expected SmileLinear or nn.Linear")
+        if unfit := None if isinstance(layer, SmileLinear) else why_not_linear(layer):
+            raise SmileError(f"layers: number {i} cannot be merged, since {unfit}; expected SmileLinear or nn.Linear")
         if isinstance(layer, SmileLinear) and layer.parts is not None:
             raise SmileError(f"layers: number {i} is a merged layer; expected layers of one part")
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -655,10 +657,23 @@ def why_not_linear(module: nn.Module) -> str | None:
     kind = type(module)
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"a {kind.__name__} is not a linear layer"
+    if quantised := why_quantised(module):
+        return quantised
     changed = "forward" in vars(module) or kind.__call__ is not nn.Module.__call__
     if changed or not (is_conv1d(module) or kind.forward is nn.Linear.forward):
         return f"the forward of {kind.__name__} is not that of nn.Linear"
     return None
+
+
+def why_quantised(module: nn.Module) -> str | None:
+    """How a linear layer stores its weight quantised; None for a plain weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return f"it has no weight, but {', '.join(module.state_dict()) or 'nothing'}, as a quantised layer"
+    kind = type(weight.data)
+    if weight.is_floating_point() and not kind.__module__.startswith("torchao."):
+        return None
+    return f"its weight is quantised, {weight.dtype if kind is Tensor else kind.__name__}"
 
 
 def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:

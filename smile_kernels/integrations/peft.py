@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from ..errors import SmileError
-from ..nn import is_conv1d
+from ..nn import is_conv1d, why_quantised
 from ..schema import check_arguments, parse
 from ..storage import read_json, read_pickled, read_safetensors
 from ..svd import without_autocast
@@ -344,6 +344,9 @@ def _in_base(
     if not adapted:
         return {module: module for module in modules}
     unknown = next(module for module in adapted if f"{module}.weight" not in base)
+    layers = {} if names.model is None else dict(names.model.named_modules())
+    if isinstance(layers.get(unknown), nn.Linear) and (quantised := why_quantised(layers[unknown])):
+        raise SmileError(f"base: {unknown}: {quantised}; expected a base of plain weights")
     raise SmileError(f"{directory}: changes {unknown!r}, which the base lacks; expected an adapter of this base")
 
 

@@ -64,7 +64,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
         name: cast(nn.Linear, module)  # Conv1D has the same attributes
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_conv1d(module))
-        and isinstance(module.weight, nn.Parameter)
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
         and module.weight.is_floating_point()
     }
 

@@ -19,6 +19,7 @@ from ..config import FACTORS, config_of_checkpoint, read_config
 from ..errors import SmileError, check_integer, reason
 from ..integrations.conversion import ModelNames, without_wrappers
 from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
+from ..nn import why_quantised
 from ..publishing import is_utf8
 from ..routing import RoutingPolicy, check_kept
 from ..storage import StoredTensor, read_tensors
@@ -411,13 +412,27 @@ def check_request(
 
 
 def check_modules(where: str, model: nn.Module) -> None:
-    """Raise ValueError, naming the module, if one is compiled by torch.jit, or lazy and without shapes yet."""
+    """Raise ValueError, naming the module, if one is compiled by torch.jit, quantised, or without shapes yet."""
+    check_unquantised(where, model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise SmileError(f"{where}: {name or 'it'} is a {type(module).__name__}; expected a module of Python code")
         for parameter, p in module._parameters.items():
             if isinstance(p, nn.UninitializedParameter):
                 raise SmileError(f"{where}: {name}.{parameter} has no shape yet; expected a model that has run once")
+
+
+def check_unquantised(where: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the layer, if a linear layer of a model is quantised."""
+    layers = ((name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear))
+    found = next((f"{name or 'it'}: {how}" for name, one in layers if (how := why_quantised(one))), None)
+    if found is None and any(getattr(module, "is_quantized", False) is True for module in model.modules()):
+        found = f"is a {type(model).__name__} that transformers loaded quantised"
+    if found is not None:
+        raise SmileError(
+            f"{where}: {found}; expected plain weights (upscale_checkpoints takes LoRA adapters and a base that is "
+            "stored quantised)"
+        )
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:

@@ -35,7 +35,15 @@ from .files import listing
 from .inputs import example_inputs
 from .layers import Layer, layers_of_checkpoint, layers_of_model, model_of_checkpoint
 from .report import UpscaleReport
-from .sources import AdapterSource, ExpertSource, StoredTensors, local_folder, open_source, read_plain
+from .sources import (
+    AdapterSource,
+    ExpertSource,
+    StoredTensors,
+    check_unquantised,
+    local_folder,
+    open_source,
+    read_plain,
+)
 
 __all__ = ["ExpertVerdict", "verify"]
 
@@ -282,8 +290,10 @@ def _check_plain(argument: str, place: Any) -> None:
     """Raise ValueError if the base or a fine-tuned model has SMILE layers, or is stored quantised."""
     if isinstance(place, Path) and not is_adapter(place):
         read_plain(argument, place)
-    elif isinstance(place, nn.Module) and (layers := routed_layers(unwrapped(place))):
-        raise SmileError(f"{argument}: has a SMILE layer, {next(iter(layers))}; expected a model of plain layers")
+    elif isinstance(place, nn.Module):
+        if layers := routed_layers(unwrapped(place)):
+            raise SmileError(f"{argument}: has a SMILE layer, {next(iter(layers))}; expected a model of plain layers")
+        check_unquantised(argument, place)
 
 
 def _kind(place: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 import smile_kernels as sk
 from smile_kernels import RoutingPolicy, SmileLinear, calibrate, set_routing
 from smile_kernels.config import read_smile_config
+from smile_kernels.integrations.peft import adapter_deltas
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
 from smile_kernels.nn import replace_module, routed_layers, smile_layers
 from smile_kernels.upscaling import verify
@@ -233,3 +234,38 @@ def test_what_a_quantised_base_does_not_support(plain, tmp_path):
     ):
         with pytest.raises(sk.SmileError, match=only):
             refused()
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("int8", "its weight is quantised, torch.int8"),
+        ("int8 weights", "it has no weight, but weight_scale, weight_packed, weight_shape, as a quantised layer"),
+        ("torchao int4", "its weight is quantised, IntxUnpackedToInt8Tensor"),
+    ],
+)
+def test_quantised_models_in_memory(kind, found, plain, tmp_path):
+    layer = "model.layers.0.self_attn.q_proj"
+    base, quantised_model = load(plain), load(BASES[kind](plain, tmp_path / "base"))
+    expert = fine_tuned(base, 1)
+    fused = fuse(base, [expert])
+    sk.save_pretrained(fused, tmp_path / "fused")
+    changes = adapter_deltas(adapter(tmp_path / "a", plain, 2, ["q_proj"]), base)
+    linear, smile = quantised_model.get_submodule(layer), fused.get_submodule(layer)
+    ranks = {"rank_of_expert": 2, "rank_of_router": 2}
+    expected = "; expected plain weights \\(upscale_checkpoints takes LoRA adapters and a base that is stored quantised"
+    for call, message in {
+        lambda: sk.upscale(quantised_model, [changes], **ranks): f"model: {layer}: {found}{expected}",
+        lambda: sk.upscale(base, [quantised_model], **ranks): rf"finetuned\[0\]: {layer}: {found}{expected}",
+        lambda: sk.verify(fused, quantised_model, [changes]): f"base: {layer}: {found}{expected}",
+        lambda: sk.verify(fused, base, [quantised_model]): rf"experts\[0\]: {layer}: {found}{expected}",
+        lambda: sk.add_expert(fused, quantised_model): f"expert: {layer}: {found}{expected}",
+        lambda: sk.load_pretrained(tmp_path / "fused", quantised_model): f"'{layer}' cannot have .*, since {found}",
+        lambda: SmileLinear.from_linears(linear, [linear], **ranks): f"base: is a Linear, and {found}; expected",
+        lambda: SmileLinear.merge([smile, linear]): f"layers: number 1 cannot be merged, since {found}; expected",
+    }.items():
+        with pytest.raises(sk.SmileError, match=message):
+            call()
+    if kind == "int8 weights":  # the others have a weight of that name
+        with pytest.raises(sk.SmileError, match=f"base: {layer}: {found}; expected a base of plain weights"):
+            adapter_deltas(tmp_path / "a", quantised_model)
