@@ -44,7 +44,7 @@ from .upscaling.decompose import in_threads
 from .upscaling.disk import Job
 from .upscaling.layers import Layer, linear_layers, select_layers
 from .upscaling.report import kind_of
-from .upscaling.sources import local_folder
+from .upscaling.sources import local_folder, read_plain
 
 __all__ = [
     "Analysis",
@@ -394,6 +394,7 @@ def analyze(
     if workers is not None and workers < 1:
         raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
+    read_plain("base", base)  # whose weights are analyzed, and not only copied
     config = SmileConfig(len(experts), 1, 1, 1, modules={})  # no layer is too small to be analyzed
     job = Job(base, experts, config, include, exclude, "base", torch.float32, "cpu", False, None)
     analyses = []

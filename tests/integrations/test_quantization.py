@@ -9,6 +9,7 @@ from torch import nn
 
 import smile_kernels as sk
 from smile_kernels import RoutingPolicy, SmileLinear, calibrate, set_routing
+from smile_kernels.analysis import analyze
 from smile_kernels.config import read_smile_config
 from smile_kernels.integrations.peft import adapter_deltas
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
@@ -234,6 +235,10 @@ def test_what_a_quantised_base_does_not_support(plain, tmp_path):
     ):
         with pytest.raises(sk.SmileError, match=only):
             refused()
+    with pytest.raises(
+        sk.SmileError, match=r"base: \S+ is stored as 'torchao'; expected a checkpoint of plain weights"
+    ):
+        analyze(tmp_path / "base", [one])
 
 
 @pytest.mark.parametrize(
