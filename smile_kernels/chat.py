@@ -137,6 +137,7 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
     with watch_routing(model) as counts:
         try:
             options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": False, "streamer": streamer}
+            options["tokenizer"] = tokenizer  # finds stop_strings of the generation config
             tokens = model.generate(**prompt.to(model.device), **options)
         except Exception as error:
             if str(error).startswith("routing: "):  # the policy does not fit the model, as one with experts in its head

@@ -118,6 +118,18 @@ def test_one_token_is_served_by_those_who_read_the_prompt(fused):
     assert re.fullmatch(r"\[(math|code) 100%\]", served[0])
 
 
+def test_an_answer_ends_at_a_stop_string_of_the_generation_config(fused, tokenizer, tmp_path):
+    whole = expected(fused, tokenizer, "Hi, you")
+    shutil.copytree(fused, tmp_path / "fused")
+    file = tmp_path / "fused" / "generation_config.json"
+    stop = next(char for char in whole[:-1] if char.isascii() and not char.isspace())
+    assert whole.index(stop) < len(whole) - 1
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stop_strings": [stop]}))
+    answers, served = chat(tmp_path / "fused", "Hi, you\n")
+    assert printable("".join(answers)) == printable(whole[: whole.index(stop) + len(stop)]) != printable(whole)
+    assert len(served) == 1
+
+
 def test_commands(fused):
     out, said = chat(fused, "/help\n/exit\nHi\n")
     assert out == [""]
