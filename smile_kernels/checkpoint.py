@@ -34,7 +34,7 @@ from .nn import (
     SmileLinear,
     all_or_nothing,
     is_conv1d,
-    replace_linear,
+    replace_linears,
     routed_layers,
     smile_layers,
     whole_layers,
@@ -616,7 +616,7 @@ def _attach(model: nn.Module, config: SmileConfig, tensors: Mapping[str, Tensor]
             transposed = is_conv1d(linear)
             layer.weight = nn.Parameter(linear.weight.T.contiguous()) if transposed else linear.weight
             layer.bias = getattr(linear, "bias", None)
-            replace_linear(model, name, layer)
+        replace_linears(model, layers)
         set_routing(model, config.routing)
         guard_weights(model)
         describe_as_smile(model)

@@ -1,6 +1,5 @@
 """`SmileLinear`: a drop-in `nn.Linear` whose weight is shared by N low-rank experts and a zero-shot router."""
 
-import itertools
 import operator
 import re
 import reprlib
@@ -676,8 +675,8 @@ def why_quantised(module: nn.Module) -> str | None:
     return f"its weight is quantised, {weight.dtype if kind is Tensor else kind.__name__}"
 
 
-def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
-    """Replace the module `name` of a model by a SMILE layer, in every place that holds it; its hooks are kept.
+def replace_linears(model: nn.Module, layers: Mapping[str, SmileLinear]) -> None:
+    """Replace modules of a model, by name, by SMILE layers, in every place that holds them; their hooks are kept.
 
     PyTorch's fast paths that bypass the experts, in nn.TransformerEncoder and nn.TransformerEncoderLayer in evaluation
     mode, are disabled.
@@ -685,29 +684,37 @@ def replace_linear(model: nn.Module, name: str, layer: SmileLinear) -> None:
     Raises:
         ValueError: a place is inside nn.MultiheadAttention, which never calls its projections. Nothing is changed.
     """
-    module = model.get_submodule(name)
-    places = [place.split(".") for place, one in model.named_modules(remove_duplicate=False) if one is module]
-    ancestors = [[model.get_submodule(".".join(parts[:i])) for i in range(len(parts))] for parts in places]
-    if any(isinstance(above[-1], nn.MultiheadAttention) for above in ancestors):
-        raise SmileError(
-            f"model: {name} cannot have experts, since nn.MultiheadAttention reads its weight and never calls it"
-        )
-    for ancestor in itertools.chain.from_iterable(ancestors):
-        if isinstance(ancestor, nn.TransformerEncoderLayer):
-            ancestor.activation_relu_or_gelu = 0
-        elif isinstance(ancestor, nn.TransformerEncoder):
-            ancestor.use_nested_tensor = False
-    for attribute in vars(module):
-        if attribute.startswith(("_forward", "_backward", "_is_full_backward")) and attribute != "_forward_method":
-            vars(layer)[attribute] = vars(module)[attribute]
-    for parts in places:
-        model.set_submodule(".".join(parts), layer)
+    modules = {name: model.get_submodule(name) for name in layers}
+    names = {id(module): name for name, module in modules.items()}
+    for parent in model.modules():
+        for child in parent._modules.values() if isinstance(parent, nn.MultiheadAttention) else ():
+            if id(child) in names:
+                raise SmileError(
+                    f"model: {names[id(child)]} cannot have experts, since nn.MultiheadAttention reads its weight and "
+                    "never calls it"
+                )
+    for ancestor in model.modules():
+        if not isinstance(ancestor, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(id(module) in names for module in ancestor.modules()):
+            if isinstance(ancestor, nn.TransformerEncoderLayer):
+                ancestor.activation_relu_or_gelu = 0
+            else:
+                ancestor.use_nested_tensor = False
+    for name, module in modules.items():
+        for attribute in vars(module):
+            if attribute.startswith(("_forward", "_backward", "_is_full_backward")) and attribute != "_forward_method":
+                vars(layers[name])[attribute] = vars(module)[attribute]
+    replace_modules(model, ((module, layers[name]) for name, module in modules.items()))
 
 
-def replace_module(model: nn.Module, module: nn.Module, new: nn.Module) -> None:
-    """Put `new` in every place of `model` that holds `module`."""
-    for place in [place for place, one in model.named_modules(remove_duplicate=False) if one is module]:
-        model.set_submodule(place, new)
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Put the second module of each pair in every place of `model` that holds the first."""
+    new = {id(old): one for old, one in pairs}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
 
 
 @check_arguments

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import smile_kernels as sk
+from smile_kernels.integrations.quantization import split_base
 from smile_kernels.ops import reference
 from tests.problems import SHAPES
 
@@ -318,3 +320,36 @@ def test_what_cannot_be_merged_is_named():
             sk.SmileError, match=r"model: 0 is a merged layer; expected the layers of its parts \(split\)"
         ):
             use()
+
+
+def test_models_are_walked_a_number_of_times_that_does_not_depend_on_their_layers(monkeypatch, tmp_path):
+    walk, visited = nn.Module.named_modules, 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal visited
+        visited += 1
+        return walk(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+
+    def visits(layers: int) -> list[int]:
+        base, tuned = (nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers))) for _ in range(2))
+        model, folder, counts = None, tmp_path / str(layers), []
+
+        def fuse() -> None:
+            nonlocal model
+            model, _ = sk.upscale(base, [tuned], rank_of_expert=2, rank_of_router=2, progress=False)
+
+        for step in (
+            fuse,
+            lambda: sk.save_pretrained(model, folder),
+            lambda: sk.load_pretrained(folder, base),
+            lambda: split_base(model),
+        ):
+            before = visited
+            step()
+            counts.append(visited - before)
+        return counts
+
+    for few, many in zip(visits(20), visits(80)):
+        assert many < 5 * few

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SmileError
-from ..nn import SmileLinear, is_conv1d, replace_linear
+from ..nn import SmileLinear, is_conv1d, replace_linears, replace_modules
 from ..schema import check_arguments
 from ..svd import lora_svd
 from . import describe_as_smile
@@ -55,11 +55,8 @@ def from_peft_arrow(model: nn.Module) -> nn.Module:
         for name, module in arrows.items()
         if not module.lora_A.keys().isdisjoint(names)
     }
-    for name, module in wrapped.items():
-        if name in layers:
-            replace_linear(base, name, layers[name].train(module.training))
-        else:
-            base.set_submodule(name, module.base_layer)
+    replace_linears(base, {name: layer.train(wrapped[name].training) for name, layer in layers.items()})
+    replace_modules(base, ((module, module.base_layer) for name, module in wrapped.items() if name not in layers))
     vars(base).pop("peft_config", None)
     describe_as_smile(base)
     return base

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import SmileConfig
 from ..errors import SmileError
 from ..functional import check_tensor
-from ..nn import SmileLinear, all_or_nothing
+from ..nn import SmileLinear, all_or_nothing, replace_modules
 from ..schema import check_arguments
 from ..versions import warn_if_newer
 
@@ -52,14 +52,12 @@ def from_fusion_bench(model: nn.Module) -> nn.Module:
     if not layers:
         raise SmileError(f"model: {type(model).__name__} has no SMILE layer of fusion_bench; expected at least one")
     with all_or_nothing(model):
+        converted = {}
         for name, module in layers.items():
-            layer = _convert_layer(
-                module.state_dict(), num_experts_per_tok=getattr(module, _MODULES[type(module).__name__])
-            ).train(module.training)
-            if not name:
-                return layer
-            model.set_submodule(name, layer)
-    return model
+            m = getattr(module, _MODULES[type(module).__name__])
+            converted[name] = _convert_layer(module.state_dict(), num_experts_per_tok=m).train(module.training)
+        replace_modules(model, ((module, converted[name]) for name, module in layers.items()))
+    return converted.get("", model)
 
 
 @check_arguments

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import smile_delta
-from ..nn import RoutedExperts, SmileLinear, all_or_nothing, replace_module, smile_layers, whole_layers
+from ..nn import RoutedExperts, SmileLinear, all_or_nothing, replace_modules, smile_layers, whole_layers
 from ..schema import check_arguments
 from ..versions import warn_if_newer
 
@@ -82,9 +82,6 @@ def split_base(model: nn.Module) -> nn.Module:
     warn_if_newer("torchao")
     layers = smile_layers(model) or whole_layers(model)  # which raises
     with all_or_nothing(model):
-        for name, layer in layers.items():
-            split = SmileBesideLinear(layer).train(layer.training)
-            if not name:
-                return split
-            replace_module(model, layer, split)
-    return model
+        split = {name: SmileBesideLinear(layer).train(layer.training) for name, layer in layers.items()}
+        replace_modules(model, ((layer, split[name]) for name, layer in layers.items()))
+    return split.get("", model)

@@ -40,8 +40,8 @@ from ..guard import guard_weights
 from ..nn import (
     SmileLinear,
     is_conv1d,
-    replace_linear,
-    replace_module,
+    replace_linears,
+    replace_modules,
     smile_layers,
     whole_layers,
     why_not_linear,
@@ -209,8 +209,8 @@ class SmileQuantizer(HfQuantizer):
             if entry.fan_in_fan_out:
                 layer.weight = nn.Parameter(layer.weight.T)
                 self._fan_in_fan_out.append(layer)
-            replace_linear(model, target, layer)
             self._layers[target] = layer, replace(entry, fan_in_fan_out=False)
+        replace_linears(model, {target: layer for target, (layer, _) in self._layers.items()})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
@@ -310,6 +310,7 @@ class _OverQuantizedBase(SmileQuantizer):
                     linear.register_buffer(factor, tensor)
 
     def _complete(self, model: Any) -> None:
+        pairs = []
         for target, (layer, _) in self._layers.items():
             linear = model.get_submodule(target)
             for tensors, own in ((linear._parameters, layer._parameters), (linear._buffers, layer._buffers)):
@@ -321,7 +322,8 @@ class _OverQuantizedBase(SmileQuantizer):
                             f"device_map: offloads {target}, whose base is stored quantised; expected devices that "
                             "hold all layers"
                         )
-            replace_module(model, linear, SmileBesideLinear(layer, linear).train(linear.training))
+            pairs.append((linear, SmileBesideLinear(layer, linear).train(linear.training)))
+        replace_modules(model, pairs)
         model.config.quantization_config = self.smile
 
 

@@ -13,7 +13,7 @@ from ..errors import SmileError
 from ..guard import guard_weights
 from ..integrations import describe_as_smile
 from ..integrations.peft import ModuleDelta
-from ..nn import SmileLinear, all_or_nothing, is_conv1d, replace_linear
+from ..nn import SmileLinear, all_or_nothing, is_conv1d, replace_linears
 from ..routing import RoutingPolicy, check_calibration, check_routing, set_routing
 from ..routing import calibrate as calibrate_model
 from ..schema import check_arguments
@@ -149,9 +149,8 @@ def upscale(
             _average_remaining(model, {id(base[name]) for name in held if name in base}, base, sources)
         for layer in taken:
             _take(cast(nn.Linear, model.get_submodule(layer.name)), layer, sources[0])
-        for name, linear in linear_layers(model).items():
-            if name in factors:
-                _replace(model, name, linear, factors[name], names, g, num_experts_per_tok)
+        linears = linear_layers(model)
+        replace_linears(model, {n: _layer(linears[n], factors[n], names, g, num_experts_per_tok) for n in factors})
         report = UpscaleReport(reports, lost, expert_names=names or (), router=router, settings=settings)
         if calibrate:
             report = replace(report, calibration=calibrate_model(model))
@@ -252,16 +251,14 @@ def _take(linear: nn.Linear, layer: Layer, source: ExpertSource) -> None:
         linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)
 
 
-def _replace(
-    model: nn.Module,
-    name: str,
+def _layer(
     linear: nn.Linear,
     factors: Mapping[str, Tensor | None],
     expert_names: tuple[str, ...] | None,
     rank_of_router: int,
     num_experts_per_tok: int,
-) -> None:
-    """Replace `linear`, the module `name` of the model, with a SmileLinear."""
+) -> SmileLinear:
+    """The SmileLinear that replaces `linear`."""
     weight = linear.weight.T.contiguous() if is_conv1d(linear) else linear.weight
     own = factors.get("router")
     g = rank_of_router if own is None else own.shape[1]
@@ -272,7 +269,7 @@ def _replace(
     layer.bias = linear.bias
     if not is_conv1d(linear):
         layer.weight = cast(nn.Parameter, linear.weight)
-    replace_linear(model, name, layer)
+    return layer
 
 
 def _track(layers: Iterator[Any], total: int, progress: bool) -> Iterable[Any]:

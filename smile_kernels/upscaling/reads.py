@@ -25,7 +25,7 @@ _HARMLESS = {
 }  # fmt: skip
 _HARMLESS_CALLS = {"getattr", "hasattr", "id", "isinstance", "issubclass", "len", "type"}
 
-# `nn.replace_linear` switches off the paths on which these read the weights of their layers.
+# `nn.replace_linears` switches off the paths on which these read the weights of their layers.
 _SWITCHED_OFF = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 _Path = tuple[str, ...]

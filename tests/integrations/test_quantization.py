@@ -13,7 +13,7 @@ from smile_kernels.analysis import analyze
 from smile_kernels.config import read_smile_config
 from smile_kernels.integrations.peft import adapter_deltas
 from smile_kernels.integrations.quantization import SmileBesideLinear, split_base
-from smile_kernels.nn import replace_module, routed_layers, smile_layers
+from smile_kernels.nn import replace_modules, routed_layers, smile_layers
 from smile_kernels.upscaling import verify
 from tests.integrations.tiny_models import build, fine_tuned, fuse, output, transformers
 from tests.upscaling.test_quantized import AWQ, INT8, INT8_WEIGHTS, RANKS, adapter, quantised
@@ -63,7 +63,7 @@ def test_what_needs_the_weights_of_the_base_is_refused_without_them(layers, tmp_
     if layers == "all":
         split_base(model)
     else:
-        replace_module(model, smile_layers(model)[name], SmileBesideLinear(smile_layers(model)[name]))
+        replace_modules(model, [(smile_layers(model)[name], SmileBesideLinear(smile_layers(model)[name]))])
     message = rf"^model: {re.escape(name)} holds the experts only, over a base that .*; expected SMILE layers with the"
     for refused in (
         lambda: sk.add_expert(model, experts[0]),
