@@ -16,6 +16,17 @@ from .ops import library
 from .schema import check_arguments
 from .svd import decompose_linear
 
+# weight, bias, vh, s, u, expert_bias and router of a layer.
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class DirectPolicy:
+    """A `router_policy` that can compute a layer's output in inference, its choice and its product by one operator."""
+
+    def output(self, layer: Any, x: Tensor, tensors: Tensors) -> Tensor | None:
+        """The output [..., O] of a layer with these tensors; None: the policy is called for its choice."""
+        raise NotImplementedError
+
 
 class RoutedExperts(nn.Module):
     """The experts of a layer, and what routing policies read and set there.
@@ -272,7 +283,7 @@ class SmileLinear(RoutedExperts, nn.Linear):
         serves = routing_weights is None and not torch.is_grad_enabled()
         if policy is not None:
             check_input(input, self.in_features)
-            y = policy.serve(self, input, layer) if serves and hasattr(policy, "serve") else None
+            y = policy.output(self, input, layer) if serves and isinstance(policy, DirectPolicy) else None
             if y is not None:
                 return y
             routing = policy(self, input)
@@ -410,7 +421,7 @@ class SmileLinear(RoutedExperts, nn.Linear):
             else:
                 yield whole[part, :, :rank] if name == "s" else whole[part]
 
-    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _tensors(self) -> Tensors:
         p: dict[str, Any] = self._parameters
         try:  # faster than attributes, which Module.__getattr__ looks up one by one
             return p["weight"], p["bias"], p["vh"], p["s"], p["u"], p["expert_bias"], p["router"]

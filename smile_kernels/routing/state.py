@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..functional import keep_top_p, route, select_experts
-from ..nn import RoutedExperts
+from ..nn import DirectPolicy, RoutedExperts, Tensors
 from ..ops import library
 from .cache import PROMPT, Key, Memory, cache_in
 from .policy import Routing, RoutingPolicy, block_numbers, energy_shares, log_evidence, router_energies, running_sums
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["LayerPolicy", "RootRouting"]
 
 
-Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # as SmileLinear._tensors
-
 _SCOPES = {"token": 0, "causal": 1, "sequence": 2, "prompt": 2, "window": 2}  # as the operator `evidence` numbers them
 
 
@@ -41,7 +39,7 @@ class _HasVoted(Exception):
     """Ends the base's pass over a prompt after the blocks that determine the choice."""
 
 
-class LayerPolicy:
+class LayerPolicy(DirectPolicy):
     """The `router_policy` of a SMILE layer: the policy of its root, with the layer's number `index` there.
 
     `before` is its number of experts per token in passes that began before it had a policy.
@@ -67,10 +65,10 @@ class LayerPolicy:
             return at.route_alone(layer, x)
         return at.replay(self.index, x) if state is None else at.choose(self.index, layer, x)
 
-    def serve(self, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
+    def output(self, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
         """The output [..., O] of a layer with these tensors, in inference; None: it is called for its choice."""
         state = getattr(self.root.current, "state", None)
-        return None if state is None or not state.is_direct else state.serve(self.index, layer, x, tensors)
+        return None if state is None or not state.is_direct else state.output(self.index, layer, x, tensors)
 
 
 def _route_alone(layer: RoutedExperts, x: Tensor, num_experts_per_tok: int, top_p: float = 1.0) -> Routing | None:
@@ -400,13 +398,13 @@ class ForwardPass:
         lock = self.policy.lock_after
         return lock is None or self.blocks[key[0]] + key[1] * (self.blocks[-1] + 1) < lock
 
-    def serve(self, index: int, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
+    def output(self, index: int, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
         """The output of layer `index`, which is then not called for its choice; None: not supported."""
         policy, key = self.policy, (index, self.calls.get(index, 0))
         if policy.scope == "window" and self._is_single(x):
             return None
         if not self.held and (policy.lock_after is None or self._scores(key)):
-            y = self._serve_step(key, layer, x, tensors)
+            y = self._output_of_step(key, layer, x, tensors)
         else:
             choice = self._earlier_choice(key)
             y = library.serve(x, tensors, choice[1].shape[-1], layer.rank_of_router, self._spread(choice, x))
@@ -423,7 +421,7 @@ class ForwardPass:
         assert self.choice is not None
         return self.choice
 
-    def _serve_step(self, key: Key, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
+    def _output_of_step(self, key: Key, layer: RoutedExperts, x: Tensor, tensors: Tensors) -> Tensor | None:
         """The output of a layer that chooses now, by one operator for its step and its product; None: not supported."""
         policy, tokens = self.policy, self.tokens
         batch, length = tokens.shape(x)
