@@ -82,6 +82,14 @@ class LowRankDelta:
     scale: float
     magnitude: Tensor | None = None
 
+    def check(self, what: str) -> None:
+        """Raise ValueError, whose message begins with `what`, unless the factors and the magnitude fit each other."""
+        b, a = list(self.b.shape), list(self.a.shape)
+        if len(b) != 2 or len(a) != 2 or b[1] != a[0]:
+            raise SmileError(f"{what}: lora_B {b} does not fit lora_A {a}; expected [O, r] and [r, D]")
+        if self.magnitude is not None and self.magnitude.numel() != b[0]:
+            raise SmileError(f"{what}: magnitude has {self.magnitude.numel()} numbers; expected {b[0]}")
+
     @without_autocast
     def dense(self, weight: Tensor) -> Tensor:
         """The change of `weight` [O, D] in float32 (float64 where a factor or the weight is)."""
@@ -382,6 +390,7 @@ def _module_delta(
     elif "lora_embedding_A" in tensors:
         a, b = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
         weight = LowRankDelta(a.T, b.T, _scale(directory, module, a.shape[0], config))
+        weight.check(f"{directory}: {module}")
     elif "trainable_tokens_delta" in tensors:
         plain, own = base[f"{module}.weight"], tensors.get("weight")  # its own where the base was resized before
         start = plain if own is None else own
@@ -505,9 +514,8 @@ def _low_rank(
     directory: Path, module: str, tensors: Mapping[str, Tensor], config: _Config
 ) -> tuple[LowRankDelta, Tensor | None]:
     a, b = tensors["lora_A"], tensors["lora_B"]
-    if b.dim() != 2 or b.shape[1] != a.shape[0]:
-        raise SmileError(f"{directory}: {module}: lora_B {list(b.shape)} does not fit lora_A {list(a.shape)}")
-    for name, numel in (("alpha", 1), ("lora_B.bias", len(b)), ("lora_magnitude_vector", len(b))):
+    LowRankDelta(b, a, 1.0, tensors.get("lora_magnitude_vector")).check(f"{directory}: {module}")
+    for name, numel in (("alpha", 1), ("lora_B.bias", len(b))):
         if name in tensors and tensors[name].numel() != numel:
             raise SmileError(
                 f"{directory}: {module}: {name} has shape {list(tensors[name].shape)}; expected {numel} numbers"

@@ -302,11 +302,7 @@ def _check_dense(what: str, delta: ModuleDelta) -> None:
             found = f"{tensor.dtype} of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise SmileError(f"{what}: {part} is {found}; expected a dense tensor of floating-point numbers")
     if isinstance(delta.weight, LowRankDelta):
-        shapes = list(low.b.shape), list(low.a.shape)
-        if low.b.dim() != 2 or low.a.dim() != 2 or low.b.shape[1] != low.a.shape[0]:
-            raise SmileError(f"{what}: lora_B {shapes[0]} does not fit lora_A {shapes[1]}; expected [O, r] and [r, D]")
-        if low.magnitude is not None and low.magnitude.numel() != len(low.b):
-            raise SmileError(f"{what}: magnitude has {low.magnitude.numel()} numbers; expected {len(low.b)}")
+        delta.weight.check(what)
 
 
 def read_plain(where: str, folder: str | Path) -> dict[str, StoredTensor]:

@@ -271,7 +271,16 @@ FOLDED = {A: torch.ones(2, 6, 1), B: torch.ones(5, 2, 1)}  # as of a convolution
         ({name: t.to(torch.complex64) for name, t in FACTORS.items()}, {}, "torch.complex64"),
         (FACTORS | {B: torch.ones(5)}, {}, r"lora_B \[5\] does not fit lora_A"),
         (FACTORS | {"base_model.model.0.alpha": torch.ones(2)}, {}, r"alpha has shape \[2\]; expected 1 numbers"),
-        (FACTORS | {"base_model.model.0.lora_magnitude_vector": torch.ones(3)}, {}, "lora_magnitude_vector has shape"),
+        (
+            FACTORS | {"base_model.model.0.lora_magnitude_vector": torch.ones(3)},
+            {},
+            "magnitude has 3 numbers; expected 5",
+        ),
+        (
+            E | {"base_model.model.0.lora_embedding_B": torch.ones(6, 3)},
+            {},
+            r"lora_B \[5, 2\] does not fit lora_A \[3, 6\]",
+        ),
         (FACTORS | {"base_model.model.0.lora_B.bias": torch.ones(3)}, {}, "lora_B.bias has shape"),
         (
             FACTORS | {"base_model.model.0.base_layer.weight": torch.ones(5, 6)},
