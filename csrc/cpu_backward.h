@@ -1,16 +1,16 @@
-// The CPU backward, included by cpu_kernels.h in its namespace. Numbers of every type are multiplied and summed in R; x and
-// dy are copied to R once. Every step is split over threads by its outputs and sums in a fixed order, so results are the
+// The CPU backward, included by cpu_kernels.h in its namespace. Numbers are multiplied as in the forward: in X, to which x and
+// dy are converted once and the gradients of h are rounded, and summed in R. Every step is split over threads by its outputs and sums in a fixed order, so results are the
 // same on any number of threads.
 
-// An array of R itself, or a copy of an array of T.
-template <class T, class R> class Reals {
+// An array of X itself, or a copy of an array of T.
+template <class T, class X> class Operands {
  public:
-  Reals(const void* source, int64_t rows, int64_t columns, int64_t row_stride, ParallelFor parallel_for) {
+  Operands(const void* source, int64_t rows, int64_t columns, int64_t row_stride, ParallelFor parallel_for) {
     const T* from = static_cast<const T*>(source);
-    if constexpr (std::is_same<T, R>::value) {
+    if constexpr (std::is_same<T, X>::value) {
       data = from, stride = row_stride;
     } else {
-      copy.reset(new R[rows * columns]);
+      copy.reset(new X[rows * columns]);
       parallel(parallel_for, rows, columns, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t)
           for (int64_t c = 0; c < columns; ++c) copy[t * columns + c] = to_real(from[t * row_stride + c]);
@@ -18,20 +18,28 @@ template <class T, class R> class Reals {
       data = copy.get(), stride = columns;
     }
   }
-  const R* operator[](int64_t row) const { return data + row * stride; }
+  const X* operator[](int64_t row) const { return data + row * stride; }
 
  private:
-  std::unique_ptr<R[]> copy;
-  const R* data;
+  std::unique_ptr<X[]> copy;
+  const X* data;
   int64_t stride;
 };
 
-// panel[k][c] = row_at(k)[c] for `width` columns, zeros up to a whole vector.
-template <class R, class RowAt> void lay_out(int64_t depth, const RowAt& row_at, int64_t width, R* panel) {
-  const int64_t stride = panel_vectors<R>(width) * kLanes<R>;
-  for (int64_t k = 0; k < depth; ++k, panel += stride) {
-    const auto* row = row_at(k);
-    for (int64_t c = 0; c < width; ++c) panel[c] = to_real(row[c]);
+// panel[k][c] = row_at(k)[c] for `width` columns, or pairs of two rows; zeros up to a whole vector, and a whole tile.
+template <class X, class RowAt> void lay_out(int64_t depth, const RowAt& row_at, int64_t width, typename Packed<X>::R* panel) {
+  using R = typename Packed<X>::R;
+  const int64_t stride = panel_vectors<X>(width) * kLanes<R>;
+  for (int64_t k = 0; k < packed_depth<X>(depth) * Packed<X>::numbers; k += Packed<X>::numbers, panel += stride) {
+    if constexpr (Packed<X>::numbers == 1) {
+      const auto* row = row_at(k);
+      for (int64_t c = 0; c < width; ++c) panel[c] = to_real(row[c]);
+    } else {
+      const bool first = k < depth, second = k + 1 < depth;
+      const X *low = row_at(first ? k : 0), *high = row_at(second ? k + 1 : 0);
+      const uint32_t low_bits = first ? 0xffff : 0, high_bits = second ? 0xffff : 0;
+      for (int64_t c = 0; c < width; ++c) panel[c] = bit_cast<R>((low[c].bits & low_bits) | (high[c].bits & high_bits) << 16);
+    }
     std::fill(panel + width, panel + stride, R(0));
   }
 }
@@ -40,7 +48,8 @@ template <class R, class RowAt> void lay_out(int64_t depth, const RowAt& row_at,
 template <class T> class GroupedProducts {
  public:
   using R = typename RealOf<T>::type;
-  static constexpr int64_t kWidth = kPanelWidth<R>;
+  using X = typename MultiplyAs<T>::type;
+  static constexpr int64_t kWidth = kPanelWidth<X>;
 
   GroupedProducts(const Sizes& n, const int32_t* ids, ParallelFor parallel_for)
       : n(n), m(n.num_experts_per_tok), parallel_for(parallel_for), first(n.num_experts + 1), entries(n.tokens * m) {
@@ -48,7 +57,7 @@ template <class T> class GroupedProducts {
   }
 
   // out[e] [rank] = the product of x_t with `rank` rows of expert i's factor, or with its columns where `by_columns`.
-  void project(const Reals<T, R>& x, int64_t depth, const T* factor, int64_t expert_stride, bool by_columns, int64_t rank,
+  void project(const Operands<T, X>& x, int64_t depth, const T* factor, int64_t expert_stride, bool by_columns, int64_t rank,
                R* out) const {
     const int64_t panels = (rank + kWidth - 1) / kWidth;
     parallel(parallel_for, n.num_experts * panels, n.tokens * m * kWidth * depth / n.num_experts, [&](int64_t from, int64_t to) {
@@ -59,34 +68,37 @@ template <class T> class GroupedProducts {
         if (count == 0) continue;
         const T* own = factor + i * expert_stride;
         const auto lay = [&](int64_t d, int64_t length, R* panel) {
-          if (by_columns) return lay_out(length, [&](int64_t k) { return own + (d + k) * rank + c0; }, width, panel);
+          if (by_columns) return lay_out<X>(length, [&](int64_t k) { return own + (d + k) * rank + c0; }, width, panel);
           const T* row[kWidth];
           for (int64_t c = 0; c < width; ++c) row[c] = own + (c0 + c) * depth + d;
-          pack<R>(row, width, length, panel);
+          pack<X>(row, width, length, panel);
         };
-        product_by_panels<R>(depth, width, count, lay, [&](int64_t e, int64_t d) { return x[list[e] / m] + d; },
+        product_by_panels<X>(depth, width, count, lay, [&](int64_t e, int64_t d) { return x[list[e] / m] + d; },
                              [&](int64_t e) { return out + list[e] * rank + c0; });
       }
     });
   }
 
   // out[t] [columns] = (its old value, where `adds`) + the sum over its entries of coefficients[e] [rank] times the factor.
-  void expand(const R* coefficients, int64_t rank, const T* factor, int64_t expert_stride, int64_t columns, T* out, bool adds) const {
+  void expand(const X* coefficients, int64_t rank, const T* factor, int64_t expert_stride, int64_t columns, T* out, bool adds) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
     parallel(parallel_for, blocks, kWidth * n.tokens * m * rank, [&](int64_t from, int64_t to) {
-      const Buffer<R> panel(std::min(rank, kPanelDepth) * kWidth), sums(n.tokens * kWidth);
+      const Buffer<R> panel(packed_depth<X>(std::min(rank, kPanelDepth)) * kWidth), sums(n.tokens * kWidth);
       for (int64_t block = from; block < to; ++block) {
         const int64_t c0 = block * kWidth, width = std::min(kWidth, columns - c0);
-        for (int64_t t = 0; t < n.tokens; ++t)
-          for (int64_t c = 0; c < width; ++c)
-            sums.get()[t * kWidth + c] = adds ? to_real(out[t * columns + c0 + c]) : R(0);
+        if (!adds) std::fill_n(sums.get(), n.tokens * kWidth, R(0));
+        for (int64_t t = 0; adds && t < n.tokens; ++t) {
+          const T* old = out + t * columns + c0;
+          for (int64_t at = 0; at < kWidth; at += kLine<T>) __builtin_prefetch(old + kWidth + at, 1);
+          for (int64_t c = 0; c < width; ++c) sums.get()[t * kWidth + c] = to_real(old[c]);
+        }
         for (int64_t i = 0; i < n.num_experts; ++i)
           for (int64_t k = 0; k < rank && first[i] < first[i + 1]; k += kPanelDepth) {
             const int32_t* list = entries.data() + first[i];
             const int64_t length = std::min(kPanelDepth, rank - k);
             const T* own = factor + i * expert_stride + k * columns + c0;
-            lay_out(length, [&](int64_t row) { return own + row * columns; }, width, panel.get());
-            panel_product<R>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e] * rank + k; }, panel.get(),
+            lay_out<X>(length, [&](int64_t row) { return own + row * columns; }, width, panel.get());
+            panel_product<X>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e] * rank + k; }, panel.get(),
                              width, length, [&](int64_t e) { return sums.get() + list[e] / m * kWidth; }, true);
           }
         for (int64_t t = 0; t < n.tokens; ++t)
@@ -97,21 +109,22 @@ template <class T> class GroupedProducts {
 
   // A factor's gradient: out_i[k][c] = sum over expert i's entries of coefficients[e][k] x_t[c], zero for rows past `rank`;
   // or its transpose.
-  void accumulate(const R* coefficients, int64_t rank, const Reals<T, R>& x, int64_t columns, T* out, int64_t expert_stride,
+  void accumulate(const X* coefficients, int64_t rank, const Operands<T, X>& x, int64_t columns, T* out, int64_t expert_stride,
                   int64_t out_rows, bool transposed) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
     parallel(parallel_for, n.num_experts * blocks, kWidth * n.tokens * m * rank / n.num_experts, [&](int64_t from, int64_t to) {
-      const Buffer<R> turned(kWidth * kWidth), sums(rank * kWidth), of_rank(rank * kPanelDepth);
+      const Buffer<R> turned(kWidth * kWidth), sums(rank * kWidth);
+      const std::unique_ptr<X[]> of_rank(new X[rank * kPanelDepth]);
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / blocks, c0 = item % blocks * kWidth, width = std::min(kWidth, columns - c0);
         if (first[i] == first[i + 1]) std::fill_n(sums.get(), rank * kWidth, R(0));
         const auto lay = [&](int64_t e0, int64_t count, R* panel) {
           const int32_t* list = entries.data() + first[i] + e0;
           for (int64_t e = 0; e < count; ++e)
-            for (int64_t k = 0; k < rank; ++k) of_rank.get()[k * kPanelDepth + e] = coefficients[list[e] * rank + k];
-          lay_out(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel);
+            for (int64_t k = 0; k < rank; ++k) of_rank[k * kPanelDepth + e] = coefficients[list[e] * rank + k];
+          lay_out<X>(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel);
         };
-        product_by_panels<R>(first[i + 1] - first[i], width, rank, lay,
+        product_by_panels<X>(first[i + 1] - first[i], width, rank, lay,
                              [&](int64_t k, int64_t) { return of_rank.get() + k * kPanelDepth; },
                              [&](int64_t k) { return sums.get() + k * kWidth; });
         T* own = out + i * expert_stride;
@@ -149,14 +162,16 @@ template <class T> class GroupedProducts {
 
 template <class T> void apply_backward(const Backward& p, ParallelFor parallel_for) {
   using R = typename RealOf<T>::type;
+  using X = typename MultiplyAs<T>::type;
   const Sizes& n = p.n;
   const int64_t m = n.num_experts_per_tok, r = n.rank_of_expert, o = n.out_features, d = n.in_features, count = n.tokens * m;
   const R* s = reinterpret_cast<const R*>(p.s);
   const R* weights = reinterpret_cast<const R*>(p.weights);
   const R* h = reinterpret_cast<const R*>(p.h);
   const GroupedProducts<T> products(n, p.ids, parallel_for);
-  const Reals<T, R> dy(p.dy, n.tokens, o, o, parallel_for);
-  std::unique_ptr<R[]> a(new R[count * r]), dh(new R[count * r]), z(new R[count * r]);
+  const Operands<T, X> dy(p.dy, n.tokens, o, o, parallel_for);
+  const std::unique_ptr<R[]> a(new R[count * r]);
+  const std::unique_ptr<X[]> dh(new X[count * r]), z(new X[count * r]);
 
   // With a_e = u_i^T dy_t, w (s * a) is the gradient of h; z = w (s * h) is the factor of dy in du.
   if (p.dx || p.dvh || p.ds || p.dweights)
@@ -170,14 +185,14 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
       if (i >= 0) {  // otherwise there is no expert
         const R w = weights[e];
         for (int64_t k = e * r, j = i * r; k < (e + 1) * r; ++k, ++j) {
-          dh[k] = w * s[j] * a[k];
-          z[k] = w * s[j] * h[k];
+          dh[k] = from_real<X>(w * s[j] * a[k]);
+          z[k] = from_real<X>(w * s[j] * h[k]);
           dweight += double(a[k]) * s[j] * h[k];
         }
         if (p.dweights && p.expert_bias) {
           const T* bias = static_cast<const T*>(p.expert_bias) + i * o;
           R parts[16] = {};  // one chain of additions has larger rounding errors, and is slower
-          for (int64_t c = 0; c < o; ++c) parts[c % 16] += dy[e / m][c] * to_real(bias[c]);
+          for (int64_t c = 0; c < o; ++c) parts[c % 16] += to_real(dy[e / m][c]) * to_real(bias[c]);
           for (const R part : parts) dweight += part;
         }
       }
@@ -186,7 +201,7 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
   });
   if (p.dx) products.expand(dh.get(), r, static_cast<const T*>(p.vh), n.vh_rows * d, d, static_cast<T*>(p.dx), true);
   if (p.dvh) {
-    const Reals<T, R> x(p.x, n.tokens, d, p.x_stride, parallel_for);
+    const Operands<T, X> x(p.x, n.tokens, d, p.x_stride, parallel_for);
     products.accumulate(dh.get(), r, x, d, static_cast<T*>(p.dvh), n.vh_rows * d, n.vh_rows, false);
   }
   if (p.du) products.accumulate(z.get(), r, dy, o, static_cast<T*>(p.du), o * r, r, true);
@@ -205,8 +220,8 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
       std::fill_n(sums.begin(), o, R(0));
       for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
         const int64_t e = products.entries[place];
-        const R* row = dy[e / m];
-        for (int64_t c = 0; c < o; ++c) sums[c] += weights[e] * row[c];
+        const X* row = dy[e / m];
+        for (int64_t c = 0; c < o; ++c) sums[c] += weights[e] * to_real(row[c]);
       }
       for (int64_t c = 0; c < o; ++c) static_cast<T*>(p.dexpert_bias)[i * o + c] = from_real<T>(sums[c]);
     }
@@ -215,16 +230,18 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
 
 template <class T> void route_backward(const RouteBackward& p, ParallelFor parallel_for) {
   using R = typename RealOf<T>::type;
+  using X = typename MultiplyAs<T>::type;
   const Sizes& n = p.n;
   const int64_t m = n.num_experts_per_tok, g = n.rank_of_router, d = n.in_features, count = n.tokens * m;
   const R* weights = reinterpret_cast<const R*>(p.weights);
   const R* dweights = reinterpret_cast<const R*>(p.dweights);
   const GroupedProducts<T> products(n, p.ids, parallel_for);
-  const Reals<T, R> x(p.x, n.tokens, d, p.x_stride, parallel_for);
+  const Operands<T, X> x(p.x, n.tokens, d, p.x_stride, parallel_for);
   const T* router = static_cast<const T*>(p.router);
-  std::unique_ptr<R[]> q(new R[count * g]);
+  const std::unique_ptr<R[]> q(new R[count * g]);
+  const std::unique_ptr<X[]> dq(new X[count * g]);
   products.project(x, d, router, g * d, false, g, q.get());
-  // In place, q_e -> w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is zero.
+  // dq_e = w_e (dw_e - sum_j w_j dw_j) q_e / |q_e|, zero where |q_e| is zero.
   parallel(parallel_for, n.tokens, 4 * m * g, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; ++t) {
       R mean = 0;
@@ -233,12 +250,12 @@ template <class T> void route_backward(const RouteBackward& p, ParallelFor paral
       for (int64_t e = t * m; e < (t + 1) * m; ++e) {
         if (p.ids[e] < 0) continue;
         const R size = norm(&q[e * g], g), dscore = weights[e] * (dweights[e] - mean);
-        for (int64_t k = e * g; k < (e + 1) * g; ++k) q[k] = size > 0 ? dscore * (q[k] / size) : R(0);
+        for (int64_t k = e * g; k < (e + 1) * g; ++k) dq[k] = from_real<X>(size > 0 ? dscore * (q[k] / size) : R(0));
       }
     }
   });
-  if (p.dx) products.expand(q.get(), g, router, g * d, d, static_cast<T*>(p.dx), false);
-  if (p.drouter) products.accumulate(q.get(), g, x, d, static_cast<T*>(p.drouter), g * d, g, false);
+  if (p.dx) products.expand(dq.get(), g, router, g * d, d, static_cast<T*>(p.dx), false);
+  if (p.drouter) products.accumulate(dq.get(), g, x, d, static_cast<T*>(p.drouter), g * d, g, false);
 }
 
 // Calls f with a value of the type that dtype names.
