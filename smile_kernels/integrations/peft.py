@@ -8,10 +8,11 @@ and represents W + scale * B A with scale = alpha / q, or alpha / sqrt(q) if `us
 """
 
 import fnmatch
+import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import SmileError
 from ..nn import is_conv1d, why_quantised
 from ..schema import check_arguments, parse
-from ..storage import read_json, read_pickled, read_safetensors
+from ..storage import StoredTensor, read_json, read_pickled, read_safetensors
 from ..svd import without_autocast
 from .conversion import ModelNames
 
@@ -153,6 +154,36 @@ def adapter_deltas(
         FileNotFoundError: `directory` contains no adapter.
         ValueError: an adapter that is not LoRA, that changed its base, or that does not fit `base`.
     """
+    return dict(stored_deltas(directory, base, names))
+
+
+class StoredDeltas(Mapping[str, ModuleDelta]):
+    """The changes of an adapter by module of the base, each read when it is asked for; a few are kept.
+
+    Args:
+        places: module of the base -> module of the adapter.
+        read: returns the change by a module of the adapter.
+    """
+
+    def __init__(self, places: Mapping[str, str], read: Callable[[str], ModuleDelta]):
+        self.places, self.read = places, functools.lru_cache(maxsize=4)(read)  # one for each thread
+
+    def __getitem__(self, module: str) -> ModuleDelta:
+        return self.read(self.places[module])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@torch.no_grad()
+@without_autocast
+def stored_deltas(
+    directory: str | Path, base: Mapping[str, Tensor] | nn.Module, names: ModelNames | None = None
+) -> StoredDeltas:
+    """`adapter_deltas`, read from disk at every access; the base may not change meanwhile."""
     directory = Path(directory)
     if not isinstance(base, nn.Module) and (odd := next((name for name in base if not isinstance(name, str)), None)):
         raise SmileError(f"base: has {odd!r}; expected tensors by name")
@@ -164,27 +195,29 @@ def adapter_deltas(
     if not modules:
         raise SmileError(f"{directory}: contains no tensors; expected the factors of a LoRA adapter")
     located = _in_base(directory, modules, base, names)
-    deltas: dict[str, ModuleDelta] = {}
-    for module, tensors in modules.items():
-        delta = _module_delta(directory, located[module], tensors, config, base)
-        if located[module] in deltas:
+    places: dict[str, str] = {}
+    for module in modules:
+        if located[module] in places:
             raise SmileError(f"{directory}: changes {located[module]!r} twice; expected one change of a module")
-        deltas[located[module]] = delta
+        places[located[module]] = module
     for module in [located[module] for module, tensors in modules.items() if "trainable_tokens_delta" in tensors]:
         for other in _tied_by_peft(module, names):
-            deltas.setdefault(other, deltas[module])
-    _warn_of_missing(directory, config, deltas, base, names.model)
+            places.setdefault(other, places[module])
+
+    def read(module: str) -> ModuleDelta:
+        tensors = {part: tensor.load() for part, tensor in modules[module].items()}
+        return _module_delta(directory, located[module], tensors, config, base)
+
+    deltas, dora = StoredDeltas(places, read), 0
+    for name, delta in deltas.items():
+        if isinstance(delta.weight, LowRankDelta) and delta.weight.magnitude is not None:
+            _check_rows(f"{directory}: {name}", delta.weight, base[f"{name}.weight"])
+            dora += 1
+    _warn_of_missing(directory, config, places, base, names.model)
     _warn_of_others(directory, config, modules, names.model)
-    dora = {
-        name: one.weight
-        for name, one in deltas.items()
-        if isinstance(one.weight, LowRankDelta) and one.weight.magnitude is not None
-    }
-    for name, change in dora.items():
-        _check_rows(f"{directory}: {name}", change, base[f"{name}.weight"])
     if dora:
         warnings.warn(
-            f"{directory}: DoRA rescales rows, so the changes of {len(dora)} layers are not of low rank; they are "
+            f"{directory}: DoRA rescales rows, so the changes of {dora} layers are not of low rank; they are "
             "truncated as those of a full fine-tune are",
             stacklevel=2,
         )
@@ -200,7 +233,7 @@ def adapter_deltas(
 
 
 def _warn_of_others(
-    directory: Path, config: _Config, modules: Mapping[str, Mapping[str, Tensor]], model: nn.Module | None
+    directory: Path, config: _Config, modules: Mapping[str, Collection[str]], model: nn.Module | None
 ) -> None:
     """Warn of tensors that the adapter has and its config does not name, and of tokens for which it is the reverse."""
 
@@ -210,7 +243,7 @@ def _warn_of_others(
             return patterns == "all-linear" or _match(directory, setting, patterns, module) is not None
         return any(module == name or module.endswith(f".{name}") for name in patterns or ())
 
-    adapted = [module for module, tensors in modules.items() if tensors.keys() & {"lora_A", "lora_embedding_A"}]
+    adapted = [module for module, tensors in modules.items() if {"lora_A", "lora_embedding_A"}.intersection(tensors)]
     if config.ensure_weight_tying and model is not None:  # PEFT also adapts what is tied to a module that is named
         weights = {name: id(one.weight) for name, one in model.named_modules() if hasattr(one, "weight")}
         tied = [name for name, weight in weights.items() if list(weights.values()).count(weight) > 1]
@@ -291,9 +324,9 @@ _SAVED = re.compile(r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.(?P<a
 _SPELLINGS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
 
-def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_module(directory: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """The adapter's tensors by module and by PEFT's name."""
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, StoredTensor]] = {}
     adapters = set()
     for key, tensor in tensors.items():
         name = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
@@ -309,7 +342,9 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
         if match["module"].endswith(".original_module"):
             continue
         held = modules.setdefault(match["module"], {}).setdefault(part, tensor)
-        if held.shape != tensor.shape or not torch.equal(held, tensor):  # some versions of PEFT store one twice
+        if held is tensor:
+            continue
+        if held.shape != tensor.shape or not torch.equal(held.load(), tensor.load()):  # some of PEFT store one twice
             raise SmileError(f"{directory}: has {part} of {match['module']!r} twice, in {key!r}, too; expected one")
     if len(adapters) > 1:
         raise SmileError(f"{directory}: contains the adapters {', '.join(sorted(adapters))}; expected one")
@@ -317,7 +352,7 @@ def _by_module(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict
 
 
 def _in_base(
-    directory: Path, modules: Mapping[str, Mapping[str, Tensor]], base: Mapping[str, Tensor], names: ModelNames
+    directory: Path, modules: Mapping[str, Collection[str]], base: Mapping[str, Tensor], names: ModelNames
 ) -> dict[str, str]:
     """Each module's name in the base, which may have a common prefix.
 
@@ -361,6 +396,8 @@ def _in_base(
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
 
 
+@torch.no_grad()
+@without_autocast
 def _module_delta(
     directory: Path, module: str, tensors: Mapping[str, Tensor], config: _Config, base: Mapping[str, Tensor]
 ) -> ModuleDelta:
@@ -483,7 +520,7 @@ def _match(directory: Path, name: str, pattern: str, module: str, whole: str | N
         ) from None
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def _tensors(directory: Path) -> dict[str, StoredTensor]:
     for name, read in (("adapter_model.safetensors", read_safetensors), ("adapter_model.bin", read_pickled)):
         if (directory / name).exists():
             stored = read(directory / name)
@@ -493,7 +530,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
                         f"{directory / name}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}; expected "
                         "floating-point numbers, of 16 bits or more"
                     )
-            return {tensor.name: tensor.load() for tensor in stored}
+            return {tensor.name: tensor for tensor in stored}
     raise FileNotFoundError(f"directory: {directory} has no adapter_model.safetensors and no adapter_model.bin")
 
 

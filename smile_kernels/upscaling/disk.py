@@ -149,8 +149,9 @@ class Job:
         self.unfit = [layer for layer in self.chosen.values() if layer.unfit]
         self.embeddings = set() if names.model is None else embedding_weights(names.model)
         self.fused = [] if names.model is None else fused_experts(names.model)
+        before = StoredTensors(dict(self.by_name))  # without added tokens
         self.sources: list[ExpertSource] = [
-            open_source(f"experts[{i}]", folder, self.tensors, self.every, names) for i, folder in enumerate(experts)
+            open_source(f"experts[{i}]", folder, before, self.every, names) for i, folder in enumerate(experts)
         ]
         for source in self.sources if self.packed else ():
             check_experts(source, self.packed)

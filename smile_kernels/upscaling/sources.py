@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import FACTORS, config_of_checkpoint, read_config
 from ..errors import SmileError, check_integer, reason
 from ..integrations.conversion import ModelNames, without_wrappers
-from ..integrations.peft import LowRankDelta, ModuleDelta, adapter_deltas, is_adapter
+from ..integrations.peft import LowRankDelta, ModuleDelta, is_adapter, stored_deltas
 from ..nn import why_quantised
 from ..publishing import is_utf8
 from ..routing import RoutingPolicy, check_kept
@@ -390,7 +390,7 @@ def open_source(
 ) -> CheckpointSource | AdapterSource:
     """The fine-tuned checkpoint or PEFT adapter of `base` in a folder."""
     if is_adapter(folder):
-        return AdapterSource(where, adapter_deltas(folder, base, names), base, layers)
+        return AdapterSource(where, stored_deltas(folder, base, names), base, layers)
     return CheckpointSource(where, folder, names)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,30 @@ def test_adapters_are_experts(tmp_path):
     torch.testing.assert_close(up.weight + delta, merged.up.weight, rtol=1e-5, atol=1e-6)
     assert not loaded.down.s[0].any()  # the first adapter does not change this layer
     assert loaded.down.s[1].any()
+
+
+def test_a_few_layers_of_an_adapter_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    folder, factors, layers = tmp_path / "lora", {}, 40
+    base = save(tmp_path / "base", nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))))
+    folder.mkdir()
+    for i in range(layers):
+        factors[f"base_model.model.{i}.lora_A.weight"] = torch.randn(2, 8)
+        factors[f"base_model.model.{i}.lora_B.weight"] = torch.randn(8, 2)
+    safetensors.torch.save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    load, held, most = StoredTensor.load, weakref.WeakSet(), 0
+
+    def counted(self: StoredTensor) -> torch.Tensor:
+        nonlocal most
+        tensor = load(self)
+        if Path(self.file).parent == folder:
+            held.add(tensor)
+            most = max(most, len(held))
+        return tensor
+
+    monkeypatch.setattr(StoredTensor, "load", counted)
+    upscale_checkpoints(base, [folder], tmp_path / "out", workers=1, **RANKS)
+    assert 2 < most < layers / 2
 
 
 @pytest.mark.parametrize(
