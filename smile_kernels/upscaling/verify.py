@@ -149,15 +149,15 @@ def verify(
     certified = {layer.name: layer.error for layer in report.layers if not layer.skipped} if report else {}
     if odd := next((name for name, errors in certified.items() if len(errors) != count), None):
         raise SmileError(f"report: has {len(certified[odd])} errors of {odd}; expected {count}, one for each expert")
-    base, dtype, kind = _local("base", base), _stored_dtype(model), _kind(model)
-    experts = [_Expert(_local(f"experts[{i}]", expert), base, dtype) for i, expert in enumerate(finetuned)]
+    base, dtypes, kind = _local("base", base), _stored_dtypes(model), _kind(model)
+    experts = [_Expert(_local(f"experts[{i}]", expert), base, dtypes) for i, expert in enumerate(finetuned)]
     for name, place in {"base": base, **{f"experts[{i}]": expert.given for i, expert in enumerate(experts)}}.items():
         if kind and (other := _kind(place)) and other != kind:
             raise SmileError(f"{name}: is a {other}; expected a {kind} as the model")
         _check_plain(name, place)
     records, plain = [], None
     if base is not None:
-        start = _load(base, dtype)
+        start = _load(base, dtypes)
         with _naming(inputs):
             inputs = example_inputs(start, seed) if inputs is None else inputs
             plain = _run(start, inputs, seed)
@@ -167,7 +167,7 @@ def verify(
         with _naming(inputs if base is None else None):
             records.append(_record(expert.load(), inputs, seed))
         gc.collect()
-    fused = _load(model, dtype)
+    fused = _load(model, dtypes)
     if not isinstance(model, nn.Module) and listing(Path(model)) != files:
         raise SmileError(f"{model}: was changed while it was read; expected files that do not change")
     layers = smile_layers(fused)
@@ -175,7 +175,7 @@ def verify(
     for i, (expert, record) in enumerate(zip(experts, records)):
         progress(count + i, 2 * count)
         with _evaluating(fused), _unrouted(layers.values()), _forced(layers, i):
-            verdict, module, errors = _compare(fused, i, record, _Expected(expert.weight, certified, dtype), seed)
+            verdict, module, errors = _compare(fused, i, record, _Expected(expert.weight, certified, dtypes), seed)
             error = _relative(_run(fused, record.inputs, seed), record.output)
         far = None if plain is None else _relative(plain, record.output)
         names, not_run = next(iter(layers.values())).expert_names, [name for name in layers if name not in errors]
@@ -184,14 +184,17 @@ def verify(
     return verdicts
 
 
-class _Rounded(Mapping[str, Tensor]):
-    """Tensors as the fused model stores them: rounded to its `dtype`, and in float32 or float64 again."""
+_Dtypes = Mapping[str, torch.dtype]  # of the fused model's tensors, by their names in the model
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
-        self.tensors, self.dtype = tensors, dtype
+
+class _Rounded(Mapping[str, Tensor]):
+    """Tensors as the fused model stores them: rounded to its dtypes, and in float32 or float64 again."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtypes: _Dtypes):
+        self.tensors, self.dtypes = tensors, dtypes
 
     def __getitem__(self, name: str) -> Tensor:
-        return _rounded(self.tensors[name], self.dtype)
+        return _rounded(self.tensors[name], self.dtypes.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -200,17 +203,22 @@ class _Rounded(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    return wide(tensor.to(dtype) if dtype.itemsize < min(4, tensor.dtype.itemsize) else tensor)
+    return wide(tensor.to(dtype) if dtype is not None and _is_rounded(tensor.dtype, dtype) else tensor)
+
+
+def _is_rounded(given: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a tensor that was given in one dtype is stored in another one, of less than 32 bits."""
+    return dtype != given and dtype.is_floating_point and dtype.itemsize < 4
 
 
 class _Expert:
     """One fine-tuned model, which is loaded once, and its weights, which are read one at a time."""
 
-    def __init__(self, given: Any, base: Any, dtype: torch.dtype):
-        self.given, self.base, self.dtype = given, base, dtype
+    def __init__(self, given: Any, base: Any, dtypes: _Dtypes):
+        self.given, self.base, self.dtypes = given, base, dtypes
         self.whole = isinstance(given, nn.Module) or (isinstance(given, Path) and not is_adapter(given))
         if not self.whole and (base is None or not isinstance(given, (Path, Mapping))):
             shown = str(given) if isinstance(given, Path) else reprlib.repr(given)
@@ -221,15 +229,16 @@ class _Expert:
     def load(self) -> nn.Module:
         """The model; that of an adapter is a copy of the base with the adapter's changes."""
         if self.whole:
-            return _load(self.given, self.dtype)
-        tuned = _load(self.base, self.dtype)
+            return _load(self.given, self.dtypes)
+        tuned = _load(self.base, self.dtypes)
         tuned = tuned if isinstance(self.base, Path) else copy.deepcopy(tuned)
-        computed = next(p.dtype for p in tuned.parameters() if p.is_floating_point())
         for name in self.source.may_change:
             module, _, part = name.rpartition(".")
             tensor = self.source.tensor(name)
             if tensor is not None:  # a separate parameter, even if it was tied
-                setattr(tuned.get_submodule(module), part, nn.Parameter(tensor.detach().clone().to(computed)))
+                owner: Any = tuned.get_submodule(module)
+                old = owner.weight if getattr(owner, part) is None else getattr(owner, part)  # a bias it had not
+                setattr(owner, part, nn.Parameter(tensor.detach().clone().to(old.dtype)))
         return tuned
 
     @functools.cached_property
@@ -243,7 +252,7 @@ class _Expert:
             names = ModelNames(model_of_checkpoint(folder))
             by_name, origins = names.map(read_plain("base", folder))
             tensors, layers = StoredTensors(by_name), layers_of_checkpoint(folder, by_name, origins, names)
-        rounded = _Rounded(tensors, self.dtype)
+        rounded = _Rounded(tensors, self.dtypes)
         if isinstance(self.given, Path):
             return open_source("experts", self.given, rounded, layers, names), layers, tensors
         return AdapterSource("experts", self.given, rounded, layers), layers, tensors
@@ -253,7 +262,7 @@ class _Expert:
         return self.opened[0]
 
     def weight(self, name: str) -> tuple[Tensor, bool]:
-        """A layer's weight [O, D], and whether the fused model holds the base's less precisely than it was given."""
+        """A layer's weight [O, D], and whether the fused model has the base's rounded."""
         if isinstance(self.given, nn.Module):
             module: Any = unwrapped(self.given).get_submodule(name)
             weight, transposed, plain = module.weight, is_conv1d(module), module.weight
@@ -263,8 +272,8 @@ class _Expert:
             tensor = source.tensor(layers[name].weight)
             assert tensor is not None
             weight = tensor
-        coarser = self.dtype.itemsize < min(4, plain.dtype.itemsize)
-        return weight.detach().T if transposed else weight.detach(), coarser
+        rounded = _is_rounded(plain.dtype, self.dtypes.get(f"{name}.weight", plain.dtype))
+        return weight.detach().T if transposed else weight.detach(), rounded
 
 
 def _count_experts(model: _Model) -> int:
@@ -303,38 +312,44 @@ def _kind(place: Any) -> Any:
     return getattr(getattr(place, "config", None), "model_type", None)
 
 
-def _stored_dtype(model: _Model) -> torch.dtype:
-    """The coarsest dtype of the factors that a fused model holds."""
+def _stored_dtypes(model: _Model) -> _Dtypes:
+    """The dtypes of a fused model's tensors as they are stored, by their names in the model."""
     if isinstance(model, nn.Module):
-        dtypes = {layer.u.dtype for layer in smile_layers(unwrapped(model)).values()}
-    else:
-        stored = read_tensors(model)
-        factors = [t for name, t in stored.items() if name.endswith(".u") and f"{name[:-1]}vh" in stored]
-        if odd := next((t for t in factors if not t.dtype.is_floating_point), None):
-            raise SmileError(f"{model}: tensor {odd.name!r} is {odd.dtype}; expected floating point")
-        dtypes = {t.dtype for t in factors}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        return {
+            name: tensor.dtype for name, tensor in unwrapped(model).state_dict().items() if isinstance(tensor, Tensor)
+        }
+    stored, base = read_tensors(model), read_smile_config(model).base_model_name_or_path
+    factors = [t for name, t in stored.items() if name.endswith(".u") and f"{name[:-1]}vh" in stored]
+    if odd := next((t for t in factors if not t.dtype.is_floating_point), None):
+        raise SmileError(f"{model}: tensor {odd.name!r} is {odd.dtype}; expected floating point")
+    names = ModelNames(model_of_checkpoint(Path(model)))
+    whole = {} if base is None else read_plain("base_model_name_or_path", base)
+    return {name: tensor.dtype for name, tensor in names.map({**whole, **stored})[0].items()}
 
 
-def _load(place: _Model, dtype: torch.dtype) -> nn.Module:
-    """A model in float32, or float64 if it is, its tensors rounded to `dtype`; folders as transformers loads them."""
+def _load(place: _Model, dtypes: _Dtypes) -> nn.Module:
+    """A model in float32, or float64 if it is, its tensors rounded to `dtypes`; folders as transformers loads them."""
     if isinstance(place, nn.Module):
         model = unwrapped(place)
-        if name := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+        state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+        if name := next((name for name, tensor in state.items() if tensor.is_meta), None):
             raise SmileError(f"{type(model).__name__}: {name} is on the meta device; expected a model with its data")
-        coarse = [p.dtype.itemsize for p in model.parameters() if p.is_floating_point()]
-        if min(coarse, default=4) >= 4 <= dtype.itemsize:
+        sizes = [p.dtype.itemsize for p in model.parameters() if p.is_floating_point()]
+        if min(sizes, default=4) >= 4 and not any(
+            _is_rounded(t.dtype, dtypes.get(name, t.dtype)) for name, t in state.items() if t.is_floating_point()
+        ):
             return model
         model = copy.deepcopy(model)
-        wanted = torch.float64 if max(coarse, default=4) > 4 else torch.float32
+        wanted = torch.float64 if max(sizes, default=4) > 4 else torch.float32
     else:
         config, wanted = read_config(place), torch.float32
         if config.get("quantization_config"):
             return load_pretrained(place, dtype=wanted)
         model = load_transformers(transformers_class(config), place, {"dtype": wanted})
-    for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}.values():
+    tensors = {id(t): (name, t) for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    for name, tensor in tensors.values():
         if tensor.is_floating_point():
-            tensor.data = _rounded(tensor.data, dtype)
+            tensor.data = _rounded(tensor.data, dtypes.get(name))
     return model.to(wanted)
 
 
@@ -407,48 +422,56 @@ class _Expected:
     """The allowed difference of a SMILE layer from a fine-tuned layer.
 
     Attributes:
-        weight_of: the fine-tuned weight of a layer [O, D], and whether the base's was rounded to `dtype`.
+        weight_of: the fine-tuned weight of a layer [O, D], and whether the base's was rounded to its dtype.
         certified: per layer, the error of each expert's factors; empty if there is no report.
-        dtype: of the factors.
+        dtypes: of the fused model's tensors.
     """
 
     weight_of: Callable[[str], tuple[Tensor, bool]]
     certified: Mapping[str, Sequence[float]]
-    dtype: torch.dtype
+    dtypes: _Dtypes
 
-    @property
-    def floor(self) -> float:
-        return ROUNDING + 4 * torch.finfo(self.dtype).eps
+    def _eps(self, name: str) -> float:
+        return torch.finfo(self.dtypes.get(name, torch.float32)).eps
 
-    def rest(self, layer: SmileLinear, i: int, name: str) -> tuple[Tensor, str]:
-        """W_i - W - U_i diag(s_i) V_i^T, and whether it is rounding, or the error of the best factors of this rank."""
+    def rest(self, layer: SmileLinear, i: int, name: str) -> tuple[Tensor, str, float]:
+        """W_i - W - U_i diag(s_i) V_i^T; whether it is rounding, or the error of the best factors of this rank.
+
+        And the relative error by the rounding of the factors.
+        """
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         u, s, vh = (getattr(layer, part)[i].to(dtype) for part in ("u", "s", "vh"))
         vh = vh[: layer.rank_of_expert]
         given, rounded = self.weight_of(name)
         weight = given.to(u)
         rows = min(len(weight), len(layer.weight))  # a larger vocabulary has more
-        change = weight[:rows] - layer.weight[:rows].to(dtype)
+        base = layer.weight[:rows].to(dtype)
+        change = weight[:rows] - base
         rest = change - (u[:rows] * s) @ vh
         size, left = torch.linalg.vector_norm(change), torch.linalg.vector_norm(rest)
         # Then W was rounded after the factors were computed.
-        slack = torch.finfo(self.dtype).eps * torch.linalg.vector_norm(weight) if rounded else 0.0
-        if left <= self.floor * size + slack:
-            return rest, "exact"
+        coarse = self._eps(f"{name}.weight") if rounded else 0.0
+        slack = coarse * max(torch.linalg.vector_norm(weight), torch.linalg.vector_norm(base))
+        floor = ROUNDING + 4 * max(coarse, *(self._eps(f"{name}.{part}") for part in ("u", "s", "vh")))
+        if left <= floor * size + slack:
+            return rest, "exact", floor
         certified = self.certified.get(name)
         if certified is None:
             least = torch.linalg.vector_norm(torch.linalg.svdvals(change)[layer.rank_of_expert :])
         else:
             least = certified[i] * size
         inside = torch.linalg.vector_norm(u[:rows].T @ rest @ vh.T)
-        best = left <= (1 + 1e-3) * least + self.floor * size + slack
-        return rest, "truncated" if best and inside <= self.floor * torch.linalg.vector_norm(s) + slack else "off"
+        best = left <= (1 + 1e-3) * least + floor * size + slack
+        best = best and bool(inside <= floor * torch.linalg.vector_norm(s) + slack)
+        return rest, "truncated" if best else "off", floor
 
-    def explains(self, rest: Tensor, x: Tensor, got: Tensor, want: Tensor) -> bool:
-        """Whether the error of an output is explained by the error of the weight."""
-        got = got[..., : want.shape[-1]]
-        unexplained = torch.linalg.vector_norm(want.to(rest) - got.to(rest) - x.to(rest) @ rest.T)
-        return bool(unexplained <= self.floor * torch.linalg.vector_norm(want.to(rest)))
+
+def _explains(rest: Tensor, floor: float, layer: SmileLinear, x: Tensor, got: Tensor, want: Tensor) -> bool:
+    """Whether the error of an output is explained by the error of the weight, to the rounding of W x and of the sum."""
+    got, x, want = got[..., : want.shape[-1]].to(rest), x.to(rest), want.to(rest)
+    unexplained = torch.linalg.vector_norm(want - got - x @ rest.T)
+    base = torch.linalg.vector_norm(x @ layer.weight.to(rest).T)  # may be larger: W_i x is zero where W_i is
+    return bool(unexplained <= floor * max(torch.linalg.vector_norm(want), base))
 
 
 def _compare(
@@ -461,7 +484,7 @@ def _compare(
     """The verdict, the first module that is off, and the error of each module by itself."""
     leaves, errors = _leaves(model), dict[str, float]()
     first, truncated = "", False
-    rests: dict[str, tuple[Tensor, str]] = {}
+    rests: dict[str, tuple[Tensor, str, float]] = {}
     for call in record.calls:
         module = leaves.get(call.name)
         if module is None:
@@ -477,8 +500,9 @@ def _compare(
         if error <= ROUNDING:
             continue
         if isinstance(module, SmileLinear) and error < math.inf:
-            rest, verdict = rests.setdefault(call.name, expected.rest(module, expert, call.name))
-            if verdict != "off" and expected.explains(rest, call.args[0], got, want):
+            rest, verdict, floor = rests.get(call.name) or expected.rest(module, expert, call.name)
+            rests[call.name] = rest, verdict, floor
+            if verdict != "off" and _explains(rest, floor, module, call.args[0], got, want):
                 truncated = truncated or verdict == "truncated"
                 continue
         first = first or call.name

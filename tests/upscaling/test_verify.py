@@ -238,6 +238,64 @@ def test_what_is_stored_in_low_precision(kind, given, kept, tmp_path):
     assert [(v.verdict, v.module) for v in swapped] == [("off", "model.layers.0.self_attn.q_proj")] * 2
 
 
+MIXED = {  # dtypes by the names of tensors, and options of upscale_checkpoints
+    "norms in float32": ({"norm": torch.float32, "": torch.bfloat16}, {}),
+    "some layers in float32": ({"self_attn": torch.float32, "": torch.bfloat16}, {}),
+    "norms in bfloat16": ({"norm": torch.bfloat16, "": torch.float32}, {}),
+    "three dtypes to one": (
+        {"norm": torch.float32, "mlp": torch.float16, "": torch.bfloat16},
+        {"dtype": torch.float16},
+    ),
+    "experts alone, coarser than their base": ({"": torch.float32}, {"dtype": torch.bfloat16, "experts_only": True}),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_each_tensor_is_compared_in_its_own_dtype(case, tmp_path):
+    dtypes, options = MIXED[case]
+    base = build()
+    torch.manual_seed(3)
+    for p in base.parameters():
+        p.data += 0.1 * torch.randn_like(p) * (p.dim() == 1)
+    experts = [tuned(base, 1), tuned(base, 2)]
+    for name, model in zip(("base", "e0", "e1"), (base, *experts)):
+        state = {
+            key: value.to(next(dtype for part, dtype in dtypes.items() if part in key))
+            for key, value in model.state_dict().items()
+        }
+        model.save_pretrained(tmp_path / name)
+        save_file(state, tmp_path / name / "model.safetensors", {"format": "pt"})
+    folders = [tmp_path / "e0", tmp_path / "e1"]
+    for rank, verdict in ((-1, "exact"), (4, "truncated")):
+        ranks = {"rank_of_expert": rank, "rank_of_router": 2}
+        sk.upscale_checkpoints(tmp_path / "base", folders, tmp_path / f"out{rank}", **ranks, **options)
+        found, wrong = (sk.verify(tmp_path / f"out{rank}", tmp_path / "base", e) for e in (folders, folders[::-1]))
+        assert [one.verdict for one in found] == [verdict] * 2
+        assert [one.verdict for one in wrong] == ["off"] * 2
+
+
+@pytest.mark.parametrize("kept", [None, torch.bfloat16])
+@pytest.mark.parametrize(("of_base", "of_expert"), [(1, 0), (0, 1), (0, 0), (1, 1e-6)])
+def test_layers_of_zeros_and_those_that_fine_tuning_made_small(of_base, of_expert, kept, tmp_path):
+    base = build()
+    experts = [tuned(base, 1), tuned(base, 2)]
+    name = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        experts[0].get_submodule(name).weight *= of_expert
+        base.get_submodule(name).weight *= of_base
+    for folder, model in zip(("base", "e0", "e1"), (base, *experts)):
+        model.save_pretrained(tmp_path / folder)
+    folders = [tmp_path / "e0", tmp_path / "e1"]
+    options = {"rank_of_expert": -1, "rank_of_router": 2, "dtype": kept}
+    sk.upscale_checkpoints(tmp_path / "base", folders, tmp_path / "out", **options)
+    assert [one.verdict for one in sk.verify(tmp_path / "out")] == ["exact"] * 2
+    model = sk.load_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model.get_submodule(name).s[0] *= 1.1
+    first, _ = sk.verify(model, tmp_path / "base", folders)
+    assert first.module == (name if of_base or of_expert else "")
+
+
 def test_one_model_at_a_time_from_folders(tmp_path, monkeypatch):
     base = build()
     models = [base, tuned(base, 1), tuned(base, 2)]
