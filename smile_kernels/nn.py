@@ -288,7 +288,7 @@ class SmileLinear(RoutedExperts, nn.Linear):
                 return y
             routing = policy(self, input)
         if serves and (routing is None or _is_routing(routing)):
-            y = library.serve(input, layer, m, self.rank_of_router, routing)
+            y = library.serve(input, layer, m, self.rank_of_router, routing, self.parts, self.rank_of_parts)
             if y is not None:
                 return y
         return smile_linear(

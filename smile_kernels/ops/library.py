@@ -476,20 +476,20 @@ def evidence(
     return torch.ops.smile_kernels_ext.evidence.default(*arguments)
 
 
-def serve(x, layer, num_experts_per_tok, rank_of_router, routing) -> Tensor | None:
+def serve(x, layer, num_experts_per_tok, rank_of_router, routing, parts=None, rank_of_parts=None) -> Tensor | None:
     """`linear`, or `apply` under a given routing, in inference by the extension's operator; None if not supported.
 
-    x [..., D], layer the tensors of `linear`, routing (weights, ids) [..., m] or None. The operator checks its
-    arguments, since checks in Python are slow for a few tokens; one that it refuses, such as an id out of range, is not
-    supported.
+    x [..., D], layer the tensors of `linear`, routing (weights, ids) [..., m] or None; of a layer of parts, those of
+    `linear_of_parts`. The operator checks its arguments, since checks in Python are slow for a few tokens; one that it
+    refuses, such as an id out of range, is not supported.
     """
-    if not _is_served(x, layer):
+    if not _is_served(x, layer, of_parts=parts is not None):
         return None
-    ext = torch.ops.smile_kernels_ext
+    ext, of_parts = torch.ops.smile_kernels_ext, () if parts is None else (parts, rank_of_parts)
     try:
         if routing is None:
-            return ext.linear.default(x, *layer, num_experts_per_tok, rank_of_router, False)[0]
-        return ext.apply.default(x, *layer[:-1], *routing, False)[0]
+            return ext.linear.default(x, *layer, num_experts_per_tok, rank_of_router, False, *of_parts)[0]
+        return ext.apply.default(x, *layer[:-1], *routing, False, *of_parts)[0]
     except (RuntimeError, SmileError):  # of the operator, or of its rules for meta tensors and vmap
         return None
 
@@ -513,14 +513,16 @@ def serve_step(
         return None
 
 
-def _is_served(x, layer, steps=False) -> bool:
+def _is_served(x, layer, steps=False, of_parts=False) -> bool:
     """Whether the extension's operators may take x [..., D] and a layer's tensors as they are; `steps`: of policies."""
     weight, s = layer[0], layer[3]
-    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2 or _by_reference():
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or s.dim() != 2 + of_parts or _by_reference():
         return False
     kind, dtype = x.device.type, x.dtype
-    backend = choose_backend(None, kind, dtype, s.shape[0], False)
-    if not _compiled(backend, x) or (steps and not _takes_steps(backend, kind, dtype)):
+    backend = choose_backend(None, kind, dtype, s.shape[-2], False)
+    if not _compiled(backend, x) or (of_parts and backend != "cpu"):
+        return False
+    if steps and not _takes_steps(backend, kind, dtype):
         return False
     return dtype == weight.dtype and x.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled(kind)
 
