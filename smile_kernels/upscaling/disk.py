@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import shutil
 import warnings
 from collections import Counter
@@ -557,6 +558,7 @@ def upscale_checkpoints(
     settings = job.settings() | {"experts_only": experts_only, "max_shard_size": max_shard_size}
     settings |= {"calibrate": routing.to_dict() if routing else True} if calibrate else {}
     with _processes() as (rank, world, barrier), ExitStack() as held:
+        barrier(settings | {"out": str(target), "files": [[file[:2] for file in one] for one in settings["files"]]})
         output = OutputFolder(target, settings)
         if rank == 0:
             _check_space(output.work, job.bytes_to_write(experts_only))
@@ -582,7 +584,7 @@ def upscale_checkpoints(
 def _write(
     job: Job,
     output: OutputFolder,
-    processes: tuple[int, int, Callable[[], Any]],
+    processes: tuple[int, int, Callable[..., None]],
     experts_only: bool,
     max_shard_size: int | str,
     workers: int | None,
@@ -731,10 +733,13 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
-    """Rank, number of processes and a barrier: from torchrun, or for a single process."""
+def _processes() -> Iterator[tuple[int, int, Callable[..., None]]]:
+    """Rank, number of processes and a barrier: from torchrun, or for a single process.
+
+    Given settings, the barrier raises SmileError in every process where those of the processes differ.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield 0, 1, lambda: None
+        yield 0, 1, lambda settings=None: None
         return
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -752,8 +757,23 @@ def _processes() -> Iterator[tuple[int, int, Callable[[], Any]]]:
                 f"WORLD_SIZE: is {size!r}; expected the variables that torchrun sets, and that many processes within "
                 f"{_JOIN_WITHIN.seconds} s ({reason(error)})"
             ) from None
+
+    def barrier(settings: Mapping[str, Any] | None = None) -> None:
+        given: list[Any] = [{}] * dist.get_world_size()
+        try:
+            dist.all_gather_object(given, settings or {})
+        except RuntimeError as error:  # of the connection to a process that ended
+            raise SmileError(
+                f"WORLD_SIZE: is {size!r}, and another process ended; expected all to finish. Its message says why"
+            ) from error
+        names = sorted(set().union(*given) - {"device"})  # which may differ
+        for name, number in itertools.product(names, range(len(given))):
+            if given[number].get(name) != given[0].get(name):
+                shown = " and ".join(f"{reprlib.repr(given[i].get(name))} in process {i}" for i in (0, number))
+                raise SmileError(f"{name}: is {shown}; expected the same in all processes of torchrun")
+
     try:
-        yield dist.get_rank(), dist.get_world_size(), dist.barrier
+        yield dist.get_rank(), dist.get_world_size(), barrier
     finally:
         if started:
             dist.destroy_process_group()

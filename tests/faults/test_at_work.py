@@ -5,6 +5,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -382,3 +384,56 @@ def test_variables_of_a_launcher_that_is_not_there(variables, folder, monkeypatc
     with pytest.raises(sk.SmileError, match=r"WORLD_SIZE: is '.'; expected the variables that torchrun sets"):
         fuse(folder)
     assert not [*folder.glob("*out*")]
+
+
+TWO = """
+import sys
+import smile_kernels as sk
+folder, rank, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+options = {"rank_of_expert": 4, "rank_of_router": 2, "workers": 1}
+if rank == 1:
+    others = {"rank": {"rank_of_expert": 3}, "layers": {"exclude": ["lm_head"]}, "more": {"calibrate": True}}
+    options |= others.get(case, {})
+def failing(stage, done, total):
+    if rank == 1 and case == "an error":
+        raise sk.SmileError("notes: is 1; expected 2")
+try:
+    sk.upscale_checkpoints(f"{folder}/base", [f"{folder}/expert"], f"{folder}/out", progress=failing, **options)
+except sk.SmileError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        ("rank", ["rank_of_expert: is 4 in process 0 and 3 in process 1; expected the same in all processes"] * 2),
+        ("layers", ["layers: is ["] * 2),
+        ("more", ["calibrate: is None in process 0 and True in process 1; expected the same"] * 2),
+        (
+            "an error",
+            ["WORLD_SIZE: is '2', and another process ended; expected all to finish", "notes: is 1; expected 2"],
+        ),
+    ],
+)
+def test_processes_of_one_job_end_with_one_line_each(case, messages, folder):
+    """With other arguments in one of them, and where one has an error of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(folder), str(rank), case],
+            env={**os.environ, **place, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for one, message in zip(started, messages):
+        _, said = one.communicate(timeout=120)
+        assert one.returncode == 1
+        assert "Traceback" not in said
+        assert sum(line.startswith("error: ") for line in said.splitlines()) == 1
+        assert f"error: {message}" in said
+    assert not (folder / "out").exists()
