@@ -53,7 +53,7 @@ template <class T> class GroupedProducts {
 
   GroupedProducts(const Sizes& n, const int32_t* ids, ParallelFor parallel_for)
       : n(n), m(n.num_experts_per_tok), parallel_for(parallel_for), first(n.num_experts + 1), entries(n.tokens * m) {
-    sort_by_expert([&](int64_t e) { return ids[e]; }, n.tokens * m, n.num_experts, first, entries);
+    sort_by_expert([&](int64_t e) { return ids[e]; }, n.tokens, m, n.num_experts, first, entries);
   }
 
   // out[e] [rank] = the product of x_t with `rank` rows of expert i's factor, or with its columns where `by_columns`.
@@ -63,7 +63,7 @@ template <class T> class GroupedProducts {
     parallel(parallel_for, n.num_experts * panels, n.tokens * m * kWidth * depth / n.num_experts, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / panels, c0 = item % panels * kWidth, width = std::min(kWidth, rank - c0);
-        const int32_t* list = entries.data() + first[i];
+        const Entry* list = entries.data() + first[i];
         const int64_t count = first[i + 1] - first[i];
         if (count == 0) continue;
         const T* own = factor + i * expert_stride;
@@ -73,8 +73,8 @@ template <class T> class GroupedProducts {
           for (int64_t c = 0; c < width; ++c) row[c] = own + (c0 + c) * depth + d;
           pack<X>(row, width, length, panel);
         };
-        product_by_panels<X>(depth, width, count, lay, [&](int64_t e, int64_t d) { return x[list[e] / m] + d; },
-                             [&](int64_t e) { return out + list[e] * rank + c0; });
+        product_by_panels<X>(depth, width, count, lay, [&](int64_t e, int64_t d) { return x[list[e].token] + d; },
+                             [&](int64_t e) { return out + list[e].place * rank + c0; });
       }
     });
   }
@@ -94,12 +94,12 @@ template <class T> class GroupedProducts {
         }
         for (int64_t i = 0; i < n.num_experts; ++i)
           for (int64_t k = 0; k < rank && first[i] < first[i + 1]; k += kPanelDepth) {
-            const int32_t* list = entries.data() + first[i];
+            const Entry* list = entries.data() + first[i];
             const int64_t length = std::min(kPanelDepth, rank - k);
             const T* own = factor + i * expert_stride + k * columns + c0;
             lay_out<X>(length, [&](int64_t row) { return own + row * columns; }, width, panel.get());
-            panel_product<X>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e] * rank + k; }, panel.get(),
-                             width, length, [&](int64_t e) { return sums.get() + list[e] / m * kWidth; }, true);
+            panel_product<X>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e].place * rank + k; }, panel.get(),
+                             width, length, [&](int64_t e) { return sums.get() + list[e].token * kWidth; }, true);
           }
         for (int64_t t = 0; t < n.tokens; ++t)
           for (int64_t c = 0; c < width; ++c) out[t * columns + c0 + c] = from_real<T>(sums.get()[t * kWidth + c]);
@@ -119,10 +119,10 @@ template <class T> class GroupedProducts {
         const int64_t i = item / blocks, c0 = item % blocks * kWidth, width = std::min(kWidth, columns - c0);
         if (first[i] == first[i + 1]) std::fill_n(sums.get(), rank * kWidth, R(0));
         const auto lay = [&](int64_t e0, int64_t count, R* panel) {
-          const int32_t* list = entries.data() + first[i] + e0;
+          const Entry* list = entries.data() + first[i] + e0;
           for (int64_t e = 0; e < count; ++e)
-            for (int64_t k = 0; k < rank; ++k) of_rank[k * kPanelDepth + e] = coefficients[list[e] * rank + k];
-          lay_out<X>(count, [&](int64_t e) { return x[list[e] / m] + c0; }, width, panel);
+            for (int64_t k = 0; k < rank; ++k) of_rank[k * kPanelDepth + e] = coefficients[list[e].place * rank + k];
+          lay_out<X>(count, [&](int64_t e) { return x[list[e].token] + c0; }, width, panel);
         };
         product_by_panels<X>(first[i + 1] - first[i], width, rank, lay,
                              [&](int64_t k, int64_t) { return of_rank.get() + k * kPanelDepth; },
@@ -143,7 +143,7 @@ template <class T> class GroupedProducts {
   const int64_t m;
   const ParallelFor parallel_for;
   std::vector<int64_t> first;      // expert i's entries are entries[first[i] : first[i + 1]], in order
-  std::vector<int32_t> entries;
+  std::vector<Entry> entries;
 
  private:
   // out[c][k] = sums[k][c]
@@ -187,13 +187,13 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
         for (int64_t k = e * r, j = i * r; k < (e + 1) * r; ++k, ++j) {
           dh[k] = from_real<X>(w * s[j] * a[k]);
           z[k] = from_real<X>(w * s[j] * h[k]);
-          dweight += double(a[k]) * s[j] * h[k];
         }
+        for (int64_t k = e * r, j = i * r; k < (e + 1) * r && p.dweights; ++k, ++j) dweight += double(a[k]) * s[j] * h[k];
         if (p.dweights && p.expert_bias) {
-          const T* bias = static_cast<const T*>(p.expert_bias) + i * o;
-          R parts[16] = {};  // one chain of additions has larger rounding errors, and is slower
-          for (int64_t c = 0; c < o; ++c) parts[c % 16] += to_real(dy[e / m][c]) * to_real(bias[c]);
-          for (const R part : parts) dweight += part;
+          const X* row = dy[e / m];
+          R of_bias, *out = &of_bias;
+          dots(&row, &out, 1, Rows<T>{static_cast<const T*>(p.expert_bias) + i * o, o, 1}, 0, 1, o, 0, false);
+          dweight += of_bias;
         }
       }
       if (p.dweights) reinterpret_cast<R*>(p.dweights)[e] = R(dweight);
@@ -211,7 +211,7 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
       if (p.ds) {
         std::fill_n(sums.begin(), r, R(0));
         for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
-          const int64_t e = products.entries[place];
+          const int64_t e = products.entries[place].place;
           for (int64_t k = 0; k < r; ++k) sums[k] += weights[e] * a[e * r + k] * h[e * r + k];
         }
         std::copy_n(sums.begin(), r, reinterpret_cast<R*>(p.ds) + i * r);
@@ -219,8 +219,8 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
       if (!p.dexpert_bias) continue;
       std::fill_n(sums.begin(), o, R(0));
       for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
-        const int64_t e = products.entries[place];
-        const X* row = dy[e / m];
+        const auto [e, t] = products.entries[place];
+        const X* row = dy[t];
         for (int64_t c = 0; c < o; ++c) sums[c] += weights[e] * to_real(row[c]);
       }
       for (int64_t c = 0; c < o; ++c) static_cast<T*>(p.dexpert_bias)[i * o + c] = from_real<T>(sums[c]);

@@ -36,16 +36,20 @@ template <class R> R norm(const R* q, int64_t count) {
   return largest * std::sqrt(sum);
 }
 
-// entries[first[i] : first[i + 1]] become the places e where expert_at(e) is i, in order; -1 means no expert.
+// A token and one of its experts: their place among all, and the token.
+struct Entry { int32_t place, token; };
+
+// entries[first[i] : first[i + 1]] become those of the places e where expert_at(e) is i, in order; -1 means no expert.
 template <class ExpertAt>
-void sort_by_expert(const ExpertAt& expert_at, int64_t count, int64_t num_experts, std::vector<int64_t>& first,
-                    std::vector<int32_t>& entries) {
+void sort_by_expert(const ExpertAt& expert_at, int64_t tokens, int64_t per_token, int64_t num_experts,
+                    std::vector<int64_t>& first, std::vector<Entry>& entries) {
+  const int64_t count = tokens * per_token;
   std::fill(first.begin(), first.end(), 0);
   for (int64_t e = 0; e < count; ++e)
     if (expert_at(e) >= 0) ++first[expert_at(e) + 1];
   for (int64_t i = 0; i < num_experts; ++i) first[i + 1] += first[i];
   for (int64_t e = 0; e < count; ++e)
-    if (expert_at(e) >= 0) entries[first[expert_at(e)]++] = int32_t(e);
+    if (expert_at(e) >= 0) entries[first[expert_at(e)]++] = {int32_t(e), int32_t(e / per_token)};
   for (int64_t i = num_experts; i > 0; --i) first[i] = first[i - 1];
   first[0] = 0;
 }
@@ -54,12 +58,11 @@ void sort_by_expert(const ExpertAt& expert_at, int64_t count, int64_t num_expert
 template <class T, class R> struct Product {
   Rows<T> rows;
   int64_t begin, end;
-  const int32_t* entries;
+  const Entry* entries;
   int64_t count;
-  int64_t entries_per_token;  // entry e multiplies token e / entries_per_token
-  R* out;                     // entry e at out + e * out_stride
+  R* out;         // that of place e at out + e * out_stride
   int64_t out_stride;
-  int64_t ahead;              // the distance of the numbers to prefetch, where rows are not packed
+  int64_t ahead;  // the distance of the numbers to prefetch, where rows are not packed
 };
 
 // Rows of sums, one for each token.
@@ -111,7 +114,7 @@ template <class T> class Chunk {
     if (p.y) z.reset(new X[entries_at_once * n.rank_of_expert]);
     x.resize(tokens_at_once);
     every_token.resize(tokens_at_once);
-    for (int64_t t = 0; t < tokens_at_once; ++t) every_token[t] = int32_t(t);
+    for (int64_t t = 0; t < tokens_at_once; ++t) every_token[t] = {int32_t(t), int32_t(t)};
     entries.resize(entries_at_once);
     first.resize(experts + 1);
   }
@@ -127,7 +130,7 @@ template <class T> class Chunk {
       run_products();
       if (p.router) choose_experts();
       if (!p.y) continue;
-      sort_by_expert([&](int64_t e) { return expert_of(e); }, tokens * slots, experts, first, entries);
+      sort_by_expert([&](int64_t e) { return expert_of(e); }, tokens, slots, experts, first, entries);
       add_shrink_products();
       run_products();
       scale();
@@ -192,8 +195,7 @@ template <class T> class Chunk {
   bool packs_rows_for(int64_t count) const { return packs_rows && count >= (kTiles<X> ? 1 : 4 * kTokens); }
 
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
-  void add_products(const T* rows, int64_t row_count, const int32_t* list, int64_t count, int64_t entries_per_token,
-                    R* out, int64_t out_stride, int64_t ahead = kAhead<T>) {
+  void add_products(const T* rows, int64_t row_count, const Entry* list, int64_t count, R* out, int64_t out_stride, int64_t ahead = kAhead<T>) {
     const bool packed = packs_rows_for(count);
     const int64_t rows_at_once = packed ? kPanelWidth<X> : row_count, entries_at_once = packed ? kEntriesAtOnce : 8 * kTokens;
     for (int64_t e = 0; e < count; e += entries_at_once)
@@ -202,7 +204,7 @@ template <class T> class Chunk {
         const int64_t tiles = packed ? some.apart : 4;
         for (int64_t k = 0; k < some.apart; k += tiles)
           products.push_back({some, k, std::min(k + tiles, some.apart), list + e, std::min(entries_at_once, count - e),
-                              entries_per_token, out + j, out_stride, ahead});
+                              out + j, out_stride, ahead});
       }
   }
 
@@ -213,8 +215,8 @@ template <class T> class Chunk {
     parallel(parallel_for, products.size(), work * n.in_features / products.size(), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const auto& product = products[i];
-        const auto x_at = [&](int64_t e) { return x[product.entries[e] / product.entries_per_token]; };
-        const auto out_at = [&](int64_t e) { return product.out + product.entries[e] * product.out_stride; };
+        const auto x_at = [&](int64_t e) { return x[product.entries[e].token]; };
+        const auto out_at = [&](int64_t e) { return product.out + product.entries[e].place * product.out_stride; };
         if (packs_rows_for(product.count)) {
           const auto row_at = [&](int64_t c) { return product.rows.first + c * n.in_features; };
           packed_product(product.rows.count, row_at, product.count, x_at, out_at);
@@ -234,13 +236,13 @@ template <class T> class Chunk {
   int64_t base_stride() const { return kInPlace ? p.y_stride : n.out_features; }
 
   void add_base_product() {
-    add_products(static_cast<const T*>(p.weight), n.out_features, every_token.data(), tokens, 1, base_sums(), base_stride());
+    add_products(static_cast<const T*>(p.weight), n.out_features, every_token.data(), tokens, base_sums(), base_stride());
   }
 
   void add_router_products() {
     for (size_t i = 0; i < routed.size(); ++i)
       add_products(static_cast<const T*>(p.router) + routed[i] * p.router_expert_stride, n.rank_of_router, every_token.data(),
-                   tokens, 1, &q[i * n.rank_of_router], q_columns(), n.rank_of_router > kRows ? kAhead<T> : p.router_expert_stride);
+                   tokens, &q[i * n.rank_of_router], q_columns(), n.rank_of_router > kRows ? kAhead<T> : p.router_expert_stride);
   }
 
   // Row j of all experts' router rows, one after the other.
@@ -360,7 +362,7 @@ template <class T> class Chunk {
   void add_shrink_products() {
     for (int64_t v = 0; v < experts; ++v)
       add_products(static_cast<const T*>(p.vh) + (v * n.vh_rows + known_rows(v)) * n.in_features, rank[v] - known_rows(v),
-                   entries.data() + first[v], first[v + 1] - first[v], slots, &h[known_rows(v)], n.rank_of_expert);
+                   entries.data() + first[v], first[v + 1] - first[v], &h[known_rows(v)], n.rank_of_expert);
   }
 
   void choose_experts() {
@@ -445,18 +447,18 @@ template <class T> class Chunk {
     constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t r = n.rank_of_expert;
     const auto end_of = [&](int64_t t) {
-      return std::lower_bound(entries.data() + first[v], entries.data() + first[v + 1], t * slots);
+      return std::lower_bound(entries.data() + first[v], entries.data() + first[v + 1], t, [](Entry e, int64_t t) { return e.token < t; });
     };
-    const int32_t* list = end_of(t0);
+    const Entry* list = end_of(t0);
     const int64_t count = end_of(t1) - list;
     if (count == 0) return;
-    const auto z_at = [&](int64_t e) { return &z[list[e] * r]; };
-    const auto sums_at = [&](int64_t e) { return sums[list[e] / slots - t0]; };
+    const auto z_at = [&](int64_t e) { return &z[list[e].place * r]; };
+    const auto sums_at = [&](int64_t e) { return sums[list[e].token - t0]; };
     const T* u = static_cast<const T*>(p.u) + i * p.u_stride + o * r;
     if (p.expert_bias) {
       const T* bias = static_cast<const T*>(p.expert_bias) + i * p.expert_bias_stride + o;
       for (int64_t e = 0; e < count; ++e)
-        for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e]] * to_real(bias[c]);
+        for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e].place] * to_real(bias[c]);
     }
     if (count >= kPackFrom) {
       for (int64_t k = 0; k < rank[v]; k += kPanelDepth) {
@@ -491,7 +493,7 @@ template <class T> class Chunk {
   std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * slots, r]
   std::unique_ptr<R[]> base, q, h;     // [tokens, O] unless in place, [tokens, routed, g], [tokens * slots, r]
   std::vector<const X*> x;
-  std::vector<int32_t> every_token, entries;
+  std::vector<Entry> every_token, entries;
   std::vector<int64_t> first;
   std::vector<Product<T, R>> products;
 };
