@@ -1,6 +1,6 @@
 // The CPU backward, included by cpu_kernels.h in its namespace. Numbers are multiplied as in the forward: in X, to which x and
-// dy are converted once and the gradients of h are rounded, and summed in R. Every step is split over threads by its outputs and sums in a fixed order, so results are the
-// same on any number of threads.
+// dy are converted once and the gradients of h are rounded, and summed in R. Every step is split over threads by its outputs
+// and sums in a fixed order, so results are the same on any number of threads.
 
 // An array of X itself, or a copy of an array of T.
 template <class T, class X> class Operands {
@@ -206,24 +206,24 @@ template <class T> void apply_backward(const Backward& p, ParallelFor parallel_f
   }
   if (p.du) products.accumulate(z.get(), r, dy, o, static_cast<T*>(p.du), o * r, r, true);
   parallel(parallel_for, n.num_experts, count * (r + o) / n.num_experts, [&](int64_t from, int64_t to) {
-    std::vector<R> sums(std::max(r, o));
+    std::vector<double> sums(std::max(r, o));  // one chain over all tokens
     for (int64_t i = from; i < to; ++i) {
       if (p.ds) {
-        std::fill_n(sums.begin(), r, R(0));
+        std::fill_n(sums.begin(), r, 0.0);
         for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
           const int64_t e = products.entries[place].place;
-          for (int64_t k = 0; k < r; ++k) sums[k] += weights[e] * a[e * r + k] * h[e * r + k];
+          for (int64_t k = 0; k < r; ++k) sums[k] += double(weights[e] * a[e * r + k]) * h[e * r + k];
         }
         std::copy_n(sums.begin(), r, reinterpret_cast<R*>(p.ds) + i * r);
       }
       if (!p.dexpert_bias) continue;
-      std::fill_n(sums.begin(), o, R(0));
+      std::fill_n(sums.begin(), o, 0.0);
       for (int64_t place = products.first[i]; place < products.first[i + 1]; ++place) {
         const auto [e, t] = products.entries[place];
         const X* row = dy[t];
-        for (int64_t c = 0; c < o; ++c) sums[c] += weights[e] * to_real(row[c]);
+        for (int64_t c = 0; c < o; ++c) sums[c] += double(weights[e]) * to_real(row[c]);
       }
-      for (int64_t c = 0; c < o; ++c) static_cast<T*>(p.dexpert_bias)[i * o + c] = from_real<T>(sums[c]);
+      for (int64_t c = 0; c < o; ++c) static_cast<T*>(p.dexpert_bias)[i * o + c] = from_real<T>(R(sums[c]));
     }
   });
 }

@@ -238,6 +238,21 @@ def test_shrink_products_of_one_sign_over_many_columns(tokens):
     assert_close("h", h, want, (plain - want).abs().max())
 
 
+def test_gradients_of_one_sign_over_many_tokens():
+    """Their errors are those of PyTorch's sums, not of one chain of additions."""
+    p, tokens = Problem.random(1, 16, 12, 1, 4, 2, 1), 20000
+    x, dy = p.x.abs().expand(tokens, -1).contiguous(), torch.full((tokens, 12), 0.1)
+    vh, u, ids = p.vh.abs(), p.u.abs(), torch.zeros(tokens, 1, dtype=torch.int32)
+    weights, h = torch.ones(tokens, 1), (x @ vh[0].T).unsqueeze(1)
+    arguments = dy, x, p.weight, vh, p.s, u, p.expert_bias, weights, ids, h
+    ds, _, dexpert_bias = COMPILED.apply_backward(*arguments, 0xFF)[4:7]
+    want = dy.double().sum(0)
+    assert_close("dexpert_bias", dexpert_bias[0], want, (dy.sum(0) - want).abs().max())
+    a = dy @ u[0]
+    want = (a.double() * h[:, 0].double()).sum(0)
+    assert_close("ds", ds[0], want, ((a * h[:, 0]).sum(0) - want).abs().max())
+
+
 def test_other_leading_dimensions_are_refused():
     p = Problem.random(6, 16, 24, 4, 4, 4, 2)
     (x, *layer), routing = p.arguments(), linear(p)[1:3]
