@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SmileError, check_integer, reason
-from .functional import DTYPES, check_input, check_parts, check_tensor, route, shape_error, smile_linear
+from .functional import (
+    DTYPES,
+    check_input,
+    check_parts,
+    check_tensor,
+    route,
+    shape_error,
+    smile_delta,
+    smile_linear,
+)
 from .ops import library
 from .schema import check_arguments
 from .svd import decompose_linear
@@ -749,13 +758,13 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
         check_integer(f"tokens[{i}]", number, 1)
     warm = set()
     for layer in model.modules():
-        if not isinstance(layer, SmileLinear):
+        if not isinstance(layer, RoutedExperts):
             continue
-        device = layer.weight.device
-        if library.choose_backend(None, device.type, layer.weight.dtype, layer.num_local_experts, training) != "triton":
+        device = layer.vh.device
+        if library.choose_backend(None, device.type, layer.vh.dtype, layer.num_local_experts, training) != "triton":
             continue
-        if layer.parts is not None:
-            _warm_up_parts(layer, tokens, training)
+        if not isinstance(layer, SmileLinear) or layer.parts is not None:
+            _warm_up_added(layer, tokens, training)
             continue
         parameters = layer._tensors()
         options = layer.num_experts_per_tok, layer.rank_of_router
@@ -768,13 +777,17 @@ def warmup(model: nn.Module, tokens: Iterable[int], *, training: bool = False) -
                 tuning.warmup(*parameters, *options, tokens=tokens, training=training)
 
 
-def _warm_up_parts(layer: SmileLinear, tokens: Iterable[int], training: bool) -> None:
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(training) for t in layer._tensors()]
+def _warm_up_added(layer: RoutedExperts, tokens: Iterable[int], training: bool) -> None:
+    """Run the experts of a merged layer, or of one over a base of another kind, as they are added to a base product."""
+    given = layer.vh, layer.s, layer.u, layer.expert_bias, layer.router
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(training) for t in given]
     wanted = [leaf for leaf in leaves if leaf is not None]
     options: dict[str, Any] = {"num_experts_per_tok": layer.num_experts_per_tok, "rank_of_router": layer.rank_of_router}
+    if isinstance(layer, SmileLinear):
+        options |= {"parts": layer.parts, "rank_of_parts": layer.rank_of_parts}
     with torch.set_grad_enabled(training):
         for t in tokens:
-            x = layer.weight.new_zeros(t, layer.in_features)
-            y = smile_linear(x, *leaves, **options, parts=layer.parts, rank_of_parts=layer.rank_of_parts)
+            x, y = layer.vh.new_zeros(t, layer.vh.shape[-1]), layer.vh.new_zeros(t, layer.u.shape[1])
+            y = smile_delta(y, x, *leaves, **options, inplace=not training)
             if training:
                 torch.autograd.grad(y.sum(), wanted, allow_unused=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import smile_kernels
+from smile_kernels.integrations.quantization import split_base
 from smile_kernels.ops.triton import backend, common, configs, decode, tuning
 from smile_kernels.testing import Problem
 
@@ -75,6 +76,26 @@ def test_a_model_is_warmed_up_once_for_each_shape(training, monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match=r"tokens\[1\]: is 0; expected 1 or more"):
         smile_kernels.warmup(model, [3, 0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_experts_that_are_added_to_a_base_product_are_warmed_up(training, monkeypatch):
+    merged = smile_kernels.SmileLinear.merge([smile_kernels.SmileLinear(16, out, 3, 4, 2, 2) for out in (18, 20)])
+    beside = split_base(smile_kernels.SmileLinear(16, 18, 3, 4, 2, 2))
+    monkeypatch.setenv("SMILE_KERNELS_BACKEND", "triton")
+    launched = []
+    record_launches(monkeypatch, launched.append)
+    for layer in (merged.to(DEVICE), beside.to(DEVICE)):
+        smile_kernels.warmup(torch.nn.Sequential(layer), [3], training=training)
+        warm = set(launched)
+        launched.clear()
+        with torch.set_grad_enabled(training):
+            y = layer(torch.randn(3, 16, device=DEVICE))
+            if training:
+                y.sum().backward()
+        assert launched
+        assert set(launched) <= warm
+        launched.clear()
 
 
 @pytest.mark.parametrize(
