@@ -5,23 +5,24 @@ namespace smile {
 
 // ---- sums over the entries of an expert ----
 
-// out[i, c] = sum over expert i's entries e of w_e term(e, c); 8 rows of threads take every eighth entry.
+// out[i, c] = sum over expert i's entries e of w_e term(e, c), in double, since it is one chain of additions; 8 rows of threads
+// take every eighth entry.
 template <class Out, class Term>
 __global__ void __launch_bounds__(256) sum_entries_kernel(Term term, const float* weights, const int32_t* entries,
                                                           const int32_t* offsets, int64_t columns, Out* out) {
-  SMILE_SHARED(float, parts, [8][32]);
+  SMILE_SHARED(double, parts, [8][32]);
   const int i = blockIdx.y, row = threadIdx.x / 32, end = offsets[i + 1];
   const int64_t c = blockIdx.x * int64_t(32) + threadIdx.x % 32;
-  float sum = 0;
+  double sum = 0;
   for (int place = offsets[i] + row; c < columns && place < end; place += 8) {
     const int64_t e = entries[place];
-    sum += weights[e] * term(e, c);
+    sum += double(weights[e]) * term(e, c);
   }
   parts[row][threadIdx.x % 32] = sum;
   __syncthreads();
   if (row > 0 || c >= columns) return;
   for (int k = 1; k < 8; ++k) sum += parts[k][threadIdx.x];
-  out[i * columns + c] = from_float<Out>(sum);
+  out[i * columns + c] = from_float<Out>(float(sum));
 }
 
 template <class Out, class Term>
