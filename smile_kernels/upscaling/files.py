@@ -1,20 +1,17 @@
 """Files next to the weights, such as tokenizers: the base's, which are copied, and those of experts, which are not."""
 
 import errno
-import filecmp
-import json
 import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ..checkpoint import REPORT
 from ..errors import SmileError
 from ..publishing import LONGEST_NAME, MANIFEST, paths
-from ..storage import read_text
+from .comparison import differs, templates
 from .report import LostFile
 
 __all__ = ["TOKENIZER", "check_tokenizer", "files_beside", "listing", "lost_files"]
@@ -56,16 +53,11 @@ _ABOUT = re.compile(
 # A tokenizer in parts, which tokenizer.json replaces; and the other files that are compared.
 _PARTS = re.compile(r"vocab\.\w+|merges\.txt|added_tokens\.json|[\w.-]+\.(model|spm|tiktoken|codes)")
 _COMPARED = re.compile(
-    r"(.*/)?(tokenizer|tokenizer_config|(\w+_)?(pre)?processor_config)\.json"
+    r"(.*/)?(tokenizer|tokenizer_config|special_tokens_map|added_tokens|(\w+_)?(pre)?processor_config)\.json"
     r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json"
     r"|modules\.json|sentence_\w+_config\.json|config_sentence_transformers\.json|\d+_[^/]*/.*"
     r"|speaker_embeddings/.*|adapter\..*\.safetensors"
 )
-# Settings without an effect on a result: versions, names of classes, padding and truncation, which a call determines.
-_NO_EFFECT = re.compile(r"_.*|version|transformers_version|\w+_class|\w+_type|padding|truncation|pad_token\w*")
-# Of tokenizer_config.json, whose other settings repeat tokenizer.json.
-_OF_TOKENIZER = re.compile(r"(add|do|split)_\w+|(bos|eos|unk|cls|sep|mask)_token")
-_TEMPLATE = "chat_template.jinja"
 
 
 def files_beside(folder: Path, read: Collection[Path] = (), *, kind: re.Pattern | None = None) -> dict[Path, Path]:
@@ -169,18 +161,20 @@ def lost_files(base: Path, experts: Sequence[Path], result: Mapping[Path, Path])
         result: the files that are copied to the result -> their places there.
     """
     others = [{str(place): file for file, place in result.items()}, dict(_files(base, _alike(result)))]
+    their_templates = [templates(other) for other in others]
     found: dict[str, list[int]] = {}
     for i, folder in enumerate(experts):
         own = dict(_files(folder, _alike(result)))
-        if (template := _template(own)) is not None and all(_template(other) != template for other in others):
-            found.setdefault(_TEMPLATE, []).append(i)
+        for name, template in templates(own).items():
+            if all(other.get(name) != template for other in their_templates):
+                found.setdefault(name, []).append(i)
         for name, file in own.items():
             whole = str(Path(name).with_name("tokenizer.json")) in own
             part = _PARTS.fullmatch(file.name) or TOKENIZER.fullmatch(file.name)
             repeated = whole and part and not _COMPARED.fullmatch(name)
-            if name.startswith("chat_template.") or repeated:
+            if file.suffix == ".jinja" or name.startswith("chat_template.") or repeated:
                 continue
-            if all(_differs(file, other.get(name)) for other in others):
+            if all(differs(name, file, other) for other in others):
                 found.setdefault(name, []).append(i)
     return [LostFile(name, found[name]) for name in sorted(found)]
 
@@ -211,60 +205,3 @@ def _files(folder: Path, more: Collection[str] = ()) -> Iterator[tuple[str, Path
             if compared and name not in more and file.is_file():
                 yield name, file
     yield from ((name, folder / name) for name in sorted(more) if (folder / name).is_file())
-
-
-def _template(files: Mapping[str, Path]) -> Any:
-    """The chat template, which versions of transformers store in different files; None if there is none."""
-    if _TEMPLATE in files:
-        return _content(files[_TEMPLATE])
-    stored = (_content(files[name]) for name in ("chat_template.json", "tokenizer_config.json") if name in files)
-    found = next((one["chat_template"] for one in stored if isinstance(one, dict) and one.get("chat_template")), None)
-    if isinstance(found, list):  # several by name; the others are files of their own in later versions
-        found = next(
-            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), found
-        )
-    return found.strip() if isinstance(found, str) else found
-
-
-def _differs(own: Path, other: Path | None) -> bool:
-    """Whether a file has another content than `other`, JSON by value; also where that is not known."""
-    if other is None:
-        return True
-    try:
-        if filecmp.cmp(own, other, shallow=False):
-            return False
-    except OSError:
-        return True
-    a, b = _content(own), _content(other)
-    if own.name == "tokenizer_config.json" and isinstance(a, dict) and isinstance(b, dict):
-        return any(_token(a[name]) != _token(b[name]) for name in a.keys() & b.keys() if _OF_TOKENIZER.fullmatch(name))
-    return a is None or a != b
-
-
-def _token(value: Any) -> Any:
-    """A token, which versions of transformers store with its properties or alone."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _content(file: Path) -> Any:
-    """The value of a JSON file, without what has no effect; the text of a template; None for anything else."""
-    try:
-        text = read_text(file) if file.suffix in (".json", ".jinja") else None
-        value = text if text is None else text.strip() if file.suffix == ".jinja" else _known(json.loads(text))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if isinstance(value, dict):
-        return {name: part for name, part in value.items() if not _NO_EFFECT.fullmatch(name)}
-    return value
-
-
-def _known(value: Any) -> Any:
-    """A value of a JSON file without null and false, which later versions of a library add."""
-    if isinstance(value, list):
-        return [_known(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    known = {name: _known(part) for name, part in value.items() if part is not None and part is not False}
-    if isinstance(merges := known.get("merges"), list):  # of pairs, or of pairs joined by a space
-        known["merges"] = [" ".join(map(str, one)) if isinstance(one, list) else one for one in merges]
-    return known

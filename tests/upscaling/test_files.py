@@ -40,7 +40,9 @@ def models(tmp_path_factory) -> Path:
         tokenizer.save_pretrained(folder / name)
         (folder / name / "2_Dense").mkdir()
         save_file({"linear.weight": torch.ones(4, 4)}, folder / name / "2_Dense" / "model.safetensors")
-        (folder / name / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+        (folder / name / "preprocessor_config.json").write_text(
+            '{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5, 0.5]}'
+        )
         for data in (*DATA, "LICENSE", "eval_results.json", "special_tokens_map.json", "text-tokenizer/merges.txt"):
             text(data, "{}")(folder / name)
     return folder
@@ -83,8 +85,9 @@ def saved_by_another_version(folder: Path) -> None:
     settings("generation_config.json", transformers_version="4.1", do_sample=False)(folder)
     settings("preprocessor_config.json", image_processor_type="ViTImageProcessorFast", data_format=None)(folder)
     (folder / "vocab.json").write_text("{}")
-    for name in ("README.md", "LICENSE", "eval_results.json", "special_tokens_map.json", "notes", "train.log"):
+    for name in ("README.md", "LICENSE", "eval_results.json", "notes", "train.log"):
         (folder / name).write_text("Fine-tuned")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|end|>"}}')
 
 
 def no_files(folder: Path) -> None:

@@ -1,0 +1,251 @@
+"""Settings that change tokens, images or a pooling are noticed; what versions of a library store otherwise is not."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from smile_kernels.upscaling.files import files_beside, lost_files
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCABULARY = {token: i for i, token in enumerate([*ALPHABET, "<|endoftext|>"])}
+GPT2 = {"config.json": {"model_type": "gpt2"}, "vocab.json": VOCABULARY, "merges.txt": "#version: 0.2"}
+WORDS = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "a", "##b"])
+BERT = {"config.json": {"model_type": "bert"}, "vocab.txt": WORDS}
+WAV = {"config.json": {"model_type": "wav2vec2"}}
+VIT = {"config.json": {"model_type": "vit"}}
+TOKEN = {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+ADDED = {"256": TOKEN | {"special": True}}
+CONFIG, MAP, IMAGES, POOLING = (
+    *("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "1_Pooling/config.json"),
+)
+
+
+def whole_tokenizer() -> dict:
+    inner = Tokenizer(models.BPE(VOCABULARY, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>"])
+    return json.loads(inner.to_str())
+
+
+def with_part(part: str, **values: Any) -> dict:
+    """tokenizer.json with other settings of one part; those that are None are absent."""
+    whole = whole_tokenizer()
+    whole[part] = {name: one for name, one in (whole[part] | values).items() if one is not None}
+    return whole
+
+
+WHOLE = GPT2 | {"tokenizer.json": whole_tokenizer()}
+
+
+def lost(tmp_path: Path, base: dict, expert: dict) -> list[str]:
+    folders = [tmp_path / "base", tmp_path / "expert"]
+    for folder, files in zip(folders, (base, expert), strict=True):
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return [one.name for one in lost_files(folders[0], folders[1:], files_beside(folders[0]))]
+
+
+def named(**texts: str) -> dict:
+    return {"chat_template": [{"name": name, "template": text} for name, text in texts.items()]}
+
+
+UNLIKE: dict[str, tuple[dict, str, Any, Any]] = {
+    # what: the other files, the file that differs, its content in two checkpoints
+    "false or true": (WHOLE, CONFIG, {"add_prefix_space": True}, {"add_prefix_space": False}),
+    "lower case": (BERT, CONFIG, {"do_lower_case": True}, {"do_lower_case": False}),
+    "a default": (BERT, CONFIG, {}, {"do_lower_case": False}),
+    "accents": (BERT, CONFIG, {}, {"strip_accents": False}),
+    "an absent prefix": (WHOLE, CONFIG, {"tokenizer_class": "GPT2Tokenizer"}, {"add_prefix_space": True}),
+    "a token": (WHOLE, CONFIG, {}, {"cls_token": "!"}),
+    "a removed token": (WHOLE, CONFIG, {"eos_token": "!"}, {}),
+    "more special tokens": (WHOLE, CONFIG, {}, {"additional_special_tokens": ["hello"]}),
+    "further special tokens": (WHOLE, CONFIG, {"extra_special_tokens": []}, {"extra_special_tokens": ["hello"]}),
+    "added tokens": (
+        *(WHOLE, CONFIG, {"added_tokens_decoder": ADDED}),
+        {"added_tokens_decoder": ADDED | {"257": TOKEN | {"content": "hello"}}},
+    ),
+    "a class": (WHOLE, CONFIG, {"tokenizer_class": "GPT2Tokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}),
+    "spaces": (WHOLE, CONFIG, *({"clean_up_tokenization_spaces": value} for value in (True, False))),
+    "inputs": (WHOLE, CONFIG, {}, {"model_input_names": ["input_ids"]}),
+    "a token of the map": (WHOLE, MAP, {"eos_token": "<|endoftext|>"}, {"eos_token": "!"}),
+    "a map": (WHOLE, MAP, None, {"eos_token": "!"}),
+    "a damaged map": (WHOLE, MAP, {}, "Fine-tuned"),
+    "an added token": (WHOLE, "added_tokens.json", {}, {"hello": 257}),
+    "ids of names like settings": (
+        *(GPT2 | {CONFIG: {}}, "vocab.json", VOCABULARY | {"_a": 257, "_b": 258}, VOCABULARY | {"_a": 258, "_b": 257}),
+    ),
+    "no regular expression": (
+        *({CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"}}, "tokenizer.json"),
+        *(with_part("pre_tokenizer", use_regex=value) for value in (None, False)),
+    ),
+    "rescaled": (VIT, IMAGES, {"image_processor_type": "ViTImageProcessor"}, {"do_rescale": False}),
+    "normalized": (
+        VIT,
+        IMAGES,
+        *({"feature_extractor_type": "ViTFeatureExtractor"} | x for x in ({}, {"do_normalize": False})),
+    ),
+    "a class of images": (VIT, IMAGES, *({"image_processor_type": f"{x}ImageProcessor"} for x in ("ViT", "CLIP"))),
+    "sounds": (
+        *(WAV, IMAGES),
+        *({"feature_extractor_type": "Wav2Vec2FeatureExtractor"} | x for x in ({}, {"do_normalize": False})),
+    ),
+    "images and sounds": (
+        VIT,
+        IMAGES,
+        *({"image_processor_type": "ViTImageProcessor"} | x for x in ({}, {"hop": [1]})),
+    ),
+    "inside a processor": (
+        *(VIT, "processor_config.json"),
+        *({"image_processor": x} for x in ({"do_rescale": True}, {"do_rescale": False})),
+    ),
+    "a prompt": (
+        BERT,
+        POOLING,
+        {"pooling_mode_cls_token": True},
+        {"pooling_mode_cls_token": True, "include_prompt": False},
+    ),
+    "mean": (
+        BERT,
+        POOLING,
+        {"pooling_mode_cls_token": True},
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+    ),
+    "case of sentences": (BERT, "sentence_bert_config.json", {}, {"do_lower_case": True}),
+    "prompts": (BERT, "config_sentence_transformers.json", {"prompts": {"query": ""}}, {"prompts": {"query": "q"}}),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_setting_with_another_effect_is_noticed_in_both_directions(case, tmp_path):
+    files, name, *values = UNLIKE[case]
+    sides = [files | ({} if value is None else {name: value}) for value in values]
+    assert lost(tmp_path / "there", *sides) == [name]
+    if None not in values and "Fine-tuned" not in values:
+        assert lost(tmp_path / "back", *sides[::-1]) == [name]
+
+
+OLD_IMAGES = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224}
+NEW_IMAGES = OLD_IMAGES | {
+    **{"do_rescale": True, "rescale_factor": 1 / 255, "resample": 2, "size": {"height": 224, "width": 224}},
+    **{"image_processor_type": "ViTImageProcessorFast", "do_convert_rgb": None, "processor_class": "P"},
+}
+SAVED_BERT = {
+    **{f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "CLS", "SEP", "MASK", "PAD")},
+    **{"do_lower_case": True, "do_basic_tokenize": True, "never_split": None, "strip_accents": None},
+    **{"tokenize_chinese_chars": True, "tokenizer_class": "BertTokenizer", "model_max_length": 512},
+    **{"clean_up_tokenization_spaces": True, "extra_special_tokens": {}, "added_tokens_decoder": {}},
+    **{"padding_side": "right", "name_or_path": "/tmp/a", "special_tokens_map_file": "/tmp/b"},
+}
+TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+SAVED = TOKENS | {
+    **{"add_prefix_space": False, "added_tokens_decoder": ADDED, "clean_up_tokenization_spaces": False},
+    **{
+        "model_max_length": 1024,
+        "tokenizer_class": "GPT2Tokenizer",
+        "extra_special_tokens": {},
+        "pad_token": "<|endoftext|>",
+    },
+}
+OLD_SOUNDS = {"do_normalize": True, "feature_size": 1, "padding_value": 0.0, "return_attention_mask": False}
+OLD_POOLING = {"word_embedding_dimension": 4, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+ALIKE: dict[str, tuple[dict, dict]] = {
+    "tokens with their properties": (
+        WHOLE | {CONFIG: SAVED, MAP: TOKENS},
+        WHOLE | {CONFIG: SAVED | {"eos_token": TOKEN | {"__type": "AddedToken"}}, MAP: {"eos_token": TOKEN}},
+    ),
+    "saved by another version": (WHOLE | {CONFIG: {"model_max_length": 1024}}, WHOLE | {CONFIG: SAVED, MAP: TOKENS}),
+    "BERT": (BERT | {CONFIG: {"do_lower_case": True}}, BERT | {CONFIG: SAVED_BERT}),
+    "the class of a later version": (
+        WHOLE | {CONFIG: TOKENS | {"tokenizer_class": "PreTrainedTokenizerFast"}},
+        WHOLE | {CONFIG: TOKENS | {"tokenizer_class": "TokenizersBackend", "is_local": True, "backend": "tokenizers"}},
+    ),
+    "added tokens of tokenizer.json": (WHOLE, WHOLE | {"added_tokens.json": {"<|endoftext|>": 256}}),
+    "defaults of tokenizer.json": (*(GPT2 | {"tokenizer.json": with_part("pre_tokenizer", use_regex=None)}, WHOLE),),
+    "pairs": (
+        GPT2 | {"tokenizer.json": with_part("model", merges=["! !"], vocab=VOCABULARY | {"!!": 257})},
+        GPT2 | {"tokenizer.json": with_part("model", merges=[["!", "!"]], vocab=VOCABULARY | {"!!": 257})},
+    ),
+    "images": (
+        VIT | {IMAGES: OLD_IMAGES | {"feature_extractor_type": "ViTFeatureExtractor"}},
+        VIT | {IMAGES: NEW_IMAGES},
+    ),
+    "images without a class": (VIT | {IMAGES: OLD_IMAGES}, VIT | {IMAGES: NEW_IMAGES}),
+    "sounds": (
+        WAV | {IMAGES: OLD_SOUNDS},
+        WAV | {IMAGES: OLD_SOUNDS | {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "processor_class": "P"}},
+    ),
+    "pooling": (
+        BERT | {POOLING: OLD_POOLING},
+        BERT | {POOLING: OLD_POOLING | {"pooling_mode_lasttoken": False, "include_prompt": True}},
+    ),
+    "sentences": (
+        BERT | {"config_sentence_transformers.json": {"__version__": {"pytorch": "1"}}},
+        BERT
+        | {
+            "config_sentence_transformers.json": {
+                **{"__version__": {"pytorch": "2"}, "prompts": {"query": "", "document": ""}},
+                **{"default_prompt_name": None, "similarity_fn_name": "cosine", "model_type": "SentenceTransformer"},
+            }
+        },
+    ),
+    "a template by name in another file": (
+        WHOLE | {CONFIG: named(default="a", tool_use="b\n")},
+        WHOLE | {"chat_template.jinja": "a\n", "additional_chat_templates/tool_use.jinja": "b"},
+    ),
+}
+
+
+SAVED_AGAIN = {
+    **{"words": BERT | {CONFIG: {"do_lower_case": False}}, "words, saved": BERT | {CONFIG: SAVED_BERT}},
+    **{"bytes": WHOLE | {CONFIG: {"model_max_length": 1024}}, "bytes, saved": WHOLE | {CONFIG: SAVED, MAP: TOKENS}},
+    "bytes in parts": GPT2 | {CONFIG: {"model_max_length": 1024}},
+    "chat": WHOLE
+    | {
+        "config.json": {"model_type": "qwen2"},
+        CONFIG: SAVED
+        | {"chat_template": "abc", "additional_special_tokens": ["<|endoftext|>"], "add_bos_token": False},
+    },
+}
+
+
+@pytest.mark.parametrize("case", SAVED_AGAIN)
+def test_a_tokenizer_that_the_installed_version_saves_again_is_not_listed(case, tmp_path):
+    base = SAVED_AGAIN[case]
+    lost(tmp_path, base, {"config.json": base["config.json"]})
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "expert")
+    assert lost_files(tmp_path / "base", [tmp_path / "expert"], files_beside(tmp_path / "base")) == []
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_another_version_stores_with_the_same_effect_is_not_listed(case, tmp_path):
+    base, expert = ALIKE[case]
+    assert lost(tmp_path / "there", base, expert) == []
+    assert lost(tmp_path / "back", expert, base) == []
+
+
+def test_templates_of_other_names_are_compared(tmp_path):
+    base = WHOLE | {CONFIG: named(default="a", tool_use="b")}
+    assert lost(tmp_path, base, WHOLE | {CONFIG: named(default="a", tool_use="c", rag="d")}) == [
+        "additional_chat_templates/rag.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    ]
+
+
+def test_what_cannot_be_loaded_is_listed_unless_its_text_is_equal(tmp_path, monkeypatch):
+    """Without transformers, and for a tokenizer that has code of its own, which is not executed."""
+    code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    sides = [WHOLE | {CONFIG: code | more, "own.py": "raise SystemExit"} for more in ({}, {"legacy": None}, {"x": [1]})]
+    sides[1][CONFIG]["auto_map"] = {"AutoTokenizer": ["someone/a-model--own.Own", None]}
+    assert lost(tmp_path / "equal", *sides[:2]) == []
+    assert lost(tmp_path / "code", sides[0], sides[2]) == [CONFIG]
+    base, expert = ALIKE["BERT"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert lost(tmp_path / "without", base, expert) == [CONFIG]
+    assert lost(tmp_path / "same", base, base | {CONFIG: {"do_lower_case": True, "padding": False}}) == []
