@@ -356,7 +356,11 @@ def add_calibration(
     config = read_smile_config(source)
     model = load_pretrained(source, **from_pretrained)
     report = calibrate(model, seed=seed)
-    set_routing(model, routing or RoutingPolicy.recommended(model, restart_at=turn_ids_of_checkpoint(source)))
+    if routing is None:
+        routing = RoutingPolicy.recommended(model)
+        if routing.scope == "prompt":
+            routing = replace(routing, restart_at=turn_ids_of_checkpoint(source))
+    set_routing(model, routing)
     layers, stored = routed_layers(model), _names_of_layers(model, config)
     if missing := [name for name, own in stored.items() if own not in layers]:
         raise SmileError(

@@ -211,6 +211,8 @@ def module_cases() -> list[tuple[str, Callable[[], object], str]]:
     for value in (None, 5, object()):
         add(f"user_turn_ids({value!r})", lambda v=value: sk.user_turn_ids(v), "tokenizer")
         add(f"recommended({value!r})", lambda v=value: sk.RoutingPolicy.recommended(v), "model")
+    for value in (5, "x", [], [-1], [3.5], torch.tensor(3), torch.tensor([1, 2]), {1, 2}, {"input_ids": [1]}, [[1, 2]]):
+        add(f"recommended(restart_at={value!r})", lambda v=value: sk.RoutingPolicy.recommended(fused, v), "restart_at")
     large = copy.deepcopy(model).half()
     large[0].weight.data.fill_(6e4)
     norm = {"rank_of_expert": R, "router": "norm", "progress": False}

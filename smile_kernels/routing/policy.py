@@ -24,7 +24,7 @@ the layers of all its blocks, or of the first `lock_after` and ends there; then 
 every layer and every token that follows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -155,7 +155,7 @@ class RoutingPolicy:
         return RoutingPolicy(num_experts_per_tok=self.num_experts_per_tok, top_p=self.top_p)
 
     @classmethod
-    def recommended(cls, model: torch.nn.Module, restart_at: Iterable[int] | None = None) -> "RoutingPolicy":
+    def recommended(cls, model: torch.nn.Module, restart_at: Sequence[int] | None = None) -> "RoutingPolicy":
         """The best measured policy for this kind of model (docs/routing.md).
 
         For a calibrated causal language model, also one that reads images or sounds: scope "prompt" with the base's
@@ -165,22 +165,28 @@ class RoutingPolicy:
 
         Args:
             model: a model with SMILE layers.
-            restart_at: the token ids that begin a user's turn (`user_turn_ids`); None for prompts of one turn.
+            restart_at: the token ids that begin a user's turn (`user_turn_ids`); None for prompts of one turn, and for
+                every other model than a calibrated causal language model.
 
         Raises:
-            ValueError: `model` is not a module.
+            ValueError: `model` is not a module, or `restart_at` does not list token ids, or has no effect.
         """
         if not isinstance(model, torch.nn.Module):
             raise SmileError(f"model: is {model!r}; expected a model with SMILE layers")
-        if _is_text_encoder(model):
-            return cls("window", accumulate=True, window=2)
+        ids = cls("sequence", restart_at=restart_at).restart_at  # type: ignore[arg-type]  # checked, and a tuple
         calibrated = [n for n, module in model.named_modules() if getattr(module, "router_prior", None) is not None]
-        text = text_part(model, calibrated) if calibrated else None
-        if text is None:
-            return cls()
-        quarter = -(-(max(block_numbers(parts_of(model, calibrated)[text]).values()) + 1) // 4)
-        ids = None if restart_at is None else tuple(restart_at)
-        return cls("prompt", lock_after=quarter, calibrated=True, restart_at=ids)
+        is_encoder = _is_text_encoder(model)
+        text = text_part(model, calibrated) if calibrated and not is_encoder else None
+        if text is not None:
+            quarter = -(-(max(block_numbers(parts_of(model, calibrated)[text]).values()) + 1) // 4)
+            return cls("prompt", lock_after=quarter, calibrated=True, restart_at=ids)
+        policy = cls("window", accumulate=True, window=2) if is_encoder else cls()
+        if ids is not None:
+            raise SmileError(
+                f"restart_at: is {ids}, and {type(model).__name__} is recommended scope {policy.scope!r}; "
+                "expected None, or a causal language model that is calibrated"
+            )
+        return policy
 
     def to_dict(self) -> dict:
         """The fields by name, as a checkpoint's config stores them under "routing"."""

@@ -13,6 +13,7 @@ from smile_kernels import SmileLinear
 from smile_kernels.cli import app
 from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, calibrate, get_routing, set_routing
+from tests.integrations.tiny_models import chat_tokenizer
 from tests.routing.definition import (
     POLICIES,
     SIZES,
@@ -224,6 +225,23 @@ def test_a_checkpoint_with_other_names_than_the_model(kind, tmp_path):
         assert torch.equal(layer.router_prior, priors[name]), name
 
 
+@pytest.mark.parametrize("kind", [tf.LlamaForCausalLM, tf.LlamaForSequenceClassification])
+def test_turns_restart_a_language_model_alone(kind, tmp_path):
+    """A classifier of conversations has a chat template too; its recommended policy has no sums that restart."""
+    tokenizer = chat_tokenizer()
+    config = tf.LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}, intermediate_size=24)
+    for name in ("base", "expert"):
+        kind(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    sk.upscale_checkpoints(
+        tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", rank_of_expert=2, rank_of_router=2, calibrate=True
+    )
+    turn = sk.user_turn_ids(tokenizer)
+    prompt = RoutingPolicy("prompt", lock_after=1, calibrated=True, restart_at=turn)
+    expected = prompt if kind is tf.LlamaForCausalLM else RoutingPolicy()
+    assert get_routing(sk.load_pretrained(tmp_path / "out")) == expected
+
+
 def test_a_folder_keeps_what_smile_kernels_did_not_write(tmp_path):
     paths, arguments = folders(tmp_path)
     run(*arguments, "--out", paths["out"])
@@ -327,9 +345,16 @@ def test_the_policy_recommended_for_a_text_encoder_serves_all_its_heads(kind, ta
 def test_a_quarter_of_the_blocks_votes_where_a_language_model_is_calibrated(blocks, voting):
     model = llama(num_hidden_layers=blocks)
     assert RoutingPolicy.recommended(model) == RoutingPolicy(), "without calibration the published routing"
+    with pytest.raises(
+        ValueError, match=r"^restart_at: is \(7, 8\), and LlamaForCausalLM is .* 'token'; expected None, or"
+    ):
+        RoutingPolicy.recommended(model, restart_at=[7, 8])
     calibrate(model, sequences=1, length=2)
     policy = RoutingPolicy.recommended(model, restart_at=[7, 8])
     assert policy == RoutingPolicy("prompt", lock_after=voting, calibrated=True, restart_at=(7, 8))
+    for wrong in (7, torch.tensor(7), {7, 8}, iter([7]), [-1]):
+        with pytest.raises(ValueError, match=r"^restart_at: is .*; expected None or token ids, 0 or more"):
+            RoutingPolicy.recommended(model, wrong)
 
 
 def test_a_config_without_the_sizes_of_its_inputs():
