@@ -107,6 +107,7 @@ class Job:
     ):
         self.router = router
         self.base, self.experts = Path(base), [Path(folder) for folder in experts]
+        self.before = [listing(folder) for folder in (self.base, *self.experts)]
         self.config, self.remaining, self.dtype, self.device = config, remaining, dtype, device
         base_config = read_config(base)
         for i, folder in enumerate(experts):
@@ -210,8 +211,14 @@ class Job:
                 yield key, one
 
     def settings(self) -> dict[str, Any]:
-        """What determines the result; a run continues only if it is equal. Files are compared by size and time."""
+        """What determines the result; a run continues only if it is equal. Files are compared by size and time.
+
+        Raises:
+            SmileError: an input has changed since the job began.
+        """
         folders = [self.base, *self.experts]
+        files = [listing(folder, self.beside) for folder in folders]
+        _check_unchanged(self.before, [listing(folder) for folder in folders])
         return {
             "version": __version__,
             "base": str(folders[0].resolve()),
@@ -223,7 +230,7 @@ class Job:
             "embeddings_from": self.embeddings_from,
             "dtype": str(self.dtype),
             "device": self.device,
-            "files": [listing(folder, self.beside) for folder in folders],
+            "files": files,
         }
 
     def writes(self) -> list[str]:

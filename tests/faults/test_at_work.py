@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import smile_kernels as sk
 from smile_kernels import checkpoint
+from smile_kernels.upscaling import disk
 from smile_kernels.upscaling.layers import _limited_modules
 from tests.faults.changes import (
     ADAPTER_CONFIG,
@@ -60,6 +61,23 @@ def test_inputs_that_change_during_the_work_are_named(change, folder):
     pooling(folder)
     with pytest.raises((sk.SmileError, OSError), match=r"base|expert"):
         fuse(folder, progress=changed)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("read", ["files_beside", "layers_of_checkpoint", "open_source", "lost_files", "check_fit"])
+@pytest.mark.parametrize("file", ["base/config.json", "expert/config.json", "adapter/adapter_config.json"])
+def test_settings_that_change_while_they_are_read_are_named(read, file, folder, monkeypatch):
+    """The result would have the old ones, and its manifest the times of the new ones."""
+    plain, path = getattr(disk, read), folder / file
+
+    def late(*args, **options):
+        found = plain(*args, **options)
+        path.write_text(path.read_text() + " ")
+        return found
+
+    monkeypatch.setattr(disk, read, late)
+    with pytest.raises(sk.SmileError, match=rf"^(base|experts\[.\]): {path.name} was changed while"):
+        fuse(folder)
     assert not (folder / "out").exists()
 
 
