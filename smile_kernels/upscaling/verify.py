@@ -9,6 +9,8 @@ import functools
 import gc
 import math
 import reprlib
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,12 +157,15 @@ def verify(
         if kind and (other := _kind(place)) and other != kind:
             raise SmileError(f"{name}: is a {other}; expected a {kind} as the model")
         _check_plain(name, place)
-    records, plain = [], None
+    records, plain, weights = [], None, {}
     if base is not None:
         start = _load(base, dtypes)
         with _naming(inputs):
             inputs = example_inputs(start, seed) if inputs is None else inputs
             plain = _run(start, inputs, seed)
+        weights = {
+            name: _digest(one) for name, one in start.named_modules() if isinstance(one, nn.Linear) or is_conv1d(one)
+        }
         del start
     for i, expert in enumerate(experts):
         progress(i, 2 * count)
@@ -171,6 +176,10 @@ def verify(
     if not isinstance(model, nn.Module) and listing(Path(model)) != files:
         raise SmileError(f"{model}: was changed while it was read; expected files that do not change")
     layers = smile_layers(fused)
+    if odd := next(
+        (name for name, layer in layers.items() if _digest(layer) != weights.get(name, _digest(layer))), None
+    ):
+        warnings.warn(f"base: its {odd}.weight is not the fused model's; expected the model's own base", stacklevel=3)
     verdicts = []
     for i, (expert, record) in enumerate(zip(experts, records)):
         progress(count + i, 2 * count)
@@ -663,6 +672,12 @@ def _first_of(output: Any) -> Tensor | None:
         if (found := _first_of(value)) is not None and found.dim():
             return found
     return None
+
+
+def _digest(layer: Any) -> int:
+    """Of a linear layer's weight [O, D]."""
+    weight = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+    return zlib.crc32(weight.double().cpu().contiguous().numpy())
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

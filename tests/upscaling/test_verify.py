@@ -50,6 +50,20 @@ def test_exact_truncated_or_off_and_where():
     assert [verdict.module for verdict in sk.verify(exact, base, experts)] == ["", "model.layers.1.mlp.up_proj"]
 
 
+def test_another_base_is_named(tmp_path):
+    base = build()
+    experts = [tuned(base, 1), tuned(base, 2)]
+    fused, _ = sk.upscale(base, experts, rank_of_expert=-1, **RANKS)
+    with pytest.warns(UserWarning, match=r"^base: its model\.layers\.0\.self_attn\.q_proj\.weight is not the fused"):
+        assert [verdict.verdict for verdict in sk.verify(fused, experts[0], experts)] == ["exact"] * 2
+    base.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16):
+            sk.save_pretrained(fused.to(dtype), tmp_path / f"{dtype}")
+            sk.verify(tmp_path / f"{dtype}", tmp_path / "base", experts)
+
+
 @pytest.mark.filterwarnings("ignore:changes by fine-tuning")
 def test_an_expert_whose_config_has_other_heads_of_the_same_weights_is_off(tmp_path):
     base = build()
