@@ -72,13 +72,23 @@ def why_not(
         return str(error)
 
 
-def backends(device_type: str | None = None) -> dict[str, str | None]:
+def backends(device_type: str | torch.device | None = None) -> dict[str, str | None]:
     """Every backend, in order of preference, with the reason why it cannot run on `device_type`, or None if it can.
 
-    device_type: "cuda", "cpu", ...; by default "cuda" if torch sees a GPU, else "cpu".
+    device_type: "cuda", "cpu", ..., or a device of this type; by default "cuda" if torch sees a GPU, else "cpu".
+
+    Raises:
+        ValueError: `device_type` is not a device that torch knows.
     """
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    return {backend: why_not(backend, device_type) for backend in _MODULES}
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device_type) if isinstance(device_type, (str, torch.device)) else None
+    except (RuntimeError, ValueError):
+        device = None
+    if device is None:
+        raise SmileError(f"device_type: is {device_type!r}; expected a torch.device, or a type such as 'cpu'")
+    return {backend: why_not(backend, device.type) for backend in _MODULES}
 
 
 @functools.lru_cache(maxsize=256)

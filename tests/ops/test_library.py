@@ -80,3 +80,12 @@ def test_backend_choice(monkeypatch):
             library._choose.__wrapped__("cuda", "cuda", *layers[2], True)
     assert sk.backends("cpu")["torch"] is None
     assert list(sk.backends()) == ["triton", "cuda", "cpu", "torch"]
+
+
+def test_backends_of_a_device_are_those_of_its_type():
+    for kind in ("cpu", "cuda"):
+        for device in (torch.device(kind), f"{kind}:0", torch.device(kind, 0)):
+            assert sk.backends(device) == sk.backends(kind)
+    for wrong in ("", "gpu", "cpu:", "cpu:x", "\ud800", 0, 3, True, torch.nn.Linear(1, 1), torch.zeros(1), ["cpu"]):
+        with pytest.raises(ValueError, match=r"^device_type: is .*; expected a torch\.device, or a type such as 'cpu'"):
+            sk.backends(wrong)
