@@ -278,10 +278,10 @@ def inspect(
       smile-kernels inspect fused --plot energy.png --json fused.json
     """
     with user_errors():
-        from .inspection import describe, plot_layers, show
+        from .inspection import KEYS, describe, plot_layers, show
         from .publishing import check_outputs, write_text
 
-        check_outputs([folder], plot=plot, json=json_path)
+        check_outputs([folder], KEYS, plot=plot, json=json_path)
         description = describe(folder)
         show(description, new_console(), table)
         if json_path:
@@ -313,10 +313,11 @@ def analyze(
       smile-kernels analyze --base mistral --expert math --expert code --plot zones.png --json zones.json
     """
     with user_errors():
+        from .analysis import Analysis
         from .analysis import analyze as run
         from .publishing import check_outputs
 
-        check_outputs([base, *expert], plot=plot, json=json_path)
+        check_outputs([base, *expert], Analysis.__dataclass_fields__, plot=plot, json=json_path)
         options: dict[str, Any] = {"include": include, "exclude": exclude, "workers": workers}
         with progress() as advance:
             analysis = run(base, expert, rank_of_expert=rank_of_expert, scale=scale, progress=advance, **options)
@@ -364,10 +365,10 @@ def sweep(
     with user_errors():
         from .checkpoint import load_pretrained
         from .publishing import check_outputs
-        from .sweeping import scoring_function
+        from .sweeping import Sweep, scoring_function
         from .sweeping import sweep as run
 
-        check_outputs([folder, score.rpartition(":")[0]], plot=plot, json=json_path)
+        check_outputs([folder, score.rpartition(":")[0]], Sweep.__dataclass_fields__, plot=plot, json=json_path)
         policies = {text: scope_or_fields(text) for text in routing} if routing else None
         function = scoring_function(score)
         options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
@@ -528,7 +529,7 @@ def doctor(
 
         console = new_console()
         device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        check_outputs(report=report)
+        check_outputs(keys=("cpu", "cuda"), report=report)
         if forget:
             for device_type in device_types:
                 excluded.record(excluded.device_name(device_type), {})

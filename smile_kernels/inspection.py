@@ -16,7 +16,9 @@ from .schema import check_arguments, parse
 from .storage import read_json, read_tensors
 from .upscaling.report import kind_of
 
-__all__ = ["describe"]
+__all__ = ["KEYS", "describe"]
+
+KEYS = ("folder", "config", "bytes", "layers")  # of what `describe` returns
 
 
 @dataclass(frozen=True)

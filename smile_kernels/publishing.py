@@ -25,7 +25,7 @@ import shutil
 import stat
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,14 +65,22 @@ _ANY_FILE = ("layers/*", "output/*")  # of a work folder
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file`
 _FIRST_TEMPORARY = 0x5311E0000000  # the number in the first such name
 LONGEST_NAME = 255 - len("..0123456789ab")  # bytes of a file name that has such a temporary one
+_LARGEST_REPORT = 1 << 28  # bytes of a file that is read to know whether it is a report
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 14  # of a larger file are hashed, so that weights of hours are checked in no time
 
 
-def check_outputs(inputs: Iterable[str | Path] = (), *, plot: Path | None = None, **files: Path | None) -> None:
-    """Check output files by name before any work: they can be written, and a plot can be drawn.
+def check_outputs(
+    inputs: Iterable[str | Path] = (),
+    keys: Collection[str] | None = None,
+    *,
+    plot: Path | None = None,
+    **files: Path | None,
+) -> None:
+    """Check output files by name before any work: they can be written, replace their like, and a plot can be drawn.
 
     Args:
         inputs: files and folders that are read: no output file may be one of them, or inside one.
+        keys: those of the JSON object that each of `files` gets; None: any file is replaced.
         plot, files: the output files by name, all different.
 
     Raises:
@@ -103,10 +111,26 @@ def check_outputs(inputs: Iterable[str | Path] = (), *, plot: Path | None = None
             raise SmileError(f"{name}: is {str(file)!r}, {where}; expected a file outside of it")
         if (other := names.setdefault(target, name)) != name:
             raise SmileError(f"{name}: is {str(file)!r}, as {other} is; expected another file")
+        if name == "plot" or keys is not None:
+            _check_like(name, target, None if name == "plot" else keys)
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
         raise SmileError(f"plot: is {str(plot)!r}; expected a name that ends with .png, .svg or .pdf")
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise SmileError(f"plot: is {str(plot)!r}, and matplotlib is not installed; expected it, to draw the plot")
+
+
+def _check_like(name: str, file: Path, keys: Collection[str] | None) -> None:
+    """Refuse to replace a file with content, unless it is a JSON object with these keys alone, or with None a plot."""
+    if not file.exists() or not (size := file.stat().st_size):
+        return
+    like = size <= _LARGEST_REPORT and os.access(file, os.R_OK)
+    if keys is None:
+        like = like and b"atplotlib" in file.read_bytes()  # in the metadata of each format
+    else:
+        like = like and (_read_object(file) or {"": None}).keys() <= set(keys)
+    if not like:
+        what = "a plot by matplotlib" if keys is None else f"a report with {', '.join(keys)}"
+        raise SmileError(f"{name}: is {str(file)!r}, which is not {what}; expected a new file, or one to replace")
 
 
 def write_plot(file: str | Path, figure: Any, **options: Any) -> None:

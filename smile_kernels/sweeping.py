@@ -186,7 +186,7 @@ def sweep(
                 "leading singular vectors, as of router 'smile'"
             )
     if file is not None:
-        check_outputs(file=Path(file))
+        check_outputs(keys=Sweep.__dataclass_fields__, file=Path(file))
     fused = "the rank that the model was fused with"
     r = _values("rank_of_expert", rank_of_expert, max(one.rank_of_expert for one in layers.values()), fused)
     g = _values("rank_of_router", rank_of_router, max(one.rank_of_router for one in layers.values()), fused)

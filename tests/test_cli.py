@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -180,9 +181,10 @@ def test_experts_have_names(tmp_path, folders):
 
 def test_inspect(tmp_path, folders):
     run(*command(folders, tmp_path / "out"))
-    output = run(
-        "inspect", str(tmp_path / "out"), "--json", str(tmp_path / "i.json"), "--plot", str(tmp_path / "i.png")
-    )
+    for _ in range(2):  # and replaces its own
+        output = run(
+            "inspect", str(tmp_path / "out"), "--json", str(tmp_path / "i.json"), "--plot", str(tmp_path / "i.png")
+        )
     assert "2 SMILE layers, 3 experts, 1 per token" in output
     assert "24x16" in output
     description = json.loads((tmp_path / "i.json").read_text())
@@ -194,6 +196,29 @@ def test_inspect(tmp_path, folders):
     assert "is not a SMILE checkpoint" in result.output
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--plot", "a.txt"])
     assert result.stderr == "error: plot: is 'a.txt'; expected a name that ends with .png, .svg or .pdf\n"
+
+
+@pytest.mark.parametrize("reporting", ["inspect", "analyze", "sweep", "bench", "doctor"])
+def test_reports_replace_nothing_else(tmp_path, folders, reporting):
+    run(*command(folders, tmp_path / "out"))
+    (tmp_path / "a.py").write_text("def score(model):\n    raise RuntimeError\n")
+    arguments = {
+        "inspect": [str(tmp_path / "out")],
+        "analyze": ["--base", str(folders[0]), "--expert", str(folders[1])],
+        "sweep": [str(tmp_path / "out"), "--score", f"{tmp_path}/a.py:score"],
+        "bench": ["--shape", "64x64"],
+        "doctor": ["--verify"],
+    }[reporting]
+    name = "report" if reporting == "doctor" else "json"
+    for file in ("config.json", "model.safetensors", "smile_manifest.json", "smile_report.json"):
+        shutil.copy(tmp_path / "out" / file, tmp_path / file)
+        result = CliRunner().invoke(app, [reporting, *arguments, f"--{name}", str(tmp_path / file)])
+        assert result.exit_code == 1
+        message = (
+            rf"error: {name}: is '\S+', which is not a report with [\w, ]+; expected a new file, or one to replace\n"
+        )
+        assert re.fullmatch(message, result.stderr), result.output
+        assert (tmp_path / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
 def test_no_color_gives_plain_text_on_a_terminal(tmp_path, folders, monkeypatch):

@@ -568,6 +568,36 @@ def test_results_are_refused_before_any_work(tmp_path, monkeypatch):
         check_outputs(plot=plot)
 
 
+def test_only_its_like_is_replaced(tmp_path):
+    report, plot, keys = tmp_path / "a.json", tmp_path / "a.png", ("machine", "records")
+    other = ["text", "[]", "{}", "7", '{"records": []', '{"records": [], "x": 1}', "[" * 10**5, "\xff", '{"a": "é"}']
+    for content in other:
+        report.write_text(content, encoding="latin-1")
+        with pytest.raises(
+            ValueError, match=r"^json: is '\S+a\.json', which is not a report with machine, records; exp"
+        ):
+            check_outputs(keys=keys, json=report)
+        plot.write_text(content, encoding="latin-1")
+        with pytest.raises(
+            ValueError, match=r"^plot: is '\S+a\.png', which is not a plot by matplotlib; expected a new"
+        ):
+            check_outputs(plot=plot)
+    with open(report, "r+b") as file:
+        file.write(b'{"records": []}')
+        file.truncate(1 << 40)  # is not read
+    with pytest.raises(ValueError, match="which is not a report"):
+        check_outputs(keys=keys, json=report)
+    for content in ("", '{"machine": {}, "records": []}', '{"records": 1}'):
+        report.write_text(content)
+        check_outputs(keys=keys, json=report)
+    for kind in ("png", "svg", "pdf"):
+        plot = tmp_path / f"a.{kind}"
+        plot.write_text("")
+        for _ in range(2):
+            check_outputs(plot=plot)
+            write_plot(plot, Figure())
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_a_plot_that_the_disk_has_no_space_for_is_named(tmp_path, suffix, full_disk):
     figure = Figure()

@@ -344,6 +344,7 @@ def test_doctor_verifies_writes_and_forgets(cache, tmp_path, monkeypatch):
     assert "left out" not in run("--forget")
     assert "left out" not in run()
     monkeypatch.setattr(selftest, "verify", lambda todo, workers, report: {one.name: Outcome(0.1) for one in todo})
+    assert f"{total} of {total} checks agree" in run("--verify", "--report", str(tmp_path / "found.json"))
     assert f"{total} of {total} checks agree" in run("--verify")
     assert (cache / "verify.json").exists()
     assert "expected a file in a folder that exists" in run(

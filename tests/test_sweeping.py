@@ -237,7 +237,7 @@ def test_the_command(checkpoint):
     assert {row["routing"] for row in rows} == {"token", policies[-1]}
     assert len({row["scores"]["a"] for row in rows}) > 8
     assert (checkpoint / "a.png").stat().st_size > 5000
-    result = CliRunner().invoke(app, ["sweep", "fused", "--score", "scoring_of_a_sweep:one", "--rank-of-router", "2"])
+    result = CliRunner().invoke(app, ["sweep", "fused", "--score", "scoring_of_a_sweep:one", "--json", "a.json"])
     assert result.exit_code == 0, result.output
 
 

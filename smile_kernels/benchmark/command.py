@@ -61,7 +61,7 @@ def bench(
     _check(layers, tokens, setting, dtype, device, peers, graph)
     if not 0 < seconds < float("inf"):
         raise SmileError(f"seconds: is {seconds}; expected a number above 0")
-    check_outputs(plot=plot_file, json=json_file)
+    check_outputs(keys=("machine", "limits", "records"), plot=plot_file, json=json_file)
     cases = [Case(layer, setting, t, DTYPES[dtype]) for layer in layers for t in tokens]
     result: Record = {"machine": machine(device), "limits": [], "records": []}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
