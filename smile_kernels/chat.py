@@ -41,7 +41,8 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     try:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise SmileError(f"device: is {device!r}; expected one that torch has here ({error})") from None

@@ -14,7 +14,7 @@ import typer
 from . import __version__
 from .console import Commands, new_console, progress, say, user_errors
 from .errors import SmileError
-from .recipe import dtype_of, named_experts, number, policy_fields, scope_or_fields, settings_of
+from .recipe import DTYPES, dtype_of, listed, named_experts, number, policy_fields, scope_or_fields, settings_of
 
 app = typer.Typer(
     cls=Commands,
@@ -89,7 +89,7 @@ def upscale(
         bool,
         typer.Option("--calibrate", help="Calibrate the routers; default policy: the recommended one."),
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: the base's]")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{listed(DTYPES)}.  [default: the base's]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse layers that cannot have experts.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Print every layer and lost change.")] = False,
     experts_only: Annotated[bool, typer.Option("--experts-only", help="Store no base, only its path.")] = False,
@@ -447,7 +447,7 @@ def tune(
     rank_of_expert: Annotated[int, typer.Option(help="r.")] = 32,
     rank_of_router: Annotated[int, typer.Option(help="g.")] = 16,
     num_experts_per_tok: Annotated[int, typer.Option(help="m, experts per token.")] = 1,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=f"{listed(DTYPES[:3])}.")] = "bfloat16",
 ) -> None:
     """Find the fastest launch configuration of the Triton kernels for given layers on this GPU and store it.
 
@@ -458,13 +458,14 @@ def tune(
     with user_errors():
         import torch
 
+        kind = dtype_of(torch, dtype, DTYPES[:3])
         if not torch.cuda.is_available():
             raise SmileError("device: torch sees no GPU here; expected one, to time launches on")
         from .benchmark.problems import layer_shape
         from .ops.triton import configs, tuning
         from .testing import Problem
 
-        device, kind = torch.device("cuda"), dtype_of(torch, dtype)
+        device = torch.device("cuda")
         layers = [layer_shape(name) for name in shape]
         console = new_console(stderr=True)
         for name, (in_features, out_features, bias) in zip(shape, layers):
@@ -529,6 +530,8 @@ def doctor(
 
         console = new_console()
         device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        if report is not None and not verify:
+            raise SmileError(f"report: is {str(report)!r} without verify; expected --verify, whose results it gets")
         check_outputs(keys=("cpu", "cuda"), report=report)
         if forget:
             for device_type in device_types:

@@ -7,6 +7,8 @@ from typing import Any
 from .errors import SmileError
 from .schema import KNOWN_KEYS_ONLY, parse
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -166,8 +168,11 @@ def number(name: str, text: str) -> int | float:
     raise SmileError(f"{name}: is {text!r}; expected a number")
 
 
-def dtype_of(torch: Any, name: Any) -> Any:
-    dtype = getattr(torch, str(name), None)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise SmileError(f"dtype: is {name!r}; expected bfloat16, float16, float32 or float64")
-    return dtype
+def dtype_of(torch: Any, name: Any, known: tuple[str, ...] = DTYPES) -> Any:
+    if name not in known:
+        raise SmileError(f"dtype: is {name!r}; expected {listed(known)}")
+    return getattr(torch, name)
+
+
+def listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -228,6 +228,8 @@ def test_the_command_shows_a_table_and_keeps_every_sample(tmp_path):
         ({"setting": Setting(8, 4, 4, 9)}, "num_experts_per_tok: is 9; expected 1 to 8"),
         ({"setting": Setting(0, 4, 4, 0)}, "is 0; expected 1"),
         ({"dtype": "int8"}, "dtype: is 'int8'; expected one of float32"),
+        ({"dtype": ""}, "dtype: is ''; expected one of float32"),
+        ({"device": ""}, "device: is ''; expected one of cpu"),
         ({"device": "tpu"}, "device: is 'tpu'; expected one of cpu"),
         ({"seconds": float("nan")}, "seconds: is nan; expected a number above 0"),
         ({"peers": ["mine"]}, "peers: 'mine' is unknown"),

@@ -185,7 +185,7 @@ CASES = ("no tokenizer", "no template", "bad template", "endless template", "bad
 ENDLESS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 
 
-@pytest.mark.parametrize("case", [*CASES, "plain", "vision", "device", "length", "a file"])
+@pytest.mark.parametrize("case", [*CASES, "plain", "vision", "device", "empty device", "length", "a file"])
 def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     folder, options, message = tmp_path / "folder", [], ""
     if case == "no tokenizer":
@@ -229,8 +229,9 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
         save_pretrained(model, folder)
         tokenizer.save_pretrained(folder)
         message = "contains a ViTForImageClassification; expected a causal language model"
-    elif case == "device":
-        folder, options, message = fused, ["--device", "nowhere"], "device: is 'nowhere'; expected"
+    elif case in ("device", "empty device"):
+        device = "" if case == "empty device" else "nowhere"
+        folder, options, message = fused, ["--device", device], f"device: is {device!r}; expected"
     elif case == "length":
         folder, options, message = fused, ["--max-new-tokens", "0"], "max_new_tokens: is 0; expected 1 or more"
     result = CliRunner().invoke(app, ["chat", str(folder), *options], input="y\nHi\n")

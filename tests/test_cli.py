@@ -17,12 +17,14 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from smile_kernels import recipe
 from smile_kernels.analysis import analyze
+from smile_kernels.benchmark import command as bench_command
 from smile_kernels.cli import app
 from smile_kernels.config import read_smile_config
 from smile_kernels.console import OPTIONS
 from smile_kernels.storage import read_tensors
-from smile_kernels.upscaling import upscale_checkpoints
+from smile_kernels.upscaling import disk, upscale_checkpoints
 from tests.integrations import tiny_models
 from tests.upscaling.checkpoints import RANKS, command, contents, run
 
@@ -244,6 +246,27 @@ def test_doctor_says_what_would_run_and_why_not(monkeypatch):
     assert torch.__version__ in output
     assert "would run" in output
     assert "it supports cuda tensors, not cpu tensors" in output
+
+
+def test_help_lists_the_dtypes_that_are_accepted(tmp_path, folders):
+    known = {"upscale": recipe.DTYPES, "tune": ("bfloat16", "float16", "float32"), "bench": bench_command.DTYPES}
+    for name, dtypes in known.items():
+        (option,) = (one for one in get_command(app).commands[name].params if one.name == "dtype")
+        assert set(re.findall(r"b?float\d+", option.help.partition("[")[0])) == set(dtypes)
+    assert {getattr(torch, name) for name in recipe.DTYPES} == set(disk.DTYPES)
+    run(*command(folders, tmp_path / "out", "--dtype", "float64"))
+    assert read_tensors(tmp_path / "out")["up.u"].dtype == torch.float64
+    for arguments in (command(folders, tmp_path / "no"), ["tune", "--shape", "64x48"], ["bench", "--shape", "64x48"]):
+        for wrong in ("", "half", "int8", *(["float64"] if arguments[0] != "upscale" else [])):
+            result = CliRunner().invoke(app, [*arguments, "--dtype", wrong])
+            assert re.match(rf"error: dtype: is '{wrong}'; expected .*float32", result.stderr), result.output
+
+
+def test_doctor_refuses_a_report_of_nothing(tmp_path):
+    result = CliRunner().invoke(app, ["doctor", "--report", str(tmp_path / "a.json")])
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: report: is '\S+' without verify; expected .*--verify.*\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tune_times_each_layer_and_keeps_the_choices(monkeypatch):

@@ -56,8 +56,10 @@ def bench(
         ValueError: an argument out of range; the message names it.
     """
     console = console or Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "bfloat16" if device == "cuda" else "float32"
     _check(layers, tokens, setting, dtype, device, peers, graph)
     if not 0 < seconds < float("inf"):
         raise SmileError(f"seconds: is {seconds}; expected a number above 0")
