@@ -46,13 +46,18 @@ def templates(files: Mapping[str, Path]) -> dict[str, str]:
             value = _json(files[name])
             stored = value.get("chat_template") if isinstance(value, dict) else None
             if isinstance(stored, list):  # several by name
-                stored = {one.get("name"): one.get("template") for one in stored if isinstance(one, dict)}
+                stored = {str(one.get("name")): one.get("template") for one in stored if isinstance(one, dict)}
             for key, template in (stored if isinstance(stored, dict) else {"default": stored}).items():
                 place = _TEMPLATE if key == "default" else f"additional_chat_templates/{key}.jinja"
                 if template:
-                    found[str(Path(name).parent / place)] = str(template).strip()
+                    found[str(Path(name).parent / place)] = _rendered(str(template))
     texts = {name: _text(file) for name, file in files.items() if file.suffix == ".jinja"}
-    return found | {name: (text or "").strip() for name, text in texts.items()}
+    return found | {name: _rendered(text or "") for name, text in texts.items()}
+
+
+def _rendered(template: str) -> str:
+    """A template as Jinja reads it: with one kind of line ends, and without the last one."""
+    return re.sub("\r\n?", "\n", template).removesuffix("\n")
 
 
 def differs(name: str, own: Path, others: Mapping[str, Path]) -> bool:

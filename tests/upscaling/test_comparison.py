@@ -118,6 +118,8 @@ UNLIKE: dict[str, tuple[dict, str, Any, Any]] = {
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
     ),
     "case of sentences": (BERT, "sentence_bert_config.json", {}, {"do_lower_case": True}),
+    "the end of a template": (WHOLE, "chat_template.jinja", "Answer:", "Answer:\n\n"),
+    "the start of a template": (WHOLE, "chat_template.jinja", "Answer:", " Answer:\n"),
     "prompts": (BERT, "config_sentence_transformers.json", {"prompts": {"query": ""}}, {"prompts": {"query": "q"}}),
 }
 
@@ -199,6 +201,9 @@ ALIKE: dict[str, tuple[dict, dict]] = {
         WHOLE | {CONFIG: named(default="a", tool_use="b\n")},
         WHOLE | {"chat_template.jinja": "a\n", "additional_chat_templates/tool_use.jinja": "b"},
     ),
+    "line ends of a template": (
+        *(WHOLE | {CONFIG: {"chat_template": "a\r\nb\r\n"}}, WHOLE | {"chat_template.jinja": "a\nb"}),
+    ),
 }
 
 
@@ -236,6 +241,13 @@ def test_templates_of_other_names_are_compared(tmp_path):
         "additional_chat_templates/rag.jinja",
         "additional_chat_templates/tool_use.jinja",
     ]
+
+
+@pytest.mark.parametrize("file", [CONFIG, "chat_template.json"])
+def test_a_template_whose_name_is_not_a_text_is_listed(file, tmp_path):
+    damaged = WHOLE | {file: {"chat_template": [{"name": ["a"], "template": "x"}]}}
+    assert lost(tmp_path / "there", WHOLE, damaged) == ["additional_chat_templates/['a'].jinja"]
+    assert lost(tmp_path / "back", damaged, WHOLE) == []
 
 
 def test_what_cannot_be_loaded_is_listed_unless_its_text_is_equal(tmp_path, monkeypatch):
