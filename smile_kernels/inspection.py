@@ -52,9 +52,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
     energies = {record.name: record.energy for record in records}
     layers, sizes = [], {"base": 0, "experts": 0, "other": 0}
     for name, entry in config.modules.items():
-        for factor in ("vh", "s", "u"):
+        for factor, dims in (("vh", 3), ("s", 2), ("u", 3)):
             if f"{name}.{factor}" not in stored:
                 raise SmileError(f"{folder}: tensor {name}.{factor} is missing; config.json says it is there")
+            if len(shape := stored[f"{name}.{factor}"].shape) != dims:
+                raise SmileError(f"{folder}: tensor {name}.{factor} is {list(shape)}; expected {dims} dimensions")
         s = stored[f"{name}.s"].load().double()
         experts = sum(stored[key].nbytes for factor in FACTORS if (key := f"{name}.{factor}") in stored)
         sizes["experts"] += experts

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -198,6 +199,11 @@ def test_inspect(tmp_path, folders):
     assert "is not a SMILE checkpoint" in result.output
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--plot", "a.txt"])
     assert result.stderr == "error: plot: is 'a.txt'; expected a name that ends with .png, .svg or .pdf\n"
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"down.s": tensors["down.s"][None].clone()}, file)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert "tensor down.s is [1, 3, 4]; expected 2 dimensions" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("reporting", ["inspect", "analyze", "sweep", "bench", "doctor"])

@@ -185,14 +185,13 @@ def _alike(result: Mapping[Path, Path]) -> set[str]:
 
 
 def check_tokenizer(where: str, base: Path, expert: Path) -> None:
-    """Raise ValueError if the base has a tokenizer, and the expert whose tokens are added has none."""
-    with_one = [
-        any(name.startswith("tokenizer") or _PARTS.fullmatch(name) for name, _ in _files(f)) for f in (base, expert)
-    ]
+    """Raise ValueError if the base has the tokens of a tokenizer, and the expert whose tokens are added has none."""
+    whole = re.compile(rf"tokenizer\.json|(?!added_tokens)({_PARTS.pattern})")
+    with_one = [any(whole.fullmatch(name) and file.stat().st_size for name, file in _files(f)) for f in (base, expert)]
     if with_one == [True, False]:
         raise SmileError(
-            f"{where}: {expert} has no tokenizer, and the base has one without the added tokens; expected the expert's "
-            "tokenizer in its folder"
+            f"{where}: {expert} has no tokenizer with its tokens (tokenizer.json, a vocabulary), and the base has one "
+            "without the added tokens; expected the expert's tokenizer in its folder"
         )
 
 

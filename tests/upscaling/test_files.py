@@ -203,9 +203,12 @@ def test_the_tokenizer_of_an_expert_with_added_tokens_is_the_results(models, tmp
     tokenizer.add_tokens(["<more>"])
     model = tiny_models.chat_model(tokenizer)
     model.save_pretrained(tmp_path / "more")
-    with pytest.raises(sk.SmileError, match=r"^embeddings_from: .*more has no tokenizer, and the base has one"):
-        sk.upscale_checkpoints(models / "base", [tmp_path / "more"], tmp_path / "out", embeddings_from=0, **RANKS)
-    assert not list(tmp_path.glob("out*"))
+    for file in ("more.txt", "tokenizer_config.json", "tokenizer.json"):  # of which the last two have no tokens
+        (tmp_path / "more" / file).write_text("{}" if "config" in file else "")
+        with pytest.raises(sk.SmileError, match=r"^embeddings_from: .*more has no tokenizer with its tokens"):
+            sk.upscale_checkpoints(models / "base", [tmp_path / "more"], tmp_path / "out", embeddings_from=0, **RANKS)
+        assert not list(tmp_path.glob("out*"))
+    (tmp_path / "more" / "more.txt").unlink()
     tokenizer.save_pretrained(tmp_path / "more")
     experts = [tmp_path / "more", models / "expert"]
     report = sk.upscale_checkpoints(models / "base", experts, tmp_path / "out", embeddings_from=0, **RANKS)
