@@ -17,18 +17,18 @@ _TEMPLATE = "chat_template.jinja"
 # Settings of a tokenizer, in two files that repeat each other; and those that are often in one file, or in two.
 _BOTH = ("special_tokens_map.json", "tokenizer_config.json")
 _OF_TOKENIZER = (*_BOTH, "added_tokens.json", "tokenizer.json")
+_OF_WORDS = ("added_tokens.json", "entity_vocab.json", "normalizer.json", "vocab.json")  # whose keys are words, tokens
 _PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json")
-# What has no effect on a result: versions, names, padding and truncation, which a call determines.
-_NO_EFFECT = re.compile(
-    r"_.*|version|transformers_version|model_type|(slow_tokenizer|processor)_class|pad_token\w*"
-    r"|(padding|truncation)(_side|_strategy)?"
-)
+# What has no effect on a result: versions, names; in a tokenizer also padding and truncation, which a call determines.
+_NO_EFFECT = re.compile(r"_.*|version|transformers_version|model_type|(slow_tokenizer|processor)_class|pad_token\w*")
 _NO_EFFECT_IN_TOKENIZER = re.compile(
     r"chat_template|name_or_path|\w+_file|files_loaded|fast_tokenizer_files|backend|is_local|local_files_only|verbose"
-    r"|(model_)?max_len(gth)?|init_\w+|deprecation_warnings"
+    r"|max_len(gth)?|init_\w+|deprecation_warnings|(padding|truncation)(_side|_strategy)?"
 )
 _TYPES = ("image_processor_type", "feature_extractor_type")
-_LATER = "clean_up_tokenization_spaces"  # each version of transformers stores its default where there was none
+# Settings that versions of transformers store with a default where there was none; lengths from 10^6 mean no limit.
+_LATER = ("clean_up_tokenization_spaces", "model_max_length")
+_NO_LIMIT = 1e6
 _ANY_CLASS = ("PreTrainedTokenizer", "TokenizersBackend")  # of any tokenizer.json
 # Settings of which an absent one is false, and absent ones of sentence-transformers that have another value.
 _FALSE = re.compile(
@@ -84,10 +84,10 @@ def differs(name: str, own: Path, others: Mapping[str, Path]) -> bool:
     if not (isinstance(first, dict) and isinstance(second, dict)):
         return first is None or first != second
     pairs = {key: (first.get(key), second.get(key)) for key in first.keys() | second.keys()}
-    unlike = {key: pair for key, pair in pairs.items() if not _equal(*pair)}
+    unlike = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     if any(_is_plain(a) and _is_plain(b) and not key.endswith(("_class", "_type")) for key, (a, b) in unlike.items()):
         return True
-    unlike.pop(_LATER, None)
+    unlike = {key: pair for key, pair in unlike.items() if key not in _LATER}
     return bool(unlike) and not _are_alike_when_loaded(own, other, unlike)
 
 
@@ -119,7 +119,7 @@ def _tokenizer(folder: Path, *stamps: tuple[str, int, int]) -> str:
     made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     inner = json.loads(made.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     special = {name: token for name, token in made.special_tokens_map.items() if name != "pad_token"}
-    state = _effective({name: part for name, part in vars(made).items() if name != _LATER}, tokenizer=True)
+    state = _effective({name: part for name, part in vars(made).items() if name not in _LATER}, tokenizer=True)
     text = json.dumps([inner, special, made.extra_special_tokens, state], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,13 +142,6 @@ def _has_code(folder: Path) -> bool:
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are equal; versions of transformers store a token with its properties or alone."""
-    if isinstance(a, str) or isinstance(b, str):
-        a, b = (one.get("content") if isinstance(one, dict) else one for one in (a, b))
-    return bool(a == b)
-
-
 def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str))
 
@@ -161,7 +154,7 @@ def _settings(file: Path) -> Any:
         [other] = set(_BOTH) - {kind}
         repeated = _json(file.with_name(other))
         value = {**(repeated if isinstance(repeated, dict) else {}), **value}
-    if not isinstance(value, dict) or kind in ("added_tokens.json", "vocab.json"):  # whose keys are tokens
+    if not isinstance(value, dict) or kind in _OF_WORDS:
         return value
     if kind == "tokenizer.json":
         if isinstance(model := value.get("model"), dict) and isinstance(merges := model.get("merges"), list):
@@ -180,6 +173,8 @@ def _effective(settings: Mapping[str, Any], tokenizer: bool = False, inside: boo
     found = {}
     for name, part in settings.items():
         if _NO_EFFECT.fullmatch(name) or (tokenizer and _NO_EFFECT_IN_TOKENIZER.fullmatch(name)):
+            continue
+        if tokenizer and name == "model_max_length" and isinstance(part, (int, float)) and part >= _NO_LIMIT:
             continue
         if isinstance(part, dict) and name != "auto_map":
             part = _effective(part, tokenizer, inside) if inside else _filled(part)

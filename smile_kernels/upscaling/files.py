@@ -53,7 +53,8 @@ _ABOUT = re.compile(
 # A tokenizer in parts, which tokenizer.json replaces; and the other files that are compared.
 _PARTS = re.compile(r"vocab\.\w+|merges\.txt|added_tokens\.json|[\w.-]+\.(model|spm|tiktoken|codes)")
 _COMPARED = re.compile(
-    r"(.*/)?(tokenizer|tokenizer_config|special_tokens_map|added_tokens|(\w+_)?(pre)?processor_config)\.json"
+    r"(.*/)?(tokenizer|tokenizer_config|special_tokens_map|added_tokens|normalizer|entity_vocab)\.json"
+    r"|(.*/)?(\w+_)?(pre)?processor_config\.json"
     r"|chat_template\.(jinja|json)|additional_chat_templates/.*|generation_config\.json"
     r"|modules\.json|sentence_\w+_config\.json|config_sentence_transformers\.json|\d+_[^/]*/.*"
     r"|speaker_embeddings/.*|adapter\..*\.safetensors"

@@ -96,6 +96,24 @@ UNLIKE: dict[str, tuple[dict, str, Any, Any]] = {
         *(WAV, IMAGES),
         *({"feature_extractor_type": "Wav2Vec2FeatureExtractor"} | x for x in ({}, {"do_normalize": False})),
     ),
+    **{
+        f"{setting} of sounds": (
+            *({"config.json": {"model_type": "clap"}}, IMAGES),
+            *({"feature_extractor_type": "ClapFeatureExtractor", setting: value} for value in values),
+        )
+        for setting, values in {"padding": ("repeat", "pad"), "truncation": ("rand_trunc", "fusion")}.items()
+    },
+    **{
+        f"{what} of a token in {file}": (
+            *(GPT2, file, {"eos_token": "<|endoftext|>"}),
+            {"eos_token": TOKEN | {what: True, "__type": "AddedToken"}},
+        )
+        for what in ("lstrip", "single_word")
+        for file in (CONFIG, MAP)
+    },
+    "a longest text": (WHOLE, CONFIG, {"model_max_length": 512}, {"model_max_length": 8192}),
+    "spellings": (WHOLE, "normalizer.json", {"version": "a"}, {"version": "b"}),
+    "entities": (WHOLE, "entity_vocab.json", {"a": 0, "b": 1}, {"a": 1, "b": 0}),
     "images and sounds": (
         VIT,
         IMAGES,
@@ -163,6 +181,7 @@ ALIKE: dict[str, tuple[dict, dict]] = {
         WHOLE | {CONFIG: SAVED | {"eos_token": TOKEN | {"__type": "AddedToken"}}, MAP: {"eos_token": TOKEN}},
     ),
     "saved by another version": (WHOLE | {CONFIG: {"model_max_length": 1024}}, WHOLE | {CONFIG: SAVED, MAP: TOKENS}),
+    "no longest text": (WHOLE | {CONFIG: {"model_max_length": 512}}, WHOLE | {CONFIG: {"model_max_length": 10**30}}),
     "BERT": (BERT | {CONFIG: {"do_lower_case": True}}, BERT | {CONFIG: SAVED_BERT}),
     "the class of a later version": (
         WHOLE | {CONFIG: TOKENS | {"tokenizer_class": "PreTrainedTokenizerFast"}},

@@ -81,7 +81,9 @@ def saved_by_another_version(folder: Path) -> None:
     settings("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder={}, legacy=None)(
         folder
     )
-    settings("tokenizer.json", truncation={"max_length": 8}, padding={"pad_id": 0}, version="2.0")(folder)
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    filled = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|end|>"}
+    settings("tokenizer.json", truncation=cut, padding=filled | {"strategy": "BatchLongest"})(folder)
     settings("generation_config.json", transformers_version="4.1", do_sample=False)(folder)
     settings("preprocessor_config.json", image_processor_type="ViTImageProcessorFast", data_format=None)(folder)
     (folder / "vocab.json").write_text("{}")
