@@ -195,7 +195,8 @@ template <class T> class Chunk {
   bool packs_rows_for(int64_t count) const { return packs_rows && count >= (kTiles<X> ? 1 : 4 * kTokens); }
 
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
-  void add_products(const T* rows, int64_t row_count, const Entry* list, int64_t count, R* out, int64_t out_stride, int64_t ahead = kAhead<T>) {
+  void add_products(const T* rows, int64_t row_count, const Entry* list, int64_t count, R* out, int64_t out_stride,
+                    int64_t ahead = kAhead<T>) {
     const bool packed = packs_rows_for(count);
     const int64_t rows_at_once = packed ? kPanelWidth<X> : row_count, entries_at_once = packed ? kEntriesAtOnce : 8 * kTokens;
     for (int64_t e = 0; e < count; e += entries_at_once)
