@@ -46,8 +46,9 @@ from ..storage import (
     write_shard,
 )
 from ..svd import without_autocast
+from .comparison import TOKENIZER
 from .decompose import check_router, decompose, in_threads
-from .files import TOKENIZER, check_tokenizer, files_beside, listing, lost_files
+from .files import check_tokenizer, files_beside, listing, lost_files
 from .layers import (
     Layer,
     check_layers,

@@ -11,16 +11,11 @@ from types import MappingProxyType
 from ..checkpoint import REPORT
 from ..errors import SmileError
 from ..publishing import LONGEST_NAME, MANIFEST, paths
-from .comparison import differs, templates
+from .comparison import TOKENIZER, differs, templates
 from .report import LostFile
 
-__all__ = ["TOKENIZER", "check_tokenizer", "files_beside", "listing", "lost_files"]
+__all__ = ["check_tokenizer", "files_beside", "listing", "lost_files"]
 
-# Files of a tokenizer, by the names that the tokenizers of transformers give them.
-TOKENIZER = re.compile(
-    r"(tokenizer|added_tokens|special_tokens|(additional_)?chat_template|(target_|entity_)?vocab|merges|normalizer|emoji"
-    r"|byte_maps|word_pronunciation|word_shape|bpe\.codes|dict\.txt).*|.*\.(model|spm|tiktoken|tokenizer)"
-)
 # Weights and what trainers store, by their suffixes and usual names: these files of the base are not copied.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ot|index\.json)")
 _USUAL = re.compile(
@@ -161,7 +156,11 @@ def lost_files(base: Path, experts: Sequence[Path], result: Mapping[Path, Path])
         base, experts: the folders.
         result: the files that are copied to the result -> their places there.
     """
-    others = [{str(place): file for file, place in result.items()}, dict(_files(base, _alike(result)))]
+    config = {"config.json": base / "config.json"}
+    others = [
+        config | {str(place): file for file, place in result.items()},
+        config | dict(_files(base, _alike(result))),
+    ]
     their_templates = [templates(other) for other in others]
     found: dict[str, list[int]] = {}
     for i, folder in enumerate(experts):

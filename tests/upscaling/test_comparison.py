@@ -1,6 +1,7 @@
 """Settings that change tokens, images or a pooling are noticed; what versions of a library store otherwise is not."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from smile_kernels.upscaling import comparison
 from smile_kernels.upscaling.files import files_beside, lost_files
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -23,6 +25,7 @@ ADDED = {"256": TOKEN | {"special": True}}
 CONFIG, MAP, IMAGES, POOLING = (
     *("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "1_Pooling/config.json"),
 )
+PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 
 
 def whole_tokenizer() -> dict:
@@ -175,6 +178,26 @@ SAVED = TOKENS | {
 }
 OLD_SOUNDS = {"do_normalize": True, "feature_size": 1, "padding_value": 0.0, "return_attention_mask": False}
 OLD_POOLING = {"word_embedding_dimension": 4, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+CLIP_IMAGES = {
+    **{"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, "size": {"shortest_edge": 16}},
+    **{"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3},
+}
+CLIP = {"config.json": {"model_type": "clip"}}
+WHISPER = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "chunk_length": 30}
+PACKAGE, TYPES = "sentence_transformers", ("models.Transformer", "models.Pooling")
+NEW_TYPES = ("base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling")
+TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+OLD_SENTENCES = BERT | {
+    "modules.json": [{"idx": i, "type": f"{PACKAGE}.{name}"} for i, name in enumerate(TYPES)],
+    **{CONFIG: {"model_max_length": 256}, POOLING: OLD_POOLING, "sentence_bert_config.json": {"max_seq_length": 256}},
+}
+NEW_SENTENCES = OLD_SENTENCES | {
+    "modules.json": [{"idx": i, "type": f"{PACKAGE}.{name}"} for i, name in enumerate(NEW_TYPES)],
+    POOLING: {"embedding_dimension": 4, "pooling_mode": "mean", "include_prompt": True},
+    "sentence_bert_config.json": {
+        **{"transformer_task": "feature-extraction", "modality_config": TEXT, "module_output_name": "token_embeddings"}
+    },
+}
 ALIKE: dict[str, tuple[dict, dict]] = {
     "tokens with their properties": (
         WHOLE | {CONFIG: SAVED, MAP: TOKENS},
@@ -220,6 +243,19 @@ ALIKE: dict[str, tuple[dict, dict]] = {
         WHOLE | {CONFIG: named(default="a", tool_use="b\n")},
         WHOLE | {"chat_template.jinja": "a\n", "additional_chat_templates/tool_use.jinja": "b"},
     ),
+    "a processor in one file": (
+        CLIP | {IMAGES: CLIP_IMAGES | {"size": 16, "feature_extractor_type": "CLIPFeatureExtractor"}},
+        CLIP | {PROCESSOR: {"image_processor": CLIP_IMAGES, "processor_class": "CLIPProcessor"}},
+    ),
+    "sounds of a processor": (
+        {"config.json": {"model_type": "whisper"}, IMAGES: WHISPER | {"return_attention_mask": False}},
+        {"config.json": {"model_type": "whisper"}, PROCESSOR: {"feature_extractor": WHISPER}},
+    ),
+    "a processor of two files": (
+        CLIP | {IMAGES: CLIP_IMAGES, PROCESSOR: {"image_token": "<image>"}},
+        CLIP | {PROCESSOR: {"image_processor": CLIP_IMAGES, "image_token": "<image>"}},
+    ),
+    "sentence-transformers 5.4": (OLD_SENTENCES, NEW_SENTENCES),
     "line ends of a template": (
         *(WHOLE | {CONFIG: {"chat_template": "a\r\nb\r\n"}}, WHOLE | {"chat_template.jinja": "a\nb"}),
     ),
@@ -254,6 +290,90 @@ def test_what_another_version_stores_with_the_same_effect_is_not_listed(case, tm
     assert lost(tmp_path / "back", expert, base) == []
 
 
+IDS = {"config.json": {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}}
+DERIVED = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True}
+MOVED: dict[str, tuple[dict, dict, list[str]]] = {
+    # what: two checkpoints, and the files of the second that are noticed
+    "a setting": (
+        CLIP | {IMAGES: CLIP_IMAGES},
+        CLIP | {PROCESSOR: {"image_processor": CLIP_IMAGES | {"resample": 2}}},
+        [PROCESSOR],
+    ),
+    "no setting": (
+        CLIP | {IMAGES: CLIP_IMAGES | {"do_resize": False}},
+        CLIP | {PROCESSOR: {"image_processor": {}}},
+        [PROCESSOR],
+    ),
+    "back": (
+        CLIP | {PROCESSOR: {"image_processor": CLIP_IMAGES}},
+        CLIP | {IMAGES: CLIP_IMAGES | {"resample": 2}},
+        [IMAGES],
+    ),
+    "of the processor": (
+        *(
+            CLIP | {IMAGES: CLIP_IMAGES},
+            CLIP | {PROCESSOR: {"image_processor": CLIP_IMAGES, "patch_size": 2}},
+            [PROCESSOR],
+        ),
+    ),
+    "an unknown part": (CLIP | {IMAGES: CLIP_IMAGES}, CLIP | {PROCESSOR: {"own_processor": CLIP_IMAGES}}, [PROCESSOR]),
+    "inside one that is in two files": (
+        CLIP | {IMAGES: CLIP_IMAGES | {"do_resize": False}, PROCESSOR: {"image_token": "<image>"}},
+        *(CLIP | {PROCESSOR: {"image_processor": {}, "image_token": "<image>"}}, [PROCESSOR]),
+    ),
+    "what cannot be loaded": (
+        {IMAGES: {"size": 2}, "config.json": {}},
+        *({IMAGES: {"size": 2, "feature_extractor_type": "Own"}, "config.json": {}}, [IMAGES]),
+    ),
+    "derived generation": (IDS, IDS | {GENERATION: DERIVED}, []),
+    "other ids": (IDS, IDS | {GENERATION: DERIVED | {"eos_token_id": [2, 3]}}, [GENERATION]),
+    "fewer ids": (IDS, IDS | {GENERATION: {"_from_model_config": True}}, [GENERATION]),
+    "another base": (
+        IDS | {"config.json": {"model_type": "llama"}},
+        IDS | {GENERATION: DERIVED | {"eos_token_id": 5}},
+        [GENERATION],
+    ),
+    "of an unknown model": ({"config.json": {}}, {"config.json": {}, GENERATION: DERIVED}, [GENERATION]),
+    "pooling": (OLD_SENTENCES, NEW_SENTENCES | {POOLING: {"embedding_dimension": 4, "pooling_mode": "cls"}}, [POOLING]),
+    "two poolings": (
+        OLD_SENTENCES | {POOLING: OLD_POOLING | {"pooling_mode_cls_token": True}},
+        *(NEW_SENTENCES | {POOLING: {"embedding_dimension": 4, "pooling_mode": ["mean", "cls"]}}, [POOLING]),
+    ),
+    "a module": (
+        OLD_SENTENCES,
+        OLD_SENTENCES | {"modules.json": [{"idx": 0, "type": "own.models.Transformer"}]},
+        ["modules.json"],
+    ),
+    "a length": (
+        OLD_SENTENCES,
+        *(NEW_SENTENCES | {CONFIG: {"model_max_length": 128}}, ["sentence_bert_config.json", CONFIG]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_settings_in_another_file_or_by_another_name_are_compared(case, tmp_path):
+    base, expert, expected = MOVED[case]
+    assert lost(tmp_path, base, expert) == expected
+
+
+def test_equal_files_of_experts_are_parsed_and_loaded_once(tmp_path, monkeypatch):
+    base = GPT2 | {"tokenizer.json": with_part("pre_tokenizer", use_regex=None), CONFIG: {"model_max_length": 77}}
+    lost(tmp_path, base, WHOLE | {CONFIG: SAVED | {"model_max_length": 77}})
+    experts = [tmp_path / "expert", *(tmp_path / f"expert{i}" for i in range(3))]
+    for folder in experts[1:]:
+        shutil.copytree(experts[0], folder)
+    load, loaded = transformers.AutoTokenizer.from_pretrained, []
+    comparison._parsed.cache_clear()
+    comparison._tokenizer.cache_clear()
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k)
+    )
+    assert lost_files(tmp_path / "base", experts, files_beside(tmp_path / "base")) == []
+    assert len(loaded) == 2
+    assert comparison._parsed.cache_info().misses == 4  # two files of two kinds
+
+
 def test_templates_of_other_names_are_compared(tmp_path):
     base = WHOLE | {CONFIG: named(default="a", tool_use="b")}
     assert lost(tmp_path, base, WHOLE | {CONFIG: named(default="a", tool_use="c", rag="d")}) == [
@@ -276,7 +396,7 @@ def test_what_cannot_be_loaded_is_listed_unless_its_text_is_equal(tmp_path, monk
     sides[1][CONFIG]["auto_map"] = {"AutoTokenizer": ["someone/a-model--own.Own", None]}
     assert lost(tmp_path / "equal", *sides[:2]) == []
     assert lost(tmp_path / "code", sides[0], sides[2]) == [CONFIG]
-    base, expert = ALIKE["BERT"]
+    base, expert = (side | {"vocab.txt": f"{WORDS}\nalone"} for side in ALIKE["BERT"])
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert lost(tmp_path / "without", base, expert) == [CONFIG]
     assert lost(tmp_path / "same", base, base | {CONFIG: {"do_lower_case": True, "padding": False}}) == []
