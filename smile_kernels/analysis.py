@@ -23,7 +23,6 @@ L(W*) / L(W), which is 1 for the unchanged base:
                        SMILE layer computes with correct routing; 0 at full rank
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,7 +36,7 @@ from .config import SmileConfig
 from .errors import SmileError, check_integer
 from .functional import check_tensor
 from .nn import all_or_nothing, is_conv1d
-from .publishing import check_outputs, write_plot, write_text
+from .publishing import check_outputs, write_plot, write_report
 from .schema import check_arguments
 from .svd import without_autocast
 from .upscaling.decompose import in_threads
@@ -133,8 +132,8 @@ class Analysis:
 
     @check_arguments
     def save(self, path: str | Path) -> None:
-        """Write all results as JSON, atomically."""
-        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+        """Write all results as JSON, atomically; of the files with content, only such a file is replaced."""
+        write_report(path, asdict(self))
 
     def __str__(self) -> str:
         return self._table("layers", kind_of)
@@ -273,6 +272,12 @@ def _check_matrix(name: str, matrix: Tensor, weight: Tensor) -> None:
         raise SmileError(f"{name}: contains NaN or inf; expected finite numbers")
 
 
+def _check_settings(rank_of_expert: int, scale: float) -> None:
+    check_integer("rank_of_expert", rank_of_expert, 1)
+    if not -1e9 < scale < 1e9:
+        raise SmileError(f"scale: is {scale}; expected a finite number, of at most 1e9")
+
+
 def _parts(weight: Tensor, change: Tensor) -> dict[str, Tensor]:
     """The components of the change by zone; their sum is the change."""
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -301,9 +306,10 @@ def analyze_layer(
         scale: factor of task arithmetic.
 
     Raises:
-        ValueError: matrices that are not floating point, or differ in shape or device; NaN or inf; or a rank below 1.
+        ValueError: matrices that are not floating point, or differ in shape or device; NaN or inf; a rank below 1; or a
+            scale beyond 1e9.
     """
-    check_integer("rank_of_expert", rank_of_expert, 1)
+    _check_settings(rank_of_expert, scale)
     if not len(changes):
         raise SmileError("changes: is empty; expected one matrix or more")
     for i, matrix in enumerate((weight, *changes)):
@@ -388,9 +394,7 @@ def analyze(
     """
     if not experts:
         raise SmileError("experts: is empty; expected one fine-tuned model or more")
-    check_integer("rank_of_expert", rank_of_expert, 1)
-    if not -1e9 < scale < 1e9:
-        raise SmileError(f"scale: is {scale}; expected a finite number, of at most 1e9")
+    _check_settings(rank_of_expert, scale)
     if workers is not None and workers < 1:
         raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]

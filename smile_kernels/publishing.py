@@ -55,6 +55,7 @@ __all__ = [
     "user_file",
     "work_folder",
     "write_plot",
+    "write_report",
     "write_text",
 ]
 
@@ -131,6 +132,12 @@ def _check_like(name: str, file: Path, keys: Collection[str] | None) -> None:
     if not like:
         what = "a plot by matplotlib" if keys is None else f"a report with {', '.join(keys)}"
         raise SmileError(f"{name}: is {str(file)!r}, which is not {what}; expected a new file, or one to replace")
+
+
+def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write a report as JSON, atomically; a file at this path is replaced only if it is one with these keys."""
+    check_outputs(keys=report.keys(), path=Path(path))
+    write_text(Path(path), json.dumps(report, indent=1) + "\n")
 
 
 def write_plot(file: str | Path, figure: Any, **options: Any) -> None:

@@ -43,7 +43,10 @@ def parse(kind: type[_T], values: Any, where: str) -> _T:
 
 
 def check_arguments(function: _F) -> _F:
-    """Make a function refuse, by name, arguments that do not fit its annotations. Integers of NumPy become int."""
+    """Make a function refuse, by name, arguments that do not fit its annotations.
+
+    Integers of NumPy become int, and other numbers, such as fractions and tensors of one number, float.
+    """
     signature = inspect.signature(function)
 
     @functools.cache
@@ -72,11 +75,14 @@ def check_arguments(function: _F) -> _F:
             if isinstance(value, nn.ModuleList):  # accepted like a list
                 value = list(value)
             try:
-                adapters()[name].validate_python(value, strict=True)
+                valid = adapters()[name].validate_python(value, strict=True)
             except ValidationError as error:
                 path, _, misfit = f": {_misfit(None, value, error.errors())}".rpartition(": is ")
                 step = "".join(f"[{part}]" for part in path.removeprefix(": ").split(".") if part)
                 raise SmileError(f"{name}{step}: is {misfit}") from None
+            if isinstance(valid, float) and not isinstance(value, (int, float)):
+                bound.arguments[name] = valid
+                changed = True
         return function(*bound.args, **bound.kwargs) if changed else function(*args, **kwargs)
 
     return typing.cast(_F, checked)

@@ -6,7 +6,6 @@ of smaller ranks has the leading ones of each layer: vh[:, :max(r, g)], s[:, :r]
 
 import importlib
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from .config import FACTORS
 from .errors import SmileError, check_integer, reason
 from .nn import SmileLinear, whole_layers
-from .publishing import check_outputs, write_plot, write_text
+from .publishing import check_outputs, write_plot, write_report
 from .routing import RoutingPolicy, calibrate, check_calibration, check_routing, get_routing, set_routing
 from .routing.control import refuse_override
 from .schema import check_arguments
@@ -73,12 +72,12 @@ class Sweep:
 
     @check_arguments
     def save(self, path: str | Path) -> None:
-        """Write all results as JSON, atomically; a score that is not finite is null."""
+        """Write all results as JSON, as `Analysis.save` does; a score that is not finite is null."""
         rows: list[dict[str, Any]] = [asdict(one) | {"score": one.score} for one in self.settings]
         for row in rows:
             row["scores"] = {task: _finite(value) for task, value in row["scores"].items()}
             row["score"] = _finite(row["score"])
-        write_text(Path(path), json.dumps({"settings": rows}, indent=1) + "\n")
+        write_report(path, {"settings": rows})
 
     def __str__(self) -> str:
         from rich.console import Console

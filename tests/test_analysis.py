@@ -2,7 +2,11 @@
 
 import copy
 import json
+import math
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -113,6 +117,20 @@ def test_a_layer_of_several_dtypes():
 def test_a_layer_without_changes_is_refused():
     with pytest.raises(sk.SmileError, match=r"^changes: is empty; expected one matrix or more"):
         analyze_layer("a", torch.randn(4, 6), [])
+
+
+@pytest.mark.parametrize("scale", [math.nan, -math.inf, -1e9])
+def test_a_scale_without_a_meaning_is_refused(scale):
+    with pytest.raises(sk.SmileError, match=r"^scale: is \S+; expected a finite number, of at most 1e9"):
+        analyze_layer("a", torch.randn(4, 6), [torch.ones(4, 6)], scale=scale)
+
+
+@pytest.mark.parametrize("half", [Fraction(1, 2), Decimal("0.5"), np.float32(0.5), torch.tensor(0.5)], ids=repr)
+def test_numbers_of_other_kinds_are_taken(half, folders, tmp_path):
+    found = analyze(folders[0], folders[1:2], scale=half)
+    found.save(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["scale"] == 0.5
+    assert found == analyze(folders[0], folders[1:2], scale=0.5)
 
 
 def test_a_layer_that_nothing_changes_has_no_shares():

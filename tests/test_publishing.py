@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from smile_kernels import SmileLinear, save_pretrained
+from smile_kernels.analysis import Analysis
 from smile_kernels.publishing import (
     MANIFEST,
     check_folder,
@@ -29,6 +30,8 @@ from smile_kernels.publishing import (
     write_text,
 )
 from smile_kernels.storage import write_shard
+from smile_kernels.sweeping import Sweep
+from smile_kernels.upscaling.report import UpscaleReport
 from tests.test_malformed import write_inputs
 from tests.upscaling.checkpoints import Net, finetuned, run, save, stored
 from tests.upscaling.checkpoints import contents as bits
@@ -566,6 +569,22 @@ def test_results_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"plot: is '\S+a\.png', and matplotlib is not installed"):
         check_outputs(plot=plot)
+
+
+@pytest.mark.parametrize(
+    "report", [Analysis([], 1, 0.3), Sweep([]), UpscaleReport([])], ids=lambda one: type(one).__name__
+)
+def test_reports_replace_only_their_like(report, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"_name_or_path": "base"}')
+    with pytest.raises(
+        ValueError, match=r"^path: is '\S+a\.json', which is not a report with \w+.*; expected a new file"
+    ):
+        report.save(file)
+    assert file.read_text() == '{"_name_or_path": "base"}'
+    file.unlink()
+    for _ in range(2):
+        report.save(file)
 
 
 def test_only_its_like_is_replaced(tmp_path):

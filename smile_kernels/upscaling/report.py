@@ -1,6 +1,5 @@
 """Reports of an upscaling: the result for each layer, and changes that are not in the result."""
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..publishing import write_text
+from ..publishing import write_report
 from ..routing import CalibrationReport
 from ..schema import check_arguments, parse
 from ..storage import read_json
@@ -143,8 +142,8 @@ class UpscaleReport:
 
     @check_arguments
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, atomically."""
-        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+        """Write the report as JSON, atomically; of the files with content, only such a report is replaced."""
+        write_report(path, asdict(self))
 
     @classmethod
     @check_arguments
