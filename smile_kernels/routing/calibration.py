@@ -7,6 +7,7 @@ from the evidence (`policy.py`). An expert that did not change a layer has no sh
 """
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,7 +84,8 @@ def calibrate(
 
     Args:
         model: a model with SMILE layers; its weights do not change.
-        inputs: unlabelled inputs to use instead: batches, each a mapping of forward's arguments.
+        inputs: unlabelled inputs to use instead: batches, each a mapping of forward's arguments. The arguments below
+            then have no effect, and others than their defaults are refused.
         seed: seed of the generated inputs.
         sequences: number of generated inputs.
         length: length of each, in tokens; at most the positions that the model has.
@@ -102,6 +104,9 @@ def calibrate(
     for name, value in (("sequences", sequences), ("length", length)):
         if value < 1:
             raise SmileError(f"{name}: is {value}; expected 1 or more")
+    for name, value in {"seed": seed, "sequences": sequences, "length": length}.items() if inputs is not None else ():
+        if value != inspect.signature(calibrate).parameters[name].default:
+            raise SmileError(f"{name}: is {value}, of generated inputs, and inputs is given; expected one of the two")
     config = _text_config(model)
     names = "max_position_embeddings", "max_target_positions"
     positions = next((n for name in names if (n := getattr(config, name, None))), 0)

@@ -88,6 +88,13 @@ def test_given_inputs_are_read_by_the_base(build):
         assert entry.bias == pytest.approx(math.sqrt(sum(c * c for c in centred) / len(centred)), rel=1e-3)
 
 
+@pytest.mark.parametrize("setting", [{"seed": 3}, {"sequences": 4}, {"length": 6}], ids=str)
+def test_settings_of_generated_inputs_are_refused_with_given_ones(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(ValueError, match=f"^{name}: is {value}, of generated inputs, and inputs is given; expected"):
+        calibrate(bert(), [{"input_ids": tokens(2, 4)}], **setting)
+
+
 def test_a_language_model_writes_what_it_is_calibrated_on():
     model = llama().train()
     set_routing(model, POLICIES["causal+layers"])
