@@ -438,7 +438,7 @@ def valid_calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "RoutingPolicy": (sk.RoutingPolicy, {"scope": "causal", "lock_after": None, "half_life": 2.0}),
         "set_routing": (sk.set_routing, {"model": fused, "policy": sk.RoutingPolicy()}),
         "get_routing": (sk.get_routing, {"model": fused}),
-        "calibrate": (sk.calibrate, {"model": fused, "inputs": inputs, "seed": 0, "sequences": 1, "length": 1}),
+        "calibrate": (sk.calibrate, {"model": fused, "inputs": inputs, "seed": 0, "sequences": 32, "length": 40}),
         "verify": (sk.verify, {"model": fused, "finetuned": models, "inputs": inputs[0]}),
         "warmup": (sk.warmup, {"model": fused, "tokens": [1]}),
         "split_base": (split_base, {"model": fused}),
