@@ -65,7 +65,8 @@ class ExpertVerdict:
         module: the first module that is off, in the order of the forward pass; "" if none is.
         error: ||y - y_i||_F / ||y_i||_F of the model's output y and the fine-tuned model's y_i.
         base_error: the same for the base's output; None if no base is given.
-        errors: the same for each module by itself, on the fine-tuned model's input.
+        errors: the same for each module by itself, on the fine-tuned model's input; where a SMILE layer has the
+            fine-tuned weight to rounding, relative to the base's product if that is larger than the output.
         name: the expert's name, or "".
         not_run: the SMILE layers that the inputs do not reach, such as those of a tower without images: not compared.
     """
@@ -473,12 +474,16 @@ class _Expected:
         return rest, "truncated" if best else "off", floor
 
 
-def _explains(rest: Tensor, floor: float, layer: SmileLinear, x: Tensor, got: Tensor, want: Tensor) -> bool:
-    """Whether the error of an output is explained by the error of the weight, to the rounding of W x and of the sum."""
+def _unexplained(rest: Tensor, layer: SmileLinear, x: Tensor, got: Tensor, want: Tensor) -> float:
+    """The error of an output that the error of the weight does not explain, relative to the output, or to W x.
+
+    W x may be larger: W_i x is zero where W_i is, and the sum of W x and the expert's part is then rounding.
+    """
     got, x, want = got[..., : want.shape[-1]].to(rest), x.to(rest), want.to(rest)
-    unexplained = torch.linalg.vector_norm(want - got - x @ rest.T)
-    base = torch.linalg.vector_norm(x @ layer.weight.to(rest).T)  # may be larger: W_i x is zero where W_i is
-    return bool(unexplained <= floor * max(torch.linalg.vector_norm(want), base))
+    base = x @ layer.weight.to(rest).T
+    size = max(torch.linalg.vector_norm(want).item(), torch.linalg.vector_norm(base).item())
+    error = torch.linalg.vector_norm(want - got - x @ rest.T).item()
+    return error / size if size else float(error > 0)
 
 
 def _compare(
@@ -503,16 +508,16 @@ def _compare(
         if got is None or want is None:
             continue
         error = _relative(got, want)
-        errors[call.name] = max(errors.get(call.name, 0.0), error)
-        if error <= ROUNDING:
-            continue
-        if isinstance(module, SmileLinear) and error < math.inf:
+        accepted = error <= ROUNDING
+        if not accepted and isinstance(module, SmileLinear) and error < math.inf:
             rest, verdict, floor = rests.get(call.name) or expected.rest(module, expert, call.name)
             rests[call.name] = rest, verdict, floor
-            if verdict != "off" and _explains(rest, floor, module, call.args[0], got, want):
-                truncated = truncated or verdict == "truncated"
-                continue
-        first = first or call.name
+            left = _unexplained(rest, module, call.args[0], got, want)
+            accepted = verdict != "off" and left <= floor
+            truncated = truncated or (accepted and verdict == "truncated")
+            error = left if accepted and verdict == "exact" else error
+        errors[call.name] = max(errors.get(call.name, 0.0), error)
+        first = first if accepted else first or call.name
     first = first or _first_difference(model, record, seed)
     return "off" if first else "truncated" if truncated else "exact", first, errors
 
