@@ -80,8 +80,18 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
                 print(f"{line}: unknown command; {HELP}", file=sys.stderr)
             elif line:
                 turns.append({"role": "user", "content": line})
+                prompt = _prompt(model, tokenizer, turns)
+                length, longest = prompt["input_ids"].shape[1], _longest(model.config.get_text_config())
+                if length >= longest:
+                    turns.pop()
+                    print(
+                        f"{line[:20]!r}...: the conversation would have {length:,} tokens; expected fewer than the "
+                        f"model's max_position_embeddings, {longest:,}; ignored (/reset starts a new conversation)",
+                        file=sys.stderr,
+                    )
+                    continue
                 with routing_override(model, expert):
-                    text, counts = _answer(model, tokenizer, turns, max_new_tokens)
+                    text, counts = _answer(model, tokenizer, prompt, min(max_new_tokens, longest - length))
                 turns.append({"role": "assistant", "content": text})
                 print(_served(counts, names), file=sys.stderr, flush=True)
     except KeyboardInterrupt:
@@ -114,8 +124,26 @@ def _lines(interactive: bool) -> Iterator[str]:
             yield line.strip()
 
 
+def _prompt(model: Any, tokenizer: Any, turns: list[dict[str, str]]) -> Any:
+    with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"), limited_template():
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    largest = int(prompt["input_ids"].max())
+    if largest >= (size := model.config.get_text_config().vocab_size):
+        raise SmileError(
+            f"{tokenizer.name_or_path}: the tokenizer has a token {largest}; expected ids below the model's {size}"
+        )
+    return prompt
+
+
+def _longest(config: Any) -> int:
+    """The positions of a model; unlimited without max_position_embeddings, and where rotary ones are stretched."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 and "'factor'" not in str(rope) else sys.maxsize
+
+
 @torch.inference_mode()
-def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int) -> tuple[str, Tensor]:
+def _answer(model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int) -> tuple[str, Tensor]:
     """Print the answer as it is generated; return it and the number of its tokens at each expert [N]."""
     from transformers import TextStreamer
 
@@ -127,13 +155,6 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
                 self.of_prompt = torch.stack(list(counts.values())).sum(0)
             super().put(value)
 
-    with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"), limited_template():
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    length, largest = prompt["input_ids"].shape[1], int(prompt["input_ids"].max())
-    if largest >= (size := model.config.get_text_config().vocab_size):
-        raise SmileError(
-            f"{tokenizer.name_or_path}: the tokenizer has a token {largest}; expected ids below the model's {size}"
-        )
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with watch_routing(model) as counts:
         try:
@@ -153,6 +174,7 @@ def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tok
     assert streamer.of_prompt is not None
     if not torch.equal(served, streamer.of_prompt):  # else the answer is one token, computed in the prompt's pass
         served -= streamer.of_prompt
+    length = prompt["input_ids"].shape[1]
     return tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(), served
 
 

@@ -147,6 +147,29 @@ def test_bytes_of_another_encoding_are_reported_and_the_next_line_is_answered(fu
     assert len(said) == 2
 
 
+def test_a_conversation_beyond_the_context_is_refused_before_it_is_computed(fused, tmp_path, tokenizer):
+    folder = tmp_path / "fused"
+    shutil.copytree(fused, folder)
+    config = json.loads((folder / "config.json").read_text())
+    turn = len(
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+    )
+    longest = turn + 2
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": longest}))
+    _, said = chat(folder, f"{'Hi ' * 60_000}\nHi\nHi\n/reset\nHi\n")
+    refused = (
+        rf"\S.+\.\.\.: the conversation would have [\d,]+ tokens; expected fewer than .+, {longest}; ignored \(/reset"
+    )
+    served = r"\[(math|code) \d+%"
+    assert all(re.match(*pair) for pair in zip((refused, served, refused, served), said, strict=True)), said
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": longest, "rope_parameters": rope})
+    )
+    _, stretched = chat(folder, "Hi\nHi\n")
+    assert [bool(re.match(served, one)) for one in stretched] == [True] * 2, stretched
+
+
 def test_one_expert_can_be_asked(fused):
     _, said = chat(fused, "/expert code\nHi\n/expert 0\nHi\n/expert poetry\nHi\n/expert\nHi\n")
     assert [said[i] for i in (0, 1, 3)] == ["[code 100%]", "[math 100%]", "[math 100%]"], said
