@@ -32,16 +32,17 @@ _PROCESSOR = re.compile(r".*processor_config\.json")
 _OTHER_FOLDERS = re.compile(r"\..*|__pycache__|(checkpoint-|global_step)\d+|runs|logs|onnx|openvino|coreml|original")
 
 # Logs, and what editors and downloads leave: may change at any time, and has no part in a model.
-_PASSING = re.compile(r"\..*|.*(\.(log|out|swp|tmp)|~)|events\.out\.tfevents\..*")
+_PASSING = re.compile(r"\..*|.*(\.(log|out|swp|tmp)(\.\d+)?|~)|events\.out\.tfevents\..*")
 # What is read but not copied, except for the state of a training.
 _READ = re.compile(
     r"(?!training_args|optimizer|scheduler|scaler|rng_state|random_states).*\.(safetensors|bin|index\.json)"
     rf"|.*config\.json|{REPORT}"
 )
-# About a model: documents, results of a training.
+# About a model: documents, notes, results and logs of a training. Copied, but they may change at any time.
 _ABOUT = re.compile(
     r"(.*/)?((licen[cs]e|notice|use_policy|requirements|trainer_)[^/]*|([^/]+_)?results\.json"
-    r"|[^/]+\.(md|pdf|png|jpe?g|gif|svg|jsonl|ipynb))",
+    r"|([^/]+[._-])?(logs?|notes?|todo|changelog)([._-][^/]*)?\.(txt|csv)"
+    r"|(?!vocab)[^/]+\.(md|pdf|png|jpe?g|gif|svg|jsonl|ipynb))",
     re.IGNORECASE,
 )
 
@@ -136,14 +137,13 @@ def _passes(name: str | Path) -> bool:
 
 
 def listing(folder: Path, result: Mapping[Path, Path] = MappingProxyType({})) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of each file of a folder that is read, compared or copied.
+    """Name, size and modification time of each file of a folder that is read, compared or, with an effect, copied.
 
     Args:
         folder: a checkpoint.
         result: as in `lost_files`.
     """
-    copied = {str(place) for file, place in result.items() if file == folder / place}
-    files = dict(_files(folder, copied | _alike(result)))
+    files = dict(_files(folder, _alike(result)))
     files |= {one.name: one for one in folder.iterdir() if _READ.fullmatch(one.name) and one.is_file()}
     stats = [(name, files[name].stat()) for name in sorted(files)]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -188,6 +188,29 @@ def test_files_of_the_base_that_are_no_weights_are_copied_and_others_named(model
     assert f"result: {', '.join(sorted(named))}. If the model needs them" in said
 
 
+def test_documents_notes_and_logs_of_the_base_may_grow(models, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(models / "base", base)
+    growing = ["log.txt", "notes.txt", "train_log.csv", "trainer_log.jsonl", "LICENSE", "train.log.1"]
+    for name in growing:
+        text(name, "a")(base)
+
+    def grow(*_: object) -> None:
+        for name in growing:
+            with (base / name).open("a") as file:
+                file.write("b")
+
+    sk.upscale_checkpoints(base, [models / "expert"], out, **RANKS, progress=grow)
+    grow()
+    assert all((out / name).read_text().startswith("ab") for name in growing[:-1])
+    assert not (out / growing[-1]).exists()
+    with pytest.warns(UserWarning, match="already complete"):
+        sk.upscale_checkpoints(base, [models / "expert"], out, **RANKS)
+    text("labels.txt", "other")(base)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        sk.upscale_checkpoints(base, [models / "expert"], out, **RANKS)
+
+
 def test_the_command_shows_them_and_reports_of_before_are_read(models, tmp_path):
     shutil.copytree(models / "expert", tmp_path / "expert")
     exchanged(tmp_path / "expert")
