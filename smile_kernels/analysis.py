@@ -272,7 +272,7 @@ def _check_matrix(name: str, matrix: Tensor, weight: Tensor) -> None:
         raise SmileError(f"{name}: contains NaN or inf; expected finite numbers")
 
 
-def _check_settings(rank_of_expert: int, scale: float) -> None:
+def _check_numbers(rank_of_expert: int, scale: float) -> None:
     check_integer("rank_of_expert", rank_of_expert, 1)
     if not -1e9 < scale < 1e9:
         raise SmileError(f"scale: is {scale}; expected a finite number, of at most 1e9")
@@ -309,7 +309,7 @@ def analyze_layer(
         ValueError: matrices that are not floating point, or differ in shape or device; NaN or inf; a rank below 1; or a
             scale beyond 1e9.
     """
-    _check_settings(rank_of_expert, scale)
+    _check_numbers(rank_of_expert, scale)
     if not len(changes):
         raise SmileError("changes: is empty; expected one matrix or more")
     for i, matrix in enumerate((weight, *changes)):
@@ -394,7 +394,7 @@ def analyze(
     """
     if not experts:
         raise SmileError("experts: is empty; expected one fine-tuned model or more")
-    _check_settings(rank_of_expert, scale)
+    _check_numbers(rank_of_expert, scale)
     if workers is not None and workers < 1:
         raise SmileError(f"workers: is {workers}; expected 1 or more")
     base, experts = local_folder("base", base), [local_folder(f"experts[{i}]", e) for i, e in enumerate(experts)]
