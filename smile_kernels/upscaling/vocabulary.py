@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SmileError, check_integer
-from ..integrations.peft import LowRankDelta, ModuleDelta, wide
+from ..integrations.peft import LowRankDelta, ModuleDelta, StoredDeltas, wide
 from ..storage import StoredTensor
 from .layers import Layer
 from .sources import AdapterSource, ExpertSource, WholeSource
@@ -128,13 +128,16 @@ def grow_source(
         base, layers: the base's tensors, grown, and its linear layers.
     """
     if isinstance(source, AdapterSource):
-        deltas = {module: _grown_delta(module, delta, added, base) for module, delta in source.deltas.items()}
+        before = source.deltas
+        grown = StoredDeltas({one: one for one in before}, lambda one: _grown_delta(one, before[one], added, base))
+        deltas = grown if isinstance(before, StoredDeltas) else dict(grown)  # a base in memory may change meanwhile
         return AdapterSource(source.where, deltas, base, layers)
     if isinstance(source, WholeSource) and source is not added.source:
         added.grow(source.shapes)
     return source
 
 
+@torch.no_grad()
 def _grown_delta(module: str, delta: ModuleDelta, added: AddedTokens, base: Mapping[str, Tensor]) -> ModuleDelta:
     """A change of the base's entries as one of the base with the added tokens, which keep what they are given there."""
     whole, weight, bias = dict(delta.whole), delta.weight, delta.bias

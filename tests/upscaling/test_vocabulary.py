@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+import weakref
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import smile_kernels as sk
 from smile_kernels.cli import app
 from smile_kernels.integrations.peft import adapter_deltas
+from smile_kernels.storage import StoredTensor
 from smile_kernels.upscaling.verify import _forced
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -32,11 +34,11 @@ RANKS = {"rank_of_expert": -1, "rank_of_router": 2}
 NEW = 4
 
 
-def build(kind: str) -> nn.Module:
+def build(kind: str, **more: int) -> nn.Module:
     torch.manual_seed(0)
     architecture, options = MODELS[kind]
     cls = getattr(transformers, architecture)
-    model = cls(cls.config_class(**options)).eval()
+    model = cls(cls.config_class(**options | more)).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
@@ -174,6 +176,32 @@ def test_an_adapter_of_a_base_with_more_tokens(kind, options, tmp_path):
     for model in (in_memory, type(base).from_pretrained(tmp_path / "out")):
         holds(model, 0, wholes[0], 96)
         holds(model, 1, wholes[1], 96 + NEW)
+
+
+def test_a_few_layers_of_a_grown_adapter_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    base = build("untied", num_hidden_layers=12)
+    base.save_pretrained(tmp_path / "base")
+    for name, added in (("plain", 0), ("grown", NEW)):
+        start = copy.deepcopy(base)
+        start.resize_token_embeddings(96 + added, mean_resizing=False)
+        model = peft.get_peft_model(
+            start, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path / name, save_embedding_layers=bool(added))
+    load, held, most = StoredTensor.load, weakref.WeakSet(), 0
+
+    def counted(self: StoredTensor) -> torch.Tensor:
+        nonlocal most
+        tensor = load(self)
+        if "lora_" in self.name:
+            held.add(tensor)
+            most = max(most, len(held))
+        return tensor
+
+    monkeypatch.setattr(StoredTensor, "load", counted)
+    folders = [tmp_path / "plain", tmp_path / "grown"]
+    sk.upscale_checkpoints(tmp_path / "base", folders, tmp_path / "out", embeddings_from=1, workers=1, **RANKS)
+    assert 2 < most < 2 * 24
 
 
 def test_refused_before_work(tmp_path, folders):
