@@ -10,7 +10,6 @@ import filecmp
 import functools
 import hashlib
 import json
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -137,7 +136,9 @@ def _are_alike_when_loaded(own: Path, other: Path, unlike: Mapping[str, Any]) ->
         return False  # classes in the folders may read any setting
     if kind in _TOKENS:
         return _tokenizer(_Contents.of_tokenizer(own.parent)) == _tokenizer(_Contents.of_tokenizer(other.parent))
-    first, second = (_generation(one) if kind in _GENERATION else _processors(one) for one in folders)
+    if kind not in (*_PROCESSORS, _GENERATION[0]):
+        return False
+    first, second = map(_processors if kind in _PROCESSORS else _generation, folders)
     known = first.keys() | {"*/" + key.rpartition("/")[2] for key in first}
     known |= {"*/image_processor_type", "*/feature_extractor_type"}
     return bool(first) and first == second and unlike.keys() <= known
@@ -212,9 +213,8 @@ def _settings(name: str, file: Path) -> Any:
         repeated = _json(file.with_name(other))
         value = {**(repeated if isinstance(repeated, dict) else {}), **value}
     elif kind == "processor_config.json":
-        parts = [part for part in _PARTS if isinstance(value.get(part), dict)]
-        inside = [_in_part(part, value.pop(part)) for part in parts]
-        return functools.reduce(operator.or_, inside, _effective(name, value))
+        parts = [_in_part(part, value.pop(part)) for part in _PARTS if isinstance(value.get(part), dict)]
+        return _effective(name, value) | {key: one for part in parts for key, one in part.items()}
     elif kind in _PROCESSORS:
         return {f"*/{key}": one for key, one in _effective(name, value).items()}
     elif re.fullmatch(_SENTENCES, kind):
@@ -228,9 +228,8 @@ def _settings(name: str, file: Path) -> Any:
 
 def _in_part(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a part of processor_config.json, by their places there, and that it is there."""
-    return {f"{part}/{key}": value for key, value in _effective("processor_config.json", settings).items()} | {
-        part: True
-    }
+    inside = _effective("processor_config.json", settings)
+    return {part: True, **{f"{part}/{key}": value for key, value in inside.items()}}
 
 
 def _pooling(value: dict) -> dict:
@@ -255,15 +254,13 @@ def _module(one: Any) -> Any:
 def _effective(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a file that have an effect."""
     rules = [(keys, values) for files, keys, values in _NO_EFFECT if re.fullmatch(f"(.*/)?({files})", name)]
-
-    def is_as_none(key: str, value: Any) -> bool:
-        ruled = (values for keys, values in rules if re.fullmatch(keys, key))
-        return any(
-            values is None or any(one == value and type(one) is type(value) for one in values) for values in ruled
-        )
-
-    forms = {key: _form(key, value) for key, value in settings.items()}
-    return {key: value for key, value in forms.items() if not is_as_none(key, value)}
+    found = {}
+    for key, value in settings.items():
+        form = _form(key, value)
+        as_none = [values for keys, values in rules if re.fullmatch(keys, key)]
+        if not any(values is None or (type(form), form) in [(type(one), one) for one in values] for values in as_none):
+            found[key] = form
+    return found
 
 
 def _form(name: str, value: Any) -> Any:

@@ -292,6 +292,7 @@ def test_what_another_version_stores_with_the_same_effect_is_not_listed(case, tm
 
 IDS = {"config.json": {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}}
 DERIVED = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True}
+INNER = [IDS | {GENERATION: DERIVED}, {"config.json": IDS["config.json"] | {"eos_token_id": [3]}, GENERATION: DERIVED}]
 MOVED: dict[str, tuple[dict, dict, list[str]]] = {
     # what: two checkpoints, and the files of the second that are noticed
     "a setting": (
@@ -334,6 +335,10 @@ MOVED: dict[str, tuple[dict, dict, list[str]]] = {
         [GENERATION],
     ),
     "of an unknown model": ({"config.json": {}}, {"config.json": {}, GENERATION: DERIVED}, [GENERATION]),
+    "a config of a module": (
+        *(IDS | {f"0_Transformer/{name}": content for name, content in files.items()} for files in INNER),
+        ["0_Transformer/config.json"],
+    ),
     "pooling": (OLD_SENTENCES, NEW_SENTENCES | {POOLING: {"embedding_dimension": 4, "pooling_mode": "cls"}}, [POOLING]),
     "two poolings": (
         OLD_SENTENCES | {POOLING: OLD_POOLING | {"pooling_mode_cls_token": True}},
