@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ def differs(name: str, own: Path, others: Mapping[str, Path]) -> bool:
             return other is None
     except OSError:
         return True
+    if own.name == "tokenizer.json" and _are_alike_when_loaded(own, other):  # in less time than both are parsed
+        return False
     first, second = _settings(name, own), _settings(name, other)
     if not (isinstance(first, dict) and isinstance(second, dict)):
         return first is None or first != second
@@ -122,15 +124,19 @@ def differs(name: str, own: Path, others: Mapping[str, Path]) -> bool:
     if any(_is_plain(a) and _is_plain(b) and not key.endswith(("_class", "_type")) for key, (a, b) in unlike.items()):
         return True
     unlike = {key: pair for key, pair in unlike.items() if key not in _LATER}
+    moved = own.name not in _TOKENS and not other.exists()
+    return bool(unlike or moved) and not _are_alike_when_loaded(own, other, unlike)
+
+
+def _are_alike_when_loaded(own: Path, other: Path, unlike: Collection[str] = ()) -> bool:
+    """Whether files, in which these settings differ, are known to have the same effect."""
     try:
-        moved = own.name not in _TOKENS and not other.exists()
-        return bool(unlike or moved) and not _are_alike_when_loaded(own, other, unlike)
+        return _load_alike(own, other, unlike)
     except Exception:  # whatever loading raises: the effect is then not known
-        return True
+        return False
 
 
-def _are_alike_when_loaded(own: Path, other: Path, unlike: Mapping[str, Any]) -> bool:
-    """Whether files with these different settings are known to have the same effect."""
+def _load_alike(own: Path, other: Path, unlike: Collection[str]) -> bool:
     kind, folders = own.name, (own.parent, other.parent)
     if any("auto_map" in (_text(folder / one) or "") for folder in folders for one in (*_BOTH, *_PROCESSORS)):
         return False  # classes in the folders may read any setting
@@ -141,7 +147,7 @@ def _are_alike_when_loaded(own: Path, other: Path, unlike: Mapping[str, Any]) ->
     first, second = map(_processors if kind in _PROCESSORS else _generation, folders)
     known = first.keys() | {"*/" + key.rpartition("/")[2] for key in first}
     known |= {"*/image_processor_type", "*/feature_extractor_type"}
-    return bool(first) and first == second and unlike.keys() <= known
+    return bool(first) and first == second and set(unlike) <= known
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ def test_equal_files_of_experts_are_parsed_and_loaded_once(tmp_path, monkeypatch
     )
     assert lost_files(tmp_path / "base", experts, files_beside(tmp_path / "base")) == []
     assert len(loaded) == 2
-    assert comparison._parsed.cache_info().misses == 4  # two files of two kinds
+    assert comparison._parsed.cache_info().misses == 2  # tokenizer_config.json; tokenizer.json is not even parsed
 
 
 def test_templates_of_other_names_are_compared(tmp_path):
