@@ -96,7 +96,7 @@ template <class T> class Chunk {
         slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
     // By the tokens of the whole call, so that the same router's rows and x have the same scores in every chunk and operator.
-    const bool packs_x = !kTiles<X> && n.tokens > kDotsUpTo;
+    const bool packs_x = !kTiles<X> && n.tokens > kDotsUpTo<X>;
     packs_rows = n.tokens >= kPackFrom * kTokens;
     packs_x_for_base = p.weight && packs_x;
     packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked;
@@ -262,7 +262,7 @@ template <class T> class Chunk {
         const X* row[kPanelWidth<X>];
         for (int64_t t = 0; t < width; ++t) row[t] = x[t0 + t] + d;
         R* panel = x_panels.get() + item / pieces * panel_size();
-        pack<X>(row, width, std::min(kPanelDepth, n.in_features - d), column_of_panel(panel, width, d));
+        pack_x<X>(row, width, std::min(kPanelDepth, n.in_features - d), column_of_panel(panel, width, d));
       }
     });
     const auto weight_row = [&](int64_t j) { return static_cast<const T*>(p.weight) + j * n.in_features; };
@@ -282,7 +282,7 @@ template <class T> class Chunk {
   int64_t panel_size() const { return packed_depth<X>(n.in_features) * kPanelWidth<X>; }
   int64_t width_from(int64_t t0) const { return std::min(kPanelWidth<X>, tokens - t0); }
   template <class At> At* column_of_panel(At* panel, int64_t width, int64_t d) const {
-    return panel + d / Packed<X>::numbers * panel_vectors<X>(width) * kLanes<R>;
+    return panel + d / (elements_of<X>(width) * Packed<X>::numbers) * panel_vectors<X>(width) * kLanes<R>;
   }
 
   // Sums of a block of rows and a panel of x, and rows of 16-bit numbers as real numbers.
@@ -313,9 +313,12 @@ template <class T> class Chunk {
       const R* sums_of_row[kRowsAtOnce];
       for (int64_t c = 0; c < rows; ++c) sums_of_row[c] = sums + c * stride;
       R* turned = scratch.turned.get();
-      pack<R>(sums_of_row, rows, width, turned);
-      for (int64_t t = 0; t < width; ++t)
-        std::copy_n(turned + t * panel_vectors<R>(rows) * kLanes<R>, rows, out + (t0 + t) * out_stride + j0);
+      const int64_t elements = elements_of<X>(width), apart = panel_vectors<R>(rows) * kLanes<R>;
+      pack<R>(sums_of_row, rows, width * elements, turned);
+      for (int64_t t = 0; t < width; ++t, turned += elements * apart) {
+        for (int64_t c = 0; c < rows && elements == 2; ++c) turned[c] += turned[apart + c];
+        std::copy_n(turned, rows, out + (t0 + t) * out_stride + j0);
+      }
     }
   }
 
@@ -425,12 +428,24 @@ template <class T> class Chunk {
         for (int64_t t = t0; t < t1 && !in_y; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums[t - t0]);
         for (int64_t t = t0; t < t1 && p.bias; ++t)
           for (int64_t c = 0; c < width; ++c) sums[t - t0][c] += to_real(static_cast<const T*>(p.bias)[o + c]);
-        for (int64_t i = 0; i < n.num_experts; ++i)
-          expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, panel.get());
+        for (int64_t i = next_expert(part, -1), next; i < n.num_experts; i = next) {
+          next = next_expert(part, i);
+          // Prefetched: the rows of the next expert, after the last one those of the first for the next block.
+          const int64_t ahead = next < n.num_experts ? (next - i) * p.u_stride
+                                                     : (next_expert(part, -1) - i) * p.u_stride + width * r;
+          expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, panel.get(), ahead);
+        }
         for (int64_t t = t0; t < t1 && !in_y; ++t)
           for (int64_t c = 0; c < width; ++c) y[t * p.y_stride + c] = from_real<T>(sums[t - t0][c]);
       }
     });
+  }
+
+  // The first expert after number i of a part that has entries; N if there is none.
+  int64_t next_expert(int64_t part, int64_t i) const {
+    const int64_t* of_part = first.data() + part * n.num_experts;
+    for (++i; i < n.num_experts && of_part[i] == of_part[i + 1];) ++i;
+    return i;
   }
 
   // sums = x W^T for `width` outputs from o on, with b if y holds it.
@@ -444,7 +459,8 @@ template <class T> class Chunk {
   }
 
   // Adds expert v, number i of its part, to the sums of its tokens among t0 to t1.
-  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, Sums<R> sums, R* panel) {
+  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, Sums<R> sums, R* panel,
+                     int64_t ahead) {
     constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t r = n.rank_of_expert;
     const auto end_of = [&](int64_t t) {
@@ -461,12 +477,12 @@ template <class T> class Chunk {
       for (int64_t e = 0; e < count; ++e)
         for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e].place] * to_real(bias[c]);
     }
-    if (count >= kPackFrom) {
+    if (count >= kPackFrom || rank[v] <= Operand<X>::lanes) {
       for (int64_t k = 0; k < rank[v]; k += kPanelDepth) {
         const int64_t depth = std::min(kPanelDepth, rank[v] - k);
         const T* row[kWidth];
         for (int64_t c = 0; c < width; ++c) row[c] = u + c * r + k;
-        pack<X>(row, width, depth, panel, p.u_stride);
+        pack<X>(row, width, depth, panel, ahead);
         panel_product<X>(count, [&](int64_t e) { return z_at(e) + k; }, panel, width, depth, sums_at, true);
       }
       return;

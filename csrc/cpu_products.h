@@ -240,7 +240,9 @@ constexpr int kTokens = SMILE_VECTORS == 16 ? 3 : 6;      // tokens in registers
 constexpr int64_t kDepth = 1024;                          // columns in one pass: kTokens rows of them stay in the L1 cache
 
 template <class T> constexpr int64_t kLine = 64 / sizeof(T);     // numbers in a cache line
-template <class T> constexpr int64_t kAhead = 1024 / sizeof(T);  // from a number that is multiplied to one prefetched
+template <class T> constexpr int64_t kAhead = 4096 / sizeof(T);  // from a number that is multiplied to one prefetched
+// Where to: more lines can be on their way to the second-level cache, and they take longer to arrive than to be multiplied.
+constexpr int kSecondLevel = 2;
 
 // The rows of a factor, read in kRows streams that are `apart` rows from each other: memory serves several places at once
 // faster than one. Tile k is row k of each stream; the last stream may be shorter.
@@ -262,7 +264,7 @@ SMILE_INLINE void dot_tile(const X* const* x, R* const* out, int64_t apart, cons
     typename Operand::type b[kRows];
     for (int i = 0; i < kRows; ++i) b[i] = Operand::load(row[i] + d);
     if (d % kLine<T> == 0)
-      for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + d + ahead);
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + d + ahead, 0, kSecondLevel);
     for (int t = 0; t < M; ++t) {
       const auto a = Operand::load(x[t] + d);
       for (int i = 0; i < kRows; ++i) sum[t][i] = Operand::multiply_add(a, b[i], sum[t][i]);
@@ -303,11 +305,13 @@ void dot_tiles(int m, const X* const* x, R* const* out, const Rows<T>& rows, int
 template <class X, class T, class R>
 void dots(const X* const* x, R* const* out, int64_t count, const Rows<T>& rows, int64_t begin, int64_t end,
           int64_t length, int64_t ahead, bool accumulate) {
+  if (count == 0) return;
+  const int64_t passes = (count + kTokens - 1) / kTokens, most = (count + passes - 1) / passes;  // all of them alike
   const int64_t at_once = count > kTokens || length <= kDepth ? end - begin : 1;  // rows that are read once are read to their ends
   for (int64_t k = begin; k < end; k += at_once)
     for (int64_t d = 0; d < length; d += kDepth)
-      for (int64_t t = 0; t < count; t += kTokens) {
-        const int m = int(std::min<int64_t>(kTokens, count - t));
+      for (int64_t t = 0; t < count; t += most) {
+        const int m = int(std::min(most, count - t));
         const X* xs[kTokens];
         for (int i = 0; i < m; ++i) xs[i] = x[t + i] + d;
         dot_tiles<kTokens>(m, xs, out + t, rows, k, k + at_once, d, std::min(kDepth, length - d), ahead, accumulate || d > 0);
@@ -331,6 +335,7 @@ template <class X> struct Packed {
   static constexpr int numbers = 1;
   template <class T> static SMILE_INLINE Vector<R> load(const T* row) { return SMILE_NAMESPACE::load(row); }
   static SMILE_INLINE Vector<R> multiply_add(const X* x, Vector<R> panel, Vector<R> sum) { return sum + *x * panel; }
+  static SMILE_INLINE Vector<R> multiply_add(Vector<R> x, Vector<R> panel, Vector<R> sum) { return sum + x * panel; }
 };
 
 #if SMILE_BFLOAT16_DOT
@@ -339,7 +344,10 @@ template <> struct Packed<bfloat16> {
   static constexpr int numbers = 2;
   static SMILE_INLINE Vector<R> load(const bfloat16* row) { return load_as<Vector<R>>(row); }
   static SMILE_INLINE Vector<R> multiply_add(const bfloat16* x, Vector<R> panel, Vector<R> sum) {
-    return (Vector<R>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(x)), (__m512bh)panel);
+    return multiply_add((Vector<R>)_mm512_set1_epi32(load_as<int32_t>(x)), panel, sum);
+  }
+  static SMILE_INLINE Vector<R> multiply_add(Vector<R> x, Vector<R> panel, Vector<R> sum) {
+    return (Vector<R>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)panel);
   }
 };
 #endif
@@ -563,41 +571,65 @@ void product_by_panels(int64_t depth, int64_t width, int64_t count, const Lay& l
 //
 // x are packed into panels of vectors over x, and each number of a row is multiplied with them. Rows that are more than
 // the x are read once and not copied, whereas packing them takes as long as multiplying them with many x.
+// x that fill half a vector at most have two successive elements each in one, and two of a row are repeated over a vector.
 
 constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
 // Numbers summed in a row: sums of few have smaller rounding errors.
 template <class X> constexpr int64_t kChainOfRows = std::is_same<X, bfloat16>::value ? kPanelDepth : 64;
-constexpr int64_t kDotsUpTo = SMILE_VECTORS == 16 ? 9 : 12;  // number of x up to which `dots` is faster
+// Number of x up to which `dots` is faster.
+template <class X> constexpr int64_t kDotsUpTo = std::is_same<X, bfloat16>::value ? 6 : SMILE_VECTORS == 16 ? 9 : 12;
 constexpr int64_t kMostPacked = SMILE_VECTORS == 16 ? 64 : 128;  // number of x beyond which packing rows is faster
 
 // Rows in registers, where a panel has V vectors.
 constexpr int rows_of_tile(int V) { return SMILE_VECTORS == 16 ? 12 / V : V < 3 ? 12 : 24 / V; }
 
+// The elements of each of `width` x in one vector: E, 1 or 2.
+template <class X> constexpr int elements_of(int64_t width) {
+  using R = typename Packed<X>::R;
+  return sizeof(R) == 4 && !kTiles<X> && width <= kLanes<R> / 2 ? 2 : 1;
+}
+
+// The panel of `width` x with `depth` columns; with two elements of each, panel[k][2 t + j] = element 2 k + j of x_t.
+template <class X, class R> void pack_x(const X* const* x, int64_t width, int64_t depth, R* panel) {
+  if (elements_of<X>(width) == 1) return pack<X>(x, width, depth, panel);
+  constexpr int64_t numbers = 2 * Packed<X>::numbers;
+  for (int64_t k = 0; k < depth; k += numbers, panel += kLanes<R>) {
+    std::fill_n(panel, kLanes<R>, R(0));
+    for (int64_t t = 0; t < width; ++t) std::memcpy(panel + 2 * t, x[t] + k, std::min(numbers, depth - k) * sizeof(X));
+  }
+}
+
 // sum[i][V vectors] += row[i][k] x[k], where x[k] are the vectors of a panel.
-template <int M, int V, class X, class R>
+template <int M, int V, int E, class X, class R>
 SMILE_INLINE void row_step(const X* const* row, int64_t k, const R* panel, Vector<R> (&sum)[M][V]) {
+  if constexpr (E == 2) {
+    using Twos = typename VectorOf<int64_t, SMILE_VECTOR_BYTES>::type;
+    SMILE_UNROLL for (int i = 0; i < M; ++i)
+      sum[i][0] = Packed<X>::multiply_add(bit_cast<Vector<R>>(Twos{} + load_as<int64_t>(row[i] + k)), load(panel), sum[i][0]);
+    return;
+  }
   Vector<R> x[V];
   SMILE_UNROLL for (int v = 0; v < V; ++v) x[v] = load(panel + v * kLanes<R>);
   SMILE_UNROLL for (int i = 0; i < M; ++i)
     SMILE_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = Packed<X>::multiply_add(row[i] + k, x[v], sum[i][v]);
 }
 
-// out[i][V vectors] (+)= sum_k row[i][k] panel[k] for M rows. A row is prefetched four lines ahead, at its end the `next` one.
-template <int M, int V, class X, class R>
+// out[i][V vectors] (+)= sum_k row[i][k] panel[k] for M rows. The `next` ones are prefetched.
+template <int M, int V, int E, class X, class R>
 SMILE_INLINE void row_tile(const X* const* row, const X* const* next, const R* panel, int64_t depth, R* out, bool accumulate) {
-  constexpr int64_t lanes = kLanes<R>, numbers = Packed<X>::numbers;
+  constexpr int64_t lanes = kLanes<R>, numbers = E * Packed<X>::numbers;
   for (int64_t from = 0; from < depth; from += kChainOfRows<X>) {
     const int64_t to = std::min(depth, from + kChainOfRows<X>);
     Vector<R> sum[M][V] = {};
     for (int64_t k = from; k < to;) {
-      const int64_t ahead = k + 4 * kLine<X>, end = std::min(k + kLine<X>, to);
-      SMILE_UNROLL for (int i = 0; i < M; ++i) __builtin_prefetch(ahead < depth ? row[i] + ahead : next[i] + ahead - depth);
-      for (; k + numbers <= end; k += numbers, panel += V * lanes) row_step<M, V>(row, k, panel, sum);
-      if (k < end) {  // the last of an odd number
+      const int64_t end = std::min(k + kLine<X>, to);
+      SMILE_UNROLL for (int i = 0; i < M; ++i) __builtin_prefetch(next[i] + k, 0, kSecondLevel);
+      for (; k + numbers <= end; k += numbers, panel += V * lanes) row_step<M, V, E>(row, k, panel, sum);
+      if (k < end) {  // the last, fewer than `numbers`
         X last[M][numbers] = {};
         const X* lasts[M];
-        for (int i = 0; i < M; ++i) last[i][0] = row[i][k], lasts[i] = last[i];
-        row_step<M, V>(lasts, 0, panel, sum);
+        for (int i = 0; i < M; ++i) std::copy_n(row[i] + k, end - k, last[i]), lasts[i] = last[i];
+        row_step<M, V, E>(lasts, 0, panel, sum);
         k = end;
       }
     }
@@ -610,13 +642,13 @@ SMILE_INLINE void row_tile(const X* const* row, const X* const* next, const R* p
   }
 }
 
-template <class X, int V, class R, class At>
+template <class X, int V, int E, class R, class At>
 void row_tiles(int64_t count, const At& row_at, const R* panel, int64_t depth, R* out, bool accumulate) {
   constexpr int M = rows_of_tile(V);
   for (int64_t c = 0; c < count; c += M) {
     const X *row[M], *next[M];
     for (int i = 0; i < M; ++i) row[i] = row_at(c + i), next[i] = row_at(c + M + i);
-    row_tile<M, V>(row, next, panel, depth, out + c * V * kLanes<R>, accumulate);
+    row_tile<M, V, E>(row, next, panel, depth, out + c * V * kLanes<R>, accumulate);
   }
 }
 
@@ -624,10 +656,12 @@ void row_tiles(int64_t count, const At& row_at, const R* panel, int64_t depth, R
 // rows too, and out has room for kRowsAtOnce rows of the panel's vectors.
 template <class X, class R, class At>
 void row_product(int64_t count, const At& row_at, const R* panel, int64_t width, int64_t depth, R* out, bool accumulate) {
+  if constexpr (sizeof(R) == 4)
+    if (elements_of<X>(width) == 2) return row_tiles<X, 1, 2>(count, row_at, panel, depth, out, accumulate);
   switch (panel_vectors<X>(width)) {
-    case 1: return row_tiles<X, 1>(count, row_at, panel, depth, out, accumulate);
-    case 2: return row_tiles<X, 2>(count, row_at, panel, depth, out, accumulate);
-    case 3: return row_tiles<X, 3>(count, row_at, panel, depth, out, accumulate);
-    default: return row_tiles<X, kPanel>(count, row_at, panel, depth, out, accumulate);
+    case 1: return row_tiles<X, 1, 1>(count, row_at, panel, depth, out, accumulate);
+    case 2: return row_tiles<X, 2, 1>(count, row_at, panel, depth, out, accumulate);
+    case 3: return row_tiles<X, 3, 1>(count, row_at, panel, depth, out, accumulate);
+    default: return row_tiles<X, kPanel, 1>(count, row_at, panel, depth, out, accumulate);
   }
 }
