@@ -1,6 +1,7 @@
 """Additional tokens of one fine-tuned model: their rows of the embedding and the head."""
 
 import copy
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,10 +39,11 @@ class AddedTokens:
 
     def grown(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor with the expert's entries of the added tokens."""
-        new = self.source.tensor(name)
-        assert new is not None
-        new = new.detach().narrow(self.dims[name], self.before, self.after - self.before)
-        return torch.cat([tensor.detach(), new.to(tensor)], self.dims[name])
+        new, dim = self.source.tensor(name), self.dims[name]
+        if new is None or self.lacks(name, new.shape):  # a bias, to which transformers adds zeros
+            new = torch.zeros_like(tensor).narrow(dim, 0, 1).repeat_interleave(self.after, dim)
+        new = new.detach().narrow(dim, self.before, self.after - self.before)
+        return torch.cat([tensor.detach(), new.to(tensor)], dim)
 
     def grown_stored(self, name: str, stored: StoredTensor) -> StoredTensor:
         """`grown` of a tensor on disk, when it is read."""
@@ -82,7 +84,7 @@ def find_added_tokens(
     """The additional tokens of an expert, given the base's model and tensors.
 
     Raises:
-        ValueError: `model` is not a transformers model, or the expert has no additional tokens.
+        ValueError: `model` is not a transformers model, or the expert has no additional tokens, or not all their rows.
     """
     embedding = model.get_input_embeddings() if hasattr(model, "resize_token_embeddings") else None
     name = next((f"{n}.weight" for n, m in model.named_modules() if m is embedding), "") if model else ""
@@ -107,6 +109,17 @@ def find_added_tokens(
     dim_of = {id(shapes[one]): dim for one, dim in dims.items()}
     tied = {one: dim_of[id(shapes[one])] for one in shapes if id(shapes[one]) in dim_of}
     dims |= {one: dim for one, dim in tied.items() if one not in dims}  # also where the expert's are not tied any more
+    for one in sorted(of_tokens.intersection(shapes) - dims.keys()):
+        mine, theirs = list(shapes[one].shape), source.shape(one)
+        rows = [after if size == before else size for size in mine]
+        if one not in source.may_change and math.prod(mine) == before:
+            dims[one] = mine.index(before)
+        else:
+            found = f"has {one} of shape {list(theirs)}" if theirs else f"lacks {one}"
+            raise SmileError(
+                f"embeddings_from: {source.where} {found}, and {after} tokens in {name}; expected {rows}, with the "
+                "rows of the added tokens"
+            )
     return AddedTokens(source, before, after, dims)
 
 

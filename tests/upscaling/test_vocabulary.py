@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 import weakref
+from pathlib import Path
 
 import peft
 import pytest
@@ -176,6 +177,50 @@ def test_an_adapter_of_a_base_with_more_tokens(kind, options, tmp_path):
     for model in (in_memory, type(base).from_pretrained(tmp_path / "out")):
         holds(model, 0, wholes[0], 96)
         holds(model, 1, wholes[1], 96 + NEW)
+
+
+def grown_embedding(base: nn.Module, folder: Path) -> None:
+    """An adapter of the base with more tokens that stores their rows of the embedding alone."""
+    start = copy.deepcopy(base)
+    start.resize_token_embeddings(96 + NEW, mean_resizing=False)
+    name = next(name for name, module in start.named_modules() if module is start.get_input_embeddings())
+    layer = "query" if "Bert" in type(base).__name__ else "q_proj"
+    config = peft.LoraConfig(
+        r=3, target_modules=[layer], init_lora_weights=False, modules_to_save=[name.rpartition(".")[2]]
+    )
+    peft.get_peft_model(start, config).save_pretrained(folder, save_embedding_layers=False)
+
+
+def test_an_adapter_without_the_rows_of_the_head(tmp_path):
+    base = build("untied")
+    base.save_pretrained(tmp_path / "base")
+    grown_embedding(base, tmp_path / "grown")
+    message = (
+        r"has lm_head.weight of shape \[96, 32\], and 100 tokens in model.embed_tokens.weight; expected \[100, 32\]"
+    )
+    deltas = adapter_deltas(tmp_path / "grown", base)
+    with pytest.raises(sk.SmileError, match=r"^embeddings_from: finetuned\[0\] " + message):
+        sk.upscale(base, [deltas], embeddings_from=0, inplace=True, progress=False, **RANKS)
+    assert base.get_input_embeddings().weight.shape[0] == 96
+    with pytest.raises(sk.SmileError, match=r"^embeddings_from: experts\[0\]\S* " + message):
+        sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "grown"], tmp_path / "out", embeddings_from=0, **RANKS)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "grown"}
+
+
+@pytest.mark.parametrize("kind", ["a bias of the head", "a bias of logits"])
+def test_a_bias_that_an_adapter_lacks_gets_zeros(kind, tmp_path):
+    """As transformers resizes it; PEFT does not store it."""
+    base = build(kind)
+    base.save_pretrained(tmp_path / "base")
+    grown_embedding(base, tmp_path / "grown")
+    adapter = adapter_deltas(tmp_path / "grown", base)
+    in_memory, _ = sk.upscale(base, [adapter], embeddings_from=0, progress=False, **RANKS)
+    sk.upscale_checkpoints(tmp_path / "base", [tmp_path / "grown"], tmp_path / "out", embeddings_from=0, **RANKS)
+    on_disk = sk.load_pretrained(tmp_path / "out")
+    name = "cls.predictions.bias" if "head" in kind else "final_logits_bias"
+    for model in (in_memory, on_disk):
+        assert not model.state_dict()[name][..., 96:].any()
+    torch.testing.assert_close(output(in_memory, 96 + NEW), output(on_disk, 96 + NEW))
 
 
 def test_a_few_layers_of_a_grown_adapter_are_in_memory_at_a_time(tmp_path, monkeypatch):
