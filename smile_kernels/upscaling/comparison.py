@@ -73,6 +73,8 @@ _PARTS = {
     **{"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor"},
     **{"audio_processor": "AutoFeatureExtractor", "video_processor": "AutoVideoProcessor"},
 }
+# Their settings that are others when they are loaded: the class, and parts of "size".
+_WHEN_LOADED = {"image_processor_type", "feature_extractor_type", "min_pixels", "max_pixels"}
 
 
 def templates(files: Mapping[str, Path]) -> dict[str, str]:
@@ -145,9 +147,10 @@ def _load_alike(own: Path, other: Path, unlike: Collection[str]) -> bool:
     if kind not in (*_PROCESSORS, _GENERATION[0]):
         return False
     first, second = map(_processors if kind in _PROCESSORS else _generation, folders)
-    known = first.keys() | {"*/" + key.rpartition("/")[2] for key in first}
-    known |= {"*/image_processor_type", "*/feature_extractor_type"}
-    return bool(first) and first == second and set(unlike) <= known
+    video = kind.startswith("video_")
+    loaded = {key.rpartition("/")[2] for key in first if key.startswith("video_processor/") == video}
+    loaded |= _WHEN_LOADED if loaded else set()
+    return bool(first) and first == second and set(unlike) <= first.keys() | {f"*/{key}" for key in loaded}
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def find_added_tokens(
     tied = {one: dim_of[id(shapes[one])] for one in shapes if id(shapes[one]) in dim_of}
     dims |= {one: dim for one, dim in tied.items() if one not in dims}  # also where the expert's are not tied any more
     for one in sorted(of_tokens.intersection(shapes) - dims.keys()):
-        mine, theirs = list(shapes[one].shape), source.shape(one)
+        mine, theirs = tuple(shapes[one].shape), source.shape(one)
         rows = [after if size == before else size for size in mine]
         if one not in source.may_change and math.prod(mine) == before:
             dims[one] = mine.index(before)

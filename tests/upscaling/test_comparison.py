@@ -25,7 +25,13 @@ ADDED = {"256": TOKEN | {"special": True}}
 CONFIG, MAP, IMAGES, POOLING = (
     *("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "1_Pooling/config.json"),
 )
-PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
+PROCESSOR, GENERATION, VIDEOS = "processor_config.json", "generation_config.json", "video_preprocessor_config.json"
+QWEN_SIZE = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+QWEN = {
+    "config.json": {"model_type": "qwen2_vl"},
+    IMAGES: {"image_processor_type": "Qwen2VLImageProcessor"} | QWEN_SIZE,
+}
+QWEN_VIDEOS = {"video_processor_type": "Qwen2VLVideoProcessor"} | QWEN_SIZE
 
 
 def whole_tokenizer() -> dict:
@@ -255,6 +261,10 @@ ALIKE: dict[str, tuple[dict, dict]] = {
         CLIP | {IMAGES: CLIP_IMAGES, PROCESSOR: {"image_token": "<image>"}},
         CLIP | {PROCESSOR: {"image_processor": CLIP_IMAGES, "image_token": "<image>"}},
     ),
+    "pixels as a size": (
+        QWEN | {IMAGES: {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056}},
+        QWEN,
+    ),
     "sentence-transformers 5.4": (OLD_SENTENCES, NEW_SENTENCES),
     "line ends of a template": (
         *(WHOLE | {CONFIG: {"chat_template": "a\r\nb\r\n"}}, WHOLE | {"chat_template.jinja": "a\nb"}),
@@ -325,6 +335,14 @@ MOVED: dict[str, tuple[dict, dict, list[str]]] = {
     "what cannot be loaded": (
         {IMAGES: {"size": 2}, "config.json": {}},
         *({IMAGES: {"size": 2, "feature_extractor_type": "Own"}, "config.json": {}}, [IMAGES]),
+    ),
+    "sizes of videos": (  # not loaded without torchvision
+        QWEN | {VIDEOS: QWEN_VIDEOS},
+        *(QWEN | {VIDEOS: QWEN_VIDEOS | {"size": {"shortest_edge": 128, "longest_edge": 4096}}}, [VIDEOS]),
+    ),
+    "a setting of videos": (
+        QWEN | {VIDEOS: QWEN_VIDEOS},
+        *(QWEN | {VIDEOS: QWEN_VIDEOS | {"do_resize": False}}, [VIDEOS]),
     ),
     "derived generation": (IDS, IDS | {GENERATION: DERIVED}, []),
     "other ids": (IDS, IDS | {GENERATION: DERIVED | {"eos_token_id": [2, 3]}}, [GENERATION]),
