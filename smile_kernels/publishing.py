@@ -486,6 +486,12 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
         return OutputFolder(folder, settings, complete=True)
     output.work.mkdir(exist_ok=True)
     _give_access(output.work, folder)
+    for path in reversed(paths(output.work)):  # contents before folders
+        # Temporary files of a killed process, and copies of files that an input does not have any more.
+        if path.is_file() and (_TEMPORARY.search(path.name) or not _is_written(path, output.work, writes)):
+            path.unlink()
+        elif path.parent != output.work and _empty(path):
+            path.rmdir()
     try:
         write_text(output.work / SETTINGS, json.dumps({**settings, _WRITES: writes}, indent=1) + "\n")
     except OSError:
@@ -494,9 +500,6 @@ def _prepare(folder: Path, settings: Mapping[str, Any], writes: Sequence[str], f
         raise
     output.output.mkdir(exist_ok=True)
     _give_access(output.output, folder)
-    for file in paths(output.work):  # temporary files of a killed process
-        if file.is_file() and _TEMPORARY.search(file.name):
-            file.unlink()
     return OutputFolder(folder, settings, writes, replaces=_wrote(folder))
 
 
@@ -514,12 +517,16 @@ def _give_access(made: Path, replaced: Path) -> None:
 def _check_work(work: Path, writes: Sequence[str]) -> None:
     """Raise FileExistsError if a work folder contains a link, or a file that matches none of the patterns `writes`."""
     for path in paths(work) if work.exists() else ():
-        name = _TEMPORARY.sub(r"\1\2", str(path.relative_to(work)))
-        known = name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
-        if path.is_symlink() or not (known or path.is_dir()):
+        if path.is_symlink() or not (path.is_dir() or _is_written(path, work, writes)):
             raise FileExistsError(
                 f"{path}: was not created by smile-kernels; expected no such file where its intermediate files are"
             )
+
+
+def _is_written(file: Path, work: Path, writes: Sequence[str]) -> bool:
+    """Whether a file of a work folder is its settings or matches one of the patterns `writes`, or is a part of one."""
+    name = _TEMPORARY.sub(r"\1\2", str(file.relative_to(work)))
+    return name == SETTINGS or any(fnmatch.fnmatchcase(name, pattern) for pattern in writes)
 
 
 def _begun_settings(work: Path, force: bool) -> dict[str, Any] | None:

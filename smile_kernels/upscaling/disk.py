@@ -453,6 +453,9 @@ class Job:
         g = max((module.rank_of_router for module in modules.values()), default=self.config.rank_of_router)
         config = replace(self.config, modules=modules, rank_of_router=g)
         for source, name in self.beside.items():
+            if not source.is_file():  # a document; others are inputs, which are checked before the result is published
+                warnings.warn(f"base: {source} is not copied: it is not a regular file any more", stacklevel=7)
+                continue
             (folder / name).parent.mkdir(exist_ok=True, parents=True)
             with open(source, "rb") as old, new_file(folder / name) as new:
                 shutil.copyfileobj(old, new)

@@ -201,6 +201,7 @@ def _files(folder: Path, more: Collection[str] = ()) -> Iterator[tuple[str, Path
         for file in [one] if one.is_symlink() or not one.is_dir() else paths(one) if _is_copied(one) else []:
             name = str(file.relative_to(folder))
             compared = (_COMPARED.fullmatch(name) or _PARTS.fullmatch(file.name)) and not _passes(name)
-            if compared and name not in more and file.is_file():
+            about = re.match(r"\d+_", name) and _ABOUT.fullmatch(name)  # of a folder whose files are all compared
+            if compared and not about and name not in more and file.is_file():
                 yield name, file
     yield from ((name, folder / name) for name in sorted(more) if (folder / name).is_file())

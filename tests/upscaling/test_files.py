@@ -1,16 +1,19 @@
 """Files of the experts, such as tokenizers, that are not in the result, are listed; they are compared by value."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import smile_kernels as sk
+from smile_kernels.upscaling import disk
 from smile_kernels.upscaling.report import LostFile, UpscaleReport
 from tests.integrations import tiny_models
 from tests.upscaling.checkpoints import command, finetuned, run
@@ -209,6 +212,52 @@ def test_documents_notes_and_logs_of_the_base_may_grow(models, tmp_path):
     text("labels.txt", "other")(base)
     with pytest.raises(FileExistsError, match="is not empty"):
         sk.upscale_checkpoints(base, [models / "expert"], out, **RANKS)
+
+
+@pytest.mark.parametrize("options", [{}, {"force": True}], ids=["same", "force"])
+def test_documents_that_are_deleted_before_a_restart_are_not_in_the_result(options, models, tmp_path, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(models / "base", base)
+    for name in ("notes.txt", "LICENSE", "2_Notes/notes.md"):
+        text(name, "a")(base)
+    monkeypatch.setattr(disk, "write_config", Mock(side_effect=[KeyboardInterrupt, DEFAULT], wraps=disk.write_config))
+    with pytest.raises(KeyboardInterrupt):
+        sk.upscale_checkpoints(base, [models / "expert"], out, **RANKS)
+    assert (tmp_path / "out.partial" / "output" / "notes.txt").exists()
+    (base / "notes.txt").rename(base / "old_notes.txt")
+    shutil.rmtree(base / "2_Notes")
+    sk.upscale_checkpoints(base, [models / "expert"], out, **RANKS, **options)
+    mine = {"notes.txt", "2_Notes", "LICENSE", "old_notes.txt"}
+    assert mine.intersection(path.name for path in out.iterdir()) == {"LICENSE", "old_notes.txt"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("replace", [lambda file: None, os.mkfifo], ids=["deleted", "a pipe"])
+def test_documents_that_are_deleted_meanwhile_are_not_copied(replace, models, tmp_path):
+    base, names = tmp_path / "base", ("notes.txt", "1_Pooling/notes.md")
+    shutil.copytree(models / "base", base)
+    for name in (*names, "labels.txt"):
+        text(name, "a")(base)
+
+    def delete(name: str) -> None:
+        (base / name).unlink(missing_ok=True)
+        replace(base / name)
+
+    with pytest.warns(UserWarning, match=r"^base: \S+notes\.txt is not copied: it is not a regular file any more"):
+        sk.upscale_checkpoints(
+            base, [models / "expert"], tmp_path / "out", **RANKS, progress=lambda *_: [*map(delete, names)]
+        )
+    assert (tmp_path / "out" / "labels.txt").exists()
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    for name in names:
+        (base / name).unlink(missing_ok=True)
+    with (
+        pytest.raises(sk.SmileError, match=r"base: labels\.txt was changed while"),
+        pytest.warns(UserWarning, match=r"labels\.txt is not copied"),
+    ):
+        sk.upscale_checkpoints(
+            base, [models / "expert"], tmp_path / "other", **RANKS, progress=lambda *_: delete("labels.txt")
+        )
 
 
 def test_the_command_shows_them_and_reports_of_before_are_read(models, tmp_path):
