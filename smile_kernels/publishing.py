@@ -81,7 +81,8 @@ def check_outputs(
 
     Args:
         inputs: files and folders that are read: no output file may be one of them, or inside one.
-        keys: those of the JSON object that each of `files` gets; None: any file is replaced.
+        keys: those of the JSON object that each of `files` gets, first one that is always there; None: any file is
+            replaced.
         plot, files: the output files by name, all different.
 
     Raises:
@@ -121,14 +122,18 @@ def check_outputs(
 
 
 def _check_like(name: str, file: Path, keys: Collection[str] | None) -> None:
-    """Refuse to replace a file with content, unless it is a JSON object with these keys alone, or with None a plot."""
+    """Refuse to replace a file with content, unless it is a JSON object with these keys alone, or with None a plot.
+
+    The object must have the first of the keys; reports of other versions may lack others.
+    """
     if not file.exists() or not (size := file.stat().st_size):
         return
     like = size <= _LARGEST_REPORT and os.access(file, os.R_OK)
     if keys is None:
         like = like and b"atplotlib" in file.read_bytes()  # in the metadata of each format
     else:
-        like = like and (_read_object(file) or {"": None}).keys() <= set(keys)
+        found = _read_object(file) or {} if like else {}
+        like = next(iter(keys)) in found and found.keys() <= set(keys)
     if not like:
         what = "a plot by matplotlib" if keys is None else f"a report with {', '.join(keys)}"
         raise SmileError(f"{name}: is {str(file)!r}, which is not {what}; expected a new file, or one to replace")

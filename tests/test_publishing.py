@@ -585,11 +585,15 @@ def test_reports_replace_only_their_like(report, tmp_path):
     file.unlink()
     for _ in range(2):
         report.save(file)
+    for other in [one for one in (Sweep([]), UpscaleReport([])) if type(one) is not type(report)]:
+        with pytest.raises(ValueError, match="which is not a report"):
+            other.save(file)
 
 
 def test_only_its_like_is_replaced(tmp_path):
     report, plot, keys = tmp_path / "a.json", tmp_path / "a.png", ("machine", "records")
-    other = ["text", "[]", "{}", "7", '{"records": []', '{"records": [], "x": 1}', "[" * 10**5, "\xff", '{"a": "é"}']
+    other = ["text", "[]", "{}", "7", '{"records": []', '{"machine": 1, "x": 1}', '{"records": 1}', "[" * 10**5]
+    other += ["\xff", '{"a": "é"}']
     for content in other:
         report.write_text(content, encoding="latin-1")
         with pytest.raises(
@@ -606,7 +610,7 @@ def test_only_its_like_is_replaced(tmp_path):
         file.truncate(1 << 40)  # is not read
     with pytest.raises(ValueError, match="which is not a report"):
         check_outputs(keys=keys, json=report)
-    for content in ("", '{"machine": {}, "records": []}', '{"records": 1}'):
+    for content in ("", '{"machine": {}, "records": []}', '{"machine": 1}'):
         report.write_text(content)
         check_outputs(keys=keys, json=report)
     for kind in ("png", "svg", "pdf"):

@@ -468,6 +468,7 @@ class Job:
         write_config(folder, base_config, config)
         base, *experts = (Path(os.path.abspath(one)).name for one in (self.base, *self.experts))
         write_text(folder / "README.md", model_card(config, base=base, experts=experts))
+        (folder / REPORT).unlink(missing_ok=True)  # of an interrupted run, and perhaps damaged: not replaced
         report.save(folder / REPORT)
 
 

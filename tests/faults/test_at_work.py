@@ -170,6 +170,7 @@ def test_a_damaged_output_of_an_interrupted_run_is_written_again(folder, monkeyp
         with pytest.raises(KeyboardInterrupt):
             fuse(folder)
     os.truncate(folder / "out.partial" / "output" / "model.safetensors", len(whole) - 8)
+    (folder / "out.partial" / "output" / "smile_report.json").write_bytes(b"\0" * 100)
     fuse(folder)
     assert (folder / "out" / "model.safetensors").read_bytes() == whole
 
