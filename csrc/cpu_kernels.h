@@ -96,7 +96,7 @@ template <class T> class Chunk {
         slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
     // By the tokens of the whole call, so that the same router's rows and x have the same scores in every chunk and operator.
-    const bool packs_x = !kTiles<X> && n.tokens > kDotsUpTo<X>;
+    const bool packs_x = !kTiles<X> && is_worth_packing<X>(n.tokens);
     packs_rows = n.tokens >= kPackFrom * kTokens;
     packs_x_for_base = p.weight && packs_x;
     packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked;

@@ -576,8 +576,10 @@ void product_by_panels(int64_t depth, int64_t width, int64_t count, const Lay& l
 constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
 // Numbers summed in a row: sums of few have smaller rounding errors.
 template <class X> constexpr int64_t kChainOfRows = std::is_same<X, bfloat16>::value ? kPanelDepth : 64;
-// Number of x up to which `dots` is faster.
-template <class X> constexpr int64_t kDotsUpTo = std::is_same<X, bfloat16>::value ? 6 : SMILE_VECTORS == 16 ? 9 : 12;
+// Whether so many x are multiplied faster by panels than by `dots`: those that fill most of a vector, or half of one of pairs.
+template <class X> constexpr bool is_worth_packing(int64_t count) {
+  return count > (SMILE_VECTORS == 16 ? 9 : 12) || (std::is_same<X, bfloat16>::value && (count == 7 || count == 8));
+}
 constexpr int64_t kMostPacked = SMILE_VECTORS == 16 ? 64 : 128;  // number of x beyond which packing rows is faster
 
 // Rows in registers, where a panel has V vectors.
