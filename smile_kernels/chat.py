@@ -13,7 +13,6 @@ from torch import Tensor
 from .checkpoint import errors_of_tokenizer, load_pretrained, load_tokenizer
 from .errors import SmileError, check_integer, reason
 from .nn import routed_layers
-from .publishing import is_utf8
 from .routing import routing_override, watch_routing
 from .routing.tokens import limited_template
 
@@ -65,7 +64,7 @@ def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = 
             if line == "/exit":
                 break
             command, _, name = line.partition(" ")
-            if not is_utf8(line):
+            if line.encode(errors="ignore").decode() != line:  # it has surrogates, for the bytes
                 print(f"{line!a}: contains a byte that is not {sys.stdin.encoding}; ignored", file=sys.stderr)
             elif line == "/reset":
                 turns = []
@@ -127,6 +126,8 @@ def _lines(interactive: bool) -> Iterator[str]:
 def _prompt(model: Any, tokenizer: Any, turns: list[dict[str, str]]) -> Any:
     with errors_of_tokenizer(Path(tokenizer.name_or_path), "chat template fails"), limited_template():
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        if not prompt["input_ids"].numel():
+            raise SmileError("it gives no tokens; expected those of the conversation")
     largest = int(prompt["input_ids"].max())
     if largest >= (size := model.config.get_text_config().vocab_size):
         raise SmileError(

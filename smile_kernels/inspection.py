@@ -52,11 +52,15 @@ def describe(folder: str | Path) -> dict[str, Any]:
     energies = {record.name: record.energy for record in records}
     layers, sizes = [], {"base": 0, "experts": 0, "other": 0}
     for name, entry in config.modules.items():
-        for factor, dims in (("vh", 3), ("s", 2), ("u", 3)):
+        n, r = config.num_local_experts, entry.rank_of_expert
+        for factor, expected in {"vh": (n, "k", "D"), "s": (n, r), "u": (n, "O", r)}.items():
             if f"{name}.{factor}" not in stored:
                 raise SmileError(f"{folder}: tensor {name}.{factor} is missing; config.json says it is there")
-            if len(shape := stored[f"{name}.{factor}"].shape) != dims:
-                raise SmileError(f"{folder}: tensor {name}.{factor} is {list(shape)}; expected {dims} dimensions")
+            shape = stored[f"{name}.{factor}"].shape
+            fit = [a == b or (isinstance(b, str) and a > 0) for a, b in zip(shape, expected)]
+            if len(shape) != len(expected) or not all(fit):
+                wanted = ", ".join(map(str, expected))
+                raise SmileError(f"{folder}: tensor {name}.{factor} is {list(shape)}; expected [{wanted}]")
         s = stored[f"{name}.s"].load().double()
         experts = sum(stored[key].nbytes for factor in FACTORS if (key := f"{name}.{factor}") in stored)
         sizes["experts"] += experts

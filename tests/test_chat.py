@@ -1,6 +1,7 @@
 """`smile-kernels chat`: answers, the experts that it prints, commands, and folders that cannot chat."""
 
 import copy
+import io
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from smile_kernels import (
     upscale_checkpoints,
     watch_routing,
 )
+from smile_kernels.chat import chat as converse
 from smile_kernels.cli import app
 from smile_kernels.nn import smile_layers
 from tests.integrations import tiny_models
@@ -145,6 +148,23 @@ def test_bytes_of_another_encoding_are_reported_and_the_next_line_is_answered(fu
     assert said[0].startswith(r"'a\udcff': contains a byte that is not utf-8")
     assert re.fullmatch(r"\[(math|code) 100%\]", said[1])
     assert len(said) == 2
+
+
+def test_a_line_that_an_ascii_input_cannot_have_is_reported(fused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode()), encoding="ascii"))
+    said = io.StringIO()
+    with redirect_stderr(said):
+        converse(fused, max_new_tokens=2)
+    assert r"'\udcc3\udca9': contains a byte that is not ascii; ignored" in said.getvalue()
+
+
+def test_a_chat_template_without_text_is_named_in_one_line(fused, tmp_path):
+    shutil.copytree(fused, tmp_path / "fused")
+    (tmp_path / "fused" / "chat_template.jinja").write_text("{{ '' }}")
+    result = CliRunner().invoke(app, ["chat", str(tmp_path / "fused")], input="Hi\n")
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert "chat template fails (SmileError: it gives no tokens; expected those of the conversation); exp" in said
 
 
 def test_a_conversation_beyond_the_context_is_refused_before_it_is_computed(fused, tmp_path, tokenizer):

@@ -201,9 +201,13 @@ def test_inspect(tmp_path, folders):
     assert result.stderr == "error: plot: is 'a.txt'; expected a name that ends with .png, .svg or .pdf\n"
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {"down.s": tensors["down.s"][None].clone()}, file)
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
-    assert "tensor down.s is [1, 3, 4]; expected 2 dimensions" in " ".join(result.stderr.split())
+    others = {"s": tensors["down.s"][None], "s ": tensors["down.s"][:0], "u": tensors["down.u"][:, :0]}
+    for name, other in others.items():
+        save_file(tensors | {f"down.{name.strip()}": other.clone()}, file)
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+        expected = "[3, 4]" if "s" in name else "[3, O, 4]"
+        said = f"tensor down.{name.strip()} is {list(other.shape)}; expected {expected}"
+        assert said in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("reporting", ["inspect", "analyze", "sweep", "bench", "doctor"])
