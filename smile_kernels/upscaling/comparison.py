@@ -118,6 +118,9 @@ def differs(name: str, own: Path, others: Mapping[str, Path]) -> bool:
         return True
     if own.name == "tokenizer.json" and _are_alike_when_loaded(own, other):  # in less time than both are parsed
         return False
+    stored = [value.get("processor_class") for value in map(_json, (own, other)) if isinstance(value, dict)]
+    if len({one for one in stored if isinstance(one, str)}) == 2:  # AutoProcessor takes it; some versions omit it
+        return True
     first, second = _settings(name, own), _settings(name, other)
     if not (isinstance(first, dict) and isinstance(second, dict)):
         return first is None or first != second

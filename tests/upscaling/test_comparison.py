@@ -81,6 +81,7 @@ UNLIKE: dict[str, tuple[dict, str, Any, Any]] = {
         {"added_tokens_decoder": ADDED | {"257": TOKEN | {"content": "hello"}}},
     ),
     "a class": (WHOLE, CONFIG, {"tokenizer_class": "GPT2Tokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}),
+    "a class of processors": (WHOLE, CONFIG, *({"processor_class": f"{x}Processor"} for x in ("CLIP", "OwlViT"))),
     "spaces": (WHOLE, CONFIG, *({"clean_up_tokenization_spaces": value} for value in (True, False))),
     "inputs": (WHOLE, CONFIG, {}, {"model_input_names": ["input_ids"]}),
     "a token of the map": (WHOLE, MAP, {"eos_token": "<|endoftext|>"}, {"eos_token": "!"}),
