@@ -248,9 +248,10 @@ def attached_roots(model: nn.Module, by_rows: bool) -> list[RootRouting]:
 
 def release_idle(layers: Iterable[RoutedExperts]) -> None:
     """Detach layers that route themselves and that no override or forward pass needs."""
-    for layer in layers:
-        root = _root_routing(layer)
-        if root is not None and root.is_idle:
+    attached = [(layer, root) for layer in layers if (root := _root_routing(layer)) is not None]
+    idle = {root for root in {root for _, root in attached} if root.is_idle}  # once: another thread may begin a pass
+    for layer, root in attached:
+        if root in idle:
             root.release(layer)
 
 

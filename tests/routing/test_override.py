@@ -1,6 +1,7 @@
 """Experts selected by the caller instead of the policy: for a model, and for each row of a batch."""
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from smile_kernels.functional import keep_top_p, route
 from smile_kernels.integrations.quantization import split_base
 from smile_kernels.nn import smile_layers
 from smile_kernels.routing import RoutingPolicy, get_routing, set_routing, watch_routing
+from smile_kernels.routing.state import RootRouting
 from tests.routing.definition import (
     POLICIES,
     Calls,
@@ -170,6 +172,14 @@ def test_the_innermost_counts_and_an_error_leaves_nothing():
         close(logits(model, input_ids=ids), one)
     assert all(layer.router_policy is None for layer in smile_layers(model).values())
     assert torch.equal(logits(model, input_ids=ids), own)
+
+
+def test_a_pass_that_begins_when_an_override_ends_leaves_no_layer_behind(monkeypatch):
+    model, idle = named(llama()), itertools.chain([True], itertools.repeat(False))
+    monkeypatch.setattr(RootRouting, "is_idle", property(lambda root: next(idle)))
+    with routing_override(model, "code"):
+        pass
+    assert all(layer.router_policy is None for layer in smile_layers(model).values())
 
 
 def test_threads_and_copies_have_their_own():
