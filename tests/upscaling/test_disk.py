@@ -257,14 +257,8 @@ def test_a_language_model_without_a_kv_cache_is_not_calibrated(tmp_path):
     base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     for name, model in (("base", base), ("expert", finetuned(base))):
         model.save_pretrained(tmp_path / name)
-    # In a process of its own: after thousands of other tests it is found after the work.
-    program = (
-        "import sys; from smile_kernels import upscale_checkpoints as run; base, expert, out = sys.argv[1:]; "
-        f"run(base, [expert], out, calibrate=True, **{RANKS!r})"
-    )
-    folders = [str(tmp_path / name) for name in ("base", "expert", "out")]
-    run = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True)
-    assert "inputs: OpenAIGPTLMHeadModel returns no KV cache" in run.stderr
+    with pytest.raises(ValueError, match="inputs: OpenAIGPTLMHeadModel returns no KV cache"):
+        upscale_checkpoints(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", **RANKS, calibrate=True)
     assert not list(tmp_path.glob("out*"))
 
 

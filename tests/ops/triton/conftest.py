@@ -33,6 +33,8 @@ def _poisoned_memory(monkeypatch):
     def poisoned(*args, **kwargs):
         return poison(empty(*args, **kwargs))
 
+    with torch.device("cpu"):  # on first use torch.device notes the functions that it affects: the real ones
+        torch.zeros(0)
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
     monkeypatch.setattr(
