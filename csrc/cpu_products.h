@@ -305,7 +305,6 @@ void dot_tiles(int m, const X* const* x, R* const* out, const Rows<T>& rows, int
 template <class X, class T, class R>
 void dots(const X* const* x, R* const* out, int64_t count, const Rows<T>& rows, int64_t begin, int64_t end,
           int64_t length, int64_t ahead, bool accumulate) {
-  if (count == 0) return;
   const int64_t passes = (count + kTokens - 1) / kTokens, most = (count + passes - 1) / passes;  // all of them alike
   const int64_t at_once = count > kTokens || length <= kDepth ? end - begin : 1;  // rows that are read once are read to their ends
   for (int64_t k = begin; k < end; k += at_once)
