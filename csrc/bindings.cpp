@@ -235,7 +235,7 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
 
 void run(const Tensor& x, const smile::Forward& p) {
   if (p.router == nullptr) check_ids(p.n, p.ids, p.parts.count);
-  smile::cpu_forward(dtype_of(x), p, parallel_for);
+  smile::cpu_forward(dtype_of(x), p, parallel_for, torch::stable::get_num_threads());
 }
 
 void run_backward(const Tensor& x, const smile::Backward& p) {

@@ -86,7 +86,7 @@ namespace smile {
 // The kernels of one instruction set.
 struct Kernels {
   int64_t (*most_tokens)(DType);
-  void (*forward)(DType, const Forward&, ParallelFor);
+  void (*forward)(DType, const Forward&, ParallelFor, int64_t);
   void (*backward_of_apply)(DType, const Backward&, ParallelFor);
   void (*backward_of_route)(DType, const RouteBackward&, ParallelFor);
 };
@@ -132,7 +132,7 @@ static const Kernels& kernels() {
 
 bool cpu_computes_base(DType dtype, const Sizes& n) { return n.tokens <= kernels().most_tokens(dtype); }
 
-void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for) { kernels().forward(dtype, p, parallel_for); }
+void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for, int64_t threads) { kernels().forward(dtype, p, parallel_for, threads); }
 
 void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for) {
   kernels().backward_of_apply(dtype, p, parallel_for);

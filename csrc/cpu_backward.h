@@ -90,7 +90,7 @@ template <class T> class GroupedProducts {
         for (int64_t t = 0; adds && t < n.tokens; ++t) {
           const T* old = out + t * columns + c0;
           for (int64_t at = 0; at < kWidth; at += kLine<T>) __builtin_prefetch(old + kWidth + at, 1);
-          for (int64_t c = 0; c < width; ++c) sums.get()[t * kWidth + c] = to_real(old[c]);
+          convert(old, width, sums.get() + t * kWidth);
         }
         for (int64_t i = 0; i < n.num_experts; ++i)
           for (int64_t k = 0; k < rank && first[i] < first[i + 1]; k += kPanelDepth) {
@@ -101,8 +101,7 @@ template <class T> class GroupedProducts {
             panel_product<X>(first[i + 1] - first[i], [&](int64_t e) { return coefficients + list[e].place * rank + k; }, panel.get(),
                              width, length, [&](int64_t e) { return sums.get() + list[e].token * kWidth; }, true);
           }
-        for (int64_t t = 0; t < n.tokens; ++t)
-          for (int64_t c = 0; c < width; ++c) out[t * columns + c0 + c] = from_real<T>(sums.get()[t * kWidth + c]);
+        for (int64_t t = 0; t < n.tokens; ++t) convert(sums.get() + t * kWidth, width, out + t * columns + c0);
       }
     });
   }

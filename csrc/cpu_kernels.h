@@ -3,8 +3,9 @@
 // how many registers hold one; SMILE_BFLOAT16_DOT, whether there is an instruction for bfloat16 dot products;
 // SMILE_BFLOAT16_TILES, whether AMX multiplies tiles of them.
 //
-// A chunk of tokens goes through: float copy of x (where needed) -> products with W, unless PyTorch's is faster, and with
-// the router's rows -> top-m -> entries sorted by expert -> the other rows of the selected experts -> expand into y.
+// A chunk of tokens goes through: float copy of x (where needed) -> products with the router's rows -> top-m -> entries sorted
+// by expert -> the other rows of the selected experts -> expand into y. Products with W, unless PyTorch's are faster, are
+// computed with the router's for up to two panels of tokens, and for more of them in expand, block by block.
 // Every step is split over threads by its outputs, so no two threads write the same number and the result does not depend
 // on the number of threads.
 
@@ -77,11 +78,17 @@ constexpr int64_t kEntriesAtOnce = 32 * kTokens;
 
 // The number of tokens up to which these kernels compute the base product too. A few are bound by reading W, as at::linear is
 // after its overhead; up to two panels of them, packing x is faster than packing W; and 16-bit numbers that the processor does
-// not multiply are converted here with vectors. Measured: bench/NOTES.md.
-template <class T> constexpr int64_t most_tokens_of_base() {
+// not multiply are converted here with vectors. More are multiplied here where that was measured to be faster, by processors
+// with bfloat16 instructions and, float32, by AMD's. Measured: bench/NOTES.md.
+template <class T> int64_t most_tokens_of_base() {
   using X = typename MultiplyAs<T>::type;
+  constexpr int64_t any = std::numeric_limits<int64_t>::max();
   if (SMILE_VECTOR_BYTES == 16 || kTiles<X>) return 8;
-  return std::is_same<T, X>::value ? kMostPacked : std::numeric_limits<int64_t>::max();
+  if (!std::is_same<T, X>::value || std::is_same<T, bfloat16>::value) return any;
+#if SMILE_VECTOR_BYTES == 64
+  if (std::is_same<T, float>::value && __builtin_cpu_is("amd")) return any;
+#endif
+  return kMostPacked;
 }
 
 // "Expert" v of a layer is number v % N of part v / N.
@@ -91,25 +98,26 @@ template <class T> class Chunk {
   static constexpr bool kInPlace = std::is_same<T, R>::value;  // y holds sums, others are rounded once
 
  public:
-  Chunk(const Forward& p, ParallelFor parallel_for)
-      : p(p), n(p.n), parallel_for(parallel_for), num_parts(p.parts.count), experts(num_parts * n.num_experts),
+  Chunk(const Forward& p, ParallelFor parallel_for, int64_t threads)
+      : p(p), n(p.n), parallel_for(parallel_for), threads(threads), num_parts(p.parts.count), experts(num_parts * n.num_experts),
         slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
     // By the tokens of the whole call, so that the same router's rows and x have the same scores in every chunk and operator.
     const bool packs_x = !kTiles<X> && is_worth_packing<X>(n.tokens);
     packs_rows = n.tokens >= kPackFrom * kTokens;
-    packs_x_for_base = p.weight && packs_x;
+    packs_weight = p.weight && n.tokens > kMostPacked;
+    packs_x_for_base = p.weight && packs_x && !packs_weight;
     packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked;
     find_ranks();
     if (p.y) cut_outputs();
-    const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.weight ? n.out_features : 0) +
+    const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.weight && !packs_weight ? n.out_features : 0) +
                               (p.y ? slots * n.rank_of_expert : 0);
     const int64_t least = p.weight ? kPanelWidth<X> : kTokens, most = (1 << 20) / std::max<int64_t>(1, per_token);
     tokens_at_once = std::min({n.tokens, int64_t(1024), std::max(least, most / least * least)});
     const int64_t entries_at_once = tokens_at_once * slots;
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
     if (p.router) q.reset(new R[tokens_at_once * q_columns()]);
-    if (p.weight && !kInPlace) base.reset(new R[tokens_at_once * n.out_features]);
+    if (p.weight && !packs_weight && !kInPlace) base.reset(new R[tokens_at_once * n.out_features]);
     if (p.y) h.reset(new R[entries_at_once * n.rank_of_expert]);
     if (p.y) z.reset(new X[entries_at_once * n.rank_of_expert]);
     x.resize(tokens_at_once);
@@ -125,7 +133,7 @@ template <class T> class Chunk {
       if (!p.energies) weights = static_cast<R*>(p.weights) + begin * slots, ids = p.ids + begin * slots;
       read_x();
       if (packs_x_for_base || packs_x_for_router) multiply_packed_x();
-      if (p.weight && !packs_x_for_base) add_base_product();
+      if (p.weight && !packs_x_for_base && !packs_weight) add_base_product();
       if (p.router && !packs_x_for_router) packs_rows ? run_packed_router_product() : add_router_products();
       run_products();
       if (p.router) choose_experts();
@@ -330,37 +338,50 @@ template <class T> class Chunk {
     } else {
       for (int64_t d = 0; d < depth; d += kPanelDepth) {
         const int64_t count = std::min(kPanelDepth, depth - d);
-        for (int64_t c = 0; c < rows; ++c)
-          for (int64_t k = 0; k < count; ++k) reals[c * kPanelDepth + k] = to_real(row(c)[d + k]);
+        for (int64_t c = 0; c < rows; ++c) convert(row(c) + d, count, reals + c * kPanelDepth);
         row_product<X>(rows, [&](int64_t c) { return reals + std::min(c, rows - 1) * kPanelDepth; },
                        column_of_panel(panel, width, d), width, count, sums, d > 0);
       }
     }
   }
 
+  // Tokens that a panel is multiplied with: as many as leave all threads enough to do, since a panel is packed once for them.
+  int64_t tokens_of_piece(int64_t panels) const {
+    const int64_t pieces = std::max<int64_t>(1, 2 * threads / panels);
+    return std::min(tokens, std::max(kEntriesAtOnce, (tokens + pieces - 1) / pieces));
+  }
+
   // q = x R^T by panels of rows, which may belong to several experts.
   void run_packed_router_product() {
-    constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = kEntriesAtOnce;
+    constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
-    const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce;
-    parallel(parallel_for, panels * pieces, kWidth * std::min(tokens, kAtOnce) * n.in_features, [&](int64_t from, int64_t to) {
+    const int64_t most = tokens_of_piece(panels), pieces = (tokens + most - 1) / most;
+    parallel(parallel_for, panels * pieces, kWidth * most * n.in_features, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
-        const int64_t j0 = item % panels * kWidth, t0 = item / panels * kAtOnce;
-        packed_product(std::min(kWidth, rows - j0), [&](int64_t c) { return router_row(j0 + c); }, std::min(kAtOnce, tokens - t0),
-                       [&](int64_t t) { return x[t0 + t]; }, [&](int64_t t) { return &q[(t0 + t) * rows + j0]; });
+        const int64_t j0 = item % panels * kWidth, t0 = item / panels * most;
+        const auto row_at = [&](int64_t c) { return router_row(std::min(j0 + c, rows - 1)); };
+        packed_product(std::min(kWidth, rows - j0), row_at, std::min(most, tokens - t0), [&](int64_t t) { return x[t0 + t]; },
+                       [&](int64_t t) { return &q[(t0 + t) * rows + j0]; });
       }
     });
   }
 
-  // out[e] = the product of x[e] with `width` rows, at most those of a panel.
+  // out[e] = the product of x[e] with `width` rows, at most those of a panel. row_at is called for rows after them too.
   template <class RowAt, class XAt, class OutAt>
   void packed_product(int64_t width, const RowAt& row_at, int64_t count, const XAt& x_at, const OutAt& out_at) {
     const auto lay = [&](int64_t d, int64_t length, R* panel) {
       const T* row[kPanelWidth<X>];
       for (int64_t c = 0; c < width; ++c) row[c] = row_at(c) + d;
-      pack<X>(row, width, length, panel);
+      pack<X>(row, width, length, panel, kNear<T>);
     };
-    product_by_panels<X>(n.in_features, width, count, lay, [&](int64_t e, int64_t d) { return x_at(e) + d; }, out_at);
+    // The columns from d on, to be packed next, or past them the first ones of the rows of the next panel.
+    const auto prefetch = [&](int64_t d, int64_t from, int64_t to) {
+      const bool is_past = d >= n.in_features;
+      const int64_t next = is_past ? width : 0, begin = is_past ? 0 : d, end = std::min(begin + kPanelDepth, n.in_features);
+      for (int64_t c = from * width / count; c < to * width / count; ++c)
+        for (int64_t k = begin; k < end; k += kLine<T>) __builtin_prefetch(row_at(next + c) + k, 0, kSecondLevel);
+    };
+    product_by_panels<X>(n.in_features, width, count, lay, [&](int64_t e, int64_t d) { return x_at(e) + d; }, out_at, prefetch);
   }
 
   void add_shrink_products() {
@@ -411,21 +432,28 @@ template <class T> class Chunk {
     });
   }
 
-  // Every block of outputs accumulates all experts: in y where y holds sums of R, else in `buffer`, to be rounded once.
+  // Every block of outputs begins with x W^T and accumulates all experts: in y where y holds sums of R, else in `buffer`, to
+  // be rounded once.
   void expand() {
-    constexpr int64_t kWidth = kPanelWidth<X>, kAtOnce = 512;
+    constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t r = n.rank_of_expert, count = int64_t(blocks.size());
-    const int64_t pieces = (tokens + kAtOnce - 1) / kAtOnce, most = std::min(tokens, kAtOnce);
+    const int64_t most = tokens_of_piece(count), pieces = (tokens + most - 1) / most;
     parallel(parallel_for, count * pieces, kWidth * most * n.num_experts_per_tok * r, [&](int64_t from, int64_t to) {
       const Buffer<R> buffer(most * kWidth), panel(packed_depth<X>(std::min(r, kPanelDepth)) * kWidth);
       for (int64_t item = from; item < to; ++item) {
         const auto [part, o, width] = blocks[item % count];
         if (!p.weight && !has_experts(part)) continue;
-        const int64_t t0 = item / count * kAtOnce, t1 = std::min(tokens, t0 + kAtOnce);
+        const int64_t t0 = item / count * most, t1 = std::min(tokens, t0 + most);
         T* y = static_cast<T*>(p.y) + begin * p.y_stride + o;
         const bool in_y = kInPlace && width == panel_vectors<X>(width) * kLanes<R>;
         const Sums<R> sums = in_y ? Sums<R>{reinterpret_cast<R*>(y + t0 * p.y_stride), p.y_stride} : Sums<R>{buffer.get(), kWidth};
-        for (int64_t t = t0; t < t1 && !in_y; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums[t - t0]);
+        if (packs_weight) {
+          const T* rows = static_cast<const T*>(p.weight) + o * n.in_features;
+          packed_product(width, [&](int64_t c) { return rows + c * n.in_features; }, t1 - t0, [&](int64_t t) { return x[t0 + t]; },
+                         [&](int64_t t) { return sums[t]; });
+        } else if (!in_y) {
+          for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums[t - t0]);
+        }
         for (int64_t t = t0; t < t1 && p.bias; ++t)
           for (int64_t c = 0; c < width; ++c) sums[t - t0][c] += to_real(static_cast<const T*>(p.bias)[o + c]);
         for (int64_t i = next_expert(part, -1), next; i < n.num_experts; i = next) {
@@ -435,8 +463,7 @@ template <class T> class Chunk {
                                                      : (next_expert(part, -1) - i) * p.u_stride + width * r;
           expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, panel.get(), ahead);
         }
-        for (int64_t t = t0; t < t1 && !in_y; ++t)
-          for (int64_t c = 0; c < width; ++c) y[t * p.y_stride + c] = from_real<T>(sums[t - t0][c]);
+        for (int64_t t = t0; t < t1 && !in_y; ++t) convert(sums[t - t0], width, y + t * p.y_stride);
       }
     });
   }
@@ -455,7 +482,7 @@ template <class T> class Chunk {
       return;
     }
     for (int64_t at = 0; at < kPanelWidth<X>; at += 64 / sizeof(T)) __builtin_prefetch(y + width + at, 1);
-    for (int64_t c = 0; c < width; ++c) sums[c] = to_real(y[c]);
+    convert(y, width, sums);
   }
 
   // Adds expert v, number i of its part, to the sums of its tokens among t0 to t1.
@@ -497,9 +524,9 @@ template <class T> class Chunk {
   const Forward& p;
   const Sizes& n;
   const ParallelFor parallel_for;
-  const int64_t num_parts, experts, slots;  // P, P N, P m
+  const int64_t threads, num_parts, experts, slots;  // the last are P, P N, P m
   bool copies_x;                            // x is not plain rows of R
-  bool packs_rows, packs_x_for_base, packs_x_for_router;
+  bool packs_rows, packs_weight, packs_x_for_base, packs_x_for_router;
   std::vector<int64_t> rank, routed, first_q;  // of each expert; experts with scores; a part's first among them
   struct Block { int64_t part, o, width; };
   std::vector<Block> blocks;
@@ -523,8 +550,8 @@ inline int64_t most_tokens(DType dtype) {
   return most;
 }
 
-inline void forward(DType dtype, const Forward& p, ParallelFor parallel_for) {
-  if (p.n.tokens > 0) with_type(dtype, [&](auto type) { Chunk<decltype(type)>(p, parallel_for).run(); });
+inline void forward(DType dtype, const Forward& p, ParallelFor parallel_for, int64_t threads) {
+  if (p.n.tokens > 0) with_type(dtype, [&](auto type) { Chunk<decltype(type)>(p, parallel_for, threads).run(); });
 }
 
 }  // namespace SMILE_NAMESPACE

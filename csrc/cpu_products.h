@@ -89,6 +89,25 @@ template <> SMILE_INLINE float16 from_real<float16>(float v) {
   return {uint16_t(sign | half)};
 }
 
+SMILE_INLINE void store(float* p, Vector<float> v) { std::memcpy(p, &v, sizeof(v)); }
+SMILE_INLINE void store(double* p, Vector<double> v) { std::memcpy(p, &v, sizeof(v)); }
+SMILE_INLINE void store(bfloat16* p, Vector<float> v) {
+  const Bits32 bits = bit_cast<Bits32>(v), rounded = bits + 0x7fff + ((bits >> 16) & 1), is_nan = bit_cast<Bits32>(v != v);
+  const Bits16 upper = __builtin_convertvector(((is_nan & (bits | 0x400000)) | (~is_nan & rounded)) >> 16, Bits16);
+  std::memcpy(p, &upper, sizeof(upper));
+}
+SMILE_INLINE void store(float16* p, Vector<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_real<float16>(v[i]);
+}
+
+// to[i] = from[i], rounded to To.
+template <class From, class To> SMILE_INLINE void convert(const From* from, int64_t count, To* to) {
+  constexpr int lanes = kLanes<typename RealOf<From>::type>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from_real<To>(to_real(from[i]));
+}
+
 // How numbers x of type X are multiplied with rows of type T: `lanes` at a time, summed in R.
 template <class X> struct Operand {
   using R = typename RealOf<X>::type;
@@ -241,6 +260,7 @@ constexpr int64_t kDepth = 1024;                          // columns in one pass
 
 template <class T> constexpr int64_t kLine = 64 / sizeof(T);     // numbers in a cache line
 template <class T> constexpr int64_t kAhead = 4096 / sizeof(T);  // from a number that is multiplied to one prefetched
+template <class T> constexpr int64_t kNear = 2 * kLine<T>;       // the same, where the second-level cache has the number
 // Where to: more lines can be on their way to the second-level cache, and they take longer to arrive than to be multiplied.
 constexpr int kSecondLevel = 2;
 
@@ -325,7 +345,7 @@ void dots(const X* const* x, R* const* out, int64_t count, const Rows<T>& rows, 
 constexpr int kPanel = 4;                // vectors of rows in one panel, at most
 constexpr int64_t kPanelDepth = 256;     // columns in one panel: it stays in the caches for many x
 // Numbers summed in a row. Sums of few at a time have smaller rounding errors.
-template <class X> constexpr int64_t kChain = std::is_same<X, bfloat16>::value ? kPanelDepth : 32;
+template <class X> constexpr int64_t kChain = std::is_same<X, bfloat16>::value ? kPanelDepth : 128;
 constexpr int64_t kPackFrom = 3;         // number of x from which packing a row is faster
 
 // The elements of a panel: numbers of R, or pairs of bfloat16 if there is an instruction for their dot products.
@@ -395,34 +415,29 @@ template <class X, class T> void pack(const T* const* rows, int64_t width, int64
     }
 }
 
-// The x of a tile, and those of the next one, which are prefetched meanwhile: a line of 64 bytes from one of them
-// at each step. An x that is read only once would be waited for otherwise.
+// The x of a tile, and those of the next one, which are prefetched meanwhile: an x that is read only once would be waited
+// for otherwise.
 template <class X> struct Tile {
-  static constexpr int line = 64 / sizeof(typename Packed<X>::R);  // steps in which a line of x is multiplied
-  const X* x[2 * kTokens];
-  const X* next[line];
-  SMILE_INLINE void prefetch(int64_t k) const {
-    const int64_t of_next = k / Packed<X>::numbers % line;
-    __builtin_prefetch(next[of_next] + k - of_next * Packed<X>::numbers);
-  }
+  const X *x[2 * kTokens], *next[2 * kTokens];
 };
 
 // out_t[0 : V vectors] (+)= sum_k x_t[k] panel[k] for M x.
 template <int M, int V, class X, class R>
-SMILE_INLINE void panel_tile(const Tile<X>& tile, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+SMILE_INLINE void panel_tile(const Tile<X>& tile, int64_t from, const R* panel, int64_t depth, R* const* out, bool accumulate) {
   const X* x[M];
-  SMILE_UNROLL for (int t = 0; t < M; ++t) x[t] = tile.x[t];
+  SMILE_UNROLL for (int t = 0; t < M; ++t) x[t] = tile.x[t] + from;
   constexpr int numbers = Packed<X>::numbers, lanes = kLanes<R>;
   if (accumulate)
     for (int t = 0; t < M; ++t)
       for (int v = 0; v < V; ++v) __builtin_prefetch(out[t] + v * lanes, 1);
   Vector<R> sum[M][V] = {};
   int64_t k = 0;
-  for (; k + numbers <= depth; k += numbers, panel += V * lanes) {
-    tile.prefetch(k);
-    SMILE_UNROLL for (int t = 0; t < M; ++t)
-      SMILE_UNROLL for (int v = 0; v < V; ++v)
-        sum[t][v] = Packed<X>::multiply_add(x[t] + k, load(panel + v * lanes), sum[t][v]);
+  while (k + numbers <= depth) {
+    SMILE_UNROLL for (int t = 0; t < M; ++t) __builtin_prefetch(tile.next[t] + from + k);
+    for (const int64_t end = std::min(depth, k + kLine<X>); k + numbers <= end; k += numbers, panel += V * lanes)
+      SMILE_UNROLL for (int t = 0; t < M; ++t)
+        SMILE_UNROLL for (int v = 0; v < V; ++v)
+          sum[t][v] = Packed<X>::multiply_add(x[t] + k, load(panel + v * lanes), sum[t][v]);
   }
   if (k < depth)
     SMILE_UNROLL for (int t = 0; t < M; ++t) {
@@ -437,10 +452,10 @@ SMILE_INLINE void panel_tile(const Tile<X>& tile, const R* panel, int64_t depth,
 }
 
 template <int M, int V, class X, class R>
-void panel_tiles(int m, const Tile<X>& x, const R* panel, int64_t depth, R* const* out, bool accumulate) {
+void panel_tiles(int m, const Tile<X>& x, int64_t from, const R* panel, int64_t depth, R* const* out, bool accumulate) {
   if constexpr (M > 1)
-    if (m < M) return panel_tiles<(M > kTokens ? kTokens : M - 1), V>(m, x, panel, depth, out, accumulate);
-  panel_tile<M, V>(x, panel, depth, out, accumulate);
+    if (m < M) return panel_tiles<(M > kTokens ? kTokens : M - 1), V>(m, x, from, panel, depth, out, accumulate);
+  panel_tile<M, V>(x, from, panel, depth, out, accumulate);
 }
 
 #if SMILE_BFLOAT16_TILES
@@ -512,53 +527,65 @@ void tile_product(int64_t count, const At& x_at, const float* panel, int64_t dep
 }
 #endif
 
-// out_e[0 : V vectors] (+)= x_e panel for `count` x: a few at once, more for a narrow panel.
-template <int V, class X, class R, class At, class Out>
-void few_products(int64_t count, const At& x_at, const R* panel, int64_t depth, const Out& out_at, bool accumulate) {
+struct NoPrefetch {
+  template <class... At> void operator()(At...) const {}
+};
+
+// out_e[0 : V vectors] (+)= x_e panel for `count` x, one or more: a few at once, more for a narrow panel. Meanwhile prefetch(from, to) is
+// called, for the x from `from` to `to`.
+template <int V, class X, class R, class At, class Out, class Prefetch>
+void few_products(int64_t count, const At& x_at, const R* panel, int64_t depth, const Out& out_at, bool accumulate,
+                  const Prefetch& prefetch) {
   constexpr int most = V <= kPanel / 2 ? 2 * kTokens : kTokens;
+  Tile<X> tile;
+  for (int t = 0; t < most; ++t) tile.next[t] = x_at(std::min<int64_t>(t, count - 1));
   for (int64_t e = 0, m; e < count; e += m) {
     m = count - e >= most ? most : std::min<int64_t>(kTokens, count - e);
-    Tile<X> tile;
     R* outs[most];
-    for (int t = 0; t < m; ++t) tile.x[t] = x_at(e + t), outs[t] = out_at(e + t);
-    for (int t = 0; t < tile.line; ++t) tile.next[t] = x_at(std::min(e + m + t, count - 1));
+    for (int t = 0; t < m; ++t) tile.x[t] = tile.next[t], outs[t] = out_at(e + t);
+    for (int t = 0; t < most; ++t) tile.next[t] = x_at(std::min(e + m + t, count - 1));
+    prefetch(e, e + m);
     for (int64_t k = 0; k < depth; k += kChain<X>) {
       const R* part = panel + k / Packed<X>::numbers * V * kLanes<R>;
-      panel_tiles<most, V>(int(m), tile, part, std::min(kChain<X>, depth - k), outs, accumulate || k > 0);
-      for (int t = 0; t < m; ++t) tile.x[t] += kChain<X>;
-      for (auto& next : tile.next) next += kChain<X>;
+      panel_tiles<most, V>(int(m), tile, k, part, std::min(kChain<X>, depth - k), outs, accumulate || k > 0);
     }
   }
 }
 
 // out_e[0 : width] (+)= x_e panel for `count` x; also the numbers up to the last vector of the panel are written.
-template <class X, class R, class At, class Out>
-void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate) {
+template <class X, class R, class At, class Out, class Prefetch = NoPrefetch>
+void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate,
+                   const Prefetch& prefetch = {}) {
 #if SMILE_BFLOAT16_TILES
   if constexpr (kTiles<X>) return tile_product(count, x_at, panel, depth, out_at, accumulate);
 #endif
   switch (panel_vectors<X>(width)) {
-    case 1: return few_products<1, X>(count, x_at, panel, depth, out_at, accumulate);
-    case 2: return few_products<2, X>(count, x_at, panel, depth, out_at, accumulate);
-    case 3: return few_products<3, X>(count, x_at, panel, depth, out_at, accumulate);
-    default: return few_products<kPanel, X>(count, x_at, panel, depth, out_at, accumulate);
+    case 1: return few_products<1, X>(count, x_at, panel, depth, out_at, accumulate, prefetch);
+    case 2: return few_products<2, X>(count, x_at, panel, depth, out_at, accumulate, prefetch);
+    case 3: return few_products<3, X>(count, x_at, panel, depth, out_at, accumulate, prefetch);
+    default: return few_products<kPanel, X>(count, x_at, panel, depth, out_at, accumulate, prefetch);
   }
 }
 
 // out_at(e)[0 : width] = the product of x_e with a factor of `depth` columns and `width` rows, at most those of a panel, for `count`
 // x. lay(d, length, panel) makes a panel of the columns from d on, and x_at(e, d) is x_e from d on.
 // Sums over more than kDepth columns are added to one another, not continued: their rounding errors are smaller.
-template <class X, class Lay, class XAt, class OutAt>
-void product_by_panels(int64_t depth, int64_t width, int64_t count, const Lay& lay, const XAt& x_at, const OutAt& out_at) {
+template <class X, class Lay, class XAt, class OutAt, class Prefetch = NoPrefetch>
+void product_by_panels(int64_t depth, int64_t width, int64_t count, const Lay& lay, const XAt& x_at, const OutAt& out_at,
+                       const Prefetch& prefetch = {}) {
   using R = typename Packed<X>::R;
   constexpr int64_t kWidth = kPanelWidth<X>;
-  const Buffer<R> panel(packed_depth<X>(std::min(depth, kPanelDepth)) * kWidth), sums(count * kWidth);
+  const bool has_room = width == panel_vectors<X>(width) * kLanes<R>;  // for the last vector of sums, which is written whole
+  const Buffer<R> panel(packed_depth<X>(std::min(depth, kPanelDepth)) * kWidth);
+  const Buffer<R> sums(has_room && depth <= kDepth ? 0 : count * kWidth);
   for (int64_t d = 0; d < depth; d += kPanelDepth) {
     const int64_t length = std::min(kPanelDepth, depth - d), end = d + length;
+    const bool in_place = has_room && d < kDepth;
     lay(d, length, panel.get());
     panel_product<X>(count, [&](int64_t e) { return x_at(e, d); }, panel.get(), width, length,
-                     [&](int64_t e) { return sums.get() + e * kWidth; }, d % kDepth > 0);
-    if (end % kDepth > 0 && end < depth) continue;
+                     [&](int64_t e) { return in_place ? out_at(e) : sums.get() + e * kWidth; }, d % kDepth > 0,
+                     [&](int64_t from, int64_t to) { prefetch(end, from, to); });
+    if (in_place || (end % kDepth > 0 && end < depth)) continue;
     for (int64_t e = 0; e < count; ++e) {
       R *out = out_at(e), *part = sums.get() + e * kWidth;
       for (int64_t c = 0; c < width; ++c) out[c] = d < kDepth ? part[c] : out[c] + part[c];

@@ -104,7 +104,7 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t,
 
 // Routes if p.router is set; then, if p.y is set, adds the experts to the x W^T + b in it, or, if p.weight is set, computes
 // that product too.
-void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for);
+void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for, int64_t threads);
 
 void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for);
 void cpu_route_backward(DType dtype, const RouteBackward& p, ParallelFor parallel_for);
