@@ -344,8 +344,8 @@ void dots(const X* const* x, R* const* out, int64_t count, const Rows<T>& rows, 
 
 constexpr int kPanel = 4;                // vectors of rows in one panel, at most
 constexpr int64_t kPanelDepth = 256;     // columns in one panel: it stays in the caches for many x
-// Numbers summed in a row. Sums of few at a time have smaller rounding errors.
-template <class X> constexpr int64_t kChain = std::is_same<X, bfloat16>::value ? kPanelDepth : 128;
+// Numbers summed in a row. Sums of few at a time have smaller rounding errors, as PyTorch's have with narrower vectors.
+template <class X> constexpr int64_t kChain = std::is_same<X, bfloat16>::value ? kPanelDepth : SMILE_VECTOR_BYTES == 64 ? 128 : 32;
 constexpr int64_t kPackFrom = 3;         // number of x from which packing a row is faster
 
 // The elements of a panel: numbers of R, or pairs of bfloat16 if there is an instruction for their dot products.
