@@ -5,7 +5,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ from .storage import NO_WEIGHTS, StoredTensor, read_json, weights_fingerprint
 __all__ = ["SmileConfig", "SmileModuleConfig"]
 
 QUANT_METHOD = "smile"
+# The keys of config.json that are read here: what each holds, unless it is null.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_type": (lambda value: isinstance(value, str), "a name"),
+    "architectures": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+}
 # Numbers of a config of which transformers makes lists of that length: names of labels, types of layers.
 _COUNT, _LONGEST = re.compile(r"num_labels|n_layers?|(.*_)?layers"), 1_000_000
 FACTORS = ("vh", "s", "u", "expert_bias", "router", "router_prior")
@@ -279,6 +288,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise SmileError(f"{file}: {path} is NaN; expected a number")
         if number > _LONGEST and _COUNT.fullmatch(path.rpartition(".")[2]):
             raise SmileError(f"{file}: {path} is {reprlib.repr(number)}; expected at most {_LONGEST:,}")
+    for key, (is_valid, what) in _EXPECTED.items():
+        if (value := config.get(key)) is not None and not is_valid(value):
+            raise SmileError(f"{file}: {key} is {reprlib.repr(value)}; expected {what}")
     return config
 
 

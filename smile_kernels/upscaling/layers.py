@@ -137,8 +137,6 @@ def model_of_checkpoint(folder: Path) -> nn.Module | None:
     architectures = read_config(folder).get("architectures")
     if not architectures:
         return None
-    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise SmileError(f"{folder / 'config.json'}: architectures is {architectures!r}; expected a list of names")
     try:
         import transformers
     except ImportError:

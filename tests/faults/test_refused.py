@@ -105,6 +105,21 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     ),
     "a trillion tokens": (settings("base", vocab_size=10**12), fuse, r"embed_tokens\.weight' has shape .*config\.json"),
     "negative sizes": (settings("base", hidden_size=-5), fuse, "config.json: transformers cannot build"),
+    "a type of model that is an object": (
+        settings("base", model_type={}),
+        fuse,
+        "base/config.json: model_type is {}; expected a",
+    ),
+    "an expert's type of model that is a list": (
+        settings("expert", model_type=["llama"]),
+        fuse,
+        "expert/config.json: model_type is",
+    ),
+    "tied embeddings that are a string": (
+        settings("base", tie_word_embeddings="no"),
+        fuse,
+        "is 'no'; expected true or false",
+    ),
     "an architecture that is a string": (settings("base", architectures="L"), fuse, "architectures is 'L'; expected a"),
     "an architecture of another model": (
         settings("base", architectures=["BertForMaskedLM"]),
