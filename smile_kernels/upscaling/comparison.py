@@ -232,7 +232,7 @@ def _settings(name: str, file: Path) -> Any:
     elif re.fullmatch(_SENTENCES, kind):
         tokenizer = _json(file.with_name("tokenizer_config.json"))
         longest = tokenizer.get("model_max_length") if isinstance(tokenizer, dict) else None
-        value = {"max_seq_length": longest, **value}
+        value = value | {"max_seq_length": value.get("max_seq_length") or longest}
     elif re.fullmatch(r"(.*/)?\d+_[^/]*/config\.json", name):
         value = _pooling(value)
     return _effective(name, value)
@@ -279,6 +279,8 @@ def _form(name: str, value: Any) -> Any:
     """A setting in one form of several with the same effect."""
     if name == "auto_map":  # in the folder, or in the repository that it was loaded from
         return re.sub(r'"[^"]*--', '"', json.dumps(value))
+    if name == "eos_token_id" and isinstance(value, list) and len(value) == 1:
+        return value[0]
     if name == "model_max_length" and isinstance(value, (int, float)) and value >= _NO_LIMIT:
         return None
     if isinstance(value, str) and name.endswith(("_class", "_type")):  # one class in several implementations

@@ -211,6 +211,10 @@ ALIKE: dict[str, tuple[dict, dict]] = {
         WHOLE | {CONFIG: SAVED | {"eos_token": TOKEN | {"__type": "AddedToken"}}, MAP: {"eos_token": TOKEN}},
     ),
     "saved by another version": (WHOLE | {CONFIG: {"model_max_length": 1024}}, WHOLE | {CONFIG: SAVED, MAP: TOKENS}),
+    "a longest text of the tokenizer": (
+        OLD_SENTENCES,
+        OLD_SENTENCES | {"sentence_bert_config.json": {"max_seq_length": None}},
+    ),
     "no longest text": (WHOLE | {CONFIG: {"model_max_length": 512}}, WHOLE | {CONFIG: {"model_max_length": 10**30}}),
     "BERT": (BERT | {CONFIG: {"do_lower_case": True}}, BERT | {CONFIG: SAVED_BERT}),
     "the class of a later version": (
@@ -347,6 +351,7 @@ MOVED: dict[str, tuple[dict, dict, list[str]]] = {
     ),
     "derived generation": (IDS, IDS | {GENERATION: DERIVED}, []),
     "other ids": (IDS, IDS | {GENERATION: DERIVED | {"eos_token_id": [2, 3]}}, [GENERATION]),
+    "one id in a list": (IDS | {GENERATION: DERIVED}, IDS | {GENERATION: DERIVED | {"eos_token_id": [2]}}, []),
     "fewer ids": (IDS, IDS | {GENERATION: {"_from_model_config": True}}, [GENERATION]),
     "another base": (
         IDS | {"config.json": {"model_type": "llama"}},
