@@ -15,6 +15,7 @@ from .errors import SmileError, check_integer, reason
 from .nn import routed_layers
 from .routing import routing_override, watch_routing
 from .routing.tokens import limited_template
+from .schema import check_arguments
 
 __all__ = ["chat"]
 
@@ -24,6 +25,7 @@ HELP = (
 )
 
 
+@check_arguments
 def chat(folder: str | Path, *, max_new_tokens: int = 512, device: str | None = None) -> None:
     """Answer each line of standard input, under the checkpoint's routing policy and generation config.
 
@@ -140,7 +142,12 @@ def _longest(config: Any) -> int:
     """The positions of a model; unlimited without max_position_embeddings, and where rotary ones are stretched."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 and "'factor'" not in str(rope) else sys.maxsize
+    return positions if isinstance(positions, int) and positions > 0 and not _is_stretched(rope) else sys.maxsize
+
+
+def _is_stretched(rope: Any) -> bool:
+    """Whether rotary embeddings, or those of one type of layer, are scaled by a factor."""
+    return isinstance(rope, dict) and ("factor" in rope or any(map(_is_stretched, rope.values())))
 
 
 @torch.inference_mode()

@@ -286,6 +286,15 @@ def test_folders_that_cannot_chat(case, fused, tokenizer, tmp_path):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"folder": 5}, "folder"), ({"max_new_tokens": "2"}, "max_new_tokens"), ({"device": 3}, "device")],
+)
+def test_arguments_of_other_types_are_named(changes, name, fused):
+    with pytest.raises(SmileError, match=f"^{name}: "):
+        converse(**{"folder": fused, "max_new_tokens": 2} | changes)
+
+
 def test_experts_in_the_head_are_refused_in_one_line(fused, tmp_path):
     """Under a policy that needs the head's evidence of every token."""
     experts = ["--expert", str(fused.parent / "math"), "--expert", str(fused.parent / "code")]
