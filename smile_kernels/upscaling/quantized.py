@@ -53,10 +53,16 @@ _NEEDED_PACKED = {
     "pack-quantized": ("weight|weight_shape",),
     "nvfp4-pack-quantized": ("weight|weight_global_scale",),
 }
+# Of compressed-tensors: the tensor with the weight, and its dtypes, by format.
 _PACKED_DTYPES = {
     "pack-quantized": torch.int32,
     "nvfp4-pack-quantized": torch.uint8,
     "mxfp4-pack-quantized": torch.uint8,
+}
+_WEIGHT_DTYPES = {
+    "int-quantized": (torch.int8,),
+    "float-quantized": (torch.float8_e4m3fn,),
+    "naive-quantized": (torch.int8, torch.float8_e4m3fn),
 }
 # Of torchao: scales, and the dtypes of quantised data by type.
 _SCALES_OF_TORCHAO = ("_weight_scale", "_weight_scale_and_zero", "_weight_per_tensor_scale")
@@ -264,6 +270,8 @@ def _dtypes(quantization: Mapping[str, Any], part: str) -> tuple[torch.dtype, ..
         return _QDATA_DTYPES.get(quantization["_type"], ())
     if part == "weight_packed" and (dtype := _PACKED_DTYPES.get(_format(quantization))):
         return (dtype,)
+    if part == "weight":
+        return _WEIGHT_DTYPES.get(_format(quantization), ())
     if part in ("scales", "weight_scale", "weight_scale_inv", "weight_global_scale", *_SCALES_OF_TORCHAO):
         exponents = (torch.uint8, torch.float8_e8m0fnu)  # of microscaling formats
         return (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, *exponents)

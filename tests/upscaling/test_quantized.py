@@ -271,6 +271,17 @@ def test_packed_weights_of_another_shape_or_dtype_are_refused(part, change, mess
     assert not list(tmp_path.glob("out*"))
 
 
+def test_weights_of_another_dtype_than_their_format_are_refused(plain, tmp_path):
+    base, name = quantised(plain, tmp_path / "base", INT8), "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(base / "model.safetensors")
+    tensors[name] = tensors[name].short()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    one = adapter(tmp_path / "a", plain, 2, ["k_proj"])
+    with pytest.raises(sk.SmileError, match=r"is torch\.int16; expected torch\.int8, of a weight \[32, 32\]"):
+        sk.upscale_checkpoints(base, [one], tmp_path / "out", **RANKS)
+    assert not list(tmp_path.glob("out*"))
+
+
 TORCHAO_TYPES = {
     "Float8Tensor": ([1, 32], {"qdata": (32, 32), "scale": (32, 1)}),
     "IntxUnpackedToInt8Tensor": ([1, 16], {"qdata": (32, 32), "scale": (32, 2), "zero_point": (32, 2)}),
