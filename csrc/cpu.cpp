@@ -85,7 +85,7 @@ namespace smile {
 
 // The kernels of one instruction set.
 struct Kernels {
-  int64_t (*most_tokens)(DType);
+  int64_t (*most_tokens)(DType, int64_t);
   void (*forward)(DType, const Forward&, ParallelFor, int64_t);
   void (*backward_of_apply)(DType, const Backward&, ParallelFor);
   void (*backward_of_route)(DType, const RouteBackward&, ParallelFor);
@@ -130,9 +130,11 @@ static const Kernels& kernels() {
   return chosen;
 }
 
-bool cpu_computes_base(DType dtype, const Sizes& n) { return n.tokens <= kernels().most_tokens(dtype); }
+bool cpu_computes_base(DType dtype, const Sizes& n) { return n.tokens <= kernels().most_tokens(dtype, n.in_features); }
 
-void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for, int64_t threads) { kernels().forward(dtype, p, parallel_for, threads); }
+void cpu_forward(DType dtype, const Forward& p, ParallelFor parallel_for, int64_t threads) {
+  kernels().forward(dtype, p, parallel_for, threads);
+}
 
 void cpu_apply_backward(DType dtype, const Backward& p, ParallelFor parallel_for) {
   kernels().backward_of_apply(dtype, p, parallel_for);

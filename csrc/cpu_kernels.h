@@ -66,36 +66,34 @@ template <class T, class R> struct Product {
   int64_t ahead;  // the distance of the numbers to prefetch, where rows are not packed
 };
 
-// Rows of sums, one for each token.
-template <class R> struct Sums {
-  R* data;
-  int64_t stride;
-  R* operator[](int64_t t) const { return data + t * stride; }
-};
-
 // Entries that a packed product takes at once: their x stay in the second-level cache.
 constexpr int64_t kEntriesAtOnce = 32 * kTokens;
 
 // The number of tokens up to which these kernels compute the base product too. A few are bound by reading W, as at::linear is
-// after its overhead; up to two panels of them, packing x is faster than packing W; and 16-bit numbers that the processor does
-// not multiply are converted here with vectors. More are multiplied here where that was measured to be faster, by processors
-// with bfloat16 instructions and, float32, by AMD's. Measured: bench/NOTES.md.
-template <class T> int64_t most_tokens_of_base() {
+// after its overhead; up to one or two panels of them, packing x is faster than packing W; and 16-bit numbers that the processor
+// does not multiply are converted here with vectors. More are multiplied here where that was measured to be faster: by processors
+// with bfloat16 instructions, with tiles where x has few columns, and, float32, by AMD's. Measured: bench/NOTES.md.
+template <class T> int64_t most_tokens_of_base(int64_t in_features) {
   using X = typename MultiplyAs<T>::type;
   constexpr int64_t any = std::numeric_limits<int64_t>::max();
-  if (SMILE_VECTOR_BYTES == 16 || kTiles<X>) return 8;
+  if (SMILE_VECTOR_BYTES == 16) return 8;
+  if (kTiles<X>) return in_features <= kDepth ? any : kMostPacked<X>;
   if (!std::is_same<T, X>::value || std::is_same<T, bfloat16>::value) return any;
 #if SMILE_VECTOR_BYTES == 64
   if (std::is_same<T, float>::value && __builtin_cpu_is("amd")) return any;
 #endif
-  return kMostPacked;
+  return kMostPacked<X>;
 }
+
+// Blocks of outputs that tiles multiply with the same x, and how many x: both stay in the second-level cache.
+constexpr int64_t kBlocksOfGroup = 4, kTokensOfGroup = 256;
 
 // "Expert" v of a layer is number v % N of part v / N.
 template <class T> class Chunk {
   using R = typename RealOf<T>::type;
   using X = typename MultiplyAs<T>::type;
   static constexpr bool kInPlace = std::is_same<T, R>::value;  // y holds sums, others are rounded once
+  static constexpr int64_t kMostTokens = kTiles<X> ? 2048 : 1024;
 
  public:
   Chunk(const Forward& p, ParallelFor parallel_for, int64_t threads)
@@ -103,20 +101,20 @@ template <class T> class Chunk {
         slots(num_parts * n.num_experts_per_tok) {
     copies_x = !std::is_same<T, X>::value || p.x_stride[1] != 1;
     // By the tokens of the whole call, so that the same router's rows and x have the same scores in every chunk and operator.
-    const bool packs_x = !kTiles<X> && is_worth_packing<X>(n.tokens);
+    const bool packs_x = is_worth_packing<X>(n.tokens);
     packs_rows = n.tokens >= kPackFrom * kTokens;
-    packs_weight = p.weight && n.tokens > kMostPacked;
+    packs_weight = p.weight && n.tokens > kMostPacked<X>;
     packs_x_for_base = p.weight && packs_x && !packs_weight;
-    packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked;
+    packs_x_for_router = p.router && packs_x && n.tokens <= kMostPacked<X>;
     find_ranks();
     if (p.y) cut_outputs();
     const int64_t per_token = (copies_x ? n.in_features : 0) + q_columns() + (p.weight && !packs_weight ? n.out_features : 0) +
                               (p.y ? slots * n.rank_of_expert : 0);
-    const int64_t least = p.weight ? kPanelWidth<X> : kTokens, most = (1 << 20) / std::max<int64_t>(1, per_token);
-    tokens_at_once = std::min({n.tokens, int64_t(1024), std::max(least, most / least * least)});
+    const int64_t least = p.weight ? kPanelWidth<X> : kTokens, most = (kMostTokens << 10) / std::max<int64_t>(1, per_token);
+    tokens_at_once = std::min({n.tokens, kMostTokens, std::max(least, most / least * least)});
     const int64_t entries_at_once = tokens_at_once * slots;
     if (copies_x) x_copy.reset(new X[tokens_at_once * n.in_features]);
-    if (p.router) q.reset(new R[tokens_at_once * q_columns()]);
+    if (p.router) q = Buffer<R>(tokens_at_once * q_columns());
     if (p.weight && !packs_weight && !kInPlace) base.reset(new R[tokens_at_once * n.out_features]);
     if (p.y) h.reset(new R[entries_at_once * n.rank_of_expert]);
     if (p.y) z.reset(new X[entries_at_once * n.rank_of_expert]);
@@ -147,6 +145,8 @@ template <class T> class Chunk {
   }
 
  private:
+  struct Block { int64_t part, o, width; };  // `width` outputs from o on, of one part
+
   // A part with rank 0 has no experts. Products with singular values of 0 are skipped, unless h is requested.
   void find_ranks() {
     rank.resize(experts);
@@ -200,7 +200,7 @@ template <class T> class Chunk {
   }
 
   // Whether to pack the rows that as many entries are multiplied with. The speed of tiles depends little on the count.
-  bool packs_rows_for(int64_t count) const { return packs_rows && count >= (kTiles<X> ? 1 : 4 * kTokens); }
+  bool packs_rows_for(int64_t count) const { return packs_rows && count >= (kTiles<X> ? 16 : 4 * kTokens); }
 
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
   void add_products(const T* rows, int64_t row_count, const Entry* list, int64_t count, R* out, int64_t out_stride,
@@ -347,7 +347,7 @@ template <class T> class Chunk {
 
   // Tokens that a panel is multiplied with: as many as leave all threads enough to do, since a panel is packed once for them.
   int64_t tokens_of_piece(int64_t panels) const {
-    const int64_t pieces = std::max<int64_t>(1, 2 * threads / panels);
+    const int64_t pieces = std::max<int64_t>(1, 2 * threads / std::max<int64_t>(1, panels));
     return std::min(tokens, std::max(kEntriesAtOnce, (tokens + pieces - 1) / pieces));
   }
 
@@ -355,7 +355,7 @@ template <class T> class Chunk {
   void run_packed_router_product() {
     constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t rows = q_columns(), panels = (rows + kWidth - 1) / kWidth;
-    const int64_t most = tokens_of_piece(panels), pieces = (tokens + most - 1) / most;
+    const int64_t most = std::min(tokens_of_piece(panels), kTiles<X> ? 2 * kTokensOfGroup : tokens), pieces = (tokens + most - 1) / most;
     parallel(parallel_for, panels * pieces, kWidth * most * n.in_features, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
         const int64_t j0 = item % panels * kWidth, t0 = item / panels * most;
@@ -413,21 +413,21 @@ template <class T> class Chunk {
     });
   }
 
-  // z = w s h; the rows that the router has computed are also rows of h.
+  // z = w s h, in the order of the experts; the rows that the router has computed are also rows of h.
   void scale() {
     const int64_t r = n.rank_of_expert;
-    parallel(parallel_for, tokens * slots, 2 * r, [&](int64_t from, int64_t to) {
-      for (int64_t e = from; e < to; ++e) {
+    parallel(parallel_for, first[experts], 2 * r, [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; ++j) {
+        const int64_t e = entries[j].place, v = expert_of(e);
+        if (rank[v] == 0) continue;
         R* he = &h[e * r];
-        const int64_t v = expert_of(e);
-        if (v < 0 || rank[v] == 0) continue;
         if (const int64_t known = known_rows(v)) {
           const int64_t at = first_q[v / n.num_experts] + ids[e];
           std::copy_n(&q[e / slots * q_columns() + at * n.rank_of_router], known, he);
         }
         if (p.h) std::copy_n(he, rank[v], static_cast<R*>(p.h) + (begin * slots + e) * r);
         const R* s = static_cast<const R*>(p.s) + v * r;
-        for (int64_t k = 0; k < rank[v]; ++k) z[e * r + k] = from_real<X>(he[k] * (weights[e] * s[k]));
+        for (int64_t k = 0; k < rank[v]; ++k) z[j * r + k] = from_real<X>(he[k] * (weights[e] * s[k]));
       }
     });
   }
@@ -435,37 +435,102 @@ template <class T> class Chunk {
   // Every block of outputs begins with x W^T and accumulates all experts: in y where y holds sums of R, else in `buffer`, to
   // be rounded once.
   void expand() {
+    if constexpr (kTiles<X>)
+      if (packs_weight) return expand_groups();
     constexpr int64_t kWidth = kPanelWidth<X>;
     const int64_t r = n.rank_of_expert, count = int64_t(blocks.size());
     const int64_t most = tokens_of_piece(count), pieces = (tokens + most - 1) / most;
     parallel(parallel_for, count * pieces, kWidth * most * n.num_experts_per_tok * r, [&](int64_t from, int64_t to) {
-      const Buffer<R> buffer(most * kWidth), panel(packed_depth<X>(std::min(r, kPanelDepth)) * kWidth);
+      const Buffer<R> buffer(most * kWidth), u_panel(packed_depth<X>(std::min(r, kPanelDepth)) * kWidth);
       for (int64_t item = from; item < to; ++item) {
         const auto [part, o, width] = blocks[item % count];
         if (!p.weight && !has_experts(part)) continue;
         const int64_t t0 = item / count * most, t1 = std::min(tokens, t0 + most);
         T* y = static_cast<T*>(p.y) + begin * p.y_stride + o;
         const bool in_y = kInPlace && width == panel_vectors<X>(width) * kLanes<R>;
-        const Sums<R> sums = in_y ? Sums<R>{reinterpret_cast<R*>(y + t0 * p.y_stride), p.y_stride} : Sums<R>{buffer.get(), kWidth};
+        const Strided<R> sums = in_y ? Strided<R>{reinterpret_cast<R*>(y + t0 * p.y_stride), p.y_stride} : Strided<R>{buffer.get(), kWidth};
         if (packs_weight) {
           const T* rows = static_cast<const T*>(p.weight) + o * n.in_features;
           packed_product(width, [&](int64_t c) { return rows + c * n.in_features; }, t1 - t0, [&](int64_t t) { return x[t0 + t]; },
-                         [&](int64_t t) { return sums[t]; });
+                         [&](int64_t t) { return sums(t); });
         } else if (!in_y) {
-          for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums[t - t0]);
+          for (int64_t t = t0; t < t1; ++t) begin_sums(t, o, width, y + t * p.y_stride, sums(t - t0));
         }
-        for (int64_t t = t0; t < t1 && p.bias; ++t)
-          for (int64_t c = 0; c < width; ++c) sums[t - t0][c] += to_real(static_cast<const T*>(p.bias)[o + c]);
-        for (int64_t i = next_expert(part, -1), next; i < n.num_experts; i = next) {
-          next = next_expert(part, i);
-          // Prefetched: the rows of the next expert, after the last one those of the first for the next block.
-          const int64_t ahead = next < n.num_experts ? (next - i) * p.u_stride
-                                                     : (next_expert(part, -1) - i) * p.u_stride + width * r;
-          expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, panel.get(), ahead);
-        }
-        for (int64_t t = t0; t < t1 && !in_y; ++t) convert(sums[t - t0], width, y + t * p.y_stride);
+        finish_block(blocks[item % count], t0, t1, sums, u_panel.get(), 0);
       }
     });
+  }
+
+  // Tiles multiply so fast that reading x from beyond the second-level cache limits them: a few tokens are multiplied with
+  // a group of blocks while they are in it, 256 columns at a time.
+  void expand_groups() {
+    constexpr int64_t kWidth = kPanelWidth<X>;
+    const int64_t r = n.rank_of_expert, count = int64_t(blocks.size());
+    const int64_t group = std::clamp<int64_t>(count / (2 * threads), 1, kBlocksOfGroup), groups = (count + group - 1) / group;
+    const int64_t most = tokens_of_piece(groups), pieces = (tokens + most - 1) / most;
+    const int64_t u_size = packed_depth<X>(r) * kWidth, x_distance = copies_x ? n.in_features : p.x_stride[0];
+    parallel(parallel_for, groups * pieces, group * kWidth * most * n.in_features, [&](int64_t from, int64_t to) {
+      const TilesInUse<X> in_use;
+      const Buffer<R> sums(group * kTokensOfGroup * kWidth), panels(group * panel_size()), u_panels(group * n.num_experts * u_size);
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t b0 = item % groups * group, b1 = std::min(count, b0 + group);
+        const auto panel_of = [&](int64_t b, int64_t d) {
+          return column_of_panel(panels.get() + (b - b0) * panel_size(), blocks[b].width, d);
+        };
+        const auto u_of = [&](int64_t b) { return u_panels.get() + (b - b0) * n.num_experts * u_size; };
+        for (int64_t b = b0; b < b1; ++b) {
+          const auto [part, o, width] = blocks[b];
+          pack_rows(static_cast<const T*>(p.weight) + o * n.in_features, n.in_features, width, n.in_features, panel_of(b, 0));
+          for (int64_t i = next_expert(part, -1); i < n.num_experts; i = next_expert(part, i))
+            pack_rows(static_cast<const T*>(p.u) + i * p.u_stride + o * r, r, width, rank[part * n.num_experts + i], u_of(b) + i * u_size);
+        }
+        const int64_t end = std::min(tokens, item / groups * most + most);
+        for (int64_t t0 = item / groups * most; t0 < end; t0 += kTokensOfGroup) {
+          const int64_t t1 = std::min(end, t0 + kTokensOfGroup);
+          const auto sums_of = [&](int64_t b) { return Strided<R>{&sums[(b - b0) * kTokensOfGroup * kWidth], kWidth}; };
+          for (int64_t d = 0; d < n.in_features; d += kPanelDepth)
+            for (int64_t b = b0; b < b1; ++b) {
+              // Prefetched with the last block: the x of the next columns, or the first ones of the next tokens.
+              const int64_t next = d + kPanelDepth < n.in_features ? kPanelDepth : kTokensOfGroup * x_distance - d;
+              tile_product(t1 - t0, Strided<const X>{x[t0] + d, x_distance}, panel_of(b, d), blocks[b].width,
+                           std::min(kPanelDepth, n.in_features - d), sums_of(b), d > 0, b + 1 == b1 ? next : 0);
+            }
+          for (int64_t b = b0; b < b1; ++b) finish_block(blocks[b], t0, t1, sums_of(b), u_of(b), u_size);
+        }
+      }
+    });
+  }
+
+  // Panels of `depth` columns of `width` rows, one row every `stride`.
+  void pack_rows(const T* rows, int64_t stride, int64_t width, int64_t depth, R* panels, int64_t ahead = kNear<T>) {
+    for (int64_t d = 0; d < depth; d += kPanelDepth) {
+      const T* row[kPanelWidth<X>];
+      for (int64_t c = 0; c < width; ++c) row[c] = rows + c * stride + d;
+      pack<X>(row, width, std::min(kPanelDepth, depth - d), column_of_panel(panels, width, d), ahead);
+    }
+  }
+
+  // y = sums + experts + b, for a block of outputs and the tokens t0 to t1. Each expert's u is packed, every u_size numbers, or
+  // u_size is 0 and there is room for one.
+  void finish_block(const Block& block, int64_t t0, int64_t t1, Strided<R> sums, R* u_panels, int64_t u_size) {
+    const auto [part, o, width] = block;
+    for (int64_t i = next_expert(part, -1), next; i < n.num_experts; i = next) {
+      next = next_expert(part, i);
+      // Prefetched: the rows of the next expert, after the last one those of the first for the next block.
+      const int64_t ahead = next < n.num_experts ? (next - i) * p.u_stride
+                                                 : (next_expert(part, -1) - i) * p.u_stride + width * n.rank_of_expert;
+      expand_expert(part * n.num_experts + i, i, o, width, t0, t1, sums, u_panels + i * u_size, u_size > 0, ahead);
+    }
+    T* y = static_cast<T*>(p.y) + (begin + t0) * p.y_stride + o;
+    const bool in_y = reinterpret_cast<R*>(y) == sums.data;
+    R bias[kPanelWidth<X>];
+    if (p.bias) convert(static_cast<const T*>(p.bias) + o, width, bias);
+    for (int64_t t = t0; t < t1 && (p.bias || !in_y); ++t) {
+      R* row = sums(t - t0);
+      for (int64_t at = 0; at < width && !in_y; at += kLine<T>) __builtin_prefetch(y + (t - t0 + 8) * p.y_stride + at, 1);
+      for (int64_t c = 0; c < width && p.bias; ++c) row[c] += bias[c];
+      if (!in_y) convert(row, width, y + (t - t0) * p.y_stride);
+    }
   }
 
   // The first expert after number i of a part that has entries; N if there is none.
@@ -486,9 +551,8 @@ template <class T> class Chunk {
   }
 
   // Adds expert v, number i of its part, to the sums of its tokens among t0 to t1.
-  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, Sums<R> sums, R* panel,
-                     int64_t ahead) {
-    constexpr int64_t kWidth = kPanelWidth<X>;
+  void expand_expert(int64_t v, int64_t i, int64_t o, int64_t width, int64_t t0, int64_t t1, Strided<R> sums, R* u_panel,
+                     bool is_packed, int64_t ahead) {
     const int64_t r = n.rank_of_expert;
     const auto end_of = [&](int64_t t) {
       return std::lower_bound(entries.data() + first[v], entries.data() + first[v + 1], t, [](Entry e, int64_t t) { return e.token < t; });
@@ -496,20 +560,19 @@ template <class T> class Chunk {
     const Entry* list = end_of(t0);
     const int64_t count = end_of(t1) - list;
     if (count == 0) return;
-    const auto z_at = [&](int64_t e) { return &z[list[e].place * r]; };
-    const auto sums_at = [&](int64_t e) { return sums[list[e].token - t0]; };
+    const auto z_at = [&](int64_t e) { return &z[(list - entries.data() + e) * r]; };
+    const auto sums_at = [&](int64_t e) { return sums(list[e].token - t0); };
     const T* u = static_cast<const T*>(p.u) + i * p.u_stride + o * r;
     if (p.expert_bias) {
       const T* bias = static_cast<const T*>(p.expert_bias) + i * p.expert_bias_stride + o;
       for (int64_t e = 0; e < count; ++e)
         for (int64_t c = 0; c < width; ++c) sums_at(e)[c] += weights[list[e].place] * to_real(bias[c]);
     }
-    if (count >= kPackFrom || rank[v] <= Operand<X>::lanes) {
+    if (is_packed || count >= kPackFrom || rank[v] <= Operand<X>::lanes) {
       for (int64_t k = 0; k < rank[v]; k += kPanelDepth) {
         const int64_t depth = std::min(kPanelDepth, rank[v] - k);
-        const T* row[kWidth];
-        for (int64_t c = 0; c < width; ++c) row[c] = u + c * r + k;
-        pack<X>(row, width, depth, panel, ahead);
+        R* panel = is_packed ? column_of_panel(u_panel, width, k) : u_panel;
+        if (!is_packed) pack_rows(u + k, r, width, depth, panel, ahead);
         panel_product<X>(count, [&](int64_t e) { return z_at(e) + k; }, panel, width, depth, sums_at, true);
       }
       return;
@@ -528,14 +591,14 @@ template <class T> class Chunk {
   bool copies_x;                            // x is not plain rows of R
   bool packs_rows, packs_weight, packs_x_for_base, packs_x_for_router;
   std::vector<int64_t> rank, routed, first_q;  // of each expert; experts with scores; a part's first among them
-  struct Block { int64_t part, o, width; };
   std::vector<Block> blocks;
   int64_t tokens_at_once;
   int64_t begin, tokens;   // this chunk
   R* weights = nullptr;
   int32_t* ids = nullptr;
-  std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h [tokens * slots, r]
-  std::unique_ptr<R[]> base, q, h;     // [tokens, O] unless in place, [tokens, routed, g], [tokens * slots, r]
+  std::unique_ptr<X[]> x_copy, z;      // [tokens, D], w s h of the sorted entries [tokens * slots, r]
+  std::unique_ptr<R[]> base, h;        // [tokens, O] unless in place, [tokens * slots, r]
+  Buffer<R> q;                         // [tokens, routed, g]
   std::vector<const X*> x;
   std::vector<Entry> every_token, entries;
   std::vector<int64_t> first;
@@ -544,9 +607,9 @@ template <class T> class Chunk {
 
 #include "cpu_backward.h"
 
-inline int64_t most_tokens(DType dtype) {
+inline int64_t most_tokens(DType dtype, int64_t in_features) {
   int64_t most = 0;
-  with_type(dtype, [&](auto type) { most = most_tokens_of_base<decltype(type)>(); });
+  with_type(dtype, [&](auto type) { most = most_tokens_of_base<decltype(type)>(in_features); });
   return most;
 }
 

@@ -235,8 +235,9 @@ template <class R> SMILE_INLINE void sum_lanes(const Vector<R>* v, R* sums) {
 // Scratch space aligned to vectors, so that no vector of it crosses a cache line.
 template <class R> struct Buffer {
   std::unique_ptr<Vector<R>[]> memory;
-  explicit Buffer(int64_t count) : memory(new Vector<R>[(count + kLanes<R> - 1) / kLanes<R>]) {}
+  explicit Buffer(int64_t count = 0) : memory(new Vector<R>[(count + kLanes<R> - 1) / kLanes<R>]) {}
   R* get() const { return reinterpret_cast<R*>(memory.get()); }
+  R& operator[](int64_t i) const { return get()[i]; }
 };
 
 // ---- threads ----
@@ -381,21 +382,18 @@ template <class X> constexpr int64_t packed_depth(int64_t depth) {
   return (depth + numbers * each - 1) / (numbers * each) * each;
 }
 
-// Vectors of a panel with `width` rows, 1 to kPanel. Tiles take all of them.
+// Vectors of a panel with `width` rows, 1 to kPanel.
 template <class X> constexpr int panel_vectors(int64_t width) {
   constexpr int64_t lanes = kLanes<typename Packed<X>::R>;
-  return kTiles<X> ? kPanel : int((width + lanes - 1) / lanes);
+  return int((width + lanes - 1) / lanes);
 }
 
-// panel[k][c] = rows[c][k] for `width` rows, at most kPanelWidth; the last vector repeats the last of them. Vectors past
-// them are set to 0, since the memory may contain denormal numbers, whose products take a hundred times as long.
+// panel[k][c] = rows[c][k] for `width` rows, at most kPanelWidth; the last vector repeats the last of them.
 // The rows at the distance `ahead`, to be packed next, are prefetched.
 template <class X, class T> void pack(const T* const* rows, int64_t width, int64_t depth, typename Packed<X>::R* panel, int64_t ahead = 0) {
   using R = typename Packed<X>::R;
   constexpr int lanes = kLanes<R>, numbers = Packed<X>::numbers;
-  const int64_t used = (width + lanes - 1) / lanes * lanes, stride = panel_vectors<X>(width) * lanes;
-  for (int64_t k = 0; k < packed_depth<X>(depth) && used < stride; ++k)
-    std::fill_n(panel + k * stride + used, stride - used, R(0));
+  const int64_t stride = panel_vectors<X>(width) * lanes;
   for (int64_t c = 0; c < width; c += lanes)
     for (int64_t k = 0; k < depth; k += lanes * numbers) {
       const int left = int(std::min<int64_t>(lanes * numbers, depth - k));
@@ -458,71 +456,130 @@ void panel_tiles(int m, const Tile<X>& x, int64_t from, const R* panel, int64_t 
   panel_tile<M, V>(x, from, panel, depth, out, accumulate);
 }
 
+// Rows at equal distances.
+template <class E> struct Strided {
+  E* data;
+  int64_t stride;
+  E* operator()(int64_t t) const { return data + t * stride; }
+};
+
+// The tile registers of this thread, while there is one of these; products with tiles make one if there is none.
+template <class X> struct TilesInUse {};
+
 #if SMILE_BFLOAT16_TILES
 constexpr int kTile = 16, kTileDepth = 32;  // a tile of x is kTile x kTileDepth, a tile of sums kTile x kTile
 
-struct TilesInUse {
+template <> struct TilesInUse<bfloat16> {
+  static inline thread_local int count = 0;
   TilesInUse() {
+    if (count++ > 0) return;
     alignas(64) unsigned char config[64] = {1};  // palette 1
     for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = kTile;
     _tile_loadconfig(config);
   }
-  ~TilesInUse() { _tile_release(); }
+  ~TilesInUse() {
+    if (--count == 0) _tile_release();
+  }
 };
 
-// sums [kTile][panel] = x panel, x with a row every x_stride numbers, its depth padded to whole tiles.
-inline void multiply_tiles(const bfloat16* x, int64_t x_stride, const float* panel, int64_t depth, float* sums) {
-  constexpr int64_t kRow = kPanelWidth<bfloat16> * sizeof(float);
+// sums [kTile][V vectors] (+)= x panel; a row of x every x_stride numbers, of sums every `stride`. The depth is padded to whole
+// tiles.
+template <int V>
+void multiply_tiles(const bfloat16* x, int64_t x_stride, const float* panel, int64_t depth, float* sums, int64_t stride, bool accumulate) {
+  constexpr int64_t kRow = V * kTile * sizeof(float);
   asm volatile("" ::: "memory");  // the tile instructions do not declare the memory that they read and write
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < depth; k += kTileDepth, x += kTileDepth, panel += kTile * kPanelWidth<bfloat16>) {
+  stride *= sizeof(float);
+  if (accumulate) {
+    _tile_loadd(0, sums, stride);
+    if constexpr (V > 1) _tile_loadd(1, sums + kTile, stride);
+    if constexpr (V > 2) _tile_loadd(2, sums + 2 * kTile, stride);
+    if constexpr (V > 3) _tile_loadd(3, sums + 3 * kTile, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kTileDepth, x += kTileDepth, panel += kTile * V * kTile) {
     _tile_loadd(4, x, x_stride * sizeof(bfloat16));
     _tile_loadd(5, panel, kRow);
     _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, panel + kTile, kRow);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(5, panel + 2 * kTile, kRow);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_loadd(6, panel + 3 * kTile, kRow);
-    _tile_dpbf16ps(3, 4, 6);
+    if constexpr (V > 1) _tile_loadd(6, panel + kTile, kRow);
+    if constexpr (V > 1) _tile_dpbf16ps(1, 4, 6);
+    if constexpr (V > 2) _tile_loadd(5, panel + 2 * kTile, kRow);
+    if constexpr (V > 2) _tile_dpbf16ps(2, 4, 5);
+    if constexpr (V > 3) _tile_loadd(6, panel + 3 * kTile, kRow);
+    if constexpr (V > 3) _tile_dpbf16ps(3, 4, 6);
   }
-  _tile_stored(0, sums, kRow);
-  _tile_stored(1, sums + kTile, kRow);
-  _tile_stored(2, sums + 2 * kTile, kRow);
-  _tile_stored(3, sums + 3 * kTile, kRow);
+  _tile_stored(0, sums, stride);
+  if constexpr (V > 1) _tile_stored(1, sums + kTile, stride);
+  if constexpr (V > 2) _tile_stored(2, sums + 2 * kTile, stride);
+  if constexpr (V > 3) _tile_stored(3, sums + 3 * kTile, stride);
   asm volatile("" ::: "memory");
 }
 
-// out[e] (+)= x[e] panel for `count` x.
-template <class At, class Out>
-void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate) {
-  constexpr int64_t kWidth = kPanelWidth<bfloat16>;
+// The distance of the kTile rows from number e on, from one to the next; 0 if it differs.
+template <class At> int64_t distance_of_tile(const At& at, int64_t e) {
+  const auto first = at(e);
+  const int64_t apart = at(e + 1) - first;
+  for (int64_t t = 2; t < kTile; ++t)
+    if (at(e + t) != first + t * apart) return 0;
+  return apart;
+}
+template <class E> int64_t distance_of_tile(const Strided<E>& rows, int64_t) { return rows.stride; }
+
+// out[e][V vectors] (+)= x[e] panel for `count` x. Rows at equal distances are multiplied, and added to, where they are. The numbers at
+// the distance `ahead` from those of x are prefetched, where it is not 0.
+template <int V, class At, class Out>
+void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate,
+                  int64_t ahead = 0) {
+  constexpr int64_t kWidth = V * kTile;
   alignas(64) bfloat16 block[kTile * kPanelDepth];
   alignas(64) float sums[kTile * kWidth];
-  const int64_t stride = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
-  const TilesInUse in_use;
+  const int64_t depth_of_block = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+  const TilesInUse<bfloat16> in_use;
   for (int64_t e = 0; e < count; e += kTile) {
     const int64_t m = std::min<int64_t>(kTile, count - e);
-    const bfloat16* first = x_at(e);
-    const int64_t apart = m > 1 ? x_at(e + 1) - first : 0;
-    bool in_place = m == kTile && stride == depth;  // sixteen x at equal distances need no copy
-    for (int64_t t = 2; in_place && t < m; ++t) in_place = x_at(e + t) == first + t * apart;
-    if (in_place) {
-      multiply_tiles(first, apart, panel, depth, sums);
+    for (int64_t t = 0; t < m && ahead; ++t)
+      for (int64_t k = 0; k < depth; k += kLine<bfloat16>) __builtin_prefetch(x_at(e + t) + k + ahead, 0, kSecondLevel);
+    const bfloat16* x = block;
+    int64_t x_stride = m == kTile && depth == depth_of_block ? distance_of_tile(x_at, e) : 0;
+    if (x_stride != 0) {
+      x = x_at(e);
     } else {
-      if (m < kTile || stride != depth) std::fill_n(block, kTile * stride, bfloat16{0});
-      for (int64_t t = 0; t < m; ++t) std::copy_n(x_at(e + t), depth, block + t * stride);
-      multiply_tiles(block, stride, panel, depth, sums);
+      x_stride = depth_of_block;
+      if (m < kTile || depth != depth_of_block) std::fill_n(block, kTile * depth_of_block, bfloat16{0});
+      for (int64_t t = 0; t < m; ++t) std::copy_n(x_at(e + t), depth, block + t * depth_of_block);
     }
-    for (int64_t t = 0; t < m; ++t)
-      for (int64_t c = 0; c < kWidth; c += kLanes<float>) {
+    if (const int64_t stride = m == kTile ? distance_of_tile(out_at, e) : 0) {
+      multiply_tiles<V>(x, x_stride, panel, depth, out_at(e), stride, accumulate);
+      continue;
+    }
+    float* out[kTile];
+    for (int64_t t = 0; t < m; ++t) out[t] = out_at(e + t);
+    for (int64_t t = 0; t < m && accumulate; ++t)
+      for (int64_t c = 0; c < kWidth; c += kLanes<float>) __builtin_prefetch(out[t] + c, 1);
+    multiply_tiles<V>(x, x_stride, panel, depth, sums, kWidth, false);
+    for (int64_t t = 0; t < m; ++t) {
+      float* const to = out[t];
+      SMILE_UNROLL for (int64_t c = 0; c < kWidth; c += kLanes<float>) {
         Vector<float> total = load(sums + t * kWidth + c);
-        if (accumulate) total += load(out_at(e + t) + c);
-        std::memcpy(out_at(e + t) + c, &total, sizeof(total));
+        if (accumulate) total += load(to + c);
+        std::memcpy(to + c, &total, sizeof(total));
       }
+    }
+  }
+}
+
+// The same for a panel of `width` rows.
+template <class At, class Out>
+void tile_product(int64_t count, const At& x_at, const float* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate,
+                  int64_t ahead = 0) {
+  switch (panel_vectors<bfloat16>(width)) {
+    case 1: return tile_product<1>(count, x_at, panel, depth, out_at, accumulate, ahead);
+    case 2: return tile_product<2>(count, x_at, panel, depth, out_at, accumulate, ahead);
+    case 3: return tile_product<3>(count, x_at, panel, depth, out_at, accumulate, ahead);
+    default: return tile_product<kPanel>(count, x_at, panel, depth, out_at, accumulate, ahead);
   }
 }
 #endif
@@ -557,7 +614,7 @@ template <class X, class R, class At, class Out, class Prefetch = NoPrefetch>
 void panel_product(int64_t count, const At& x_at, const R* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate,
                    const Prefetch& prefetch = {}) {
 #if SMILE_BFLOAT16_TILES
-  if constexpr (kTiles<X>) return tile_product(count, x_at, panel, depth, out_at, accumulate);
+  if constexpr (kTiles<X>) return tile_product(count, x_at, panel, width, depth, out_at, accumulate);
 #endif
   switch (panel_vectors<X>(width)) {
     case 1: return few_products<1, X>(count, x_at, panel, depth, out_at, accumulate, prefetch);
@@ -602,11 +659,13 @@ void product_by_panels(int64_t depth, int64_t width, int64_t count, const Lay& l
 constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
 // Numbers summed in a row: sums of few have smaller rounding errors.
 template <class X> constexpr int64_t kChainOfRows = std::is_same<X, bfloat16>::value ? kPanelDepth : 64;
-// Whether so many x are multiplied faster by panels than by `dots`: those that fill most of a vector, or half of one of pairs.
+// Whether so many x are multiplied faster by panels than by `dots`: those that fill most of a vector, half of one of pairs, or
+// half of a tile.
 template <class X> constexpr bool is_worth_packing(int64_t count) {
+  if (kTiles<X>) return count > 8;
   return count > (SMILE_VECTORS == 16 ? 9 : 12) || (std::is_same<X, bfloat16>::value && (count == 7 || count == 8));
 }
-constexpr int64_t kMostPacked = SMILE_VECTORS == 16 ? 64 : 128;  // number of x beyond which packing rows is faster
+template <class X> constexpr int64_t kMostPacked = SMILE_VECTORS == 16 || kTiles<X> ? 64 : 128;  // number of x beyond which packing rows is faster
 
 // Rows in registers, where a panel has V vectors.
 constexpr int rows_of_tile(int V) { return SMILE_VECTORS == 16 ? 12 / V : V < 3 ? 12 : 24 / V; }
@@ -680,10 +739,29 @@ void row_tiles(int64_t count, const At& row_at, const R* panel, int64_t depth, R
   }
 }
 
+#if SMILE_BFLOAT16_TILES
+// The same with tiles. The rows of the next block are prefetched.
+template <class At>
+void rows_by_tiles(int64_t count, const At& row_at, const float* panel, int64_t width, int64_t depth, float* out, bool accumulate) {
+  const int64_t stride = panel_vectors<bfloat16>(width) * kLanes<float>;
+  for (int64_t d = 0; d < depth; d += kPanelDepth)
+    for (int64_t c = 0; c < count; c += kTile) {
+      const int64_t length = std::min(kPanelDepth, depth - d);
+      for (int64_t i = 0; i < kTile; ++i)
+        for (int64_t k = d; k < d + length; k += kLine<bfloat16>) __builtin_prefetch(row_at(c + kRowsAtOnce + i) + k, 0, kSecondLevel);
+      tile_product(std::min<int64_t>(kTile, count - c), [&](int64_t i) { return row_at(c + i) + d; }, panel + d / 2 * stride, width, length,
+                   Strided<float>{out + c * stride, stride}, accumulate || d > 0);
+    }
+}
+#endif
+
 // out[c] (+)= row_at(c) panel for `count` rows, at most kRowsAtOnce, and a panel of `width` x. row_at is called for later
 // rows too, and out has room for kRowsAtOnce rows of the panel's vectors.
 template <class X, class R, class At>
 void row_product(int64_t count, const At& row_at, const R* panel, int64_t width, int64_t depth, R* out, bool accumulate) {
+#if SMILE_BFLOAT16_TILES
+  if constexpr (kTiles<X>) return rows_by_tiles(count, row_at, panel, width, depth, out, accumulate);
+#endif
   if constexpr (sizeof(R) == 4)
     if (elements_of<X>(width) == 2) return row_tiles<X, 1, 2>(count, row_at, panel, depth, out, accumulate);
   switch (panel_vectors<X>(width)) {

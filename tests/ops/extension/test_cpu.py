@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import smile_kernels as sk
 from smile_kernels.ops import extension
@@ -320,6 +321,19 @@ def test_opcheck_of_parts():
     for wrong in ((-1, 9), (2**62, 8 - 2**62), (0, 8)):
         with pytest.raises(RuntimeError, match=f"parts: contains {wrong[0]}; expected 1 to 8"):
             ops.linear(x, *layer.values(), 2, 2, False, wrong, (4, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 20, 100, 300])
+def test_parts_without_experts(tokens, dtype):
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((tokens, 24), (90, 24), (90,)))
+    vh, s, u = (torch.full(shape, torch.nan, dtype=dtype) for shape in ((2, 3, 4, 24), (2, 3, 4), (3, 90, 4)))
+    s = s.to(torch.promote_types(dtype, torch.float32))
+    y, weights, ids, _ = COMPILED.linear(x, weight, bias, vh, s, u, None, None, 2, 2, False, (20, 70), (0, 0))
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_close("y", y, exact, (F.linear(x, weight, bias) - exact).abs().max().item())
+    assert (ids == -1).all()
+    assert not weights.any()
 
 
 @pytest.mark.parametrize("past", [-1, 3, 2**63 - 2, 2**63 - 1])
