@@ -19,7 +19,7 @@ from smile_kernels.upscaling import upscale_checkpoints
 from tests.integrations.tiny_models import build
 from tests.upscaling.test_quantized import INT8, adapter, quantised
 
-from .vllm_served import ENVIRONMENT, PER_REQUEST, PROMPTS, TOKENS, greedy, in_a_process, in_vllm
+from .vllm_served import ENVIRONMENT, PER_REQUEST, PROMPTS, TOKENS, avoid_int8_tiles, greedy, in_a_process, in_vllm
 
 
 class Int8Linear(nn.Linear):
@@ -36,6 +36,7 @@ def asking(folder: Path, asked: list, prompts: list, options: dict) -> list[list
     from vllm import LLM
 
     options = {"dtype": "float32", "max_model_len": 64, **options}
+    avoid_int8_tiles(options)
     engine = LLM(str(folder), skip_tokenizer_init=True, **options)
     answers = []
     for expert in asked:
