@@ -660,9 +660,9 @@ constexpr int64_t kRowsAtOnce = 48;   // a multiple of the rows of every tile
 // Numbers summed in a row: sums of few have smaller rounding errors.
 template <class X> constexpr int64_t kChainOfRows = std::is_same<X, bfloat16>::value ? kPanelDepth : 64;
 // Whether so many x are multiplied faster by panels than by `dots`: those that fill most of a vector, half of one of pairs, or
-// half of a tile.
+// a third of a tile.
 template <class X> constexpr bool is_worth_packing(int64_t count) {
-  if (kTiles<X>) return count > 8;
+  if (kTiles<X>) return count > 4;
   return count > (SMILE_VECTORS == 16 ? 9 : 12) || (std::is_same<X, bfloat16>::value && (count == 7 || count == 8));
 }
 template <class X> constexpr int64_t kMostPacked = SMILE_VECTORS == 16 || kTiles<X> ? 64 : 128;  // number of x beyond which packing rows is faster
