@@ -325,6 +325,7 @@ BLOCKS: dict[str, dict[str, tuple[str, Callable[[Record], str]]]] = {
         "vllm": ("vllm", vllm_table),
         "vllm-eager": ("vllm_eager", vllm_table),
         "vllm-bfloat16": ("vllm_bfloat16", vllm_table),
+        "vllm-tiles": ("vllm_tiles", vllm_table),
         "machine": ("layers", machine_line),
     },
     "gpu": {
