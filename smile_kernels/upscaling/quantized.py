@@ -53,7 +53,7 @@ _NEEDED_PACKED = {
     "pack-quantized": ("weight|weight_shape",),
     "nvfp4-pack-quantized": ("weight|weight_global_scale",),
 }
-# Of compressed-tensors: the tensor with the weight, and its dtypes, by format.
+# Of compressed-tensors: the dtypes of weight_packed and of weight, by format.
 _PACKED_DTYPES = {
     "pack-quantized": torch.int32,
     "nvfp4-pack-quantized": torch.uint8,
