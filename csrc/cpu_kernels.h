@@ -5,7 +5,7 @@
 //
 // A chunk of tokens goes through: float copy of x (where needed) -> products with the router's rows -> top-m -> entries sorted
 // by expert -> the other rows of the selected experts -> expand into y. Products with W, unless PyTorch's are faster, are
-// computed with the router's for up to two panels of tokens, and for more of them in expand, block by block.
+// computed with the router's for one or two panels of tokens, and for more of them in expand, block by block.
 // Every step is split over threads by its outputs, so no two threads write the same number and the result does not depend
 // on the number of threads.
 
@@ -93,7 +93,7 @@ template <class T> class Chunk {
   using R = typename RealOf<T>::type;
   using X = typename MultiplyAs<T>::type;
   static constexpr bool kInPlace = std::is_same<T, R>::value;  // y holds sums, others are rounded once
-  static constexpr int64_t kMostTokens = kTiles<X> ? 2048 : 1024;
+  static constexpr int64_t kMostTokens = kTiles<X> ? 2048 : 1024;  // of a chunk
 
  public:
   Chunk(const Forward& p, ParallelFor parallel_for, int64_t threads)
@@ -199,7 +199,7 @@ template <class T> class Chunk {
     });
   }
 
-  // Whether to pack the rows that as many entries are multiplied with. The speed of tiles depends little on the count.
+  // Whether to pack the rows that as many entries are multiplied with. Sixteen fill a tile.
   bool packs_rows_for(int64_t count) const { return packs_rows && count >= (kTiles<X> ? 16 : 4 * kTokens); }
 
   // Splits rows x entries into products that fit in the caches and suffice for the threads.
@@ -489,12 +489,9 @@ template <class T> class Chunk {
           const int64_t t1 = std::min(end, t0 + kTokensOfGroup);
           const auto sums_of = [&](int64_t b) { return Strided<R>{&sums[(b - b0) * kTokensOfGroup * kWidth], kWidth}; };
           for (int64_t d = 0; d < n.in_features; d += kPanelDepth)
-            for (int64_t b = b0; b < b1; ++b) {
-              // Prefetched with the last block: the x of the next columns, or the first ones of the next tokens.
-              const int64_t next = d + kPanelDepth < n.in_features ? kPanelDepth : kTokensOfGroup * x_distance - d;
-              tile_product(t1 - t0, Strided<const X>{x[t0] + d, x_distance}, panel_of(b, d), blocks[b].width,
-                           std::min(kPanelDepth, n.in_features - d), sums_of(b), d > 0, b + 1 == b1 ? next : 0);
-            }
+            for (int64_t b = b0; b < b1; ++b)
+              panel_product<X>(t1 - t0, Strided<const X>{x[t0] + d, x_distance}, panel_of(b, d), blocks[b].width,
+                               std::min(kPanelDepth, n.in_features - d), sums_of(b), d > 0);
           for (int64_t b = b0; b < b1; ++b) finish_block(blocks[b], t0, t1, sums_of(b), u_of(b), u_size);
         }
       }

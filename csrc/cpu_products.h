@@ -528,11 +528,9 @@ template <class At> int64_t distance_of_tile(const At& at, int64_t e) {
 }
 template <class E> int64_t distance_of_tile(const Strided<E>& rows, int64_t) { return rows.stride; }
 
-// out[e][V vectors] (+)= x[e] panel for `count` x. Rows at equal distances are multiplied, and added to, where they are. The numbers at
-// the distance `ahead` from those of x are prefetched, where it is not 0.
+// out[e][V vectors] (+)= x[e] panel for `count` x. Rows at equal distances are multiplied, and added to, where they are.
 template <int V, class At, class Out>
-void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate,
-                  int64_t ahead = 0) {
+void tile_product(int64_t count, const At& x_at, const float* panel, int64_t depth, const Out& out_at, bool accumulate) {
   constexpr int64_t kWidth = V * kTile;
   alignas(64) bfloat16 block[kTile * kPanelDepth];
   alignas(64) float sums[kTile * kWidth];
@@ -540,8 +538,6 @@ void tile_product(int64_t count, const At& x_at, const float* panel, int64_t dep
   const TilesInUse<bfloat16> in_use;
   for (int64_t e = 0; e < count; e += kTile) {
     const int64_t m = std::min<int64_t>(kTile, count - e);
-    for (int64_t t = 0; t < m && ahead; ++t)
-      for (int64_t k = 0; k < depth; k += kLine<bfloat16>) __builtin_prefetch(x_at(e + t) + k + ahead, 0, kSecondLevel);
     const bfloat16* x = block;
     int64_t x_stride = m == kTile && depth == depth_of_block ? distance_of_tile(x_at, e) : 0;
     if (x_stride != 0) {
@@ -573,13 +569,12 @@ void tile_product(int64_t count, const At& x_at, const float* panel, int64_t dep
 
 // The same for a panel of `width` rows.
 template <class At, class Out>
-void tile_product(int64_t count, const At& x_at, const float* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate,
-                  int64_t ahead = 0) {
+void tile_product(int64_t count, const At& x_at, const float* panel, int64_t width, int64_t depth, const Out& out_at, bool accumulate) {
   switch (panel_vectors<bfloat16>(width)) {
-    case 1: return tile_product<1>(count, x_at, panel, depth, out_at, accumulate, ahead);
-    case 2: return tile_product<2>(count, x_at, panel, depth, out_at, accumulate, ahead);
-    case 3: return tile_product<3>(count, x_at, panel, depth, out_at, accumulate, ahead);
-    default: return tile_product<kPanel>(count, x_at, panel, depth, out_at, accumulate, ahead);
+    case 1: return tile_product<1>(count, x_at, panel, depth, out_at, accumulate);
+    case 2: return tile_product<2>(count, x_at, panel, depth, out_at, accumulate);
+    case 3: return tile_product<3>(count, x_at, panel, depth, out_at, accumulate);
+    default: return tile_product<kPanel>(count, x_at, panel, depth, out_at, accumulate);
   }
 }
 #endif
@@ -665,7 +660,8 @@ template <class X> constexpr bool is_worth_packing(int64_t count) {
   if (kTiles<X>) return count > 4;
   return count > (SMILE_VECTORS == 16 ? 9 : 12) || (std::is_same<X, bfloat16>::value && (count == 7 || count == 8));
 }
-template <class X> constexpr int64_t kMostPacked = SMILE_VECTORS == 16 || kTiles<X> ? 64 : 128;  // number of x beyond which packing rows is faster
+// The number of x beyond which packing rows is faster.
+template <class X> constexpr int64_t kMostPacked = SMILE_VECTORS == 16 || kTiles<X> ? 64 : 128;
 
 // Rows in registers, where a panel has V vectors.
 constexpr int rows_of_tile(int V) { return SMILE_VECTORS == 16 ? 12 / V : V < 3 ? 12 : 24 / V; }
