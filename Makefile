@@ -21,30 +21,30 @@ demo-llm: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15 $(SELECTED) $(TESTS)
+	$(BIN)/python -m pytest -n 2 --durations=15 $(SELECTED) $(TESTS)
 
 test-all: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
 # The Triton kernels as compiled for an H200, executed on the CPU, with each access checked.
 test-races: .venv-races/ready
-	OMP_NUM_THREADS=1 .venv-races/bin/python -m pytest -n 2 -p tests.ops.triton.races $(RACES)
+	.venv-races/bin/python -m pytest -n 2 -p tests.ops.triton.races $(RACES)
 
 # The sweep over the architectures of transformers, which is among the tests of test-all; writes docs/architectures.md.
 architectures: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility.py architectures -n 2 -m exhaustive tests/upscaling/test_architectures.py
+	$(BIN)/python tests/compatibility.py architectures -n 2 -m exhaustive tests/upscaling/test_architectures.py
 
 # The newest of everything but torch, of which the newest can be had with `make test-newest TORCH=torch`.
 test-newest:
 	$(call install,.venv-newest,$(TORCH),)
-	OMP_NUM_THREADS=1 .venv-newest/bin/python tests/compatibility.py newest -n 2 $(SELECTED) $(TESTS)
+	.venv-newest/bin/python tests/compatibility.py newest -n 2 $(SELECTED) $(TESTS)
 
 # The lower bounds of pyproject.toml.
 test-oldest: .venv-uv/ready
 	.venv-uv/bin/uv pip compile --quiet pyproject.toml $(EXTRAS) --python $(PYTHON) --resolution lowest-direct \
 		--no-annotate --no-header --output-file .venv-uv/oldest.txt
 	$(call install,.venv-oldest,torch,--constraint .venv-uv/oldest.txt)
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python tests/compatibility.py oldest -n 2 $(SELECTED) $(TESTS)
+	.venv-oldest/bin/python tests/compatibility.py oldest -n 2 $(SELECTED) $(TESTS)
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm_peers.py

@@ -200,7 +200,7 @@ def test_one_expert_can_be_asked(fused):
 def test_a_terminal_is_prompted_and_ctrl_c_ends_it(fused):
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "smile_kernels", "chat", str(fused), "--max-new-tokens", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def interruptible() -> None:  # a shell's background jobs ignore the signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)

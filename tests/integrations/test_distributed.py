@@ -17,7 +17,7 @@ def test_the_same_as_in_one_process():
     done = subprocess.run(
         [sys.executable, "-m", "tests.integrations.distributed_worker", "2", "4"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

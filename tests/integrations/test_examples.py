@@ -42,7 +42,7 @@ def test_tensor_parallel():
     done = subprocess.run(
         [*command, "examples/tensor_parallel.py"],
         cwd=EXAMPLES.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
         text=True,
     )
