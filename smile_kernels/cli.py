@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import logging
 import os
 import sys
@@ -279,13 +278,13 @@ def inspect(
     """
     with user_errors():
         from .inspection import KEYS, describe, plot_layers, show
-        from .publishing import check_outputs, write_text
+        from .publishing import check_outputs, write_report
 
         check_outputs([folder], KEYS, plot=plot, json=json_path)
         description = describe(folder)
         show(description, new_console(), table)
         if json_path:
-            write_text(json_path, json.dumps(description, indent=1) + "\n")
+            write_report(json_path, description)
         if plot:
             plot_layers(description, plot)
 

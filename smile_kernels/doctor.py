@@ -17,7 +17,7 @@ from . import __version__, selftest
 from .benchmark.measure import machine
 from .console import progress
 from .ops import excluded, library
-from .publishing import write_text
+from .publishing import marked, write_text
 from .versions import TESTED, installed, newer_than_tested, tested
 from .worker import Worker
 
@@ -43,7 +43,7 @@ def verify(device_types: tuple[str, ...], report: Path | None, console: Console)
             failed += sum(check["failure"] is not None for check in checks)
     file = report or excluded.file().with_name("verify.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(results, indent=1) + "\n")
+    write_text(file, json.dumps(marked(results), indent=1) + "\n")
     for device_type, reasons in left_out.items():
         excluded.record(excluded.device_name(device_type), reasons)
     for device_type, result in results.items():

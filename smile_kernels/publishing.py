@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from . import __version__
 from .errors import SmileError, naming
 
 try:
@@ -46,6 +47,7 @@ __all__ = [
     "fingerprint",
     "is_path",
     "is_utf8",
+    "marked",
     "missing_files",
     "new_file",
     "output_folder",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 MANIFEST = "smile_manifest.json"
+_MARK = "smile_kernels"  # a key of every report, by which it is recognised: the version that wrote it
 SETTINGS = "settings.json"
 _WRITES = "writes"
 _ANY_FILE = ("layers/*", "output/*")  # of a work folder
@@ -81,8 +84,8 @@ def check_outputs(
 
     Args:
         inputs: files and folders that are read: no output file may be one of them, or inside one.
-        keys: those of the JSON object that each of `files` gets, first one that is always there; None: any file is
-            replaced.
+        keys: those of the report that each of `files` gets, see `marked`, first one that is always there; None: any
+            file is replaced.
         plot, files: the output files by name, all different.
 
     Raises:
@@ -122,9 +125,9 @@ def check_outputs(
 
 
 def _check_like(name: str, file: Path, keys: Collection[str] | None) -> None:
-    """Refuse to replace a file with content, unless it is a JSON object with these keys alone, or with None a plot.
+    """Refuse to replace a file with content, unless it is a marked report with these keys alone, or with None a plot.
 
-    The object must have the first of the keys; reports of other versions may lack others.
+    The report must have the first of the keys; those of other versions may lack others.
     """
     if not file.exists() or not (size := file.stat().st_size):
         return
@@ -133,16 +136,21 @@ def _check_like(name: str, file: Path, keys: Collection[str] | None) -> None:
         like = like and b"atplotlib" in file.read_bytes()  # in the metadata of each format
     else:
         found = _read_object(file) or {} if like else {}
-        like = next(iter(keys)) in found and found.keys() <= set(keys)
+        like = {_MARK, next(iter(keys))} <= found.keys() <= {_MARK, *keys}
     if not like:
-        what = "a plot by matplotlib" if keys is None else f"a report with {', '.join(keys)}"
+        what = "a plot by matplotlib" if keys is None else f"a report by smile-kernels with {', '.join(keys)}"
         raise SmileError(f"{name}: is {str(file)!r}, which is not {what}; expected a new file, or one to replace")
 
 
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
     """Write a report as JSON, atomically; a file at this path is replaced only if it is one with these keys."""
     check_outputs(keys=report.keys(), path=Path(path))
-    write_text(Path(path), json.dumps(report, indent=1) + "\n")
+    write_text(Path(path), json.dumps(marked(report), indent=1) + "\n")
+
+
+def marked(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with the key by which `check_outputs` recognises it."""
+    return {_MARK: __version__, **report}
 
 
 def write_plot(file: str | Path, figure: Any, **options: Any) -> None:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from smile_kernels import SmileLinear, save_pretrained
+from smile_kernels import SmileLinear, __version__, save_pretrained
 from smile_kernels.analysis import Analysis
 from smile_kernels.publishing import (
     MANIFEST,
     check_folder,
     check_outputs,
+    marked,
     new_file,
     output_folder,
     restore,
@@ -578,13 +579,21 @@ def test_reports_replace_only_their_like(report, tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"_name_or_path": "base"}')
     with pytest.raises(
-        ValueError, match=r"^path: is '\S+a\.json', which is not a report with \w+.*; expected a new file"
+        ValueError,
+        match=r"^path: is '\S+a\.json', which is not a report by smile-kernels with \w+.*; expected a new file",
     ):
         report.save(file)
     assert file.read_text() == '{"_name_or_path": "base"}'
     file.unlink()
     for _ in range(2):
         report.save(file)
+    written = json.loads(file.read_text())
+    assert written.pop("smile_kernels") == __version__
+    file.write_text(json.dumps(written))  # a user's, with the keys of a report
+    with pytest.raises(ValueError, match="which is not a report"):
+        report.save(file)
+    file.write_text("")
+    report.save(file)
     for other in [one for one in (Sweep([]), UpscaleReport([])) if type(one) is not type(report)]:
         with pytest.raises(ValueError, match="which is not a report"):
             other.save(file)
@@ -592,12 +601,14 @@ def test_reports_replace_only_their_like(report, tmp_path):
 
 def test_only_its_like_is_replaced(tmp_path):
     report, plot, keys = tmp_path / "a.json", tmp_path / "a.png", ("machine", "records")
-    other = ["text", "[]", "{}", "7", '{"records": []', '{"machine": 1, "x": 1}', '{"records": 1}', "[" * 10**5]
+    other = ["text", "[]", "{}", "7", '{"records": []', '{"machine": 1, "records": []}', "[" * 10**5]
+    other += ['{"smile_kernels": "0.1.0", "machine": 1, "x": 1}']
     other += ["\xff", '{"a": "é"}']
     for content in other:
         report.write_text(content, encoding="latin-1")
         with pytest.raises(
-            ValueError, match=r"^json: is '\S+a\.json', which is not a report with machine, records; exp"
+            ValueError,
+            match=r"^json: is '\S+a\.json', which is not a report by smile-kernels with machine, records; exp",
         ):
             check_outputs(keys=keys, json=report)
         plot.write_text(content, encoding="latin-1")
@@ -606,11 +617,11 @@ def test_only_its_like_is_replaced(tmp_path):
         ):
             check_outputs(plot=plot)
     with open(report, "r+b") as file:
-        file.write(b'{"records": []}')
+        file.write(b'{"smile_kernels": "0.1.0"}')
         file.truncate(1 << 40)  # is not read
     with pytest.raises(ValueError, match="which is not a report"):
         check_outputs(keys=keys, json=report)
-    for content in ("", '{"machine": {}, "records": []}', '{"machine": 1}'):
+    for content in ("", json.dumps(marked({"machine": {}, "records": []})), json.dumps(marked({"machine": 1}))):
         report.write_text(content)
         check_outputs(keys=keys, json=report)
     for kind in ("png", "svg", "pdf"):

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import SmileError
-from ..publishing import check_outputs, write_plot, write_text
+from ..publishing import check_outputs, marked, write_plot, write_text
 from .measure import Record, limits, machine, measure, summary
 from .peers import BASELINE, PEERS
 from .problems import Case, Setting, layer_shape
@@ -177,7 +177,7 @@ def footnote(result: Record) -> str:
 
 def write_json(file: Path, result: Record) -> None:
     """Write atomically, one record per line."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items() if name != "records"]
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in marked(result).items() if name != "records"]
     records = ",\n".join(json.dumps(record) for record in result["records"])
     write_text(file, "{" + ",\n".join([*lines, f'"records": [\n{records}\n]']) + "}\n")
 
