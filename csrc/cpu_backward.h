@@ -111,28 +111,34 @@ template <class T> class GroupedProducts {
   void accumulate(const X* coefficients, int64_t rank, const Operands<T, X>& x, int64_t columns, T* out, int64_t expert_stride,
                   int64_t out_rows, bool transposed) const {
     const int64_t blocks = (columns + kWidth - 1) / kWidth;
+    // Those of an expert by k, each with its entries in a row.
+    const std::unique_ptr<X[]> turned(new X[entries.size() * rank]);
+    parallel(parallel_for, n.num_experts, n.tokens * m * rank / n.num_experts, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        X* own = turned.get() + first[i] * rank;
+        for (int64_t place = first[i], count = first[i + 1] - first[i]; place < first[i + 1]; ++place, ++own)
+          for (int64_t k = 0; k < rank; ++k) own[k * count] = coefficients[entries[place].place * rank + k];
+      }
+    });
     parallel(parallel_for, n.num_experts * blocks, kWidth * n.tokens * m * rank / n.num_experts, [&](int64_t from, int64_t to) {
-      const Buffer<R> turned(kWidth * kWidth), sums(rank * kWidth);
-      const std::unique_ptr<X[]> of_rank(new X[rank * kPanelDepth]);
+      const Buffer<R> square(kWidth * kWidth), sums(rank * kWidth);
       for (int64_t item = from; item < to; ++item) {
         const int64_t i = item / blocks, c0 = item % blocks * kWidth, width = std::min(kWidth, columns - c0);
-        if (first[i] == first[i + 1]) std::fill_n(sums.get(), rank * kWidth, R(0));
-        const auto lay = [&](int64_t e0, int64_t count, R* panel) {
+        const int64_t count = first[i + 1] - first[i];
+        if (count == 0) std::fill_n(sums.get(), rank * kWidth, R(0));
+        const auto lay = [&](int64_t e0, int64_t length, R* panel) {
           const Entry* list = entries.data() + first[i] + e0;
-          for (int64_t e = 0; e < count; ++e)
-            for (int64_t k = 0; k < rank; ++k) of_rank[k * kPanelDepth + e] = coefficients[list[e].place * rank + k];
-          lay_out<X>(count, [&](int64_t e) { return x[list[e].token] + c0; }, width, panel);
+          lay_out<X>(length, [&](int64_t e) { return x[list[e].token] + c0; }, width, panel);
         };
-        product_by_panels<X>(first[i + 1] - first[i], width, rank, lay,
-                             [&](int64_t k, int64_t) { return of_rank.get() + k * kPanelDepth; },
+        const X* rows = turned.get() + first[i] * rank;
+        product_by_panels<X>(count, width, rank, lay, [&](int64_t k, int64_t e0) { return rows + k * count + e0; },
                              [&](int64_t k) { return sums.get() + k * kWidth; });
         T* own = out + i * expert_stride;
         if (transposed) {
-          write_transposed(sums.get(), rank, width, own + c0 * rank, turned.get());
+          write_transposed(sums.get(), rank, width, own + c0 * rank, square.get());
         } else {
-          for (int64_t k = 0; k < out_rows; ++k)
-            for (int64_t c = 0; c < width; ++c)
-              own[k * columns + c0 + c] = from_real<T>(k < rank ? sums.get()[k * kWidth + c] : R(0));
+          for (int64_t k = 0; k < rank; ++k) convert(sums.get() + k * kWidth, width, own + k * columns + c0);
+          for (int64_t k = rank; k < out_rows; ++k) std::fill_n(own + k * columns + c0, width, T{});
         }
       }
     });
@@ -146,15 +152,14 @@ template <class T> class GroupedProducts {
 
  private:
   // out[c][k] = sums[k][c]
-  static void write_transposed(const R* sums, int64_t rank, int64_t width, T* out, R* turned) {
+  static void write_transposed(const R* sums, int64_t rank, int64_t width, T* out, R* square) {
     for (int64_t k0 = 0; k0 < rank; k0 += kWidth) {
       const int64_t rows = std::min(kWidth, rank - k0);
       const R* row[kWidth];
       for (int64_t k = 0; k < rows; ++k) row[k] = sums + (k0 + k) * kWidth;
-      pack<R>(row, rows, kWidth, turned);
+      pack<R>(row, rows, kWidth, square);
       const int64_t stride = panel_vectors<R>(rows) * kLanes<R>;
-      for (int64_t c = 0; c < width; ++c)
-        for (int64_t k = 0; k < rows; ++k) out[c * rank + k0 + k] = from_real<T>(turned[c * stride + k]);
+      for (int64_t c = 0; c < width; ++c) convert(square + c * stride, rows, out + c * rank + k0);
     }
   }
 };
