@@ -14,6 +14,7 @@ each. `force` replaces a folder only if it contains exactly these files.
 import contextlib
 import errno
 import fnmatch
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -70,7 +72,8 @@ _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{12}$")  # a name of `new_file
 _FIRST_TEMPORARY = 0x5311E0000000  # the number in the first such name
 LONGEST_NAME = 255 - len("..0123456789ab")  # bytes of a file name that has such a temporary one
 _LARGEST_REPORT = 1 << 28  # bytes of a file that is read to know whether it is a report
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 14  # of a larger file are hashed, so that weights of hours are checked in no time
+_OF_PLOTS = b"smile_kernels.publishing.write_plot"  # in the metadata of every plot, by which it is recognised
+_SETTLED = 2_000_000_000  # nanoseconds after which a further change gives a file another time, on any file system
 
 
 def check_outputs(
@@ -98,7 +101,9 @@ def check_outputs(
             continue
         if not is_path(file):
             raise SmileError(f"{name}: is {str(file)!r}; expected a path that a file can have")
-        if not file.absolute().parent.is_dir():
+        if len(os.fsencode(file.name)) > LONGEST_NAME:
+            raise SmileError(f"{name}: is {str(file)!r}; expected a name of at most {LONGEST_NAME} bytes")
+        if not os.path.isdir(file.absolute().parent):
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
         if file.is_dir():
             raise SmileError(f"{name}: is {str(file)!r}, a folder; expected a file")
@@ -107,7 +112,7 @@ def check_outputs(
         except SmileError as error:
             raise SmileError(f"{name}: {error}") from None
         if len(os.fsencode(target.name)) > LONGEST_NAME:
-            raise SmileError(f"{name}: is {str(file)!r}; expected a name of at most {LONGEST_NAME} bytes")
+            raise SmileError(f"{name}: is {str(target)!r}; expected a name of at most {LONGEST_NAME} bytes")
         if not os.access(target.parent, os.W_OK):
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that can be written")
         target = Path(os.path.realpath(target))
@@ -133,12 +138,12 @@ def _check_like(name: str, file: Path, keys: Collection[str] | None) -> None:
         return
     like = size <= _LARGEST_REPORT and os.access(file, os.R_OK)
     if keys is None:
-        like = like and b"atplotlib" in file.read_bytes()  # in the metadata of each format
+        like = like and _OF_PLOTS in file.read_bytes()
     else:
         found = _read_object(file) or {} if like else {}
         like = {_MARK, next(iter(keys))} <= found.keys() <= {_MARK, *keys}
     if not like:
-        what = "a plot by matplotlib" if keys is None else f"a report by smile-kernels with {', '.join(keys)}"
+        what = "a plot by smile-kernels" if keys is None else f"a report by smile-kernels with {', '.join(keys)}"
         raise SmileError(f"{name}: is {str(file)!r}, which is not {what}; expected a new file, or one to replace")
 
 
@@ -154,9 +159,13 @@ def marked(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_plot(file: str | Path, figure: Any, **options: Any) -> None:
-    """Write a figure of matplotlib atomically, in the format of the file's suffix; `options` are those of savefig."""
+    """Write a figure of matplotlib atomically, in the format of the file's suffix; `options` are those of savefig.
+
+    Its metadata have what `check_outputs` recognises.
+    """
     drawn = io.BytesIO()  # its writer for PDF raises further exceptions after that of a full disk
-    figure.savefig(drawn, format=Path(file).suffix.removeprefix("."), **options)
+    metadata = {"Creator": _OF_PLOTS.decode()}
+    figure.savefig(drawn, format=Path(file).suffix.removeprefix(".") or "png", metadata=metadata, **options)
     with new_file(Path(file)) as f:
         f.write(drawn.getbuffer())
 
@@ -396,6 +405,10 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
     if not str(folder).strip() or not is_path(folder) or not is_utf8(folder):
         raise SmileError(f"out: is {str(folder)!r}; expected the path of a folder to write, in UTF-8")
     path = Path(os.path.realpath(folder))
+    limits = [("name", path.name, 255 - len("..old-0123456789ab-1")), ("path", str(path), 4096 - 512)]
+    for kind, part, longest in [*limits, *(("name", parent, 255) for parent in path.parts)]:
+        if len(os.fsencode(part)) > longest:
+            raise SmileError(f"out: has a {kind} of {len(os.fsencode(part))} bytes, {part}; expected at most {longest}")
     if path.is_symlink():
         raise SmileError(f"out: {path} is a link to itself; expected the path of a folder to write")
     if os.path.ismount(path):
@@ -405,9 +418,6 @@ def check_folder(folder: str | Path, *, inputs: Mapping[str, str | Path] | None 
         raise FileExistsError(f"{above}: is not a folder; expected one, to write {path.name} in")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; expected a new or empty folder")
-    for kind, part, longest in (("name", path.name, 255 - len("..old-0123456789ab-1")), ("path", path, 4096 - 512)):
-        if len(os.fsencode(part)) > longest:
-            raise SmileError(f"out: has a {kind} of {len(os.fsencode(part))} bytes, {part}; expected at most {longest}")
     for name, source in (inputs or {}).items():
         source = Path(os.path.realpath(source))
         for folder in (source, *source.parents):
@@ -647,18 +657,21 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def fingerprint(file: Path) -> str | None:
-    """A hash of a file's size and content, of a large one's blocks at equal distances; None for anything else."""
+    """A hash of a file's content; None for anything else. A file that has not changed since is read once."""
     if file.is_symlink() or not file.is_file():
         return None
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    status = file.stat()
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    read = _hash if time.time_ns() - changed > _SETTLED else _hash.__wrapped__
+    return read(file, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _hash(file: Path, *status: int) -> str:
+    digest = hashlib.sha256()
     with naming(file), open(file, "rb") as f:
-        if size <= _BLOCKS * _BLOCK_BYTES:
-            digest.update(f.read())
-        else:
-            for block in range(_BLOCKS):
-                f.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
-                digest.update(f.read(_BLOCK_BYTES))
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

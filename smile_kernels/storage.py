@@ -124,7 +124,7 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         ValueError: a corrupt or truncated file, a pickle with other objects than weights, or an invalid index.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; expected a local folder with a checkpoint")
     index, files = _weight_files(folder)
     weight_map = _read_weight_map(index) if index else None
@@ -178,7 +178,7 @@ def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def weights_fingerprint(folder: str | Path) -> str | None:
-    """A hash of a checkpoint's weight files, of large ones their sizes and some blocks; None without such files."""
+    """A hash of a checkpoint's weight files, which are read; None without such files."""
     try:
         index, files = _weight_files(Path(folder))
     except FileNotFoundError:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from smile_kernels.ops import library
 from smile_kernels.ops.excluded import device_name
-from smile_kernels.publishing import new_file, write_text
+from smile_kernels.publishing import write_plot, write_text
 from smile_kernels.upscaling import ExpertVerdict
 
 TableRows = tuple[str, list[str], list[list[str]]]  # title, columns, rows
@@ -151,5 +151,4 @@ def write(results: Mapping, json_path: Path | None, plot: Path | None, draw: Cal
     if json_path:
         write_text(json_path, json.dumps(results, indent=1) + "\n")
     if plot:
-        with new_file(plot) as file:
-            draw(results).savefig(file, dpi=150, format=plot.suffix.removeprefix(".") or "png")
+        write_plot(plot, draw(results), dpi=150)

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from smile_kernels import SmileLinear, __version__, save_pretrained
+from smile_kernels import SmileLinear, __version__, publishing, save_pretrained
 from smile_kernels.analysis import Analysis
 from smile_kernels.publishing import (
     MANIFEST,
@@ -613,7 +614,7 @@ def test_only_its_like_is_replaced(tmp_path):
             check_outputs(keys=keys, json=report)
         plot.write_text(content, encoding="latin-1")
         with pytest.raises(
-            ValueError, match=r"^plot: is '\S+a\.png', which is not a plot by matplotlib; expected a new"
+            ValueError, match=r"^plot: is '\S+a\.png', which is not a plot by smile-kernels; expected a new"
         ):
             check_outputs(plot=plot)
     with open(report, "r+b") as file:
@@ -626,6 +627,9 @@ def test_only_its_like_is_replaced(tmp_path):
         check_outputs(keys=keys, json=report)
     for kind in ("png", "svg", "pdf"):
         plot = tmp_path / f"a.{kind}"
+        Figure().savefig(plot)  # a user's
+        with pytest.raises(ValueError, match="which is not a plot by smile-kernels"):
+            check_outputs(plot=plot)
         plot.write_text("")
         for _ in range(2):
             check_outputs(plot=plot)
@@ -737,3 +741,22 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, full_disk):
     with pytest.raises(OSError, match="disk is full"):
         save_pretrained(torch.nn.Sequential(SmileLinear(8, 12, 3, 4, 5)), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", ["size", "size and time"])
+def test_a_change_anywhere_in_a_large_file_is_seen(tmp_path, kept, monkeypatch):
+    monkeypatch.setattr(publishing, "_SETTLED", 0)  # as if the file was written long ago: it is read once
+    write_output(tmp_path / "out", SETTINGS, more={"output/large": b"\0" * (5 << 20)})
+    file = tmp_path / "out" / "large"
+    before = file.stat()
+    assert not write_output(tmp_path / "out", SETTINGS)  # complete
+    time.sleep(0.05)  # a clock's tick
+    with open(file, "r+b") as f:
+        f.seek(3_000_001)
+        f.write(b"1")
+    if kept == "size and time":
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for settings, force in ((SETTINGS, False), (SETTINGS, True), ({**SETTINGS, "rank": 16}, True)):
+        with pytest.raises(FileExistsError, match=r"is not empty|contains large, which smile-kernels did"):
+            write_output(tmp_path / "out", settings, force=force)
+    assert file.read_bytes()[3_000_001] == ord("1")

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from smile_kernels import storage
 from smile_kernels.errors import SmileError
-from smile_kernels.storage import check_sizes, parse_size, read_tensors, write_shard, write_tensors
+from smile_kernels.storage import (
+    check_sizes,
+    parse_size,
+    read_tensors,
+    weights_fingerprint,
+    write_shard,
+    write_tensors,
+)
 from tests.upscaling.checkpoints import stored
 
 
@@ -239,3 +246,13 @@ def test_files_too_large_to_be_read_whole(tmp_path, name):
         check_sizes(tmp_path)
     os.truncate(tmp_path / name, 1 << 20)
     check_sizes(tmp_path)
+
+
+def test_a_change_anywhere_in_large_weights_changes_their_fingerprint(tmp_path):
+    tensors = {f"{i}.weight": torch.zeros(64, 1024) for i in range(20)}
+    found = set()
+    for name in tensors:
+        tensors[name][5, 9] = 1
+        write_shard(tmp_path / "model.safetensors", stored(tensors))
+        found.add(weights_fingerprint(tmp_path))
+    assert len(found) == 20
