@@ -153,7 +153,7 @@ def _savable(model: nn.Module) -> nn.Module:
 
 def _check_base(model: Any, folder: Path) -> None:
     """Raise ValueError unless a checkpoint has the tensors of `model`, up to the dtype, except for its experts'."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"base: {folder}: no such folder; expected the base checkpoint")
     where, expected = f"base: {folder}", "the checkpoint that the model was upscaled from (None stores it, too)"
     config = read_config(folder)

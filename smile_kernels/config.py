@@ -1,6 +1,8 @@
 """SMILE settings of a checkpoint, stored in its config.json under `quantization_config`."""
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import re
@@ -349,7 +351,8 @@ def settings_of(config: Any) -> dict[str, Any]:
     values = config if isinstance(config, Mapping) else config.to_dict()
     if not isinstance(config, Mapping):
         with contextlib.suppress(Exception):  # a kind of config that has no defaults
-            known = type(config)().to_dict()
+            kind: Any = type(config)
+            known = kind().to_dict().keys() | _read_where_set(kind)
             values = {name: value for name, value in values.items() if name in known}
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -362,6 +365,16 @@ def settings_of(config: Any) -> dict[str, Any]:
             yield path, list(value) if isinstance(value, tuple) else value
 
     return dict(flat(values, ""))
+
+
+@functools.cache
+def _read_where_set(kind: Any) -> frozenset[str]:
+    """Settings that the models of a kind of config read where they are set, also if the kind does not declare them."""
+    from transformers import masking_utils
+
+    files = [Path(masking_utils.__file__), *Path(inspect.getfile(kind)).parent.glob("modeling_*.py")]
+    read = re.compile(r'getattr\(\s*(?:self\.)?(?:\w+_)?config,\s*"(\w+)"')
+    return frozenset(name for file in files for name in read.findall(file.read_text(encoding="utf-8")))
 
 
 def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:

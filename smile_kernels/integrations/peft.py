@@ -215,6 +215,7 @@ def stored_deltas(
             dora += 1
     _warn_of_missing(directory, config, places, base, names.model)
     _warn_of_others(directory, config, modules, names.model)
+    _warn_of_whole(directory, config, located, modules, names)
     if dora:
         warnings.warn(
             f"{directory}: DoRA rescales rows, so the changes of {dora} layers are not of low rank; they are "
@@ -265,6 +266,31 @@ def _warn_of_others(
             "which keep the base's",
             stacklevel=4,
         )
+
+
+def _warn_of_whole(
+    directory: Path,
+    config: _Config,
+    located: Mapping[str, str],
+    modules: Mapping[str, Mapping[str, StoredTensor]],
+    names: ModelNames,
+) -> None:
+    """Warn of modules that are saved whole and that the config does not name, where PEFT does otherwise with them."""
+    for module, tensors in modules.items():
+        named = any(f".{module}".endswith(f".{name}") for name in config.modules_to_save or ())
+        if named or "weight" not in tensors or tensors.keys() & {*_PARTS}:
+            continue
+        aliases = {name.removesuffix(".weight") for name in names.aliases(f"{located[module]}.weight")}
+        tied, does = ", ".join(sorted(aliases - {located[module]})), None
+        if ".modules_to_save." in tensors["weight"].name:
+            does = "ignores it"
+        elif not aliases <= {*located.values()}:
+            does = f"also changes {tied}, which the base ties to it"
+        if does:
+            warnings.warn(
+                f"{directory}: saves {module} whole, and {_CONFIG} does not name it: it is applied, and PEFT {does}",
+                stacklevel=4,
+            )
 
 
 def _tied_by_peft(module: str, names: ModelNames) -> list[str]:
@@ -393,6 +419,8 @@ def _in_base(
     raise SmileError(f"{directory}: changes {unknown!r}, which the base lacks; expected an adapter of this base")
 
 
+# Approximate matches and named classes: `regex` has them, whose time limit serves here, and the re of PEFT has not.
+_NOT_OF_RE = re.compile(r"(?<!\\N)(?<!\\)\{[^{}]*[^\d,{}][^{}]*\}|\[\[:")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta")
 
 
@@ -485,12 +513,16 @@ def _config(directory: Path) -> _Config:
         patterns = getattr(parsed, name)
         listed = isinstance(patterns, list) and name != "layers_pattern"  # names of modules
         for pattern in [patterns] if isinstance(patterns, str) else () if listed else patterns or ():
+            found = _NOT_OF_RE.search(pattern)
+            problem = f"{found[0]} is not syntax of Python's re" if found else ""
             try:
-                regex.compile(_inside(pattern) if isinstance(patterns, dict) else pattern)
-            except regex.error as error:
+                re.compile(_inside(pattern) if isinstance(patterns, dict) else pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                problem = str(error)
+            if problem:
                 raise SmileError(
-                    f"{directory / _CONFIG}: {name}: {pattern!r} is not a regular expression ({error})"
-                ) from None
+                    f"{directory / _CONFIG}: {name}: {pattern!r} is not a regular expression ({problem}); expected one"
+                )
     return parsed
 
 
@@ -540,11 +572,12 @@ def _scale(directory: Path, module: str, q: int, config: _Config, alpha: float |
         raise SmileError(
             f"{directory}: {module}: its factors have rank {q}, and {_CONFIG} says {r:g}; expected one rank"
         )
-    if alpha is None:
-        alpha = _set_for(directory, "alpha_pattern", config.alpha_pattern, module) or config.lora_alpha
-    elif not 0 < alpha < 1e9:
-        raise SmileError(f"{directory}: {module}: alpha is {alpha:g}; expected a number above 0, below 1e9")
-    return alpha / (math.sqrt(q) if config.use_rslora else q)
+    stated = _set_for(directory, "alpha_pattern", config.alpha_pattern, module) or config.lora_alpha
+    if alpha not in (None, stated):
+        raise SmileError(
+            f"{directory}: {module}: its alpha is {alpha:g}, and {_CONFIG} says {stated:g}; expected one alpha"
+        )
+    return stated / (math.sqrt(q) if config.use_rslora else q)
 
 
 def _low_rank(

@@ -4,6 +4,7 @@ Weights and biases are read layer by layer, so that only a few layers are in mem
 """
 
 import contextlib
+import os
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -340,8 +341,10 @@ def local_folder(argument: str, place: str | Path) -> Path:
     if not is_utf8(place):
         raise SmileError(f"{argument}: is {str(place)!r}; expected a path in UTF-8")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(place))
-    if Path(place).exists():
+    if os.path.isdir(place):
         return Path(place)
+    if os.path.lexists(place):
+        raise SmileError(f"{argument}: {place}: is a file; expected the folder of a checkpoint")
     if hub is None:
         raise FileNotFoundError(f"{argument}: {place}: no such folder; expected one, or the id of a Hub repository")
     import huggingface_hub

@@ -288,6 +288,31 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         upscale_with("--base", "{folder}/basse"),
         r"base: \S+basse: no such folder; expected one, or the id of a Hub repository",
     ),
+    "a base that is a file": (
+        unchanged,
+        upscale_with("--base", "{folder}/base/config.json"),
+        r"base: \S+config\.json: is a file; expected the folder of a checkpoint",
+    ),
+    "a base of a name that is too long": (
+        unchanged,
+        upscale_with("--base", "x" * 300),
+        r"base: x+: no such folder; expected one, or the id of a Hub repository",
+    ),
+    "an output of a name that is too long": (
+        unchanged,
+        upscale_with("--out", "{folder}/" + "x" * 300),
+        r"out: has a name of 300 bytes, x+; expected at most 235",
+    ),
+    "an output in a folder of a name that is too long": (
+        unchanged,
+        upscale_with("--out", "{folder}/" + "x" * 300 + "/out"),
+        r"out: has a name of 300 bytes, x+; expected at most 255",
+    ),
+    "a report of a name that is too long": (
+        unchanged,
+        command("inspect", "{folder}/fused", "--json", "x" * 300),
+        r"json: is 'x+'; expected a name of at most 241 bytes",
+    ),
     "a base of experts that is a file": (
         unchanged,
         lambda folder: sk.save_pretrained(load(folder), folder / "out", base=folder / "base" / "config.json"),
@@ -337,10 +362,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
         fuse,
         r"has lora_[AB] of '\S+' twice",
     ),
-    "an adapter of alpha 0": (
-        adapter(lambda t: t | {f"{Q_PROJ}.alpha": torch.tensor(0.0)}),
+    "an adapter of two alphas": (
+        adapter(lambda t: t | {f"{Q_PROJ}.alpha": torch.tensor(0.5)}),
         fuse,
-        "q_proj: alpha is 0; expected a number above 0",
+        r"q_proj: its alpha is 0\.5, and adapter_config\.json says \d+; expected one alpha",
     ),
     "an adapter of no modules": (adapter(lambda t: {"x": torch.ones(2)}), fuse, "has a tensor 'x'; expected <module>"),
     "an adapter of another model": (

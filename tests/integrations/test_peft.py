@@ -7,6 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
@@ -291,6 +292,17 @@ FOLDED = {A: torch.ones(2, 6, 1), B: torch.ones(5, 2, 1)}  # as of a convolution
         (FACTORS, {"lora_alpha": True}, "lora_alpha: is True; expected a number"),
         (FACTORS, {"lora_alpha": 1e300}, "lora_alpha: is 1e"),
         (FACTORS, {"alpha_pattern": {"(": 1}}, "is not a regular expression"),
+        (
+            FACTORS,
+            {"alpha_pattern": {"(?:1){s<=1}": 1}},
+            r"not a regular expression \({s<=1} is not syntax of",
+        ),
+        (
+            FACTORS,
+            {"rank_pattern": {"[[:digit:]]": 1}},
+            r"not a regular expression \(\[\[: is not syntax of",
+        ),
+        (FACTORS, {"target_modules": r"\p{Nd}"}, r"not a regular expression \(bad escape"),
         (FACTORS, {"alpha_pattern": {"0": -1}}, "alpha_pattern.0: is -1"),
         (FACTORS, {"use_rslora": "yes"}, "use_rslora: is 'yes'; expected a boolean"),
         (FACTORS, {"init_lora_weights": [1]}, "init_lora_weights: is"),
@@ -357,3 +369,34 @@ def test_a_peft_model_is_refused_with_the_remedy():
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"finetuned\[0\]: is a PeftModel; expected its merge_and_unload\(\)"):
         sk.upscale(base, [model], rank_of_expert=2, rank_of_router=2, progress=False)
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("spelling", ["lm_head", "lm_head.modules_to_save.default"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_head_saved_whole_that_the_config_does_not_name(tmp_path, is_tied, spelling, named):
+    """PEFT loads it into the base's own head, with which a tied embedding changes, or ignores it."""
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=is_tied))
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    factors = {f"{key}A.weight": torch.ones(2, 16), f"{key}B.weight": torch.ones(16, 2)}
+    head = torch.ones_like(base.lm_head.weight)
+    save_file(factors | {f"base_model.model.{spelling}.weight": head}, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | ({"modules_to_save": ["lm_head"]} if named else {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert "lm_head" in adapter_deltas(tmp_path, base)
+    said = [str(one.message) for one in caught if "saves lm_head whole" in str(one.message)]
+    does = "ignores it" if spelling != "lm_head" else "also changes model.embed_tokens" if is_tied else None
+    assert len(said) == (does is not None and not named)
+    assert all(does in one for one in said)
+
+
+def test_an_alpha_that_is_stored_with_the_factors(tmp_path):
+    save_file(FACTORS | {"base_model.model.0.alpha": torch.tensor(4.0)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    delta = adapter_deltas(tmp_path, torch.nn.Sequential(torch.nn.Linear(6, 5)))["0"].weight
+    assert delta.scale == 2
