@@ -352,8 +352,12 @@ def settings_of(config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         with contextlib.suppress(Exception):  # a kind of config that has no defaults
             kind: Any = type(config)
-            known = kind().to_dict().keys() | _read_where_set(kind)
-            values = {name: value for name, value in values.items() if name in known}
+            known, absent = kind().to_dict(), _defaults_in_models(kind)
+            values = {
+                name: value
+                for name, value in values.items()
+                if name in known or (name in absent and value != absent[name])
+            }
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if path.split(".")[-1] == "id2label" and isinstance(value, Mapping):
@@ -368,13 +372,16 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _read_where_set(kind: Any) -> frozenset[str]:
-    """Settings that the models of a kind of config read where they are set, also if the kind does not declare them."""
+def _defaults_in_models(kind: Any) -> dict[str, bool | None]:
+    """Settings that models of a kind of config read where it has them, declared or not, and what they take if not."""
     from transformers import masking_utils
 
     files = [Path(masking_utils.__file__), *Path(inspect.getfile(kind)).parent.glob("modeling_*.py")]
-    read = re.compile(r'getattr\(\s*(?:self\.)?(?:\w+_)?config,\s*"(\w+)"')
-    return frozenset(name for file in files for name in read.findall(file.read_text(encoding="utf-8")))
+    read = re.compile(r'getattr\(\s*(?:self\.)?(?:\w+_)?config,\s*"(\w+)",\s*(True|False|None)\s*\)')
+    found = (match for file in files for match in read.findall(file.read_text(encoding="utf-8")))
+    defaults = {name: {"True": True, "False": False, "None": None}[default] for name, default in found}
+    defaults.pop("head_dim", None)  # an undeclared one is that of the weights' shapes
+    return defaults
 
 
 def config_of_checkpoint(folder: str | Path, model: nn.Module | None) -> Any:

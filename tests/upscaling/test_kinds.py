@@ -444,6 +444,7 @@ def test_another_number_of_labels_with_its_head_excluded(stored, tmp_path):
         ({"rope_theta": 5e5}, {"rope_parameters.rope_theta": "10000.0"}),
         ({"pad_token_id": 7}, {"pad_token_id": "0"}),
         ({"is_causal": False, "of_no_code": 3}, {"is_causal": ""}),  # which the config does not declare
+        ({"is_causal": True, "attention_chunk_size": None}, {}),  # as without them
         ({"attention_dropout": 0.1, "use_cache": False}, {}),
         ({"id2label": {0: "LABEL_1", 1: "LABEL_0"}}, {"id2label": "{'0': 'LABEL_0', '1': 'LABEL_1'}"}),
     ],
