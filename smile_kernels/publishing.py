@@ -101,11 +101,9 @@ def check_outputs(
             continue
         if not is_path(file):
             raise SmileError(f"{name}: is {str(file)!r}; expected a path that a file can have")
-        if len(os.fsencode(file.name)) > LONGEST_NAME:
-            raise SmileError(f"{name}: is {str(file)!r}; expected a name of at most {LONGEST_NAME} bytes")
         if not os.path.isdir(file.absolute().parent):
             raise SmileError(f"{name}: is {str(file)!r}; expected a file in a folder that exists")
-        if file.is_dir():
+        if os.path.isdir(file):
             raise SmileError(f"{name}: is {str(file)!r}, a folder; expected a file")
         try:
             target = _target(file)
@@ -234,7 +232,7 @@ def _target(file: Path) -> Path:
     """The file that a new one replaces: `file`, or where a link leads; not for a stream such as /dev/stdout."""
     if not is_path(file):
         raise SmileError(f"{str(file)!r}: is not a path that a file can have; expected one without a null character")
-    target = Path(os.path.realpath(file)) if file.is_symlink() else file
+    target = Path(os.path.realpath(file)) if os.path.islink(file) else file
     stream = target is not file and Path(os.path.realpath(file.parent)).parts[1:2] in (("dev",), ("proc",))
     if stream or (os.path.lexists(target) and not target.is_file()):
         raise SmileError(f"{file}: is not a regular file; expected a new file, or one to replace")
